@@ -1,0 +1,57 @@
+# Every target installs what it needs into .venv, pinned by constraints.txt, and again only when pyproject.toml or
+# constraints.txt changes. Arguments: make train ARGS="--task text". Another interpreter: make train PYTHON=python3.12.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
+
+# Installing without compiling takes half the time; so that it costs no later start, what is imported must be cached.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train bench test test-frameworks test-slow lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/.train ## train a model: onepass train $(ARGS)
+	@$(BIN)/onepass train $(ARGS)
+
+bench: .venv/.train ## time the optimizers: onepass bench $(ARGS)
+	@$(BIN)/onepass bench $(ARGS)
+
+test: lint ## format, lint, types and all quick tests: pytest $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning and transformers
+	@$(BIN)/python -m pytest -m frameworks $(ARGS)
+
+test-slow: .venv/.dev ## the tests which take long
+	@$(BIN)/python -m pytest -m "slow and not frameworks" $(ARGS)
+
+lint: .venv/.dev ## ruff format --check, ruff check, basedpyright
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/basedpyright
+
+format: .venv/.dev ## format the code and mend what ruff can
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format
+
+clean: ## remove caches and built packages; .venv and runs stay
+	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@find . \( -name .venv -o -name .git \) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.train: EXTRAS := train
+.venv/.dev: EXTRAS := dev
+.venv/.frameworks: EXTRAS := test,frameworks
+.venv/.train .venv/.dev .venv/.frameworks: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing onepass[$(EXTRAS)] into .venv (the first time takes a minute or two) ..."
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "onepass needs Python 3.10 or newer, but PYTHON=$(PYTHON) is %d.%d: choose another with make PYTHON=..." % sys.version_info[:2])'
+	@$(PYTHON) -m venv .venv

@@ -1,0 +1,8 @@
+"""`python -m onepass`: the same as the `onepass` program."""
+
+import sys
+
+from onepass.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file an algorithm: its docstring, its signature, its rule."""

@@ -1,0 +1,137 @@
+"""Adam, AMSGrad and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernel.ir import lerp, maximum, sqrt, where
+from ..optimizer import Optimizer, Params, check_modes, check_number
+
+
+class Adam(Optimizer):
+    r"""Steps of about lr, along a running mean of the gradient over the root of its running square.
+
+    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
+       \theta_t = \theta_{t-1} - \gamma \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
+
+    with $g_t$ increased by $\lambda \theta_{t-1}$ where `weight_decay` is coupled (L2), or $\theta_{t-1}$ first shrunk
+    by $1 - \gamma\lambda$ where it is decoupled. `amsgrad` divides by the largest $v$ so far.
+
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980; AMSGrad: Reddi, Kale and
+    Kumar, "On the Convergence of Adam and Beyond", 2018, arXiv:1904.09237.
+
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), under torch's names. Arguments are
+    those of `torch.optim.Adam`. `lr` and `betas` may be tensors of one element. `foreach` and `fused` change nothing,
+    except that both False select the eager backend and `fused=True` lets GradScaler leave the unscaling to the step.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(self.name, name, options[name])
+        if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
+            raise ValueError(f"{self.name}: betas must be two numbers, got {options['betas']!r}")
+        for i, beta in enumerate(options["betas"]):
+            check_number(self.name, f"betas[{i}]", beta, below=1.0)
+        check_modes(self.name, options)
+
+    @staticmethod
+    def rule(
+        p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, *, lr, betas, eps, weight_decay, step, amsgrad, decoupled_weight_decay
+    ):
+        beta1, beta2 = betas
+        if decoupled_weight_decay:
+            p = p * (1 - lr * weight_decay)
+        else:
+            g = where(weight_decay != 0, g + weight_decay * p, g)
+        m = lerp(exp_avg, g, 1 - beta1)
+        v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+        new = {"exp_avg": m, "exp_avg_sq": v}
+        if amsgrad:
+            v = new["max_exp_avg_sq"] = maximum(max_exp_avg_sq, v)
+        root = sqrt(v) / sqrt(1 - beta2**step) + eps
+        return new | {"p": p - lr / (1 - beta1**step) * m / root}
+
+
+class AdamW(Adam):
+    r"""Adam with decoupled weight decay: the default choice for transformers and most networks.
+
+    $$ \theta_t = (1 - \gamma\lambda)\,\theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$
+
+    with $\hat m_t, \hat v_t$ as in `Adam`. The decay does not enter the moments, so that it acts on all weights alike.
+
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
+
+    State, further arguments and errors as for `Adam`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # State dicts of Adam, and those from before the option existed, are AdamW's as soon as AdamW loads them.
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

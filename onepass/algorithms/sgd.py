@@ -1,0 +1,80 @@
+"""Stochastic gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernel.ir import where
+from ..optimizer import Optimizer, Params, check_modes, check_number
+
+
+class SGD(Optimizer):
+    r"""The gradient times lr, or with momentum a decaying sum of the gradients so far.
+
+    $$ b_t = \mu b_{t-1} + (1-\tau) g_t, \quad \theta_t = \theta_{t-1} - \gamma b_t $$
+
+    with $b_1 = g_1$, and $g_t + \mu b_t$ in the place of $b_t$ for `nesterov`; `weight_decay` adds
+    $\lambda \theta_{t-1}$ to the gradient.
+
+    Robbins and Monro, "A Stochastic Approximation Method", 1951; Sutskever et al., "On the importance of
+    initialization and momentum in deep learning", 2013. As in torch, lr multiplies the whole sum, not each gradient
+    as it enters: after a change of lr the two differ.
+
+    State per parameter: `momentum_buffer` where momentum is not 0, else none. Arguments are those of
+    `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the eager backend and
+    `fused=True` lets GradScaler leave the unscaling to the step.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            check_number(self.name, name, options[name])
+        check_number(self.name, "dampening", options["dampening"], low=float("-inf"))
+        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+            raise ValueError(
+                f"{self.name}: Nesterov momentum requires a momentum and zero dampening, got momentum="
+                f"{options['momentum']}, dampening={options['dampening']}"
+            )
+        check_modes(self.name, options)
+
+    def flags(self, group: Mapping[str, Any]) -> Mapping[str, bool]:
+        return {"has_momentum": bool(group["momentum"] != 0)}
+
+    @staticmethod
+    def rule(p, g, momentum_buffer, *, lr, momentum, dampening, weight_decay, nesterov, first, has_momentum):
+        g = where(weight_decay != 0, g + weight_decay * p, g)
+        if not has_momentum:
+            return {"p": p - lr * g}
+        b = where(first, g, momentum * momentum_buffer + (1 - dampening) * g)
+        return {"p": p - lr * (g + momentum * b if nesterov else b), "momentum_buffer": b}

@@ -1,0 +1,166 @@
+"""The commands of the `onepass` program: each reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from onepass import training
+from onepass.checkpoint import CheckpointError
+from onepass.comparison import compare_steps
+from onepass.display import TrainDisplay, describe, make_comparison_table, make_time_table, say
+from onepass.tasks import TASKS, TaskError
+from onepass.training import Diverged, Run, SettingsError
+
+__all__ = ["USER_ERRORS", "app", "run"]
+
+
+class UsageError(ValueError):
+    """The command line is not one of this program's."""
+
+
+# Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
+USER_ERRORS = (CheckpointError, Diverged, SettingsError, TaskError, UsageError)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command that `arguments` name and return the exit code; what it foresees is raised as `USER_ERRORS`."""
+    try:
+        code = app(list(arguments), prog_name="onepass", standalone_mode=False)
+    except Exception as error:
+        # typer's errors have had several base classes, of which this method is the common mark.
+        if not hasattr(error, "format_message"):
+            raise
+        sentence = error.format_message()
+        if not sentence:  # no command: the help has been printed
+            return 0
+        raise UsageError(f"{sentence.rstrip('.')}; see onepass --help.") from error
+    return code if isinstance(code, int) else 0
+
+
+@app.callback()
+def introduce() -> None:
+    """PyTorch optimizers that run in one pass over memory."""
+
+
+@app.command()
+def train(
+    task: Annotated[str | None, typer.Option(help=f"What to train: {', '.join(TASKS)}.", show_default="digits")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="An optimizer's name.", show_default="AdamW")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="the task's")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs to train.", show_default="the task's")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, step or none.", show_default="cosine")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder of data on disk (cifar10).", show_default="data")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="0")] = None,
+) -> int:
+    """Train a small model on real data, save it after every epoch, and time the optimizer.
+
+    With --resume, settings that are not given are those of the run that is continued.
+    """
+    _require("matplotlib", "safetensors")
+    asked: dict[str, Any] = {
+        "task": task,
+        "optimizer": optimizer,
+        "lr": lr,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "seed": seed,
+    }
+    asked = {key: value for key, value in asked.items() if value is not None}
+    folder = Path("runs", task or "digits") if out is None else out
+    console = Console()
+    path = folder / training.CHECKPOINT
+    settings = training.make_settings(**asked)  # checked before any file is looked at, resumed or not
+    try:
+        if not resume:
+            _check_folder(folder)
+            job = Run(settings, Path("data") if data is None else data)
+            folder.mkdir(parents=True, exist_ok=True)
+            _set_aside(path, console)
+        elif path.exists():
+            job = Run.load(path, asked, data)
+        else:
+            raise SettingsError(f"there is no run to resume: {path} does not exist; leave out --resume to start one.")
+        return _run_to_end(job, path, console)
+    except OSError as error:
+        raise SettingsError(
+            f"{folder} cannot be used ({error.strerror or error}): choose another --out folder, or make it writable."
+        ) from error
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"this command needs {' and '.join(missing)}: run pip install 'onepass[train]'.")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before the work and without making it."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise SettingsError(f"--out {folder} is no folder: {existing} is a file; choose another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise SettingsError(f"--out {folder} cannot be written to: choose another folder, or make it writable.")
+
+
+def _set_aside(path: Path, console: Console) -> None:
+    """Keep the checkpoint of an earlier run in the same folder: forgetting --resume must not cost it."""
+    if path.exists():
+        kept = path.with_name("previous.safetensors")
+        os.replace(path, kept)
+        say(console, f"{path.parent} held a run already: its checkpoint is now {kept}")
+
+
+def _run_to_end(job: Run, path: Path, console: Console) -> int:
+    metric = job.task.metric
+    if job.is_finished:
+        result = f"{metric.name} {metric.show(job.history.held_out_metric[-1])}"
+        say(console, f"{path} is a finished run ({job.epoch} epochs, {result}): there is nothing to resume.")
+        return 0
+    say(console, describe(job))
+    if job.epoch:
+        say(console, f"continuing after epoch {job.epoch} from {path}")
+    try:
+        with TrainDisplay(console, job) as display:
+            training.fit(job, path, display)
+        _report(job, path, console)
+    except KeyboardInterrupt:
+        say(Console(stderr=True), _describe_interruption(job, path))
+        return 130
+    return 0
+
+
+def _describe_interruption(job: Run, path: Path) -> str:
+    if job.is_finished:
+        return f"onepass: stopped after the training; the finished run is {path}."
+    where = f"onepass: stopped in epoch {job.epoch + 1} of {job.settings.epochs}"
+    if not path.exists():
+        return f"{where}; no epoch was finished, so nothing is saved."
+    command = f"onepass train --resume --out {shlex.quote(str(path.parent))}"
+    return f"{where}; what came before is saved, continue with: {command}"
+
+
+def _report(job: Run, path: Path, console: Console) -> None:
+    from onepass.curves import plot_curves  # takes a second to import, and only this command needs it
+
+    console.print(make_time_table(job))
+    console.print(make_comparison_table(compare_steps(job.optimizer, job.model.parameters())))
+    picture = path.with_name("curves.png")
+    plot_curves(job, picture)
+    metric = job.task.metric
+    say(console, f"{metric.name} on held-out examples: {metric.show(job.history.held_out_metric[-1])}")
+    say(console, f"checkpoint: {path}")
+    say(console, f"curves: {picture}")

@@ -1,0 +1,61 @@
+"""The compiler's one door: from a rule to something that can be launched. Backends are imported when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .formats import FORMATS
+from .memory import has_storage, is_dense
+from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cpu import Kernel
+    from .facts import Expected
+
+__all__ = [
+    "FORMATS",
+    "GRADIENT_FACTOR",
+    "Argument",
+    "Graph",
+    "Rule",
+    "compile",
+    "evaluate",
+    "expect",
+    "finish",
+    "has_kernels",
+    "has_storage",
+    "is_dense",
+    "signature",
+    "trace",
+]
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether programs can be compiled for a device; elsewhere the eager backend runs."""
+    return device_type == "cpu"
+
+
+@lru_cache(maxsize=1024)
+def compile(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Kernel:
+    """The kernel of a finished graph for columns stored like this; compiled once a process."""
+    from . import cpu
+
+    return cpu.compile(bind(graph, formats))
+
+
+def expect(tensors: Sequence[Tensor]) -> Expected:
+    """The facts of these tensors, to compare others with before each launch."""
+    from .facts import Expected
+
+    return Expected(tensors)
+
+
+def evaluate(graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+    """A finished graph's outputs for one tensor, by the eager backend."""
+    from . import eager
+
+    return eager.run(graph, columns, hypers)

@@ -1,0 +1,106 @@
+"""Backend 1: one torch call a node, on any device and tensor type, under autograd where wanted.
+
+It runs a finished `Graph`, not a bound program: storage formats are torch's own conversions, and every operation is one
+that autograd can follow (`differentiable`) and a CUDA graph can capture (`capturable`: hyper-parameters that are
+tensors stay tensors, and nothing is read back to the host).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .host import OPERATIONS as ON_NUMBERS
+from .ir import Node, topological
+from .program import Graph
+
+ON_TENSORS: dict[str, Callable[..., Tensor]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "neg": operator.neg,
+    "abs": operator.abs,
+    "sqrt": torch.sqrt,
+    "floor": torch.floor,
+    "rint": torch.round,
+    "pow": operator.pow,
+    "exp": torch.exp,
+    "log": torch.log,
+    "lt": operator.lt,
+    "le": operator.le,
+    "eq": operator.eq,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": torch.logical_not,
+    "where": torch.where,
+    "sum": torch.sum,
+    "amax": torch.amax,
+}
+
+Value = Tensor | float | bool
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type of the arithmetic for columns stored like these: float64 if one of them is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def run(graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Value]) -> dict[str, Tensor]:
+    """The new values of the columns that the graph writes, in the compute type, for one tensor. Writes nothing.
+
+    `columns` are real tensors of one shape (complex ones are viewed as real by the caller); `hypers` are numbers, or
+    tensors of one element where autograd or a graph capture must see them.
+    """
+    dtype = compute_dtype(*columns.values())
+    values: dict[Node, Value] = {}
+    for node in topological(graph.roots):
+        if node.op == "load":
+            values[node] = columns[str(node.attr)].to(dtype)
+        elif node.op == "hyper":
+            value = hypers[str(node.attr)]
+            values[node] = value.reshape(()).to(_widest(value)) if isinstance(value, Tensor) else float(value)
+        elif node.op == "const":
+            values[node] = node.attr  # type: ignore[assignment]
+        elif node.op == "numel":
+            values[node] = float(columns["p"].numel())
+        else:
+            values[node] = _apply(node, [values[a] for a in node.args])
+    p = columns["p"]
+    return {name: _element(values[root], p, dtype) for name, root in graph.outputs}
+
+
+def _apply(node: Node, args: list[Value]) -> Value:
+    if not any(isinstance(a, Tensor) for a in args):
+        with np.errstate(all="ignore"):
+            value = ON_NUMBERS[node.op](*(np.asarray([a]) for a in args))[0]
+        return bool(value) if node.type == "bool" else float(value)
+    if node.op == "where" and not isinstance(args[0], Tensor):
+        return args[1] if args[0] else args[2]
+    if node.op in ("and", "or", "xor"):
+        # A known condition beside a tensor of them: torch's operators take Python's bool on either side.
+        return ON_TENSORS[node.op](*args)
+    if node.op in ("sum", "amax") and isinstance(args[0], Tensor) and args[0].numel() == 0:
+        return 0.0
+    if node.op == "sum" and isinstance(args[0], Tensor):
+        return args[0].sum(dtype=_widest(args[0]))
+    if node.op == "where" and not any(isinstance(a, Tensor) for a in args[1:]):
+        # torch.where of two numbers has the default dtype, which may be too narrow for them.
+        args[1] = torch.full_like(args[0], args[1], dtype=_widest(args[0]))  # type: ignore[arg-type]
+        return torch.where(args[0], args[1], args[2])  # type: ignore[arg-type]
+    return ON_TENSORS[node.op](*args)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _element(value: Value, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(dtype).expand_as(like)
+    return torch.full_like(like, value, dtype=dtype)

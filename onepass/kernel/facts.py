@@ -1,0 +1,235 @@
+"""What tensors are at this moment: their addresses, and whether their facts still are what a plan was built for.
+
+Nothing is remembered about addresses. At every launch the address, dtype, device, sizes, strides and storage size of
+every tensor are read again, so that no `.data` swap, `resize_`, `set_`, `swap_tensors` or storage resize can leave a
+stale pointer behind. Asking Python for six facts of a tensor takes half a microsecond; torch's stable C interface
+(the one that ahead-of-time compiled models link against) answers in a few nanoseconds, from compiled code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .memory import has_storage
+from .native import Library
+
+# One row of int64 for each tensor; `layout` is an offset into the sizes and strides of all tensors.
+FACTS = ("dtype", "device_type", "device_index", "dim", "layout", "bytes", "itemsize")
+QUESTIONS = {
+    "layout": "i32",
+    "dtype": "i32",
+    "device_type": "i32",
+    "device_index": "i32",
+    "dim": "i64",
+    "storage_size": "i64",
+    "storage_offset": "i64",
+    "sizes": "ptr",
+    "strides": "ptr",
+    "data_ptr": "ptr",
+}
+
+
+class Expected:
+    """The facts that tensors must have: those of `like`, one dense tensor for each."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.count = len(like)
+        self.facts = [_facts(t) for t in like]
+        layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        words: list[int] = []
+        rows = []
+        for t, (dtype, device, sizes, strides) in zip(like, self.facts, strict=True):
+            if (sizes, strides) not in layouts:
+                layouts[sizes, strides] = len(words)
+                words += [*sizes, *strides]
+            codes = _codes(dtype, device) if answers() else (0, 0, 0)
+            rows.append((*codes, len(sizes), layouts[sizes, strides], t.numel() * t.itemsize, t.itemsize))
+        self.rows = np.array(rows, dtype=np.int64).reshape(-1, len(FACTS))
+        self.words = np.array(words or [0], dtype=np.int64)
+        # At most one of these is in use at a time: an optimizer steps in one thread.
+        self.pointers = np.zeros(self.count, np.uint64)
+        self.changed = np.zeros(self.count, np.uint8)
+
+    def compare(self, tensors: Sequence[Tensor]) -> int:
+        """Read every tensor; returns how many differ from what is expected. Fills `pointers` and `changed`.
+
+        An entry that is no tensor raises AttributeError or TypeError.
+        """
+        if len(tensors) != self.count:
+            raise ValueError(f"expected {self.count} tensors, got {len(tensors)}")
+        native = _native()
+        if native is None:
+            for i, (t, facts) in enumerate(zip(tensors, self.facts, strict=True)):
+                self.changed[i] = not _matches(t, facts)
+                self.pointers[i] = 0 if self.changed[i] else t.data_ptr()
+            return int(np.count_nonzero(self.changed))
+        handles = np.fromiter(map(attrgetter("_cdata"), tensors), np.uint64, self.count)
+        arrays = (handles, self.rows, self.words, self.pointers, self.changed)
+        return native[1](self.count, *(a.ctypes.data for a in arrays))
+
+
+Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]
+
+
+def _facts(t: Tensor) -> Facts:
+    return t.dtype, t.device, tuple(t.shape), t.stride()
+
+
+def _matches(t: Tensor, facts: Facts) -> bool:
+    if t.layout != torch.strided or _facts(t) != facts:
+        return False
+    return has_storage(t)
+
+
+@cache
+def answers() -> dict[str, int]:
+    """The addresses of torch's C functions that answer `QUESTIONS`, or nothing where this torch does not export them."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        functions = {q: getattr(library, f"aoti_torch_get_{q}") for q in QUESTIONS}
+    except (OSError, AttributeError):
+        return {}
+    return {q: ctypes.cast(f, ctypes.c_void_p).value or 0 for q, f in functions.items()}
+
+
+@lru_cache(maxsize=256)
+def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
+    """torch's numbers for a dtype and a device, asked of a tensor that has them."""
+    sample = torch.empty(0, dtype=dtype, device=device)
+    # A handle is the address of an at::Tensor, which is one pointer to what Python calls `_cdata`.
+    slot = ctypes.c_uint64(sample._cdata)
+
+    def ask(question: str) -> int:
+        answer = ctypes.c_int32()
+        function = ctypes.PYFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(answers()[question])
+        if function(ctypes.addressof(slot), ctypes.addressof(answer)):
+            raise RuntimeError(f"torch could not tell the {question} of a tensor on {device}")
+        return answer.value
+
+    return ask("dtype"), ask("device_type"), ask("device_index")
+
+
+@cache
+def _native():
+    """The compiled comparison and its library, or None where torch exports no C functions to ask."""
+    addresses = answers()
+    if not addresses:
+        return None
+    library = Library(_source(addresses))
+    # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is being read.
+    signature = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5)
+    return library, ctypes.PYFUNCTYPE(*signature)(library.address("compare"))
+
+
+def _source(addresses: dict[str, int]) -> str:
+    """compare(count, handles, rows, words, pointers, changed): ask, compare, in the order that makes each question safe."""
+    lines = [
+        "define i64 @compare(i64 %count, ptr %handles, ptr %rows, ptr %words, ptr %pointers, ptr %changed) nounwind {",
+        "entry:",
+        *(f"  %{q} = alloca {type}" for q, type in QUESTIONS.items()),
+        *(f"  %ask_{q} = inttoptr i64 {address} to ptr" for q, address in addresses.items()),
+        "  %any = icmp sgt i64 %count, 0",
+        "  br i1 %any, label %tensor, label %done",
+        "tensor:",
+        "  %i = phi i64 [ 0, %entry ], [ %next, %end ]",
+        "  %sum = phi i64 [ 0, %entry ], [ %total, %end ]",
+        "  %handle = getelementptr i64, ptr %handles, i64 %i",
+        "  %pointer_to = getelementptr i64, ptr %pointers, i64 %i",
+        f"  %row_index = mul i64 %i, {len(FACTS)}",
+        "  %row = getelementptr i64, ptr %rows, i64 %row_index",
+    ]
+    for f, fact in enumerate(FACTS):
+        lines += [f"  %want_{fact}_at = getelementptr i64, ptr %row, i64 {f}", f"  %want_{fact} = load i64, ptr %want_{fact}_at"]
+    lines += ["  br label %ask_layout_", "ask_layout_:", *_ask("layout"), "  %strided = icmp eq i32 %is_layout, 0"]
+    lines += ["  br i1 %strided, label %ask_dtype_, label %differs"]
+    order = ["dtype", "device_type", "device_index", "dim"]
+    for question, after in zip(order, [*order[1:], "sizes"], strict=True):
+        lines += [f"ask_{question}_:", *_ask(question)]
+        if QUESTIONS[question] == "i32":
+            lines += [f"  %wide_{question} = sext i32 %is_{question} to i64"]
+        value = f"%wide_{question}" if QUESTIONS[question] == "i32" else f"%is_{question}"
+        lines += [f"  %same_{question} = icmp eq i64 {value}, %want_{question}"]
+        lines += [f"  br i1 %same_{question}, label %ask_{after}_, label %differs"]
+    lines += [
+        "ask_sizes_:",
+        *_ask("sizes"),
+        *_ask("strides"),
+        "  %want_sizes = getelementptr i64, ptr %words, i64 %want_layout",
+        "  %want_strides = getelementptr i64, ptr %want_sizes, i64 %want_dim",
+        "  %scalar = icmp eq i64 %want_dim, 0",
+        "  br i1 %scalar, label %storage, label %dimension",
+        "dimension:",
+        "  %d = phi i64 [ 0, %answer_strides_ ], [ %d_next, %dimension_good ]",
+        *(
+            line
+            for what in ("sizes", "strides")
+            for line in (
+                f"  %{what}_d_at = getelementptr i64, ptr %is_{what}, i64 %d",
+                f"  %{what}_d = load i64, ptr %{what}_d_at",
+                f"  %want_{what}_d_at = getelementptr i64, ptr %want_{what}, i64 %d",
+                f"  %want_{what}_d = load i64, ptr %want_{what}_d_at",
+                f"  %same_{what}_d = icmp eq i64 %{what}_d, %want_{what}_d",
+            )
+        ),
+        "  %same_d = and i1 %same_sizes_d, %same_strides_d",
+        "  br i1 %same_d, label %dimension_good, label %differs",
+        "dimension_good:",
+        "  %d_next = add i64 %d, 1",
+        "  %d_more = icmp slt i64 %d_next, %want_dim",
+        "  br i1 %d_more, label %dimension, label %storage",
+        "storage:",
+        "  %empty = icmp eq i64 %want_bytes, 0",
+        "  br i1 %empty, label %nothing, label %ask_storage_",
+        "nothing:",
+        "  store i64 0, ptr %pointer_to",
+        "  br label %end",
+        "ask_storage_:",
+        *_ask("storage_size"),
+        *_ask("storage_offset"),
+        "  %skipped = mul i64 %is_storage_offset, %want_itemsize",
+        "  %needed = add i64 %skipped, %want_bytes",
+        "  %enough = icmp sge i64 %is_storage_size, %needed",
+        "  br i1 %enough, label %ask_data_, label %differs",
+        "ask_data_:",
+        *_ask("data_ptr"),
+        "  store ptr %is_data_ptr, ptr %pointer_to",
+        "  %null = icmp eq ptr %is_data_ptr, null",
+        "  br i1 %null, label %differs, label %end",
+        "differs:",
+        "  br label %end",
+        "end:",
+        "  %wrong = phi i8 [ 0, %nothing ], [ 0, %answer_data_ptr_ ], [ 1, %differs ]",
+        "  %changed_to = getelementptr i8, ptr %changed, i64 %i",
+        "  store i8 %wrong, ptr %changed_to",
+        "  %one = zext i8 %wrong to i64",
+        "  %total = add i64 %sum, %one",
+        "  %next = add i64 %i, 1",
+        "  %more = icmp slt i64 %next, %count",
+        "  br i1 %more, label %tensor, label %done",
+        "done:",
+        "  %result = phi i64 [ 0, %entry ], [ %total, %end ]",
+        "  ret i64 %result",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _ask(question: str) -> list[str]:
+    """Ask, and treat an error code as a difference."""
+    return [
+        f"  %code_{question} = call i32 %ask_{question}(ptr %handle, ptr %{question})",
+        f"  %answered_{question} = icmp eq i32 %code_{question}, 0",
+        f"  br i1 %answered_{question}, label %answer_{question}_, label %differs",
+        f"answer_{question}_:",
+        f"  %is_{question} = load {QUESTIONS[question]}, ptr %{question}",
+    ]

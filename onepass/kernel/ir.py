@@ -1,0 +1,359 @@
+"""Expressions: hash-consed nodes of about thirty operations in three ranks. Standard library only.
+
+A rule is an ordinary Python function; called with nodes, it returns nodes. Two nodes with the same operation and
+arguments are the same object, so common subexpressions are computed once without a pass that looks for them.
+
+Ranks say how often a value exists, and so where it is computed:
+
+* `UNIFORM`, once for all elements of a tensor (a learning rate, a bias correction): on the host, in float64;
+* `TENSOR`, once a tensor, after a walk over its elements (a norm): on the host, in float64, between two passes;
+* `ELEMENT`, once an element: in the kernel, in the compute type, float32 or float64.
+
+Host values are rounded once, to the compute type, where they meet an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from weakref import WeakValueDictionary
+
+
+class Rank(IntEnum):
+    """How often a value exists: once a launch row, once a tensor, once an element."""
+
+    UNIFORM = 0
+    TENSOR = 1
+    ELEMENT = 2
+
+
+# A value's type. `real` is the rule's only number: it becomes f32 or f64 when formats are bound.
+FLOATS = ("real", "f32", "f64")
+INTEGERS = ("i16", "i32")
+TYPES = (*FLOATS, "f16", *INTEGERS, "bool")
+
+LEAVES = frozenset({"const", "hyper", "numel", "load"})
+ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
+ROUNDING = frozenset({"neg", "abs", "sqrt", "floor", "rint"})
+HOST_ONLY = frozenset({"pow", "exp", "log"})
+COMPARISONS = frozenset({"lt", "le", "eq"})
+BITWISE = frozenset({"and", "or", "xor", "shl", "shr"})
+REDUCTIONS = frozenset({"sum", "amax"})
+OPERATIONS = (
+    LEAVES | ARITHMETIC | ROUNDING | HOST_ONLY | COMPARISONS | BITWISE | REDUCTIONS | {"not", "where", "cast", "bitcast"}
+)
+
+
+class RuleError(TypeError):
+    """A rule does what no kernel can: the message says what, and what to write instead."""
+
+
+class Node:
+    """One value: an operation, its arguments, and what follows from them, a type and a rank. Made by `make` alone."""
+
+    __slots__ = ("__weakref__", "args", "attr", "op", "rank", "type")
+    op: str
+    args: tuple[Node, ...]
+    attr: object
+    type: str
+    rank: Rank
+
+    def __bool__(self) -> bool:
+        raise RuleError(
+            "a rule cannot branch on a value that is known only while stepping: use where(condition, a, b) "
+            "instead of `if`, and & or | instead of `and` or `or`"
+        )
+
+    def __repr__(self) -> str:
+        inner = ", ".join([*map(repr, self.args), *([] if self.attr is None else [repr(self.attr)])])
+        return f"{self.op}({inner})"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> Node:  # type: ignore[override]
+        return make("eq", self, other)
+
+    def __ne__(self, other: object) -> Node:  # type: ignore[override]
+        return make("not", make("eq", self, other))
+
+    def __lt__(self, other: object) -> Node:
+        return make("lt", self, other)
+
+    def __le__(self, other: object) -> Node:
+        return make("le", self, other)
+
+    def __gt__(self, other: object) -> Node:
+        return make("lt", other, self)
+
+    def __ge__(self, other: object) -> Node:
+        return make("le", other, self)
+
+    def __add__(self, other: object) -> Node:
+        return make("add", self, other)
+
+    def __radd__(self, other: object) -> Node:
+        return make("add", other, self)
+
+    def __sub__(self, other: object) -> Node:
+        return make("sub", self, other)
+
+    def __rsub__(self, other: object) -> Node:
+        return make("sub", other, self)
+
+    def __mul__(self, other: object) -> Node:
+        return make("mul", self, other)
+
+    def __rmul__(self, other: object) -> Node:
+        return make("mul", other, self)
+
+    def __truediv__(self, other: object) -> Node:
+        return divide(self, other)
+
+    def __rtruediv__(self, other: object) -> Node:
+        return divide(other, self)
+
+    def __pow__(self, other: object) -> Node:
+        return power(self, other)
+
+    def __rpow__(self, other: object) -> Node:
+        return power(other, self)
+
+    def __neg__(self) -> Node:
+        return make("neg", self)
+
+    def __abs__(self) -> Node:
+        return make("abs", self)
+
+    def __and__(self, other: object) -> Node:
+        return make("and", self, other)
+
+    def __or__(self, other: object) -> Node:
+        return make("or", self, other)
+
+    def __xor__(self, other: object) -> Node:
+        return make("xor", self, other)
+
+    def __invert__(self) -> Node:
+        return make("not", self)
+
+
+_interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
+
+
+def make(op: str, *args: object, attr: object = None, type: str | None = None) -> Node:
+    """The one node for this operation and these arguments; numbers become constants of their neighbour's type.
+
+    Raises `RuleError` where the operation is not defined for the arguments' types or ranks.
+    """
+    near = next((a.type for a in args if isinstance(a, Node) and a.type != "bool"), "real")
+    nodes = tuple(a if isinstance(a, Node) else const(a, near) for a in args)
+    type, rank = _infer(op, nodes, attr, type)
+    # A float's bits, not its value: 0.0 and -0.0 are equal and differ, nan differs from itself.
+    shape = attr.hex() if isinstance(attr, float) else attr
+    key = (op, tuple(map(id, nodes)), type, shape)
+    node = _interned.get(key)
+    if node is None:
+        node = Node()
+        node.op, node.args, node.attr, node.type, node.rank = op, nodes, attr, type, rank
+        node = _interned.setdefault(key, node)
+    return node
+
+
+def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> tuple[str, Rank]:
+    """The type and rank of a node, or the reason why there can be none. This is the operations' specification."""
+    rank = max((a.rank for a in args), default=Rank.UNIFORM)
+    types = [a.type for a in args]
+    first = types[0] if types else "real"
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise RuleError(f"{op} takes {what}, got ({', '.join(types)})")
+
+    if op in LEAVES:
+        require(not args, "no arguments")
+        leaf = {"numel": Rank.TENSOR, "load": Rank.ELEMENT}.get(op, Rank.UNIFORM)
+        return type or "real", leaf
+    if op in ARITHMETIC:
+        numbers = (*FLOATS, "i32") if op in ("add", "sub") else FLOATS
+        require(len(args) == 2 and first in numbers and types[1] == first, "two numbers of one type")
+        return first, rank
+    if op in ROUNDING:
+        require(len(args) == 1 and first in FLOATS, "one floating-point number")
+        return first, rank
+    if op in HOST_ONLY:
+        require(all(t in FLOATS for t in types), "floating-point numbers")
+        if rank == Rank.ELEMENT:
+            raise RuleError(
+                f"{op} of an element is not offered: it would cost a library call for each element; use products, "
+                "sqrt and where, or compute it from hyper-parameters alone"
+            )
+        return first, rank
+    if op in COMPARISONS:
+        require(len(args) == 2 and first != "bool" and types[1] == first, "two numbers of one type")
+        return "bool", rank
+    if op in BITWISE:
+        logical = ("bool", *INTEGERS) if op in ("and", "or", "xor") else INTEGERS
+        require(len(args) == 2 and first in logical and types[1] == first, "two conditions, or two integers of one type")
+        return first, rank
+    if op == "not":
+        require(types == ["bool"], "one condition")
+        return "bool", rank
+    if op == "where":
+        require(len(args) == 3 and first == "bool" and types[1] == types[2], "a condition and two values of one type")
+        return types[1], rank
+    if op in REDUCTIONS:
+        require(len(args) == 1 and first in FLOATS, "one floating-point number")
+        if rank != Rank.ELEMENT:
+            raise RuleError(f"{op} runs over the elements of a tensor, and this value is the same for all of them")
+        return "real", Rank.TENSOR
+    if op in ("cast", "bitcast"):
+        require(len(args) == 1 and type in TYPES, "one value and a type")
+        return type or "real", rank
+    raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
+
+
+def const(value: object, type: str = "real") -> Node:
+    """A number known while tracing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RuleError(f"a rule computes with numbers and columns, got {value!r} ({value.__class__.__name__})")
+    return make("const", attr=int(value) if type in INTEGERS else float(value), type=type)
+
+
+def load(column: str, type: str = "real") -> Node:
+    """A column's element, as it is stored."""
+    return make("load", attr=column, type=type)
+
+
+def hyper(name: str) -> Node:
+    """A hyper-parameter: a number of a row, known when the step begins."""
+    return make("hyper", attr=name)
+
+
+def numel() -> Node:
+    """The number of elements of the tensor."""
+    return make("numel")
+
+
+def divide(a: object, b: object) -> Node:
+    """a / b. Elements are divided by a host value as a product with its reciprocal, taken in float64."""
+    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
+    if a.rank == Rank.ELEMENT and b.rank < Rank.ELEMENT and b.type in FLOATS:
+        return make("mul", a, make("div", 1.0, b))
+    return make("div", a, b)
+
+
+def power(a: object, b: object) -> Node:
+    """a ** b on the host; of an element, the square alone."""
+    if isinstance(a, Node) and a.rank == Rank.ELEMENT and b == 2:
+        return square(a)
+    return make("pow", a, b)
+
+
+def where(condition: Node, a: object, b: object) -> Node:
+    """a where the condition holds, else b: a rule's `if`. Both are computed."""
+    return make("where", condition, a, b)
+
+
+def sqrt(x: object) -> Node:
+    """The square root, correctly rounded."""
+    return make("sqrt", x)
+
+
+def square(x: Node) -> Node:
+    """x * x."""
+    return make("mul", x, x)
+
+
+def exp(x: object) -> Node:
+    """The exponential of a host value."""
+    return make("exp", x)
+
+
+def log(x: object) -> Node:
+    """The natural logarithm of a host value."""
+    return make("log", x)
+
+
+def floor(x: Node) -> Node:
+    """The largest whole number that is not above x."""
+    return make("floor", x)
+
+
+def rint(x: Node) -> Node:
+    """The nearest whole number, halves to even."""
+    return make("rint", x)
+
+
+def lerp(a: Node, b: Node, weight: object) -> Node:
+    """a + weight * (b - a), as torch.lerp has it: exact at weight 0 and, taken from b's side above one half, at 1."""
+    weight = weight if isinstance(weight, Node) else const(weight)
+    near = weight < 0.5
+    return where(near, a, b) + where(near, weight, weight - 1.0) * (b - a)
+
+
+def maximum(a: Node, b: Node) -> Node:
+    """The larger of two values; NaN if one of them is, as in torch."""
+    return where((a > b) | (a != a), a, b)
+
+
+def minimum(a: Node, b: Node) -> Node:
+    """The smaller of two values; NaN if one of them is, as in torch."""
+    return where((a < b) | (a != a), a, b)
+
+
+def sign(x: Node) -> Node:
+    """-1, 0 or 1; NaN stays NaN."""
+    return where(x > 0, 1.0, where(x < 0, -1.0, x))
+
+
+def sum(x: Node) -> Node:  # noqa: A001 - the field's word
+    """The sum over a tensor, accumulated in float64 in an order that depends on the tensor's size alone."""
+    return make("sum", x)
+
+
+def amax(x: Node) -> Node:
+    """The largest absolute value in a tensor; NaN if one element is."""
+    return make("amax", abs(x))
+
+
+def mean(x: Node) -> Node:
+    """The mean over a tensor."""
+    return sum(x) / numel()
+
+
+def norm(x: Node) -> Node:
+    """The Euclidean norm of a tensor."""
+    return sqrt(sum(square(x)))
+
+
+def topological(roots: Iterable[Node]) -> list[Node]:
+    """Every node that the roots need, arguments before users, each once."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((arg, False) for arg in reversed(node.args))
+    return order
+
+
+def verify(roots: Sequence[Node], types: Sequence[str] = TYPES, columns: Iterable[str] | None = None) -> None:
+    """Check a graph against the operations' specification, and against what a stage allows.
+
+    `types` are the value types that may occur at element rank, `columns` the columns that may be loaded. A failure is
+    a defect of the stage before, never of the user: it raises AssertionError and names the node.
+    """
+    known = None if columns is None else set(columns)
+    for node in topological(roots):
+        inferred = _infer(node.op, node.args, node.attr, node.type)
+        if inferred != (node.type, node.rank):
+            raise AssertionError(f"{node!r} says {(node.type, node.rank)}, its arguments say {inferred}")
+        if node.rank == Rank.ELEMENT and node.type not in types:
+            raise AssertionError(f"{node!r} has type {node.type}; this stage allows {', '.join(types)}")
+        if node.op == "load" and known is not None and node.attr not in known:
+            raise AssertionError(f"{node!r} loads a column that is not there; there are {', '.join(sorted(known))}")

@@ -1,0 +1,319 @@
+"""A program's passes as LLVM IR: plain loops that LLVM vectorises for the host, and the walk over all tensors.
+
+One library holds, for each pass k, `body_k` (the mathematics over a range of one tensor) and `worker_k` (a thread's
+share of all tensors), and one `launch` that runs a worker in every thread. There is no call in a loop.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from .ir import Node
+from .program import Pass, Program, element_order
+
+# Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
+CHUNK = 32768
+# A reduction keeps this many running values side by side: part of its definition, as it decides the order of addition.
+LANES = 16
+
+TYPES = {"f32": "float", "f64": "double", "f16": "half", "i16": "i16", "i32": "i32", "bool": "i1"}
+BINARY = {
+    "add": "fadd",
+    "sub": "fsub",
+    "mul": "fmul",
+    "div": "fdiv",
+    "lt": "fcmp olt",
+    "le": "fcmp ole",
+    "eq": "fcmp oeq",
+    "and": "and",
+    "or": "or",
+    "xor": "xor",
+    "shl": "shl",
+    "shr": "lshr",
+}
+BINARY_ON_INTEGERS = {"add": "add", "sub": "sub", "lt": "icmp slt", "le": "icmp sle", "eq": "icmp eq"}
+INTRINSICS = {"abs": "fabs", "sqrt": "sqrt", "floor": "floor", "rint": "roundeven"}
+CASTS = {
+    ("f32", "f64"): "fpext",
+    ("f64", "f32"): "fptrunc",
+    ("f32", "f16"): "fptrunc",
+    ("f16", "f32"): "fpext",
+    ("i16", "i32"): "zext",
+    ("i32", "i16"): "trunc",
+    ("i32", "f32"): "sitofp",
+}
+
+# What a worker is told: 64-bit fields of one array. `COUNTER` is the next unit of work to take, shared by all threads.
+FIELDS = ("counter", "units", "unit_begin", "chunk_tensor", "chunk_start", "numel", "pointers", "rows", "table", "partials", "tensors")  # fmt: skip
+
+LAUNCH = """
+define void @launch(ptr %worker, ptr %arguments, i32 %threads, ptr %parallel) {
+  %alone = icmp eq i32 %threads, 1
+  br i1 %alone, label %here, label %all
+here:
+  call void %worker(ptr %arguments)
+  ret void
+all:
+  call void %parallel(ptr %worker, ptr %arguments, i32 %threads, i32 0)
+  ret void
+}
+"""
+
+
+def lower(program: Program) -> str:
+    """The program as the text of one LLVM module."""
+    parts = [LAUNCH]
+    intrinsics: set[str] = set()
+    for k, one in enumerate(program.passes):
+        body = _Body(program, one, k)
+        parts += [body.text(), _worker(program, one, k)]
+        intrinsics |= body.intrinsics
+    return "\n".join([*parts, *sorted(intrinsics)])
+
+
+def literal(value: object, type: str) -> str:
+    """A constant in LLVM's notation: floats by their bits, so that nothing is rounded twice."""
+    if type == "bool":
+        return "true" if value else "false"
+    if type in ("i16", "i32"):
+        return str(value)
+    number = float(value)  # type: ignore[arg-type]
+    if type == "f32":
+        number = struct.unpack("f", struct.pack("f", number))[0]
+    return f"0x{struct.unpack('>Q', struct.pack('>d', number))[0]:016X}"
+
+
+class _Body:
+    """`body_k`: one pass over the elements [begin, end) of one tensor."""
+
+    def __init__(self, program: Program, one: Pass, k: int) -> None:
+        self.program, self.one, self.k = program, one, k
+        self.lines: list[str] = []
+        self.intrinsics: set[str] = set()
+        self.count = 0
+
+    def text(self) -> str:
+        columns = ", ".join(f"ptr noalias %{name}" for name in column_names(self.one))
+        partial = ", ptr noalias %partial" if self.one.reductions else ""
+        head = f"define internal void @body_{self.k}({columns}, ptr noalias %row, i64 %begin, i64 %end{partial}) noinline nounwind {{"
+        self.lines = [head, "entry:"]
+        self._enter_inputs()
+        if self.one.reductions:
+            self._reduce()
+        else:
+            self._walk()
+        return "\n".join([*self.lines, "  ret void", "}"])
+
+    def _walk(self) -> None:
+        """Stores alone: a scalar loop, which LLVM vectorises."""
+        self.lines += ["  br label %loop_head"]
+        self._loop("loop", "%begin", "%end", 1, self._stores, "done")
+        self.lines.append("done:")
+
+    def _stores(self) -> None:
+        values = self._elements("%loop_i", width=0)
+        for name, root in self.one.stores:
+            type = TYPES[root.type]
+            self._line(f"%{name}_to = getelementptr {type}, ptr %{name}, i64 %loop_i")
+            self._line(f"store {type} {values(root)}, ptr %{name}_to, align 1")
+
+    def _reduce(self) -> None:
+        """Reductions: LANES running values in float64; element j of the range belongs to lane j modulo LANES."""
+        lanes = f"<{LANES} x double>"
+        for r in range(len(self.one.reductions)):
+            self._line(f"%acc{r} = alloca {lanes}, align 64")
+            self._line(f"store {lanes} zeroinitializer, ptr %acc{r}")
+        self._line("%length = sub i64 %end, %begin")
+        self._line(f"%rest = urem i64 %length, {LANES}")
+        self._line("%middle = sub i64 %end, %rest")
+        self._line("br label %wide_head")
+        self._loop("wide", "%begin", "%middle", LANES, lambda: self._accumulate("%wide_i", LANES), "between")
+        self.lines.append("between:")
+        self._line("br label %tail_head")
+        self._loop("tail", "%middle", "%end", 1, lambda: self._accumulate("%tail_i", 0), "done")
+        self.lines.append("done:")
+        for r, reduction in enumerate(self.one.reductions):
+            self._line(f"%sums{r} = load {lanes}, ptr %acc{r}")
+            total = f"{literal(0.0, 'f64')}"
+            for lane in range(LANES):
+                self._line(f"%lane{r}_{lane} = extractelement {lanes} %sums{r}, i32 {lane}")
+                total = self._combine(reduction, total, f"%lane{r}_{lane}", "double")
+            self._line(f"%partial{r} = getelementptr double, ptr %partial, i64 {r}")
+            self._line(f"store double {total}, ptr %partial{r}")
+
+    def _accumulate(self, index: str, width: int) -> None:
+        values = self._elements(index, width)
+        wide = f"<{width} x double>" if width else "double"
+        for r, reduction in enumerate(self.one.reductions):
+            source = reduction.args[0]
+            value = values(source)
+            if source.type == "f32":
+                value = self._value(f"fpext {_wide('f32', width)} {value} to {wide}")
+            place = f"%acc{r}"
+            if not width:
+                lane = self._value(f"sub i64 {index}, %middle")
+                place = self._value(f"getelementptr double, ptr %acc{r}, i64 {lane}")
+            old = self._value(f"load {wide}, ptr {place}")
+            self._line(f"store {wide} {self._combine(reduction, old, value, wide)}, ptr {place}")
+
+    def _combine(self, reduction: Node, old: str, new: str, type: str) -> str:
+        if reduction.op == "sum":
+            return self._value(f"fadd {type} {old}, {new}")
+        condition = type.replace("double", "i1")
+        larger = self._value(f"fcmp ogt {type} {new}, {old}")
+        nan = self._value(f"fcmp uno {type} {new}, {new}")
+        either = self._value(f"or {condition} {larger}, {nan}")
+        return self._value(f"select {condition} {either}, {type} {new}, {type} {old}")
+
+    def _loop(self, name: str, begin: str, end: str, step: int, body, after: str) -> None:
+        """for (i = begin; i < end; i += step) body; the block before it has just branched to its head."""
+        self.lines += [
+            f"{name}_head:",
+            f"  %{name}_any = icmp slt i64 {begin}, {end}",
+            f"  br i1 %{name}_any, label %{name}_body, label %{after}",
+            f"{name}_body:",
+            f"  %{name}_i = phi i64 [ {begin}, %{name}_head ], [ %{name}_next, %{name}_body ]",
+        ]
+        body()
+        self.lines += [
+            f"  %{name}_next = add nsw i64 %{name}_i, {step}",
+            f"  %{name}_more = icmp slt i64 %{name}_next, {end}",
+            f"  br i1 %{name}_more, label %{name}_body, label %{after}",
+        ]
+
+    def _line(self, text: str) -> None:
+        self.lines.append("  " + text)
+
+    def _value(self, expression: str) -> str:
+        name = f"%v{self.count}"
+        self.count += 1
+        self._line(f"{name} = {expression}")
+        return name
+
+    def _enter_inputs(self) -> None:
+        """Host values, loaded before the loop; conditions are numbers in the table."""
+        compute = TYPES[self.program.compute]
+        self.inputs: dict[Node, str] = {}
+        for i, node in enumerate(self.one.inputs):
+            self._line(f"%input{i}_at = getelementptr {compute}, ptr %row, i64 {i}")
+            self._line(f"%input{i} = load {compute}, ptr %input{i}_at")
+            if node.type == "bool":
+                self._line(f"%input{i}_true = fcmp une {compute} %input{i}, {literal(0.0, self.program.compute)}")
+            self.inputs[node] = f"%input{i}_true" if node.type == "bool" else f"%input{i}"
+
+    def _elements(self, index: str, width: int):
+        """Emit every element node at this index; returns the function that names a node's value."""
+        names: dict[Node, str] = {}
+
+        def value(node: Node) -> str:
+            if node in names:
+                return names[node]
+            if node.op == "const":
+                one = literal(node.attr, node.type)
+                if width == 0:
+                    return one
+                return f"<{', '.join([f'{TYPES[node.type]} {one}'] * width)}>"
+            names[node] = self._splat(self.inputs[node], node.type, width)
+            return names[node]
+
+        for node in element_order(self.one.roots):
+            names[node] = self._node(node, index, width, value)
+        return value
+
+    def _splat(self, value: str, type: str, width: int) -> str:
+        if width == 0:
+            return value
+        wide = _wide(type, width)
+        first = self._value(f"insertelement {wide} poison, {TYPES[type]} {value}, i32 0")
+        return self._value(f"shufflevector {wide} {first}, {wide} poison, <{width} x i32> zeroinitializer")
+
+    def _node(self, node: Node, index: str, width: int, value) -> str:
+        type = _wide(node.type, width)
+        if node.op == "load":
+            at = self._value(f"getelementptr {TYPES[node.type]}, ptr %{node.attr}, i64 {index}")
+            return self._value(f"load {type}, ptr {at}, align 1")
+        args = [value(a) for a in node.args]
+        source = _wide(node.args[0].type, width)
+        if node.op in BINARY:
+            integers = node.args[0].type in ("i16", "i32")
+            operation = BINARY_ON_INTEGERS.get(node.op, BINARY[node.op]) if integers else BINARY[node.op]
+            return self._value(f"{operation} {source} {args[0]}, {args[1]}")
+        if node.op == "neg":
+            return self._value(f"fneg {type} {args[0]}")
+        if node.op == "not":
+            true = "true" if width == 0 else f"<{', '.join(['i1 true'] * width)}>"
+            return self._value(f"xor {type} {args[0]}, {true}")
+        if node.op == "where":
+            return self._value(f"select {source} {args[0]}, {type} {args[1]}, {type} {args[2]}")
+        if node.op in INTRINSICS:
+            name = f"@llvm.{INTRINSICS[node.op]}.{'v' + str(width) if width else ''}{node.type}"
+            self.intrinsics.add(f"declare {type} {name}({type})")
+            return self._value(f"call {type} {name}({type} {args[0]})")
+        cast = "bitcast" if node.op == "bitcast" else CASTS[node.args[0].type, node.type]
+        return self._value(f"{cast} {source} {args[0]} to {type}")
+
+
+def _wide(type: str, width: int) -> str:
+    return f"<{width} x {TYPES[type]}>" if width else TYPES[type]
+
+
+def column_names(one: Pass) -> list[str]:
+    """The columns that a pass touches, loads first."""
+    return list(dict.fromkeys([*one.loads, *(name for name, _ in one.stores)]))
+
+
+def _worker(program: Program, one: Pass, k: int) -> str:
+    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
+    position = {c.name: i for i, c in enumerate(program.columns)}
+    names = column_names(one)
+    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:"]
+    for i, field in enumerate(FIELDS[1:], 1):
+        type = "i64" if field in ("units", "tensors") else "ptr"
+        lines += [f"  %{field}_at = getelementptr i64, ptr %arguments, i64 {i}", f"  %{field} = load {type}, ptr %{field}_at"]
+    lines += [
+        "  br label %take",
+        "take:",
+        "  %unit = atomicrmw add ptr %arguments, i64 1 monotonic",
+        "  %left = icmp slt i64 %unit, %units",
+        "  br i1 %left, label %work, label %done",
+        "work:",
+        *_load("first", "i64", "unit_begin", "%unit"),
+        "  %after = add i64 %unit, 1",
+        *_load("last", "i64", "unit_begin", "%after"),
+        "  br label %chunk",
+        "chunk:",
+        "  %c = phi i64 [ %first, %work ], [ %c_next, %chunk ]",
+        *_load("tensor", "i64", "chunk_tensor", "%c"),
+        *_load("start", "i64", "chunk_start", "%c"),
+        *_load("n", "i64", "numel", "%tensor"),
+        *_load("r", "i64", "rows", "%tensor"),
+        f"  %full = add i64 %start, {CHUNK}",
+        "  %short = icmp slt i64 %n, %full",
+        "  %stop = select i1 %short, i64 %n, i64 %full",
+        f"  %row_offset = mul i64 %r, {len(one.inputs)}",
+        f"  %row = getelementptr {TYPES[program.compute]}, ptr %table, i64 %row_offset",
+    ]
+    for name in names:
+        lines += [f"  %{name}_row = mul i64 %tensors, {position[name]}", f"  %{name}_index = add i64 %{name}_row, %tensor"]
+        lines += _load(f"{name}_pointer", "ptr", "pointers", f"%{name}_index")
+    partial = ""
+    if one.reductions:
+        lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
+        lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
+        partial = ", ptr %partial"
+    columns = ", ".join(f"ptr %{name}_pointer" for name in names)
+    lines += [
+        f"  call void @body_{k}({columns}, ptr %row, i64 %start, i64 %stop{partial})",
+        "  %c_next = add i64 %c, 1",
+        "  %c_more = icmp slt i64 %c_next, %last",
+        "  br i1 %c_more, label %chunk, label %take",
+        "done:",
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:
+    return f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}", f"  %{name} = load {type}, ptr %{name}_at2"

@@ -1,0 +1,23 @@
+"""How a tensor lies in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def has_storage(t: Tensor) -> bool:
+    """Whether a strided tensor's storage holds all of its elements; false after `untyped_storage().resize_(0)`."""
+    if t.numel() == 0:
+        return True
+    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.untyped_storage().nbytes() >= (last + 1) * t.itemsize and t.data_ptr() != 0
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
+    expected = 1
+    for stride, n in sorted((stride, n) for n, stride in zip(t.shape, t.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return t.numel() == 0
+        expected *= n
+    return True

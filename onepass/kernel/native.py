@@ -1,0 +1,93 @@
+"""Machine code: LLVM IR in, callable functions out, and the OpenMP runtime that torch itself runs on.
+
+Nothing but llvmlite is needed on the user's machine. Code is compiled for the host's own instruction set, without
+fast-math: no reassociation, no contraction to fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import torch
+
+
+@cache
+def target_machine() -> llvm.TargetMachine:
+    """The host, with all instructions that it has."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2, jit=True)
+
+
+class Library:
+    """Compiled functions, alive as long as this object: whoever keeps an address keeps the library too."""
+
+    def __init__(self, source: str) -> None:
+        """Compile LLVM IR. Malformed IR raises RuntimeError with LLVM's words: a defect here, never of the user."""
+        machine = target_machine()
+        module = llvm.parse_assembly(source)
+        module.verify()
+        tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+        tuning.loop_vectorization = True
+        tuning.slp_vectorization = False
+        builder = llvm.create_pass_builder(machine, tuning)
+        builder.getModulePassManager().run(module, builder)
+        self.optimized = str(module)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """The address of a function."""
+        return self._engine.get_function_address(name)
+
+    def assembly(self) -> str:
+        """The host's assembly of the whole library."""
+        module = llvm.parse_assembly(self.optimized)
+        return target_machine().emit_assembly(module)
+
+
+@cache
+def openmp() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0 where there is none.
+
+    Running on that runtime means sharing torch's threads instead of adding as many again.
+    """
+    for path in _openmp_candidates():
+        try:
+            function = ctypes.CDLL(path).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+def _openmp_candidates() -> list[str]:
+    names = ("libgomp", "libiomp5", "libomp")
+    if sys.platform == "linux":
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            paths = dict.fromkeys(line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line)
+    else:
+        paths = dict.fromkeys(str(p) for p in (Path(torch.__file__).parent / "lib").glob("*omp*"))
+    return [p for p in paths if os.path.basename(p).startswith(names)]
+
+
+@cache
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    # Keyed by process: a forked child has none of its parent's threads.
+    return ThreadPoolExecutor(threads, thread_name_prefix="onepass")
+
+
+def run_in_threads(worker: int, argument: int, threads: int) -> None:
+    """Call `void worker(void*)` once in each of so many threads; the fallback where no OpenMP runtime is loaded."""
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(worker)
+    pool = _pool(threads, os.getpid())
+    for future in [pool.submit(function, argument) for _ in range(threads)]:
+        future.result()

@@ -1,0 +1,111 @@
+"""State dicts: what is checked before one is loaded, and which of its entries belongs to which parameter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+def check_state_dict(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Whether this is an optimizer's state dict at all."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        keys = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"{owner}: a state dict has 'state' and 'param_groups', got {keys}; pass an optimizer's own")
+    if not all(isinstance(g, Mapping) and "params" in g for g in state_dict["param_groups"]):
+        raise ValueError(f"{owner}: each of a state dict's param_groups must be a dict with 'params'")
+
+
+@dataclass
+class Match:
+    """A state dict beside the groups that it is loaded into: pairs of groups, and each saved key's parameter."""
+
+    owner: str
+    groups: list[Group]
+    saved_groups: list[Group]
+    saved_state: Mapping[Any, Any]
+    parameters: dict[Any, Tensor]
+    labels: dict[Any, str]
+
+    def load(self, state_names: Sequence[str], defaults: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Group]]:
+        """The new state and groups, everything verified first; the optimizer itself is not touched."""
+        for key, value in self.saved_state.items():
+            if key in self.parameters:
+                self._check(key, value, state_names)
+        state: dict[Any, Any] = defaultdict(dict)
+        for key, value in self.saved_state.items():
+            p = self.parameters.get(key)
+            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p)
+        groups = []
+        for group, saved in zip(self.groups, self.saved_groups, strict=True):
+            kept = {k: group[k] for k in ("param_names",) if k in group}
+            options = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", *kept)}
+            groups.append({**defaults, **options, **kept, "params": group["params"]})
+        return state, groups
+
+    def _check(self, key: Any, value: Any, state_names: Sequence[str]) -> None:
+        p, label = self.parameters[key], self.labels[key]
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
+        unknown = [name for name, entry in value.items() if name not in state_names and isinstance(entry, Tensor)]
+        if unknown:
+            known = ", ".join(state_names) or "no state"
+            raise ValueError(
+                f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which belongs to another "
+                f"optimizer; {self.owner} keeps {known}"
+            )
+        for name, entry in value.items():
+            if name in state_names and name != "step" and entry is not None and not isinstance(entry, Tensor):
+                raise ValueError(f"{self.owner}: saved state {name!r} of parameter {label} is no tensor: {entry!r:.50}")
+            if isinstance(entry, Tensor) and name != "step" and entry.shape != p.shape:
+                raise ValueError(
+                    f"{self.owner}: saved state {name!r} of parameter {label} has shape {tuple(entry.shape)}, "
+                    f"the parameter has {tuple(p.shape)}; load a checkpoint of this model"
+                )
+
+
+def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Match:
+    """Find each saved entry's parameter: by name where both sides have names, else by position."""
+    saved_groups = list(state_dict["param_groups"])
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"{owner}: the state dict has a different number of parameter groups: {len(saved_groups)}, this optimizer "
+            f"has {len(groups)}"
+        )
+    named = all("param_names" in g for g in chain(groups, saved_groups))
+    parameters: dict[Any, Tensor] = {}
+    labels: dict[Any, str] = {}
+    for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"{owner}: group {i} of the state dict has {len(saved['params'])} parameters and doesn't match the size "
+                f"of this optimizer's group, {len(group['params'])}"
+            )
+        names = saved["param_names"] if named else saved["params"]
+        of_name = dict(zip(group["param_names"] if named else names, group["params"], strict=True))
+        for key, name in zip(saved["params"], names, strict=True):
+            if name not in of_name:
+                raise ValueError(f"{owner}: the state dict has a parameter {name!r} in group {i}, this optimizer has not")
+            parameters[key], labels[key] = of_name[name], repr(name) if named else str(key)
+    return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels)
+
+
+def _adopt(value: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+    """A copy of a parameter's state: in its own dtype, on the parameter's device; `step` stays where it was."""
+    copied = {}
+    for name, entry in value.items():
+        if not isinstance(entry, Tensor):
+            copied[name] = deepcopy(entry)
+        elif name == "step":
+            copied[name] = entry.detach().clone()
+        else:
+            copied[name] = entry.detach().to(device=p.device, copy=True)
+    return copied
+

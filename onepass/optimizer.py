@@ -1,0 +1,270 @@
+"""`Optimizer`: parameter groups, state, step, hooks and checkpoints; all of torch's contract, and no mathematics."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any, SupportsFloat
+
+import torch
+from torch import Tensor
+
+from .batch import StepError
+from .kernel import Rule, signature
+from .loading import check_state_dict, match
+from .plan import Plan
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The base of every optimizer here, and of yours: subclass it, write `__init__` and a static `rule`.
+
+    The rule's positional arguments name the columns (p, g and the states, under torch's state-dict names), its
+    keyword-only arguments the param-group options; it returns the new value of each column that changes. Two keywords
+    are supplied for each parameter: `step`, the number of this step from 1, and `first`, a condition that holds in the
+    step that created the state.
+    """
+
+    rule: Rule
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        """Begin with param groups, each with `defaults` where it names no options of its own.
+
+        Raises TypeError for parameters that are no floating-point tensors, ValueError for an empty list, tensors that
+        are no leaves, or that occur twice.
+        """
+        self._plan: Plan | None = None
+        self._warned: set[str] = set()
+        defaults.setdefault("differentiable", False)
+        if isinstance(params, Tensor):
+            raise TypeError(f"{self.name}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
+        self.defaults = defaults
+        self.check_options(defaults)
+        super().__init__(params, defaults)
+        self._follow_grad_scaler()
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    # What a subclass may refine.
+
+    def flags(self, group: Mapping[str, Any]) -> Mapping[str, bool]:
+        """Further flags of the rule, derived from a group's options."""
+        return {}
+
+    def initial_state(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """A state column before a parameter's first step: zeros, laid out as the parameter."""
+        return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise where an option's value makes no sense, for the defaults and for each group."""
+
+    # Stepping.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and return what `closure`, if given, returned.
+
+        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients, state that does not fit,
+        memory that is gone. Nothing has been changed then.
+        """
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
+        if found_inf is not None and bool(found_inf):
+            return loss
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            self._make_ready(scale is not None).run(self.param_groups, 1.0 if scale is None else 1.0 / float(scale))
+        return loss
+
+    # Marks the function for torch.compile, which then calls it as it is; torch.compiler.disable would do the same but
+    # imports the whole compiler, a second at the first step.
+    _step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _make_ready(self, scaled: bool) -> Plan:
+        if self._plan is not None and self._plan.ready(self.param_groups, self.state, scaled):
+            return self._plan
+        self._plan = None
+        plan = Plan(self, self.param_groups, self.state, scaled)
+        if not plan.ready(self.param_groups, self.state, scaled):
+            raise StepError(f"{self.name}: parameters or state changed while a step was being prepared; step again")
+        self._plan = plan
+        return plan
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or with `set_to_none=False` fill them with zeros."""
+        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{self.name}.zero_grad"):
+            for p in chain.from_iterable(group["params"] for group in self.param_groups):
+                if p.grad is None:
+                    continue
+                if set_to_none:
+                    p.grad = None
+                    continue
+                if p.grad.grad_fn is not None:
+                    p.grad.detach_()
+                else:
+                    p.grad.requires_grad_(False)
+                p.grad.zero_()
+
+    def warn_once(self, message: str) -> None:
+        """Warn, once for each message in an optimizer's life."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    # Parameter groups.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Optimize further parameters, with options of their own: `{"params": [...], "lr": ...}`.
+
+        Raises as the constructor does, and then the optimizer is as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{self.name}: param_group must be a dict, got {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise KeyError(f"{self.name}: a param group needs 'params', got only {sorted(param_group)}")
+        params, names = self._read_params(param_group["params"])
+        self._check_params(params, names)
+        self._check_spelling(param_group)
+        self.check_options({**self.defaults, **param_group})
+        param_group["params"] = params
+        if names:
+            param_group["param_names"] = names
+        for key, default in self.defaults.items():
+            param_group.setdefault(key, default)
+        self.param_groups.append(param_group)
+
+    def _read_params(self, given: Any) -> tuple[list[Tensor], list[str]]:
+        if isinstance(given, set):
+            raise TypeError(f"{self.name}: params must have an order, got a set; use a list")
+        entries = [given] if isinstance(given, Tensor) else list(given)
+        names = [entry[0] for entry in entries if isinstance(entry, tuple)]
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if names and len(names) != len(params):
+            raise ValueError(f"{self.name}: all parameters must have names, or none; {len(params) - len(names)} have none")
+        return params, names
+
+    def _check_params(self, params: list[Tensor], names: list[str]) -> None:
+        labels = [repr(name) for name in names] or [str(i) for i in range(len(params))]
+        for p, label in zip(params, labels, strict=True):
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{self.name} can only optimize tensors, but parameter {label} is {torch.typename(p)}")
+            if not (p.is_floating_point() or p.is_complex()):
+                raise TypeError(
+                    f"{self.name}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
+                    "gradients, leave it out of the list"
+                )
+            if not self.defaults.get("differentiable") and not (p.is_leaf or p.retains_grad):
+                raise ValueError(f"{self.name} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        for p, label in zip(params, labels, strict=True):
+            if id(p) in mine:
+                raise ValueError(
+                    f"{self.name}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
+                    "in more than one parameter group; give each once"
+                )
+            mine.add(id(p))
+        if self.param_groups and bool(names) != ("param_names" in self.param_groups[0]) and params:
+            have = "with" if names else "without"
+            raise ValueError(f"{self.name}: all param groups must have names, or none; this one comes {have} names")
+
+    def _check_spelling(self, group: Mapping[str, Any]) -> None:
+        """Other keys are welcome in a group (schedulers add some), but not an option's name with a letter wrong."""
+        for key in group:
+            if key in self.defaults or key in ("params", "param_names"):
+                continue
+            meant = [n for n in difflib.get_close_matches(str(key), self.defaults, 1, 0.8) if abs(len(n) - len(key)) < 2]
+            if meant:
+                raise ValueError(f"{self.name}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+
+    # Checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups, with positions instead of parameters; torch.optim can load it.
+
+        Tensors are the optimizer's own, not copies, as in torch.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        position: dict[int, int] = {}
+        groups = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                position.setdefault(id(p), len(position))
+            packed = {key: value for key, value in group.items() if key != "params"}
+            groups.append(packed | {"params": [position[id(p)] for p in group["params"]]})
+        state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in self.state.items()}
+        result: dict[str, Any] = {"state": state, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state dict of this class, or of torch's of the same name.
+
+        Parameters are matched by name where both sides have names, else by position. State keeps its own dtype (fp32
+        moments of a bf16 parameter stay fp32) and moves to the parameter's device. Options, the learning rate
+        included, are the saved ones.
+
+        Raises ValueError, with the parameter's name and both shapes, where the dict does not fit; nothing has been
+        changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        check_state_dict(self.name, state_dict)
+        matched = match(self.name, self.param_groups, state_dict)
+        state, groups = matched.load(self._state_names(), self.defaults)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _state_names(self) -> tuple[str, ...]:
+        columns, keywords = signature(type(self).rule)
+        return (*columns[2:], *(("step",) if "step" in keywords else ()))
+
+    def _follow_grad_scaler(self) -> None:
+        # As in torch: fused optimizers unscale in the step; for others GradScaler does it before.
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+    # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plan = None
+        self.__dict__.setdefault("_warned", set())
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+        self._follow_grad_scaler()
+
+
+def check_number(owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
+    """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below)."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+    if isinstance(value, (bool, str)) or not isinstance(value, (Tensor, SupportsFloat)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    if not low <= float(value) < below:
+        raise ValueError(f"{owner}: {name} must lie in [{low:g}, {below:g}), got {value}")
+
+
+def check_modes(owner: str, options: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for torch's modes where they exclude each other."""
+    if options["fused"] and options["differentiable"]:
+        raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")

@@ -1,0 +1,393 @@
+"""Training a task: deterministic, saved after every epoch, and continued from there to the bit-identical result.
+
+A run is a pure function of its settings: the same seed, machine and number of threads give the same weights, whether
+or not the run was interrupted on the way. Nothing here prints; what happens is told to an `Observer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import onepass
+from onepass import checkpoint
+from onepass.tasks import Data, Examples, Task, find_task
+
+__all__ = [
+    "CHECKPOINT",
+    "SCHEDULES",
+    "Diverged",
+    "History",
+    "Observer",
+    "Run",
+    "Settings",
+    "SettingsError",
+    "find_optimizer",
+    "fit",
+    "make_settings",
+    "scheduled_lr",
+]
+
+CHECKPOINT = "last.safetensors"  # the file in a run's folder that holds its last finished epoch
+SCHEDULES = ("cosine", "step", "none")
+_KIND = "onepass training run"
+_EVALUATION_BATCH = 128
+
+
+class SettingsError(ValueError):
+    """What to train is not well described; the message says what was passed, what is allowed and what to do."""
+
+
+class Diverged(ArithmeticError):
+    """The training loss is no longer a finite number."""
+
+
+# --- what to train ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run's result depends on, besides the data, the machine and the versions of the software."""
+
+    task: str
+    optimizer: str
+    lr: float
+    epochs: int
+    batch_size: int
+    schedule: str
+    seed: int
+
+
+def make_settings(
+    task: str = "digits",
+    optimizer: str | None = None,
+    lr: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    schedule: str = "cosine",
+    seed: int = 0,
+) -> Settings:
+    """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for impossible ones."""
+    found = find_task(task)
+    name = find_optimizer(found.optimizer if optimizer is None else optimizer).__name__
+    settings = Settings(
+        task=task,
+        optimizer=name,
+        lr=_default_lr(found, name) if lr is None else lr,
+        epochs=found.epochs if epochs is None else epochs,
+        batch_size=found.batch_size if batch_size is None else batch_size,
+        schedule=schedule,
+        seed=seed,
+    )
+    if not (math.isfinite(settings.lr) and settings.lr > 0):
+        raise SettingsError(f"lr must be a positive finite number, got {settings.lr}.")
+    for key in ("epochs", "batch_size"):
+        if getattr(settings, key) < 1:
+            raise SettingsError(f"{key} must be at least 1, got {getattr(settings, key)}.")
+    if not 0 <= seed < 2**63:
+        raise SettingsError(f"seed must lie in [0, 2**63), got {seed}.")
+    if schedule not in SCHEDULES:
+        raise SettingsError(f"there is no schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+    return settings
+
+
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The public optimizer class of that name, in any case; `SettingsError` with the nearest names if there is none."""
+    classes = {
+        public.lower(): value
+        for public in onepass.__all__
+        if isinstance(value := getattr(onepass, public), type)
+        and issubclass(value, torch.optim.Optimizer)
+        and public != "Optimizer"
+    }
+    if name.lower() in classes:
+        return classes[name.lower()]
+    near = [classes[key].__name__ for key in difflib.get_close_matches(name.lower(), classes, n=3, cutoff=0.5)]
+    known = " or ".join(near) if near else ", ".join(found.__name__ for found in classes.values())
+    raise SettingsError(
+        f"there is no optimizer {name!r}: " + (f"did you mean {known}?" if near else f"choose one of {known}.")
+    )
+
+
+def _default_lr(task: Task, optimizer: str) -> float:
+    """The task's rate for this optimizer, else the optimizer's own default, else that of the task's own optimizer."""
+    if optimizer in task.lr:
+        return task.lr[optimizer]
+    probe = find_optimizer(optimizer)
+    try:
+        own = probe([nn.Parameter(torch.zeros(1, 1))]).defaults.get("lr")
+    except (TypeError, ValueError):
+        own = None
+    return own if isinstance(own, float) and own > 0 else task.lr[task.optimizer]
+
+
+def scheduled_lr(schedule: str, lr: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """The learning rate of the 0-based `step` of `total_steps`: a pure function, so that no state can be lost.
+
+    `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a tenth after half of
+    the steps and to a hundredth after three quarters. Both first rise in a line over `warmup_steps`.
+    """
+    if schedule == "none":
+        return lr
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "step":
+        return lr * (1.0 if 2 * step < total_steps else 0.1 if 4 * step < 3 * total_steps else 0.01)
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """What was measured: one number an optimizer step for training, one an epoch for the held-out examples."""
+
+    lr: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_metric: list[float] = field(default_factory=list)
+    held_out_loss: list[float] = field(default_factory=list)
+    held_out_metric: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Seconds:
+    """Time spent in each part of all training steps so far, in seconds."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+    evaluation: float = 0.0
+
+
+class Observer(Protocol):
+    """Is told how a run goes."""
+
+    def stepped(self, run: Run) -> None:
+        """After each optimizer step; `run.history` and `run.seconds` include it."""
+
+    def finished_epoch(self, run: Run) -> None:
+        """After each epoch, when its checkpoint is on the disk."""
+
+
+class Run:
+    """A model in training: everything that the next step depends on.
+
+    `Run(settings, data_folder)` starts anew, `Run.load(checkpoint_path, ...)` continues. Errors: `SettingsError` when
+    the optimizer does not accept the settings or cannot train such a model, `TaskError` when there is no data.
+    """
+
+    def __init__(self, settings: Settings, data_folder: Path) -> None:
+        self.settings = settings
+        self.task = find_task(settings.task)
+        self.data_folder = data_folder
+        self.data: Data = self.task.load(data_folder)
+        self.shuffle = torch.Generator().manual_seed(settings.seed)
+        self.epoch = 0  # finished ones
+        self.history = History()
+        self.seconds = Seconds()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = self.task.make_model()
+            self.rng_state = torch.get_rng_state()
+        self.optimizer = _make_optimizer(settings, self.model)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return min(self.task.examples_per_epoch or len(self.data.train), len(self.data.train))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples_per_epoch / self.settings.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.settings.epochs
+
+    @property
+    def is_finished(self) -> bool:
+        return self.epoch >= self.settings.epochs
+
+    def save(self, path: Path) -> None:
+        """Write the run to `path`, whole or not at all; only between epochs is it all that the next step depends on."""
+        checkpoint.save(
+            path,
+            {
+                "kind": _KIND,
+                "settings": dataclasses.asdict(self.settings),
+                "epoch": self.epoch,
+                "step": len(self.history.train_loss),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": {"torch": self.rng_state, "shuffle": self.shuffle.get_state()},
+                "history": dataclasses.asdict(self.history),
+                "seconds": dataclasses.asdict(self.seconds),
+                "data": {"folder": str(self.data_folder.absolute()), "fingerprint": self.data.fingerprint()},
+                "torch": torch.__version__,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path, asked: Mapping[str, Any], data_folder: Path | None = None) -> Run:
+        """The run saved at `path`, ready to continue; `data_folder` replaces the folder that it names.
+
+        `asked` are settings that the caller believes the run to have, by name: `SettingsError` when one differs, or
+        when the data is no longer what it was. `CheckpointError` when the file is no (whole) training run.
+        """
+        tree = checkpoint.load(path)
+        if tree.get("kind") != _KIND:
+            raise checkpoint.CheckpointError(
+                f"{path} is a checkpoint but not one of a training run; name a folder in which onepass train has run."
+            )
+        try:
+            settings = make_settings(**tree["settings"])
+            _refuse_conflicts(settings, asked, path)
+            run = cls(settings, data_folder or Path(tree["data"]["folder"]))
+            _refuse_other_data(run, tree["data"]["fingerprint"], path)
+            run._restore(tree)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit this version of the task or of the optimizer ({_first_line(error)}); start anew."
+            ) from error
+        return run
+
+    def _restore(self, tree: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(tree["model"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.rng_state = tree["rng"]["torch"]
+        self.shuffle.set_state(tree["rng"]["shuffle"])
+        self.epoch = int(tree["epoch"])
+        self.history = History(**tree["history"])
+        self.seconds = Seconds(**tree["seconds"])
+
+
+def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer on the model's parameters, once it has shown that it can make a step with dense gradients."""
+    cls = find_optimizer(settings.optimizer)
+    try:
+        trial = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+        for p in trial:
+            p.grad = torch.zeros_like(p)
+        cls(trial, lr=settings.lr).step()
+        return cls(model.parameters(), lr=settings.lr)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr {settings.lr}: "
+            f"{_first_line(error)}; choose another optimizer or lr."
+        ) from error
+
+
+def _refuse_conflicts(settings: Settings, asked: Mapping[str, Any], path: Path) -> None:
+    for key, wanted in asked.items():
+        if key == "optimizer":
+            wanted = find_optimizer(wanted).__name__
+        held = getattr(settings, key)
+        if held != wanted:
+            raise SettingsError(
+                f"{path} was trained with {key} {held} and not {wanted}: leave {key} out to continue that run, "
+                "or start another one in a folder of its own."
+            )
+
+
+def _refuse_other_data(run: Run, fingerprint: str, path: Path) -> None:
+    if run.data.fingerprint() != fingerprint:
+        raise SettingsError(
+            f"the data of task {run.settings.task} is not that with which {path} was trained, so that run cannot be "
+            "continued to the same result; give it back its data or start anew."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run, path: Path, observer: Observer) -> None:
+    """Train `run` to its last epoch, saving it to `path` after each one.
+
+    The caller's global random state is left as it was. Errors: `Diverged` when the loss is not finite; the checkpoint
+    of the last finished epoch stays, as it does when an exception (KeyboardInterrupt too) ends the loop.
+    """
+    with _own_rng(run):
+        while not run.is_finished:
+            _train_epoch(run, observer)
+            start = time.perf_counter()
+            loss, metric = evaluate(run.model, run.data.held_out, run.task)
+            run.seconds.evaluation += time.perf_counter() - start
+            run.history.held_out_loss.append(loss)
+            run.history.held_out_metric.append(metric)
+            run.epoch += 1
+            run.rng_state = torch.get_rng_state()
+            run.save(path)
+            observer.finished_epoch(run)
+
+
+@contextmanager
+def _own_rng(run: Run) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(run.rng_state)
+        yield
+
+
+def _train_epoch(run: Run, observer: Observer) -> None:
+    run.model.train()
+    order = torch.randperm(len(run.data.train), generator=run.shuffle)[: run.examples_per_epoch]
+    for indices in order.split(run.settings.batch_size):
+        step = len(run.history.train_loss)
+        warmup_steps = round(run.task.warmup * run.total_steps)
+        lr = scheduled_lr(run.settings.schedule, run.settings.lr, step, run.total_steps, warmup_steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        inputs, targets = run.data.train.batch(indices)
+        loss, metric = _train_step(run, inputs, targets)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"the loss became {loss} in epoch {run.epoch + 1}, step {step + 1} of {run.total_steps}: "
+                f"try a smaller lr than {run.settings.lr:g}."
+            )
+        run.history.lr.append(lr)
+        run.history.train_loss.append(loss)
+        run.history.train_metric.append(metric)
+        observer.stepped(run)
+
+
+def _train_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    run.optimizer.zero_grad()
+    start = time.perf_counter()
+    outputs = run.model(inputs)
+    loss = run.task.loss(outputs, targets)
+    forward_end = time.perf_counter()
+    loss.backward()
+    backward_end = time.perf_counter()
+    run.optimizer.step()
+    end = time.perf_counter()
+    run.seconds.forward += forward_end - start
+    run.seconds.backward += backward_end - forward_end
+    run.seconds.optimizer += end - backward_end
+    with torch.no_grad():
+        return loss.item(), run.task.metric.measure(outputs, targets).item()
+
+
+def evaluate(model: nn.Module, examples: Examples, task: Task) -> tuple[float, float]:
+    """The mean loss and metric over all targets of `examples`; the model is left in evaluation mode."""
+    model.eval()
+    loss = metric = 0.0
+    with torch.no_grad():
+        for indices in torch.arange(len(examples)).split(_EVALUATION_BATCH):
+            inputs, targets = examples.batch(indices)
+            outputs = model(inputs)
+            loss += task.loss(outputs, targets).item() * len(indices)
+            metric += task.metric.measure(outputs, targets).item() * len(indices)
+    return loss / len(examples), metric / len(examples)
