@@ -247,7 +247,7 @@ def _decode_tensor(leaf: Mapping[str, Any], file: Any, path: str | os.PathLike[s
 def _tensor_checksum(tensor: Tensor) -> int:
     """The CRC-32 of dtype, shape and elements: a bit that flipped in any of them shows."""
     label = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), label) if tensor.numel() else label
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, label) if tensor.numel() else label
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -267,6 +267,10 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except KeyError as error:
+        raise CheckpointError(
+            f"checkpoint.save: the installed safetensors does not know {error}; upgrade it or convert the tensor."
+        ) from error
     except SafetensorError as error:
         raise OSError(
             f"checkpoint.save: {path} could not be written ({error}); free space or choose another folder"

@@ -29,21 +29,19 @@ class UsageError(ValueError):
 # Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
 USER_ERRORS = (CheckpointError, Diverged, SettingsError, TaskError, UsageError)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command that `arguments` name and return the exit code; what it foresees is raised as `USER_ERRORS`."""
     try:
-        code = app(list(arguments), prog_name="onepass", standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name="onepass", standalone_mode=False)
     except Exception as error:
         # typer's errors have had several base classes, of which this method is the common mark.
-        if not hasattr(error, "format_message"):
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
             raise
-        sentence = error.format_message()
-        if not sentence:  # no command: the help has been printed
-            return 0
-        raise UsageError(f"{sentence.rstrip('.')}; see onepass --help.") from error
+        raise UsageError(f"{format_message().rstrip('.')}; see onepass --help.") from error
     return code if isinstance(code, int) else 0
 
 
@@ -85,8 +83,8 @@ def train(
     path = folder / training.CHECKPOINT
     settings = training.make_settings(**asked)  # checked before any file is looked at, resumed or not
     try:
+        _check_folder(folder)
         if not resume:
-            _check_folder(folder)
             job = Run(settings, Path("data") if data is None else data)
             folder.mkdir(parents=True, exist_ok=True)
             _set_aside(path, console)
@@ -128,7 +126,10 @@ def _run_to_end(job: Run, path: Path, console: Console) -> int:
     metric = job.task.metric
     if job.is_finished:
         result = f"{metric.name} {metric.show(job.history.held_out_metric[-1])}"
-        say(console, f"{path} is a finished run ({job.epoch} epochs, {result}): there is nothing to resume.")
+        say(
+            console,
+            f"{path} is a finished run (epoch {job.epoch} of {job.settings.epochs}, {result}): nothing to resume.",
+        )
         return 0
     say(console, describe(job))
     if job.epoch:

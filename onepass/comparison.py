@@ -66,9 +66,7 @@ def _make_contenders(optimizer: torch.optim.Optimizer, parameters: list[Tensor])
     return contenders
 
 
-def _make(
-    cls: type[torch.optim.Optimizer], parameters: list[Tensor], hyper: dict[str, Any], **modes: bool
-) -> torch.optim.Optimizer:
+def _make(cls: type[Any], parameters: list[Tensor], hyper: dict[str, Any], **modes: bool) -> torch.optim.Optimizer:
     copies = [nn.Parameter(p.detach().clone()) for p in parameters]
     for copy, p in zip(copies, parameters, strict=True):
         copy.grad = None if p.grad is None else p.grad.detach().clone()

@@ -66,7 +66,9 @@ def _draw(axes: Axes, train: list[float], held_out_steps: list[int], held_out: l
     steps = range(1, len(train) + 1)
     axes.plot(steps, train, color=_TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(train), color=_TRAIN, linewidth=1.6, label="training")
-    axes.plot(held_out_steps, held_out, color=_HELD_OUT, linewidth=1.6, marker="o", markersize=4, label="held out", zorder=3)[0].set_clip_on(False)
+    axes.plot(
+        held_out_steps, held_out, color=_HELD_OUT, linewidth=1.6, marker="o", markersize=4, label="held out", zorder=3
+    )[0].set_clip_on(False)
 
 
 def _smooth(values: list[float]) -> list[float]:

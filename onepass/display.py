@@ -53,9 +53,8 @@ class TrainDisplay:
         done = len(history.train_loss)
         loss, metric = _mean(history.train_loss[-_RECENT_STEPS:]), _mean(history.train_metric[-_RECENT_STEPS:])
         milliseconds = 1e3 * run.seconds.optimizer / done
-        numbers = (
-            f"loss {loss:.3g}  {run.task.metric.name} {run.task.metric.show(metric)}  {milliseconds:.2f} ms/opt. step"
-        )
+        shown = f"{run.task.metric.name} {run.task.metric.show(metric)}"
+        numbers = f"loss {loss:.3g}  {shown}  optimizer {milliseconds:.2f} ms/step"
         self._progress.update(self._bar, completed=done, epoch=_count_epochs(run, 1), numbers=numbers)
 
     def finished_epoch(self, run: Run) -> None:
@@ -65,7 +64,7 @@ class TrainDisplay:
             self._console,
             f"epoch {_count_epochs(run, 0)}  loss {_mean(history.train_loss[-run.steps_per_epoch :]):.4f}, "
             f"held out {history.held_out_loss[-1]:.4f}  {metric.name} {metric.show(history.held_out_metric[-1])}  "
-            f"{milliseconds:.2f} ms/opt. step  {now - self._epoch_start:.1f} s",
+            f"optimizer {milliseconds:.2f} ms/step  {now - self._epoch_start:.1f} s",
         )
         self._epoch_start, self._optimizer_seconds = now, run.seconds.optimizer
 

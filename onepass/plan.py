@@ -266,7 +266,8 @@ class Plan:
             steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
             first = np.array([i in self.fresh for i in of], dtype=np.float64) if self.fresh else None
             batch.run(groups, steps, first, factor)
-            self.fresh.difference_update(i for i, on in zip(of, batch.active(), strict=True) if on)
+            if self.fresh:
+                self.fresh.difference_update(i for i, on in zip(of, batch.active(), strict=True) if on)
         for batch, of in self.eager:
             stepped = batch.run(groups, [i in self.fresh for i in of], factor)
             self.fresh.difference_update(of[k] for k in stepped)

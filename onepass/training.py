@@ -101,7 +101,7 @@ def make_settings(
     return settings
 
 
-def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+def find_optimizer(name: str) -> type[Any]:
     """The public optimizer class of that name, in any case; `SettingsError` with the nearest names if there is none."""
     classes = {
         public.lower(): value

@@ -121,7 +121,8 @@ def test_shared_and_viewed_memory(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path / "t")
     assert is_same({**tree, "tied": [tied.detach()] * 2}, loaded)
     loaded["steps"][0].fill_(9)
-    assert loaded["steps"][1] == 1 and loaded["whole"][0] == 0
+    assert loaded["steps"][1] == 1
+    assert loaded["whole"][0] == 0
     assert not loaded["tied"][0].requires_grad
 
 
@@ -258,7 +259,8 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path: Path) -> None:
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     checkpoint.save(tmp_path / "link", {"a": 1})
-    assert (tmp_path / "link").is_symlink() and checkpoint.load(tmp_path / "real") == {"a": 1}
+    assert (tmp_path / "link").is_symlink()
+    assert checkpoint.load(tmp_path / "real") == {"a": 1}
 
 
 # --- damaged and foreign files ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .formats import FORMATS, Format, cast
 from .ir import LEAVES, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
@@ -36,13 +36,13 @@ class Graph:
     def roots(self) -> list[Node]:
         return [node for _, node in self.outputs]
 
-    @property
+    @cached_property
     def state(self) -> tuple[str, ...]:
         """The columns beside p and g that this graph reads or writes, in the order of the rule's signature."""
         used = {node.attr for node in topological(self.roots) if node.op == "load"} | {name for name, _ in self.outputs}
         return tuple(name for name in self.columns if name in used and name not in ("p", "g"))
 
-    @property
+    @cached_property
     def hypers(self) -> tuple[str, ...]:
         """The hyper-parameters that reach an output, in a fixed order."""
         return _hypers(self.roots)

@@ -27,7 +27,7 @@ def _load(folder: Path) -> Data:
 
 def _import_datasets() -> Any:
     try:
-        from torchvision import datasets
+        from torchvision import datasets  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise TaskError(
             f"task cifar10: its images are read by torchvision, which cannot be imported ({_first_line(error)}); "

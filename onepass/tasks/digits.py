@@ -23,9 +23,9 @@ def _load(folder: Path) -> Data:
         raise TaskError(
             "task digits: its images come with scikit-learn, which is not installed; run pip install 'onepass[train]'."
         ) from error
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).to(torch.uint8)
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+    labels = torch.as_tensor(classes).to(torch.uint8)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):

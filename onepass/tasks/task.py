@@ -45,7 +45,7 @@ class Data:
         code = 0
         for tensor in (self.train.inputs, self.train.targets, self.held_out.inputs, self.held_out.targets):
             code = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), code)
-            code = zlib.crc32(tensor.contiguous().numpy(), code)
+            code = zlib.crc32(tensor.contiguous().numpy().data, code)
         return f"{code:08x}"
 
 

@@ -75,29 +75,42 @@ class _Block(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
         joint = self.attention_in(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = joint.permute(2, 0, 3, 1, 4)
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of features by its angle, so that attention sees the distance of two bytes, not their places."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
 class SmallGPT(nn.Module):
     """A causal transformer over bytes: (batch, length) int64 in 0..255 to logits (batch, length, 256).
 
-    The embedding and the last layer are one tensor.
+    `length` is at most 128. Positions are rotary (arXiv:2104.09864); the embedding and the last layer are one tensor.
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
-        self.bytes = nn.Embedding(256, width)
-        self.positions = nn.Embedding(_CONTEXT, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
-        self.head.weight = self.bytes.weight
+        self.head.weight = self.embedding.weight
+        pairs = width // heads // 2
+        angles = torch.arange(float(_CONTEXT)).outer(10_000.0 ** (-torch.arange(float(pairs)) / pairs))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # The sum of all blocks' outputs keeps its variance at the start, as in GPT-2.
@@ -106,8 +119,11 @@ class SmallGPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.bytes(text) + self.positions.weight[: text.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        x = self.embedding(text)
+        cos, sin = self.cos[: text.shape[1]], self.sin[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.head(self.norm(x))
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -126,7 +142,7 @@ TEXT = Task(
     metric=Metric("bits per byte", _measure_bits),
     lr={"AdamW": 3e-3, "Adam": 3e-3, "SGD": 0.3},
     epochs=8,
-    batch_size=16,
+    batch_size=8,
     examples_per_epoch=2048,
     warmup=0.05,
 )
