@@ -218,9 +218,10 @@ class KernelBatch:
 
     def _overlap(self, pointers: np.ndarray) -> bool:
         """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
-        placed = np.delete(pointers, 1, axis=0).reshape(-1)
+        written = [k for k in range(len(pointers)) if k != 1]
+        placed = pointers[written].reshape(-1)
         if not np.array_equal(placed, self._placed):
-            size = np.delete(self.expected.rows[:, 5].reshape(-1, self.count), 1, axis=0).reshape(-1)
+            size = self.expected.bytes.reshape(-1, self.count)[written].reshape(-1)
             order = np.argsort(placed, kind="stable")
             order = order[size[order] > 0]
             ends = (placed + size.astype(np.uint64))[order]

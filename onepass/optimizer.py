@@ -72,6 +72,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients, state that does not fit,
         memory that is gone. Nothing has been changed then.
         """
+        if torch.compiler.is_compiling():
+            return _step_outside_graphs(self, closure)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -87,10 +89,6 @@ class Optimizer(torch.optim.Optimizer):
             self._make_ready(scale is not None).run(self.param_groups, 1.0 if scale is None else 1.0 / float(scale))
         return loss
 
-    # Marks the function for torch.compile, which then calls it as it is; torch.compiler.disable would do the same but
-    # imports the whole compiler, a second at the first step.
-    _step._torchdynamo_disable = True  # type: ignore[attr-defined]
-
     def _make_ready(self, scaled: bool) -> Plan:
         if self._plan is not None and self._plan.ready(self.param_groups, self.state, scaled):
             return self._plan
@@ -103,6 +101,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` fill them with zeros."""
+        if torch.compiler.is_compiling():
+            _zero_grad_outside_graphs(self, set_to_none)
+        else:
+            self._zero_grad(set_to_none)
+
+    def _zero_grad(self, set_to_none: bool) -> None:
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{self.name}.zero_grad"):
             for p in chain.from_iterable(group["params"] for group in self.param_groups):
                 if p.grad is None:
@@ -252,13 +256,18 @@ class Optimizer(torch.optim.Optimizer):
         self._follow_grad_scaler()
 
 
+# These import torch's compiler when first called, which inside a compiled function has happened already.
+_step_outside_graphs = torch._disable_dynamo(Optimizer._step)
+_zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)
+
+
 def check_number(owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
     """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below)."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     if isinstance(value, (bool, str)) or not isinstance(value, (Tensor, SupportsFloat)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not low <= float(value) < below:
+    if not low <= float(value.detach() if isinstance(value, Tensor) else value) < below:
         raise ValueError(f"{owner}: {name} must lie in [{low:g}, {below:g}), got {value}")
 
 

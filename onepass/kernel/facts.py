@@ -54,6 +54,7 @@ class Expected:
             codes = _codes(dtype, device) if answers() else (0, 0, 0)
             rows.append((*codes, len(sizes), layouts[sizes, strides], t.numel() * t.itemsize, t.itemsize))
         self.rows = np.array(rows, dtype=np.int64).reshape(-1, len(FACTS))
+        self.bytes = self.rows[:, FACTS.index("bytes")]
         self.words = np.array(words or [0], dtype=np.int64)
         # At most one of these is in use at a time: an optimizer steps in one thread.
         self.pointers = np.zeros(self.count, np.uint64)

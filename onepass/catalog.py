@@ -1,0 +1,105 @@
+"""Optimizers by name: those of the package, their common variants, and a user's own as `module:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import onepass
+from onepass.optimizer import Optimizer
+
+__all__ = ["UnknownName", "Variant", "find_class", "find_variant", "nearest", "optimizers"]
+
+
+class UnknownName(ValueError):
+    """A name that means nothing here; the message says which ones come near."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer class with options, under a name that the command line accepts."""
+
+    name: str
+    cls: type[Optimizer]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# Options that change which columns a step reads and writes, so that each is a measurement of its own.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "amsgrad": {"amsgrad": True},
+    "centered": {"centered": True},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+}
+
+
+def optimizers() -> dict[str, type[Optimizer]]:
+    """The package's optimizers that have a rule, by their public names."""
+    public = {name: getattr(onepass, name) for name in onepass.__all__}
+    return {name: cls for name, cls in public.items() if isinstance(cls, type) and hasattr(cls, "rule")}
+
+
+def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+    """The error for an unknown name: up to three near ones, or all where none comes near."""
+    known = list(known)
+    spelled = {one.lower(): one for one in known}
+    near = [spelled[key] for key in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
+    advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}."
+    return UnknownName(f"there is no {kind} {name!r}: {advice}")
+
+
+def find_class(name: str) -> type[Optimizer]:
+    """The optimizer class of that name, in any case, or the class that `module:Class` names.
+
+    Raises `UnknownName` where there is none, or where it is no `onepass.Optimizer` with a rule.
+    """
+    if ":" in name:
+        return _import_class(name)
+    known = {public.lower(): cls for public, cls in optimizers().items()}
+    if name.lower() not in known:
+        raise nearest("optimizer", name, optimizers())
+    return known[name.lower()]
+
+
+def _import_class(name: str) -> type[Optimizer]:
+    module, _, qualified = name.partition(":")
+    # A program that is installed as a script does not look into the folder that it is called from; `python -m` does.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise UnknownName(f"{name!r} cannot be imported ({error}): write module:Class, as in my_rules:Lion.") from error
+    for part in qualified.split("."):
+        if not hasattr(found, part):
+            raise nearest(f"class in {module},", part, [n for n in vars(found) if not n.startswith("_")])
+        found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, Optimizer) and hasattr(found, "rule")):
+        raise UnknownName(f"{name!r} is {found!r}: it must be a subclass of onepass.Optimizer with a static `rule`.")
+    return found
+
+
+def find_variant(name: str) -> Variant:
+    """`adamw`, `sgd-momentum`, `adam-amsgrad`, ... or `module:Class`: a class with the options that its name adds."""
+    if ":" in name:
+        return Variant(name, find_class(name))
+    variants = _variants()
+    if name.lower() not in variants:
+        raise nearest("optimizer", name, variants)
+    return variants[name.lower()]
+
+
+def _variants() -> dict[str, Variant]:
+    found = {}
+    for public, cls in optimizers().items():
+        found[public.lower()] = Variant(public.lower(), cls)
+        for suffix, options in OPTIONS.items():
+            if options.keys() <= cls.__init__.__annotations__.keys():
+                name = f"{public.lower()}-{suffix}"
+                found[name] = Variant(name, cls, options)
+    return found

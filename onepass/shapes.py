@@ -1,0 +1,74 @@
+"""Lists of parameter shapes: of real models, and of the extremes between many small tensors and few large ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["MODELS", "Model"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of different lr."""
+
+    name: str
+    title: str
+    list_shapes: Callable[[], list[Shape]]
+    groups: int = 1
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return self.list_shapes()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all tensors hold."""
+        return sum(map(math.prod, self.shapes))
+
+
+def _gpt2() -> list[Shape]:
+    width, hidden = 768, 3072
+    norm = [(width,), (width,)]
+    attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
+    mlp = [(width, hidden), (hidden,), (hidden, width), (width,)]
+    return [(50257, width), (1024, width), *[*norm, *attention, *norm, *mlp] * 12, *norm]
+
+
+def _resnet50() -> list[Shape]:
+    def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
+        return [(outputs, inputs, size, size), (outputs,), (outputs,)]  # with its batch norm's weight and bias
+
+    shapes = convolution(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [*convolution(width, inputs, 1), *convolution(width, width, 3), *convolution(4 * width, width, 1)]
+            if block == 0:
+                shapes += convolution(4 * width, inputs, 1)
+            inputs = 4 * width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def _llama_1b() -> list[Shape]:
+    vocabulary, width, hidden, keys, layers = 32000, 2048, 5632, 256, 22
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    mlp = [(hidden, width), (hidden, width), (width, hidden)]
+    return [(vocabulary, width), *[*attention, *mlp, (width,), (width,)] * layers, (width,), (vocabulary, width)]
+
+
+MODELS: dict[str, Model] = {
+    model.name: model
+    for model in (
+        Model("big", "2 tensors of 4096x4096", lambda: [(4096, 4096)] * 2),
+        Model("gpt2", "GPT-2 (124 M)", _gpt2),
+        Model("resnet50", "ResNet-50 (26 M)", _resnet50),
+        Model("llama-1b", "TinyLlama (1.1 B)", _llama_1b),
+        Model("small", "1000 tensors of 64x64", lambda: [(64, 64)] * 1000),
+        Model("tiny", "1000 tensors of 16", lambda: [(16,)] * 1000),
+        Model("groups", "1000 tensors of 64x64 in 400 param groups", lambda: [(64, 64)] * 1000, groups=400),
+    )
+}
