@@ -70,11 +70,8 @@ def check_gradient(member: Member, g: Tensor, owner: str) -> None:
         )
     if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
         raise StepError(f"{owner}: parameter {member.label} is {p.dtype} and its gradient {g.dtype}")
-    if type(g) in PLAIN and not kernel.has_storage(g):
+    if type(g) in kernel.PLAIN and not kernel.has_storage(g):
         raise StepError(f"{owner}: the gradient of parameter {member.label} has lost its storage; run backward() again")
-
-
-PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class KernelBatch:
@@ -91,6 +88,7 @@ class KernelBatch:
     def __init__(self, members: list[Member], recipe: Recipe, owner: str) -> None:
         self.members, self.recipe, self.owner = members, recipe, owner
         self.count = len(members)
+        self.params = [m.p for m in members]
         self.states = [m.state for m in members]
         self.group = np.array([m.group for m in members], dtype=np.int64)
         self.groups, self.row_of_group = np.unique(self.group, return_inverse=True)
@@ -117,61 +115,57 @@ class KernelBatch:
     def gather(self) -> bool:
         """Read all tensors; False where the plan no longer fits them. Raises `StepError` where no plan could."""
         n = self.count
-        params = [m.p for m in self.members]
-        grads = [p.grad for p in params]
-        inactive = [i for i, g in enumerate(grads) if g is None]
-        for i in inactive:
-            grads[i] = params[i]
-        tensors: list[Tensor] = [*params, *grads]  # type: ignore[list-item]
+        tensors: list[Any] = [*self.params, *[p.grad for p in self.params]]
         try:
             for name in self.recipe.graph.state:
                 tensors += map(itemgetter(name), self.states)
-            self._fill_in(tensors, inactive)
-            if self.expected.compare(tensors) and not self._replace_gradients(tensors, inactive):
-                return False
-        except (AttributeError, KeyError, TypeError):
+        except KeyError:
             return False
+        self._fill_in(tensors)
+        inactive: list[int] = []
+        if self.expected.compare(tensors):
+            inactive = [k - n for k in self._changed() if n <= k < 2 * n and tensors[k] is None]
+            if len(inactive) < len(self._changed()) and not self._replace_gradients(tensors, inactive):
+                return False
         if inactive != self.inactive:
             self.inactive = inactive
             numel = self.numel.copy()
             numel[inactive] = 0
             self.work = self.kernel.split(numel)
         self.tensors = tensors
-        self.written = params + tensors[2 * n :]
         return True
 
-    def _fill_in(self, tensors: list[Tensor], inactive: list[int]) -> None:
+    def _changed(self) -> list[int]:
+        return np.flatnonzero(self.expected.changed).tolist()
+
+    def _fill_in(self, tensors: list[Any]) -> None:
+        """Dense copies of parameters with holes, and of gradients whose lazy negation no other fact shows."""
         n = self.count
         for i in self.strided:
             if not kernel.has_storage(tensors[i]):
-                raise StepError(f"{self.owner}: parameter {self.members[i].label} has no storage")
+                raise StepError(f"{self.owner}: parameter {self.members[i].label} has no storage; give it memory again")
             tensors[i] = tensors[i].detach().contiguous()
-            if i in inactive:
-                tensors[n + i] = tensors[i]
         for i in self.tiny:
             g = tensors[n + i]
-            if g.is_neg() or g.is_conj():
+            if g is not None and (g.is_neg() or g.is_conj()):
                 tensors[n + i] = g.resolve_conj().resolve_neg()
 
-    def _replace_gradients(self, tensors: list[Tensor], inactive: list[int]) -> bool:
+    def _replace_gradients(self, tensors: list[Any], inactive: list[int]) -> bool:
         """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
         n = self.count
-        missing = set(inactive)
-        for k in np.flatnonzero(self.expected.changed).tolist():
+        missing = [n + i for i in inactive]
+        for k in self._changed():
             column, i = divmod(k, n)
+            g = tensors[k]
             if column != 1:
                 return False
-            if i in missing:
-                # p itself, whose dtype may differ from the gradients': stands in for nothing, has no elements.
-                tensors[k] = torch.empty_like(self._like(i), dtype=_gradient_dtype(self.members[i].p))
+            if g is None:
                 continue
-            g = tensors[k]
             check_gradient(self.members[i], g, self.owner)
-            if type(g) not in PLAIN or g.dtype != self.expected.facts[k][0]:
+            if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[k][0]:
                 return False
-            dense = torch.empty_like(self._like(i), dtype=g.dtype)
-            tensors[k] = dense.copy_(g.detach())
-        return self.expected.compare(tensors) == 0
+            tensors[k] = torch.empty_like(self._like(i), dtype=g.dtype).copy_(g.detach())
+        return self.expected.compare(tensors) == len(missing) and self._changed() == missing
 
     def active(self) -> np.ndarray:
         """1.0 for each parameter that has a gradient in this step, else 0.0."""
@@ -189,7 +183,7 @@ class KernelBatch:
         self.kernel.launch(np.ascontiguousarray(pointers[used]), self.work, rows, hypers, threads)
         for i in self.strided:
             self.members[i].p.detach().copy_(self.tensors[i])
-        written = self.written
+        written = self.params + self.tensors[2 * self.count :]
         if self.inactive:
             missing = set(self.inactive)
             written = [t for k, t in enumerate(written) if k % self.count not in missing]

@@ -77,7 +77,8 @@ def _import_class(name: str) -> type[Optimizer]:
         raise UnknownName(f"{name!r} cannot be imported ({error}): write module:Class, as in my_rules:Lion.") from error
     for part in qualified.split("."):
         if not hasattr(found, part):
-            raise nearest(f"class in {module},", part, [n for n in vars(found) if not n.startswith("_")])
+            rules = [n for n, value in vars(found).items() if isinstance(value, type) and issubclass(value, Optimizer)]
+            raise nearest(f"optimizer in {module},", part, rules or ["none, as it defines no Optimizer"])
         found = getattr(found, part)
     if not (isinstance(found, type) and issubclass(found, Optimizer) and hasattr(found, "rule")):
         raise UnknownName(f"{name!r} is {found!r}: it must be a subclass of onepass.Optimizer with a static `rule`.")

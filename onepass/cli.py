@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except commands.USER_ERRORS as error:
         return _complain(str(error))
     except KeyboardInterrupt:
+        print("onepass: stopped.", file=sys.stderr)
         return 130
 
 

@@ -78,7 +78,10 @@ def train(
         "seed": seed,
     }
     asked = {key: value for key, value in asked.items() if value is not None}
-    folder = Path("runs", task or "digits") if out is None else out
+    return _train(asked, Path("runs", task or "digits") if out is None else out, data, resume=resume)
+
+
+def _train(asked: dict[str, Any], folder: Path, data: Path | None, *, resume: bool) -> int:
     console = Console()
     path = folder / training.CHECKPOINT
     settings = training.make_settings(**asked)  # checked before any file is looked at, resumed or not

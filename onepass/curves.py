@@ -34,15 +34,7 @@ def plot_curves(run: Run, path: Path) -> None:
     held_out = [shown.scale * value for value in history.held_out_metric]
     _draw(metric, scaled, steps, held_out)
     _label(metric, f"{shown.name} ({shown.unit})" if shown.unit else shown.name)
-    metric.annotate(
-        shown.show(history.held_out_metric[-1]),
-        (steps[-1], held_out[-1]),
-        xytext=(0, -9 if shown.unit else 9),
-        textcoords="offset points",
-        ha="right",
-        va="top" if shown.unit else "bottom",
-        color=_HELD_OUT,
-    )
+    _write_last(metric, steps[-1], held_out[-1], shown.show(history.held_out_metric[-1]), below=bool(shown.unit))
 
     lr.plot(range(1, len(history.lr) + 1), history.lr, color=_LR, linewidth=1.5)
     _label(lr, "learning rate")
@@ -69,6 +61,19 @@ def _draw(axes: Axes, train: list[float], held_out_steps: list[int], held_out: l
     axes.plot(
         held_out_steps, held_out, color=_HELD_OUT, linewidth=1.6, marker="o", markersize=4, label="held out", zorder=3
     )[0].set_clip_on(False)
+
+
+def _write_last(axes: Axes, step: int, value: float, text: str, *, below: bool) -> None:
+    """The last held-out value in figures, on the side of its curve where there is room."""
+    axes.annotate(
+        text,
+        (step, value),
+        xytext=(0, -9 if below else 9),
+        textcoords="offset points",
+        ha="right",
+        va="top" if below else "bottom",
+        color=_HELD_OUT,
+    )
 
 
 def _smooth(values: list[float]) -> list[float]:

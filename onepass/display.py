@@ -81,7 +81,7 @@ def describe(run: Run) -> str:
     return (
         f"{settings.task}: {len(data.train):,} training and {len(data.held_out):,} held-out examples, "
         f"{parameters:,} parameters; {settings.optimizer}, lr {settings.lr:g} ({settings.schedule}), "
-        f"{settings.epochs} epochs of {run.steps_per_epoch} steps"
+        f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of {run.steps_per_epoch} steps"
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import PLAIN, EagerBatch, Group, KernelBatch, Member, Recipe, State, StepError, check_gradient, format_name
+from .batch import EagerBatch, Group, KernelBatch, Member, Recipe, State, StepError, check_gradient, format_name
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
@@ -133,7 +133,7 @@ class Plan:
     def _check(self, member: Member, group: Group) -> None:
         """Whether this parameter can step, with the state that it has."""
         owner, p = self.algorithm.name, member.p
-        if type(p) in PLAIN and p.layout == torch.strided:
+        if type(p) in kernel.PLAIN and p.layout == torch.strided:
             if not kernel.has_storage(p):
                 raise StepError(
                     f"{owner}: parameter {member.label} of shape {tuple(p.shape)} has no storage (it was freed, as by "
@@ -190,7 +190,7 @@ class Plan:
         if not kernel.has_kernels(member.p.device.type):
             return f"there are no kernels for {member.p.device.type} devices"
         for t in tensors:
-            if type(t) not in PLAIN:
+            if type(t) not in kernel.PLAIN:
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
@@ -289,5 +289,5 @@ def check_state(owner: str, member: Member, name: str) -> None:
         )
     if s.is_complex() != p.is_complex() or not (s.is_floating_point() or s.is_complex()):
         raise StepError(f"{owner}: state {name!r} of parameter {member.label} is {s.dtype}, the parameter {p.dtype}")
-    if type(s) in PLAIN and s.layout == torch.strided and not kernel.has_storage(s):
+    if type(s) in kernel.PLAIN and s.layout == torch.strided and not kernel.has_storage(s):
         raise StepError(f"{owner}: state {name!r} of parameter {member.label} has lost its storage; load it again")

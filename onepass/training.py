@@ -192,6 +192,7 @@ class Run:
         self.task = find_task(settings.task)
         self.data_folder = data_folder
         self.data: Data = self.task.load(data_folder)
+        self.fingerprint = self.data.fingerprint()
         self.shuffle = torch.Generator().manual_seed(settings.seed)
         self.epoch = 0  # finished ones
         self.history = History()
@@ -200,7 +201,7 @@ class Run:
             torch.manual_seed(settings.seed)
             self.model = self.task.make_model()
             self.rng_state = torch.get_rng_state()
-        self.optimizer = _make_optimizer(settings, self.model)
+            self.optimizer = _make_optimizer(settings, self.model)
 
     @property
     def examples_per_epoch(self) -> int:
@@ -232,7 +233,7 @@ class Run:
                 "rng": {"torch": self.rng_state, "shuffle": self.shuffle.get_state()},
                 "history": dataclasses.asdict(self.history),
                 "seconds": dataclasses.asdict(self.seconds),
-                "data": {"folder": str(self.data_folder.absolute()), "fingerprint": self.data.fingerprint()},
+                "data": {"folder": str(self.data_folder.absolute()), "fingerprint": self.fingerprint},
                 "torch": torch.__version__,
             },
         )
@@ -251,14 +252,16 @@ class Run:
             )
         try:
             settings = make_settings(**tree["settings"])
-            _refuse_conflicts(settings, asked, path)
-            run = cls(settings, data_folder or Path(tree["data"]["folder"]))
-            _refuse_other_data(run, tree["data"]["fingerprint"], path)
+            folder, fingerprint = Path(tree["data"]["folder"]), tree["data"]["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise _misfit(path, error) from error
+        _refuse_conflicts(settings, asked, path)
+        run = cls(settings, data_folder or folder)
+        _refuse_other_data(run, fingerprint, path)
+        try:
             run._restore(tree)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit this version of the task or of the optimizer ({_first_line(error)}); start anew."
-            ) from error
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise _misfit(path, error) from error
         return run
 
     def _restore(self, tree: Mapping[str, Any]) -> None:
@@ -269,6 +272,13 @@ class Run:
         self.epoch = int(tree["epoch"])
         self.history = History(**tree["history"])
         self.seconds = Seconds(**tree["seconds"])
+
+
+def _misfit(path: Path, error: Exception) -> checkpoint.CheckpointError:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    return checkpoint.CheckpointError(
+        f"{path} does not fit this version of the task or of the optimizer ({reason}); start anew."
+    )
 
 
 def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
@@ -300,7 +310,7 @@ def _refuse_conflicts(settings: Settings, asked: Mapping[str, Any], path: Path) 
 
 
 def _refuse_other_data(run: Run, fingerprint: str, path: Path) -> None:
-    if run.data.fingerprint() != fingerprint:
+    if run.fingerprint != fingerprint:
         raise SettingsError(
             f"the data of task {run.settings.task} is not that with which {path} was trained, so that run cannot be "
             "continued to the same result; give it back its data or start anew."

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .formats import FORMATS
-from .memory import has_storage, is_dense
+from .memory import PLAIN, has_storage, is_dense
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "GRADIENT_FACTOR",
+    "PLAIN",
     "Argument",
     "Graph",
     "Rule",

@@ -56,11 +56,13 @@ class Work:
             "numel": address(self.numel),
         }
 
-    def combine(self, ufunc: np.ufunc, partials: np.ndarray) -> np.ndarray:
-        """One value a tensor from one a chunk; 0 for a tensor without elements."""
+    def combine(self, op: str, partials: np.ndarray) -> np.ndarray:
+        """One value a tensor from one a chunk: sums chunk after chunk, from 0; 0 for a tensor without elements."""
         result = np.zeros(len(self.numel))
-        if len(self.walked):
-            result[self.walked] = ufunc.reduceat(partials, self.first)
+        if op == "sum":
+            result += np.bincount(self.tensor, partials, len(result))
+        elif len(self.walked):
+            result[self.walked] = np.maximum.reduceat(partials, self.first)
         return result
 
 
@@ -105,8 +107,7 @@ class Kernel:
             table, index = self._table(k, work, rows, hypers, values)
             partials = np.zeros((len(work.tensor), len(one.reductions)))
             self._run(k, pointers, work, index, table, partials, threads)
-            ufuncs = [np.add if r.op == "sum" else np.maximum for r in one.reductions]
-            known += [work.combine(ufunc, partials[:, r]) for r, ufunc in enumerate(ufuncs)]
+            known += [work.combine(reduction.op, partials[:, r]) for r, reduction in enumerate(one.reductions)]
 
     def _table(
         self, k: int, work: Work, rows: np.ndarray, hypers: Mapping[str, np.ndarray], known: Sequence[np.ndarray]

@@ -40,7 +40,14 @@ COMPARISONS = frozenset({"lt", "le", "eq"})
 BITWISE = frozenset({"and", "or", "xor", "shl", "shr"})
 REDUCTIONS = frozenset({"sum", "amax"})
 OPERATIONS = (
-    LEAVES | ARITHMETIC | ROUNDING | HOST_ONLY | COMPARISONS | BITWISE | REDUCTIONS | {"not", "where", "cast", "bitcast"}
+    LEAVES
+    | ARITHMETIC
+    | ROUNDING
+    | HOST_ONLY
+    | COMPARISONS
+    | BITWISE
+    | REDUCTIONS
+    | {"not", "where", "cast", "bitcast", "spread"}
 )
 
 
@@ -193,7 +200,9 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         return "bool", rank
     if op in BITWISE:
         logical = ("bool", *INTEGERS) if op in ("and", "or", "xor") else INTEGERS
-        require(len(args) == 2 and first in logical and types[1] == first, "two conditions, or two integers of one type")
+        require(
+            len(args) == 2 and first in logical and types[1] == first, "two conditions, or two integers of one type"
+        )
         return first, rank
     if op == "not":
         require(types == ["bool"], "one condition")
@@ -209,6 +218,9 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
     if op in ("cast", "bitcast"):
         require(len(args) == 1 and type in TYPES, "one value and a type")
         return type or "real", rank
+    if op == "spread":
+        require(len(args) == 1, "one value")
+        return first, Rank.ELEMENT
     raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
 
 
@@ -244,7 +256,7 @@ def divide(a: object, b: object) -> Node:
 
 def power(a: object, b: object) -> Node:
     """a ** b on the host; of an element, the square alone."""
-    if isinstance(a, Node) and a.rank == Rank.ELEMENT and b == 2:
+    if isinstance(a, Node) and a.rank == Rank.ELEMENT and not isinstance(b, Node) and b == 2:
         return square(a)
     return make("pow", a, b)
 
@@ -291,13 +303,15 @@ def lerp(a: Node, b: Node, weight: object) -> Node:
     return where(near, a, b) + where(near, weight, weight - 1.0) * (b - a)
 
 
-def maximum(a: Node, b: Node) -> Node:
+def maximum(a: object, b: object) -> Node:
     """The larger of two values; NaN if one of them is, as in torch."""
+    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
     return where((a > b) | (a != a), a, b)
 
 
-def minimum(a: Node, b: Node) -> Node:
+def minimum(a: object, b: object) -> Node:
     """The smaller of two values; NaN if one of them is, as in torch."""
+    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
     return where((a < b) | (a != a), a, b)
 
 

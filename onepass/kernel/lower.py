@@ -45,7 +45,19 @@ CASTS = {
 }
 
 # What a worker is told: 64-bit fields of one array. `COUNTER` is the next unit of work to take, shared by all threads.
-FIELDS = ("counter", "units", "unit_begin", "chunk_tensor", "chunk_start", "numel", "pointers", "rows", "table", "partials", "tensors")  # fmt: skip
+FIELDS = (
+    "counter",
+    "units",
+    "unit_begin",
+    "chunk_tensor",
+    "chunk_start",
+    "numel",
+    "pointers",
+    "rows",
+    "table",
+    "partials",
+    "tensors",
+)
 
 LAUNCH = """
 define void @launch(ptr %worker, ptr %arguments, i32 %threads, ptr %parallel) {
@@ -94,9 +106,11 @@ class _Body:
         self.count = 0
 
     def text(self) -> str:
-        columns = ", ".join(f"ptr noalias %{name}" for name in column_names(self.one))
+        columns = ", ".join(f"ptr noalias {_local(name)}" for name in column_names(self.one))
         partial = ", ptr noalias %partial" if self.one.reductions else ""
-        head = f"define internal void @body_{self.k}({columns}, ptr noalias %row, i64 %begin, i64 %end{partial}) noinline nounwind {{"
+        arguments = f"{columns}, ptr noalias %row, i64 %begin, i64 %end{partial}"
+        # No builtins: a loop that only fills or copies a column must not become a call of memset or memcpy.
+        head = f'define internal void @body_{self.k}({arguments}) noinline nounwind "no-builtins" {{'
         self.lines = [head, "entry:"]
         self._enter_inputs()
         if self.one.reductions:
@@ -115,14 +129,14 @@ class _Body:
         values = self._elements("%loop_i", width=0)
         for name, root in self.one.stores:
             type = TYPES[root.type]
-            self._line(f"%{name}_to = getelementptr {type}, ptr %{name}, i64 %loop_i")
-            self._line(f"store {type} {values(root)}, ptr %{name}_to, align 1")
+            place = self._value(f"getelementptr {type}, ptr {_local(name)}, i64 %loop_i")
+            self._line(f"store {type} {values(root)}, ptr {place}, align 1")
 
     def _reduce(self) -> None:
         """Reductions: LANES running values in float64; element j of the range belongs to lane j modulo LANES."""
         lanes = f"<{LANES} x double>"
         for r in range(len(self.one.reductions)):
-            self._line(f"%acc{r} = alloca {lanes}, align 64")
+            self._line(f"%acc{r} = alloca {lanes}, align 128")
             self._line(f"store {lanes} zeroinitializer, ptr %acc{r}")
         self._line("%length = sub i64 %end, %begin")
         self._line(f"%rest = urem i64 %length, {LANES}")
@@ -231,7 +245,7 @@ class _Body:
     def _node(self, node: Node, index: str, width: int, value) -> str:
         type = _wide(node.type, width)
         if node.op == "load":
-            at = self._value(f"getelementptr {TYPES[node.type]}, ptr %{node.attr}, i64 {index}")
+            at = self._value(f"getelementptr {TYPES[node.type]}, ptr {_local(str(node.attr))}, i64 {index}")
             return self._value(f"load {type}, ptr {at}, align 1")
         args = [value(a) for a in node.args]
         source = _wide(node.args[0].type, width)
@@ -250,12 +264,19 @@ class _Body:
             name = f"@llvm.{INTRINSICS[node.op]}.{'v' + str(width) if width else ''}{node.type}"
             self.intrinsics.add(f"declare {type} {name}({type})")
             return self._value(f"call {type} {name}({type} {args[0]})")
+        if node.op == "spread":
+            return args[0]
         cast = "bitcast" if node.op == "bitcast" else CASTS[node.args[0].type, node.type]
         return self._value(f"{cast} {source} {args[0]} to {type}")
 
 
 def _wide(type: str, width: int) -> str:
     return f"<{width} x {TYPES[type]}>" if width else TYPES[type]
+
+
+def _local(column: str) -> str:
+    """A column's pointer in `body_k`: quoted and with a dot, so that any Python identifier may name a column."""
+    return f'%"column.{column}"'
 
 
 def column_names(one: Pass) -> list[str]:
@@ -270,7 +291,10 @@ def _worker(program: Program, one: Pass, k: int) -> str:
     lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:"]
     for i, field in enumerate(FIELDS[1:], 1):
         type = "i64" if field in ("units", "tensors") else "ptr"
-        lines += [f"  %{field}_at = getelementptr i64, ptr %arguments, i64 {i}", f"  %{field} = load {type}, ptr %{field}_at"]
+        lines += [
+            f"  %{field}_at = getelementptr i64, ptr %arguments, i64 {i}",
+            f"  %{field} = load {type}, ptr %{field}_at",
+        ]
     lines += [
         "  br label %take",
         "take:",
@@ -295,14 +319,15 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         f"  %row = getelementptr {TYPES[program.compute]}, ptr %table, i64 %row_offset",
     ]
     for name in names:
-        lines += [f"  %{name}_row = mul i64 %tensors, {position[name]}", f"  %{name}_index = add i64 %{name}_row, %tensor"]
-        lines += _load(f"{name}_pointer", "ptr", "pointers", f"%{name}_index")
+        k_row, k_index = (f"%{what}.{position[name]}" for what in ("row", "index"))
+        lines += [f"  {k_row} = mul i64 %tensors, {position[name]}", f"  {k_index} = add i64 {k_row}, %tensor"]
+        lines += _load(f"pointer.{position[name]}", "ptr", "pointers", k_index)
     partial = ""
     if one.reductions:
         lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
         lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
         partial = ", ptr %partial"
-    columns = ", ".join(f"ptr %{name}_pointer" for name in names)
+    columns = ", ".join(f"ptr %pointer.{position[name]}" for name in names)
     lines += [
         f"  call void @body_{k}({columns}, ptr %row, i64 %start, i64 %stop{partial})",
         "  %c_next = add i64 %c, 1",
@@ -316,4 +341,7 @@ def _worker(program: Program, one: Pass, k: int) -> str:
 
 
 def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:
-    return f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}", f"  %{name} = load {type}, ptr %{name}_at2"
+    return (
+        f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}",
+        f"  %{name} = load {type}, ptr %{name}_at2",
+    )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+# The classes whose memory means what it says. Any other class may keep its elements elsewhere.
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def has_storage(t: Tensor) -> bool:

@@ -83,6 +83,11 @@ def trace(rule: Rule, arguments: tuple[tuple[str, Argument], ...]) -> Graph:
             allowed = ", ".join(c for c in columns if c != "g")
             raise RuleError(f"{name}.rule returns {key!r}; it may write its columns other than g: {allowed}")
     outputs = tuple((c, _as_node(returned[c])) for c in columns if c in returned)
+    for key, node in outputs:
+        if node.type == "bool":
+            raise RuleError(
+                f"{name}.rule returns a condition for {key!r}; columns hold numbers: where({key}, 1.0, 0.0)"
+            )
     graph = Graph(name, columns, outputs)
     verify(graph.roots, types=("real", "bool"), columns=columns)
     return graph
@@ -190,7 +195,7 @@ def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
             replaced[node] = make(node.op, replaced[node.args[0]])
         else:
             replaced[node] = node if node.op in LEAVES else make(node.op, *(replaced[a] for a in node.args))
-    stores = tuple((name, stored[name].encode(_enter(replaced[root], compute))) for name, root in graph.outputs)
+    stores = tuple((name, stored[name].encode(_element(replaced[root], compute))) for name, root in graph.outputs)
     verify([node for _, node in stores], types=(compute, "f32", "f16", "i32", "i16", "bool"), columns=stored)
     return split(graph.name, compute, stored, stores)
 
@@ -200,6 +205,12 @@ def _enter(node: Node, compute: str) -> Node:
     if node.rank == Rank.ELEMENT or node.type == "bool":
         return node
     return const(node.attr, compute) if node.op == "const" else cast(node, compute)
+
+
+def _element(node: Node, compute: str) -> Node:
+    """What is stored must exist for each element: a host value is written to all of them."""
+    node = _enter(node, compute)
+    return node if node.rank == Rank.ELEMENT else make("spread", node)
 
 
 def split(name: str, compute: str, stored: Mapping[str, Format], stores: tuple[tuple[str, Node], ...]) -> Program:

@@ -39,7 +39,7 @@ def _import_datasets() -> Any:
 def _open(datasets: Any, folder: Path, *, train: bool) -> Any:
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=False)
-    except RuntimeError:  # torchvision's answer to missing or damaged files
+    except (OSError, RuntimeError):  # RuntimeError is torchvision's answer to missing or damaged files
         pass
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=True)

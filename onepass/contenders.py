@@ -1,0 +1,143 @@
+"""Who takes part in a benchmark: ours, every mode of torch's, and the memory limit, all on the same memory.
+
+All contenders update the same parameters from the same gradients, and keep their state in the same tensors: each
+touches the same pages, and a model needs its memory once, not once a contender.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from onepass import kernel
+from onepass.catalog import Variant
+from onepass.explain import graph_of
+from onepass.kernel.ir import hyper, load
+from onepass.kernel.program import Program, bind
+from onepass.optimizer import Optimizer
+from onepass.shapes import Model
+
+__all__ = ["LIMIT", "OURS", "TORCH", "Limit", "Missing", "Workload", "make_ours", "make_torch", "program_of"]
+
+OURS, LIMIT = "onepass", "memory limit"
+TORCH: dict[str, dict[str, bool]] = {
+    "for-loop": {"foreach": False},
+    "default": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+class Missing(Exception):  # noqa: N818 - no error: torch simply has no such thing
+    """Why a contender cannot take part."""
+
+
+class Workload:
+    """A model's parameters with gradients; `columns` holds the state that all contenders share."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+        self.params = [nn.Parameter(torch.full(shape, 0.5)) for shape in model.shapes]
+        for p in self.params:
+            p.grad = torch.empty_like(p).normal_(std=1e-2, generator=generator)
+        self.columns: dict[str, list[Tensor]] = {}
+
+    def groups(self) -> list[Any]:
+        """Fresh param groups, or the parameters themselves where one group is all."""
+        count = self.model.groups
+        if count == 1:
+            return list(self.params)
+        cuts = [len(self.params) * i // count for i in range(count + 1)]
+        lrs = [1e-3 * (1 + i / count) for i in range(count)]
+        return [{"params": self.params[a:b], "lr": lr} for a, b, lr in zip(cuts, cuts[1:], lrs, strict=False)]
+
+    def share_state(self, optimizer: torch.optim.Optimizer, template: dict[str, Any], like: Tensor) -> None:
+        """Give `optimizer` the state that `template` is for the one parameter `like`, its columns being the shared ones.
+
+        State of other shapes (factored, blocked) cannot be shared: then nothing is given, and the step makes its own.
+        """
+        columns = {name for name, value in template.items() if isinstance(value, Tensor) and value.shape == like.shape}
+        rest = {name: value for name, value in template.items() if name not in columns}
+        if any(isinstance(value, Tensor) and value.numel() != 1 for value in rest.values()):
+            return
+        for name in columns - self.columns.keys():
+            self.columns[name] = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.params]
+        if template:
+            for i, p in enumerate(self.params):
+                own = {name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name]) for name in template}
+                optimizer.state[p] = own
+
+
+def make_ours(variant: Variant, params: list[Any]) -> Optimizer:
+    """Our optimizer of this variant."""
+    return variant.cls(params, **variant.options)  # type: ignore[call-arg]
+
+
+def make_torch(variant: Variant, params: list[Any], mode: str) -> torch.optim.Optimizer:
+    """torch's optimizer of the same name in one of its modes; raises `Missing` where there is none."""
+    name = variant.cls.__name__
+    theirs = getattr(torch.optim, name, None)
+    if theirs is None:
+        raise Missing(f"torch has no {name}")
+    known = inspect.signature(theirs).parameters
+    for key in (*TORCH[mode], *variant.options):
+        if key not in known:
+            raise Missing(f"torch's {name} has no {key}")
+    try:
+        return theirs(params, **variant.options, **TORCH[mode])
+    except RuntimeError as error:
+        raise Missing(f"torch's {name}: {error}") from error
+
+
+def seat(workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """An optimizer of the workload's parameters that keeps its state in the shared tensors."""
+    like = nn.Parameter(torch.ones(2, 3))
+    like.grad = torch.ones_like(like)
+    sample = make([like])
+    sample.step()
+    optimizer = make(workload.groups())
+    workload.share_state(optimizer, dict(sample.state.get(like, {})), like)
+    return optimizer
+
+
+def program_of(variant: Variant) -> Program:
+    """The program that our optimizer runs on float32 tensors."""
+    graph = graph_of(make_ours(variant, [nn.Parameter(torch.zeros(1))]))
+    return bind(graph, tuple((name, "float32") for name in graph.columns))
+
+
+class Limit:
+    """One pass over the same memory with almost no arithmetic: each written column becomes itself plus zero times g.
+
+    It goes through the same compiler and the same launch as the optimizer's own program, and reads and writes the same
+    columns. What it does not do is the work of a step outside of the kernel: no checks, no hyper-parameters.
+    """
+
+    def __init__(self, program: Program) -> None:
+        nothing = load("g") * hyper("zero")
+        for column in program.columns:
+            if column.read and not column.written and column.name != "g":
+                nothing = nothing + load(column.name) * hyper("zero")
+        written = [c.name for c in program.columns if c.written]
+        outputs = tuple((name, load(name) + nothing) for name in written)
+        names = tuple(c.name for c in program.columns)
+        graph = kernel.Graph("limit", names, outputs)
+        self.kernel = kernel.compile(graph, tuple((c.name, c.format.name) for c in program.columns))
+        self.program = self.kernel.program
+
+    def place(self, workload: Workload) -> Callable[[], None]:
+        """The launch over a workload's tensors."""
+        columns: dict[str, list[Any]] = {"p": workload.params, "g": [p.grad for p in workload.params]}
+        columns |= workload.columns
+        tensors = [columns[c.name] for c in self.program.columns]
+        pointers = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.uint64)
+        work = self.kernel.split(np.array([p.numel() for p in workload.params]))
+        rows, zero = np.zeros(len(workload.params), np.int64), {"zero": np.zeros(1)}
+        return lambda: self.kernel.launch(pointers, work, rows, zero, torch.get_num_threads())

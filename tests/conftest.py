@@ -1,0 +1,31 @@
+"""What all tests share: reproducible random numbers, and torch's global settings as each test found them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("onepass", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("onepass")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test begins with the same seed, and leaves no changed thread count or default dtype behind."""
+    torch.manual_seed(0)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy's random numbers, the same for every test."""
+    return np.random.default_rng(0)
