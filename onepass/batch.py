@@ -42,7 +42,7 @@ class Recipe:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return ("p", "g", *self.graph.state)
+        return ("g", "p", *self.graph.state)
 
 
 def number(value: object, name: str) -> float:
@@ -91,7 +91,8 @@ class KernelBatch:
         self.params = [m.p for m in members]
         self.states = [m.state for m in members]
         self.group = np.array([m.group for m in members], dtype=np.int64)
-        self.groups, self.row_of_group = np.unique(self.group, return_inverse=True)
+        groups, self.row_of_group = np.unique(self.group, return_inverse=True)
+        self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy.
         self.strided = [i for i, m in enumerate(members) if not kernel.is_dense(m.p)]
         # Gradients of one element may be lazy negations that have the expected strides.
@@ -99,12 +100,16 @@ class KernelBatch:
         like = [self._like(i) for i in range(self.count)]
         gradients = [torch.empty_like(p, dtype=_gradient_dtype(m.p)) for p, m in zip(like, members, strict=True)]
         states = [[m.state[name] for m in members] for name in recipe.graph.state]
-        self.expected = kernel.expect([*like, *gradients, *chain.from_iterable(states)])
+        self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(states)])
         scale = 2 if members[0].p.is_complex() else 1
         self.numel = np.array([scale * m.p.numel() for m in members], dtype=np.int64)
         self.kernel = kernel.compile(recipe.graph, _formats(recipe, members[0], gradients[0]))
         self.work = self.kernel.split(self.numel)
+        self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
+        self.launch: Any = None
         self.inactive: list[int] = []
+        # 1.0 for each parameter that has a gradient in this step, else 0.0.
+        self.active = np.ones(self.count)
         self._placed = np.zeros(0, np.uint64)
         self._overlapping = False
 
@@ -115,7 +120,8 @@ class KernelBatch:
     def gather(self) -> bool:
         """Read all tensors; False where the plan no longer fits them. Raises `StepError` where no plan could."""
         n = self.count
-        tensors: list[Any] = [*self.params, *[p.grad for p in self.params]]
+        tensors: list[Any] = [p.grad for p in self.params]
+        tensors += self.params
         try:
             for name in self.recipe.graph.state:
                 tensors += map(itemgetter(name), self.states)
@@ -124,7 +130,7 @@ class KernelBatch:
         self._fill_in(tensors)
         inactive: list[int] = []
         if self.expected.compare(tensors):
-            inactive = [k - n for k in self._changed() if n <= k < 2 * n and tensors[k] is None]
+            inactive = [k for k in self._changed() if k < n and tensors[k] is None]
             if len(inactive) < len(self._changed()) and not self._replace_gradients(tensors, inactive):
                 return False
         if inactive != self.inactive:
@@ -132,6 +138,8 @@ class KernelBatch:
             numel = self.numel.copy()
             numel[inactive] = 0
             self.work = self.kernel.split(numel)
+            self.active = np.ones(self.count)
+            self.active[inactive] = 0.0
         self.tensors = tensors
         return True
 
@@ -140,87 +148,80 @@ class KernelBatch:
 
     def _fill_in(self, tensors: list[Any]) -> None:
         """Dense copies of parameters with holes, and of gradients whose lazy negation no other fact shows."""
-        n = self.count
         for i in self.strided:
-            if not kernel.has_storage(tensors[i]):
+            if not kernel.has_storage(self.params[i]):
                 raise StepError(f"{self.owner}: parameter {self.members[i].label} has no storage; give it memory again")
-            tensors[i] = tensors[i].detach().contiguous()
+            tensors[self.count + i] = self.params[i].detach().contiguous()
         for i in self.tiny:
-            g = tensors[n + i]
+            g = tensors[i]
             if g is not None and (g.is_neg() or g.is_conj()):
-                tensors[n + i] = g.resolve_conj().resolve_neg()
+                tensors[i] = g.resolve_conj().resolve_neg()
 
     def _replace_gradients(self, tensors: list[Any], inactive: list[int]) -> bool:
         """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
-        n = self.count
-        missing = [n + i for i in inactive]
-        for k in self._changed():
-            column, i = divmod(k, n)
-            g = tensors[k]
-            if column != 1:
+        for i in self._changed():
+            if i >= self.count:
                 return False
+            g = tensors[i]
             if g is None:
                 continue
             check_gradient(self.members[i], g, self.owner)
-            if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[k][0]:
+            if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
                 return False
-            tensors[k] = torch.empty_like(self._like(i), dtype=g.dtype).copy_(g.detach())
-        return self.expected.compare(tensors) == len(missing) and self._changed() == missing
-
-    def active(self) -> np.ndarray:
-        """1.0 for each parameter that has a gradient in this step, else 0.0."""
-        mask = np.ones(self.count)
-        mask[self.inactive] = 0.0
-        return mask
+            tensors[i] = torch.empty_like(self._like(i), dtype=g.dtype).copy_(g.detach())
+        return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
     def run(self, groups: Sequence[Group], steps: np.ndarray | None, first: np.ndarray | None, factor: float) -> None:
         """Launch. `steps` and `first` are this step's number and whether it is the first, for each parameter."""
-        hypers, rows = self._rows(groups, steps, first)
-        hypers[kernel.GRADIENT_FACTOR] = np.full(len(hypers["step"]), factor)
-        pointers = self.expected.pointers.reshape(-1, self.count)
-        threads = 1 if self._overlap(pointers) else torch.get_num_threads()
-        used = [self.recipe.columns.index(c.name) for c in self.kernel.program.columns]
-        self.kernel.launch(np.ascontiguousarray(pointers[used]), self.work, rows, hypers, threads)
+        self._choose_rows(steps, first)
+        leaves = self.launch.leaves
+        values = [[number(_pick(groups[g], key, i), key) for g in self.groups] for _, key, i in self.recipe.sources]
+        for leaf, of_groups in zip(self.leaves, values, strict=True):
+            leaves[leaf] = of_groups[0] if len(of_groups) == 1 else np.array(of_groups)[self.setting_group]
+        for name, settings in (("step", self.setting_step), ("first", self.setting_first)):
+            if name in self.kernel.leaves:
+                leaves[self.kernel.leaves[name]] = settings
+        if kernel.GRADIENT_FACTOR in self.kernel.leaves:
+            leaves[self.kernel.leaves[kernel.GRADIENT_FACTOR]] = factor
+        self.launch.run(1 if self._overlap() else torch.get_num_threads())
         for i in self.strided:
-            self.members[i].p.detach().copy_(self.tensors[i])
-        written = self.params + self.tensors[2 * self.count :]
+            self.params[i].detach().copy_(self.tensors[self.count + i])
+        written = self.tensors[self.count :]
+        for i in self.strided:
+            written[i] = self.params[i]
         if self.inactive:
             missing = set(self.inactive)
             written = [t for k, t in enumerate(written) if k % self.count not in missing]
         torch.autograd.graph.increment_version(written)
 
-    def _rows(
-        self, groups: Sequence[Group], steps: np.ndarray | None, first: np.ndarray | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Hyper-parameters as arrays with an entry for each distinct (group, step, first), and each tensor's entry."""
-        row = self.row_of_group.astype(np.int64)
-        table = {
-            name: np.array([number(_pick(groups[g], key, i), key) for g in self.groups.tolist()])
-            for name, key, i in self.recipe.sources
-        }
+    def _choose_rows(self, steps: np.ndarray | None, first: np.ndarray | None) -> None:
+        """Find the distinct settings (group, step, first) and each tensor's; most steps only count the last on."""
         steps = np.zeros(self.count) if steps is None else steps
-        first = np.zeros(self.count) if first is None else first
-        if (steps == steps[0]).all() and (first == first[0]).all():
-            count = len(self.groups)
-            extra = {"step": np.full(count, steps[0]), "first": np.full(count, first[0])}
-            return table | extra, row
-        keys = np.stack([row, steps, first], axis=1)
+        if self.launch and first is None and self._first is None and self._work is self.work:
+            ahead = steps - self._steps
+            if (ahead == ahead[0]).all():
+                self.setting_step = self.setting_step + ahead[0]
+                self._steps = steps
+                return
+        flags = np.zeros(self.count) if first is None else first
+        keys = np.stack([self.row_of_group, steps, flags], axis=1)
         settings, rows = np.unique(keys, axis=0, return_inverse=True)
-        of_group = settings[:, 0].astype(np.int64)
-        table = {name: values[of_group] for name, values in table.items()}
-        return table | {"step": settings[:, 1], "first": settings[:, 2]}, rows.reshape(-1).astype(np.int64)
+        self.setting_group = settings[:, 0].astype(np.int64)
+        self.setting_step, self.setting_first = settings[:, 1], settings[:, 2]
+        self._steps, self._first, self._work = steps, first, self.work
+        pointers = self.expected.pointers.reshape(-1, self.count)
+        self.launch = self.kernel.prepare(pointers, self.work, rows.reshape(-1), len(settings))
 
-    def _overlap(self, pointers: np.ndarray) -> bool:
+    def _overlap(self) -> bool:
         """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
-        written = [k for k in range(len(pointers)) if k != 1]
-        placed = pointers[written].reshape(-1)
+        placed = self.expected.pointers[self.count :]
         if not np.array_equal(placed, self._placed):
-            size = self.expected.bytes.reshape(-1, self.count)[written].reshape(-1)
+            size = self.expected.bytes[self.count :]
             order = np.argsort(placed, kind="stable")
             order = order[size[order] > 0]
             ends = (placed + size.astype(np.uint64))[order]
             self._overlapping = bool((ends[:-1] > placed[order][1:]).any())
-            self._placed = placed
+            self._placed = placed.copy()
         return self._overlapping
 
 
@@ -237,7 +238,7 @@ def _gradient_dtype(p: Tensor) -> torch.dtype:
 
 def _formats(recipe: Recipe, member: Member, gradient: Tensor) -> tuple[tuple[str, str], ...]:
     states = [member.state[name] for name in recipe.graph.state]
-    tensors = [member.p, gradient, *states]
+    tensors = [gradient, member.p, *states]
     return tuple((c, format_name(t.dtype)) for c, t in zip(recipe.columns, tensors, strict=True))
 
 

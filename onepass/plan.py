@@ -256,18 +256,17 @@ class Plan:
 
     def run(self, groups: Sequence[Group], factor: float) -> None:
         """Step: `factor` multiplies every gradient where the plan was built `scaled`."""
-        active = np.zeros(len(self.steps))
         for (batch, _), slots in zip(self.kernels, self.slots, strict=True):
             if batch.recipe.counts_steps:
-                active[slots] = batch.active()
-        if len(active):
-            self.counter.add_(1 if active.all() else torch.from_numpy(active))
+                self.counts[slots] += batch.active
+        if self.steps:
+            torch.autograd.graph.increment_version(self.counter)
         for (batch, of), slots in zip(self.kernels, self.slots, strict=True):
             steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
             first = np.array([i in self.fresh for i in of], dtype=np.float64) if self.fresh else None
             batch.run(groups, steps, first, factor)
             if self.fresh:
-                self.fresh.difference_update(i for i, on in zip(of, batch.active(), strict=True) if on)
+                self.fresh.difference_update(i for i, on in zip(of, batch.active, strict=True) if on)
         for batch, of in self.eager:
             stepped = batch.run(groups, [i in self.fresh for i in of], factor)
             self.fresh.difference_update(of[k] for k in stepped)

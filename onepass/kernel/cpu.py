@@ -6,14 +6,13 @@ The launch is given addresses and trusts them: `plan` is where they are taken fr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .host import HostCode
 from .ir import Rank
-from .lower import CHUNK, FIELDS, lower
+from .lower import CHUNK, FIELDS, leaf_names, lower
 from .native import Library, openmp, run_in_threads
 from .program import Pass, Program
 
@@ -73,80 +72,83 @@ class Kernel:
         self.program = program
         self.source = lower(program)
         self.library = Library(self.source)
-        launch = self.library.address("launch")
-        signature = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-        self._launch = ctypes.CFUNCTYPE(*signature)(launch)
-        self._workers = [self.library.address(f"worker_{k}") for k in range(len(program.passes))]
-        reductions = [r for one in program.passes for r in one.reductions]
-        self._hosts = [HostCode(one.inputs, reductions) for one in program.passes]
-        self._per_tensor = [_per_tensor(one) for one in program.passes]
+        signature = (None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        passes = range(len(program.passes))
+        self.launch = [ctypes.CFUNCTYPE(*signature)(self.library.address(f"launch_{k}")) for k in passes]
+        self.workers = [self.library.address(f"worker_{k}") for k in passes]
+        self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
 
     @staticmethod
     def split(numel: np.ndarray) -> Work:
         """How to cut a walk over tensors of these sizes; good for any number of launches."""
         return Work(numel)
 
-    def launch(
-        self,
-        pointers: np.ndarray,
-        work: Work,
-        rows: np.ndarray,
-        hypers: Mapping[str, np.ndarray],
-        threads: int,
-    ) -> None:
-        """Run the program once, in place.
+    def prepare(self, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> Launch:
+        """Everything about a launch that may stay the same from step to step."""
+        return Launch(self, pointers, work, rows, settings)
 
-        `pointers` (columns, tensors; uint64, C order) are the addresses of dense memory, in the program's order of
-        columns; `rows` (tensors; int64) says which entry of the `hypers` arrays (float64) a tensor uses.
+
+class Walk(NamedTuple):
+    """One pass of a launch: whether each tensor has a row of its own, and the arrays that the arguments point into."""
+
+    own: bool
+    arrays: dict[str, np.ndarray]
+    arguments: np.ndarray
+
+
+class Launch:
+    """A kernel with its arguments laid out; `run` may be called again and again while they stay where they are."""
+
+    def __init__(self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> None:
         """
+        `pointers` (columns, tensors; uint64, C order) hold the addresses of dense memory, in the program's order of
+        columns, and are read at each run; `rows` (tensors; int64) says which of the `settings` a tensor uses.
+        """
+        self.kernel, self.work, self.rows = kernel, work, np.ascontiguousarray(rows, np.int64)
+        self.leaves = np.zeros((len(kernel.leaves), settings))
+        self._walks = [self._lay_out(one, pointers) for one in kernel.program.passes]
+
+    def _lay_out(self, one: Pass, pointers: np.ndarray) -> Walk:
+        own = any(node.rank == Rank.TENSOR for node in one.inputs)
+        settings = len(self.rows) if own else self.leaves.shape[1]
+        arrays = {
+            "pointers": pointers,
+            "rows": np.arange(settings) if own else self.rows,
+            "table": np.empty((settings, len(one.inputs)), COMPUTE[self.kernel.program.compute]),
+            "partials": np.zeros((len(self.work.tensor), len(one.reductions))),
+            "leaves": np.zeros((len(self.kernel.leaves), settings)) if own else self.leaves,
+        }
+        fields = {"counter": 0, "units": self.work.units, "tensors": len(self.work.numel), "settings": settings}
+        fields |= self.work.addresses | {name: address(array) for name, array in arrays.items()}
+        return Walk(own, arrays, np.array([fields[name] for name in FIELDS], np.uint64))
+
+    def run(self, threads: int) -> None:
+        """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting; float64)."""
+        threads = max(1, min(threads, self.work.units // UNITS_PER_THREAD))
         known: list[np.ndarray] = []
-        missing = np.zeros(len(work.numel))
-        total = sum(len(one.reductions) for one in self.program.passes)
-        for k, one in enumerate(self.program.passes):
-            values = [*known, *[missing] * (total - len(known))]
-            table, index = self._table(k, work, rows, hypers, values)
-            partials = np.zeros((len(work.tensor), len(one.reductions)))
-            self._run(k, pointers, work, index, table, partials, threads)
-            known += [work.combine(reduction.op, partials[:, r]) for r, reduction in enumerate(one.reductions)]
+        for k, (walk, one) in enumerate(zip(self._walks, self.kernel.program.passes, strict=True)):
+            if walk.own:
+                self._spread(walk.arrays["leaves"], known)
+            self._walk(k, address(walk.arguments), threads)
+            for r, reduction in enumerate(one.reductions):
+                ufunc = np.add if reduction.op == "sum" else np.maximum
+                known.append(self.work.combine(ufunc, walk.arrays["partials"][:, r]))
 
-    def _table(
-        self, k: int, work: Work, rows: np.ndarray, hypers: Mapping[str, np.ndarray], known: Sequence[np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Pass k's inputs, a row for each setting or, where they depend on a tensor's own values, for each tensor."""
-        count = len(next(iter(hypers.values()), np.zeros(1)))
-        leaves = dict(hypers)
-        if self._per_tensor[k]:
-            count, leaves = len(rows), {name: values[rows] for name, values in hypers.items()}
-            leaves["numel"] = work.numel.astype(np.float64)
-            rows = np.arange(len(rows))
-        table = np.empty((count, len(self.program.passes[k].inputs)), COMPUTE[self.program.compute])
-        self._hosts[k].run(leaves, known, table)
-        return table, rows
+    def _spread(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
+        """A tensor's own row: its setting's hyper-parameters, its size, and what has been reduced so far."""
+        hypers = self.kernel.leaves["numel"]
+        leaves[:hypers] = self.leaves[:hypers, self.rows]
+        leaves[hypers] = self.work.numel
+        for i, values in enumerate(known, hypers + 1):
+            leaves[i] = values
 
-    def _run(
-        self,
-        k: int,
-        pointers: np.ndarray,
-        work: Work,
-        rows: np.ndarray,
-        table: np.ndarray,
-        partials: np.ndarray,
-        threads: int,
-    ) -> None:
-        fields = {"counter": 0, "units": work.units, "tensors": len(work.numel), **work.addresses}
-        fields |= {"pointers": address(pointers), "rows": address(rows), "table": address(table)}
-        fields["partials"] = address(partials)
-        arguments = np.array([fields[name] for name in FIELDS], dtype=np.uint64)
-        threads = max(1, min(threads, work.units // UNITS_PER_THREAD))
+    def _walk(self, k: int, arguments: int, threads: int) -> None:
         parallel = openmp() if threads > 1 else 0
         if threads > 1 and not parallel:
-            run_in_threads(self._workers[k], address(arguments), threads)
+            self.kernel.launch[k](arguments, 0, 0)
+            run_in_threads(self.kernel.workers[k], arguments, threads)
         else:
-            self._launch(self._workers[k], address(arguments), threads, parallel)
-
-
-def _per_tensor(one: Pass) -> bool:
-    return any(node.rank == Rank.TENSOR for node in one.inputs)
+            self.kernel.launch[k](arguments, threads, parallel)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .host import OPERATIONS as ON_NUMBERS
 from .ir import Node, topological
 from .program import Graph
 
@@ -41,6 +40,29 @@ ON_TENSORS: dict[str, Callable[..., Tensor]] = {
     "where": torch.where,
     "sum": torch.sum,
     "amax": torch.amax,
+}
+
+ON_NUMBERS: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "floor": np.floor,
+    "rint": np.rint,
+    "pow": np.power,
+    "exp": np.exp,
+    "log": np.log,
+    "lt": np.less,
+    "le": np.less_equal,
+    "eq": np.equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "xor": np.logical_xor,
+    "not": np.logical_not,
+    "where": np.where,
 }
 
 Value = Tensor | float | bool

@@ -62,6 +62,8 @@ class Expected:
         # At most one of these is in use at a time: an optimizer steps in one thread.
         self.pointers = np.zeros(self.count, np.uint64)
         self.changed = np.zeros(self.count, np.uint8)
+        kept = (self.rows, self.words, self.pointers, self.changed)
+        self._addresses = [a.__array_interface__["data"][0] for a in kept]
 
     def compare(self, tensors: Sequence[Tensor]) -> int:
         """Read every tensor; returns how many differ from what is expected. Fills `pointers` and `changed`.
@@ -82,8 +84,7 @@ class Expected:
             cdata = [t._cdata if type(t) in PLAIN else 0 for t in tensors]
             slots = np.array(cdata, np.uint64)
             objects = slots.__array_interface__["data"][0] + 8 * np.arange(self.count, dtype=np.uint64)
-        arrays = (objects, self.rows, self.words, self.pointers, self.changed)
-        return native[1](self.count, *(a.__array_interface__["data"][0] for a in arrays))
+        return native[1](self.count, objects.__array_interface__["data"][0], *self._addresses)
 
 
 Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]

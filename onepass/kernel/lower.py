@@ -1,7 +1,8 @@
 """A program's passes as LLVM IR: plain loops that LLVM vectorises for the host, and the walk over all tensors.
 
-One library holds, for each pass k, `body_k` (the mathematics over a range of one tensor) and `worker_k` (a thread's
-share of all tensors), and one `launch` that runs a worker in every thread. There is no call in a loop.
+One library holds, for each pass k, `host_k` (the values that are the same for many elements, in float64, a row for each
+setting), `body_k` (the mathematics over a range of one tensor), `worker_k` (a thread's share of all tensors) and
+`launch_k`, which computes the rows and runs a worker in every thread. No loop over elements calls anything.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from .ir import Node
-from .program import Pass, Program, element_order
+from .ir import HOST_ONLY, Node
+from .program import Pass, Program, element_order, host_order
 
 # Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
 CHUNK = 32768
 # A reduction keeps this many running values side by side: part of its definition, as it decides the order of addition.
 LANES = 16
 
-TYPES = {"f32": "float", "f64": "double", "f16": "half", "i16": "i16", "i32": "i32", "bool": "i1"}
+TYPES = {"real": "double", "f32": "float", "f64": "double", "f16": "half", "i16": "i16", "i32": "i32", "bool": "i1"}
 BINARY = {
     "add": "fadd",
     "sub": "fsub",
@@ -35,6 +36,7 @@ BINARY = {
 BINARY_ON_INTEGERS = {"add": "add", "sub": "sub", "lt": "icmp slt", "le": "icmp sle", "eq": "icmp eq"}
 INTRINSICS = {"abs": "fabs", "sqrt": "sqrt", "floor": "floor", "rint": "roundeven"}
 CASTS = {
+    ("real", "f32"): "fptrunc",
     ("f32", "f64"): "fpext",
     ("f64", "f32"): "fptrunc",
     ("f32", "f16"): "fptrunc",
@@ -44,7 +46,7 @@ CASTS = {
     ("i32", "f32"): "sitofp",
 }
 
-# What a worker is told: 64-bit fields of one array. `COUNTER` is the next unit of work to take, shared by all threads.
+# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all threads.
 FIELDS = (
     "counter",
     "units",
@@ -52,36 +54,53 @@ FIELDS = (
     "chunk_tensor",
     "chunk_start",
     "numel",
+    "tensors",
     "pointers",
     "rows",
     "table",
     "partials",
-    "tensors",
+    "settings",
+    "leaves",
 )
+COUNTS = ("units", "tensors", "settings")
 
+# With no threads allowed the rows are computed and nothing else: the caller runs the workers itself.
 LAUNCH = """
-define void @launch(ptr %worker, ptr %arguments, i32 %threads, ptr %parallel) {
-  %alone = icmp eq i32 %threads, 1
-  br i1 %alone, label %here, label %all
-here:
-  call void %worker(ptr %arguments)
+define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
+  store i64 0, ptr %arguments
+{fields}
+  call void @host_{k}(ptr %leaves, i64 %settings, ptr %table)
+  switch i32 %threads, label %all [ i32 0, label %none
+                                    i32 1, label %one ]
+none:
+  ret void
+one:
+  call void @worker_{k}(ptr %arguments)
   ret void
 all:
-  call void %parallel(ptr %worker, ptr %arguments, i32 %threads, i32 0)
+  call void %parallel(ptr @worker_{k}, ptr %arguments, i32 %threads, i32 0)
   ret void
-}
+}}
 """
 
 
 def lower(program: Program) -> str:
     """The program as the text of one LLVM module."""
-    parts = [LAUNCH]
-    intrinsics: set[str] = set()
+    parts: list[str] = []
+    declared: set[str] = set()
     for k, one in enumerate(program.passes):
-        body = _Body(program, one, k)
-        parts += [body.text(), _worker(program, one, k)]
-        intrinsics |= body.intrinsics
-    return "\n".join([*parts, *sorted(intrinsics)])
+        for code in (_Host(program, one, k), _Body(program, one, k)):
+            parts.append(code.text())
+            declared |= code.declared
+        fields = "\n".join(_fields("settings", "table", "leaves"))
+        parts += [_worker(program, one, k), LAUNCH.format(k=k, fields=fields)]
+    return "\n".join([*parts, *sorted(declared)])
+
+
+def leaf_names(program: Program) -> list[str]:
+    """The rows of the leaves array: hyper-parameters, the number of elements, and each reduction's result."""
+    reductions = [r for one in program.passes for r in one.reductions]
+    return [*program.hypers, "numel", *(f"reduction {i}" for i in range(len(reductions)))]
 
 
 def literal(value: object, type: str) -> str:
@@ -96,14 +115,101 @@ def literal(value: object, type: str) -> str:
     return f"0x{struct.unpack('>Q', struct.pack('>d', number))[0]:016X}"
 
 
-class _Body:
-    """`body_k`: one pass over the elements [begin, end) of one tensor."""
+class _Code:
+    """A function under construction: its lines, and how a node becomes one of them."""
 
     def __init__(self, program: Program, one: Pass, k: int) -> None:
         self.program, self.one, self.k = program, one, k
         self.lines: list[str] = []
-        self.intrinsics: set[str] = set()
+        self.declared: set[str] = set()
         self.count = 0
+
+    def _line(self, text: str) -> None:
+        self.lines.append("  " + text)
+
+    def _value(self, expression: str) -> str:
+        name = f"%v{self.count}"
+        self.count += 1
+        self._line(f"{name} = {expression}")
+        return name
+
+    def _operation(self, node: Node, args: list[str], width: int) -> str:
+        """One node whose arguments have been emitted, as a scalar (width 0) or a vector."""
+        type, source = _wide(node.type, width), _wide(node.args[0].type, width)
+        if node.op in BINARY:
+            integers = node.args[0].type in ("i16", "i32")
+            operation = BINARY_ON_INTEGERS.get(node.op, BINARY[node.op]) if integers else BINARY[node.op]
+            return self._value(f"{operation} {source} {args[0]}, {args[1]}")
+        if node.op == "neg":
+            return self._value(f"fneg {type} {args[0]}")
+        if node.op == "not":
+            true = "true" if width == 0 else f"<{', '.join(['i1 true'] * width)}>"
+            return self._value(f"xor {type} {args[0]}, {true}")
+        if node.op == "where":
+            return self._value(f"select {source} {args[0]}, {type} {args[1]}, {type} {args[2]}")
+        if node.op in INTRINSICS:
+            kind = "f64" if node.type == "real" else node.type
+            name = f"@llvm.{INTRINSICS[node.op]}.{'v' + str(width) if width else ''}{kind}"
+            self.declared.add(f"declare {type} {name}({type})")
+            return self._value(f"call {type} {name}({type} {args[0]})")
+        if node.op in HOST_ONLY:
+            # The C library's function, as it is: LLVM must not replace it by another one.
+            signature = ", ".join(["double"] * len(args))
+            self.declared.add(f"declare double @{node.op}({signature})")
+            given = ", ".join(f"double {a}" for a in args)
+            return self._value(f"call double @{node.op}({given}) nobuiltin")
+        if (node.args[0].type, node.type) == ("real", "f64"):
+            return args[0]
+        cast = "bitcast" if node.op == "bitcast" else CASTS[node.args[0].type, node.type]
+        return self._value(f"{cast} {source} {args[0]} to {type}")
+
+
+class _Host(_Code):
+    """`host_k`: fill table[setting, input] from leaves[leaf, setting], in float64, rounding once at the end."""
+
+    def text(self) -> str:
+        self.lines = [
+            f"define internal void @host_{self.k}(ptr noalias %leaves, i64 %settings, ptr noalias %table) nounwind {{",
+            "entry:",
+            "  %any = icmp sgt i64 %settings, 0",
+            "  br i1 %any, label %setting, label %done",
+            "setting:",
+            "  %i = phi i64 [ 0, %entry ], [ %next, %setting ]",
+        ]
+        names = self._emit()
+        compute = TYPES[self.program.compute]
+        self._line(f"%row = mul i64 %i, {len(self.one.inputs)}")
+        for column, node in enumerate(self.one.inputs):
+            value = names[node]
+            if node.type == "bool":
+                value = self._value(f"uitofp i1 {value} to {compute}")
+            place = self._value(f"add i64 %row, {column}")
+            place = self._value(f"getelementptr {compute}, ptr %table, i64 {place}")
+            self._line(f"store {compute} {value}, ptr {place}")
+        self.lines += ["  %next = add i64 %i, 1", "  %more = icmp slt i64 %next, %settings"]
+        return "\n".join([*self.lines, "  br i1 %more, label %setting, label %done", "done:", "  ret void", "}"])
+
+    def _emit(self) -> dict[Node, str]:
+        leaves = {name: i for i, name in enumerate(leaf_names(self.program))}
+        reductions = [r for one in self.program.passes for r in one.reductions]
+        leaf_of = {r: leaves[f"reduction {i}"] for i, r in enumerate(reductions)}
+        names: dict[Node, str] = {}
+        for node in host_order(self.one.inputs):
+            if node.op == "const":
+                names[node] = literal(node.attr, "f64")
+            elif node.args and node not in leaf_of:
+                names[node] = self._operation(node, [names[a] for a in node.args], 0)
+            else:
+                leaf = leaf_of[node] if node in leaf_of else leaves["numel" if node.op == "numel" else str(node.attr)]
+                place = self._value(f"mul i64 %settings, {leaf}")
+                place = self._value(f"add i64 {place}, %i")
+                place = self._value(f"getelementptr double, ptr %leaves, i64 {place}")
+                names[node] = self._value(f"load double, ptr {place}")
+        return names
+
+
+class _Body(_Code):
+    """`body_k`: one pass over the elements [begin, end) of one tensor."""
 
     def text(self) -> str:
         columns = ", ".join(f"ptr noalias {_local(name)}" for name in column_names(self.one))
@@ -196,15 +302,6 @@ class _Body:
             f"  br i1 %{name}_more, label %{name}_body, label %{after}",
         ]
 
-    def _line(self, text: str) -> None:
-        self.lines.append("  " + text)
-
-    def _value(self, expression: str) -> str:
-        name = f"%v{self.count}"
-        self.count += 1
-        self._line(f"{name} = {expression}")
-        return name
-
     def _enter_inputs(self) -> None:
         """Host values, loaded before the loop; conditions are numbers in the table."""
         compute = TYPES[self.program.compute]
@@ -247,27 +344,7 @@ class _Body:
         if node.op == "load":
             at = self._value(f"getelementptr {TYPES[node.type]}, ptr {_local(str(node.attr))}, i64 {index}")
             return self._value(f"load {type}, ptr {at}, align 1")
-        args = [value(a) for a in node.args]
-        source = _wide(node.args[0].type, width)
-        if node.op in BINARY:
-            integers = node.args[0].type in ("i16", "i32")
-            operation = BINARY_ON_INTEGERS.get(node.op, BINARY[node.op]) if integers else BINARY[node.op]
-            return self._value(f"{operation} {source} {args[0]}, {args[1]}")
-        if node.op == "neg":
-            return self._value(f"fneg {type} {args[0]}")
-        if node.op == "not":
-            true = "true" if width == 0 else f"<{', '.join(['i1 true'] * width)}>"
-            return self._value(f"xor {type} {args[0]}, {true}")
-        if node.op == "where":
-            return self._value(f"select {source} {args[0]}, {type} {args[1]}, {type} {args[2]}")
-        if node.op in INTRINSICS:
-            name = f"@llvm.{INTRINSICS[node.op]}.{'v' + str(width) if width else ''}{node.type}"
-            self.intrinsics.add(f"declare {type} {name}({type})")
-            return self._value(f"call {type} {name}({type} {args[0]})")
-        if node.op == "spread":
-            return args[0]
-        cast = "bitcast" if node.op == "bitcast" else CASTS[node.args[0].type, node.type]
-        return self._value(f"{cast} {source} {args[0]} to {type}")
+        return self._operation(node, [value(a) for a in node.args], width)
 
 
 def _wide(type: str, width: int) -> str:
@@ -288,13 +365,7 @@ def _worker(program: Program, one: Pass, k: int) -> str:
     """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
     position = {c.name: i for i, c in enumerate(program.columns)}
     names = column_names(one)
-    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:"]
-    for i, field in enumerate(FIELDS[1:], 1):
-        type = "i64" if field in ("units", "tensors") else "ptr"
-        lines += [
-            f"  %{field}_at = getelementptr i64, ptr %arguments, i64 {i}",
-            f"  %{field} = load {type}, ptr %{field}_at",
-        ]
+    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-2])]
     lines += [
         "  br label %take",
         "take:",
@@ -338,6 +409,15 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "}",
     ]
     return "\n".join(lines)
+
+
+def _fields(*names: str) -> list[str]:
+    lines = []
+    for name in names:
+        type = "i64" if name in COUNTS else "ptr"
+        lines += [f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {FIELDS.index(name)}"]
+        lines += [f"  %{name} = load {type}, ptr %{name}_at"]
+    return lines
 
 
 def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:

@@ -230,9 +230,7 @@ def split(name: str, compute: str, stored: Mapping[str, Format], stores: tuple[t
         passes.append(_pass(reductions, stores if k == last else ()))
     loaded = {c for one in passes for c in one.loads}
     written = {c for c, _ in stores}
-    columns = tuple(
-        Column(c, format, c in loaded, c in written) for c, format in stored.items() if c in loaded or c in written
-    )
+    columns = tuple(Column(c, format, c in loaded, c in written) for c, format in stored.items())
     return Program(name, compute, columns, _hypers(node for _, node in stores), tuple(passes))
 
 
@@ -261,3 +259,18 @@ def element_order(roots: Iterable[Node]) -> list[Node]:
     for root in roots:
         visit(root)
     return order
+
+
+def host_order(inputs: Iterable[Node]) -> list[Node]:
+    """The host nodes that a pass's inputs need, arguments first; reductions are where the walk ends."""
+    order: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node not in order:
+            for arg in () if node.op in REDUCTIONS else node.args:
+                visit(arg)
+            order[node] = None
+
+    for node in inputs:
+        visit(node)
+    return list(order)

@@ -1,0 +1,249 @@
+"""What becomes of a rule: its columns, the bytes that it moves, its program, and the machine code."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onepass import kernel
+from onepass.catalog import UnknownName, find_class, nearest
+from onepass.kernel.cpu import Kernel
+from onepass.kernel.ir import Node, Rank
+from onepass.kernel.program import Pass, Program, bind, element_order
+from onepass.optimizer import Optimizer
+from onepass.plan import Mode, describe
+
+__all__ = ["Explanation", "explain", "graph_of", "parse_options"]
+
+INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "lt": "<", "le": "<=", "eq": "==", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}  # fmt: skip
+REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
+
+
+def graph_of(optimizer: Optimizer) -> kernel.Graph:
+    """The finished graph of an optimizer's first param group: what its steps compute, in real numbers."""
+    group = optimizer.param_groups[0]
+    traced = kernel.trace(type(optimizer).rule, describe(optimizer, group))
+    return kernel.finish(traced, maximize=Mode.of(group).maximize)
+
+
+def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
+    """`--amsgrad --weight-decay 0.1` as arguments of the class; a name alone means True, `--no-name` False.
+
+    Raises `UnknownName` for an option that the class does not have, or a word that is none.
+    """
+    known = [q.name for q in list(inspect.signature(cls).parameters.values())[1:]]
+    options: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise UnknownName(f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has {', '.join(known)}.")
+        name, has_value, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no_") and name[3:] in known:
+            options[name[3:]] = False
+            continue
+        if name not in known:
+            raise nearest(f"option of {cls.__name__}", name, known)
+        if not has_value and rest and not rest[0].startswith("--"):
+            has_value, value = "=", rest.pop(0)
+        options[name] = _read(value) if has_value else True
+    return options
+
+
+def _read(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All there is to say about one optimizer with these options and this storage format."""
+
+    cls: type[Optimizer]
+    options: dict[str, Any]
+    dtype: str
+    kernel: Kernel
+
+    @property
+    def program(self) -> Program:
+        return self.kernel.program
+
+    def text(self, llvm: bool = False, assembly: bool = False) -> str:
+        """Everything, in sections; the generated code where asked for."""
+        sections = [self.head(), self.rule(), self.columns(), self.listing()]
+        if llvm:
+            sections += [f"LLVM IR as emitted\n\n{self.kernel.source.strip()}"]
+            sections += [f"LLVM IR after optimization\n\n{self.kernel.library.optimized.strip()}"]
+        if assembly:
+            sections.append(self.assembly())
+        return "\n\n".join(sections) + "\n"
+
+    def head(self) -> str:
+        """The class's first line, its options, and the paper."""
+        lines = inspect.getdoc(self.cls) or "(no docstring)"
+        reference = next((" ".join(part.split()) for part in lines.split("\n\n") if re.search(r"arXiv:|\b(19|20)\d\d\.", part)), "")
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        title = f"{self.cls.__name__}({options}): {lines.splitlines()[0]}"
+        return f"{title}\n{reference}" if reference else title
+
+    def rule(self) -> str:
+        """The rule as it is written."""
+        try:
+            source = inspect.getsource(self.cls.rule)
+        except (OSError, TypeError):
+            source = "(its source is not in a file)"
+        return f"Rule\n\n{textwrap.indent(textwrap.dedent(source).strip(), '    ')}"
+
+    def columns(self) -> str:
+        """The columns with their formats, and the bytes that a step moves."""
+        lines = ["Columns", ""]
+        width = max(len(c.name) for c in self.program.columns)
+        for c in self.program.columns:
+            access = " and ".join(word for word, on in (("read", c.read), ("written", c.written)) if on)
+            lines.append(f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes, {access}")
+        read, written = self.program.bytes_per_parameter
+        state = sum(c.format.itemsize for c in self.program.columns if c.name not in ("p", "g"))
+        passes = len(self.program.passes)
+        lines += ["", f"    {read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"]
+        lines += [f"    {state} bytes of state per parameter, arithmetic in {self.program.compute}, {passes} pass{'es' if passes > 1 else ''} over memory"]
+        return "\n".join(lines)
+
+    def listing(self) -> str:
+        """The program: what the host computes once a step, and what each pass computes for each element."""
+        return "\n\n".join(Listing(one, k, len(self.program.passes)).text() for k, one in enumerate(self.program.passes))
+
+    def assembly(self) -> str:
+        """The machine code of each pass, its hot loop marked."""
+        whole = self.kernel.library.assembly()
+        parts = []
+        for k, one in enumerate(self.program.passes):
+            lines = function_lines(whole, f"body_{k}")
+            begin, end = hot_loop(lines)
+            bits = vector_bits(lines[begin:end])
+            size = 64 if self.program.compute == "f64" else 32
+            note = f"{bits}-bit registers, {bits // size} lanes of {self.program.compute}" if bits else "no vector registers"
+            title = f"Assembly of pass {k + 1} ({len(one.roots)} results), the hot loop marked with |: {note}"
+            body = [f"{'  | ' if begin <= i < end else '    '}{line.expandtabs(8)}" for i, line in enumerate(lines)]
+            parts.append("\n".join([title, "", *body]))
+        return "\n\n".join(parts)
+
+
+def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Explanation:
+    """Explain the optimizer `name` (or `module:Class`) with options as on the command line, all columns stored as `dtype`.
+
+    Raises `UnknownName` for names that mean nothing, and what the class raises for impossible options.
+    """
+    cls = find_class(name)
+    if dtype not in kernel.FORMATS:
+        raise nearest("storage format", dtype, kernel.FORMATS)
+    options = parse_options(cls, words)
+    optimizer: Any = cls([nn.Parameter(torch.zeros(1))], **options)  # type: ignore[call-arg]
+    graph = graph_of(optimizer)
+    formats = tuple((column, dtype) for column in ("p", "g", *graph.state))
+    # `bind` first: a program that cannot be bound must not be compiled.
+    assert bind(graph, formats)
+    return Explanation(cls, options, dtype, kernel.compile(graph, formats))
+
+
+class Listing:
+    """A pass as numbered assignments: `h` for host values, `t` for what is computed for each element."""
+
+    def __init__(self, one: Pass, k: int, passes: int) -> None:
+        self.one, self.k, self.passes = one, k, passes
+        self.names: dict[Node, str] = {node: f"h{i}" for i, node in enumerate(one.inputs)}
+
+    def text(self) -> str:
+        """The lines of the listing, with a title."""
+        stored = [name for name, _ in self.one.stores]
+        order = element_order(self.one.roots)
+        ends = f"writes {', '.join(stored)}" if stored else f"ends in {len(self.one.reductions)} reductions"
+        title = f"Pass {self.k + 1} of {self.passes}: reads {', '.join(self.one.loads)}; {ends}; {len(order)} operations"
+        lines = [title, "", "    once a step, on the host, in float64:"]
+        lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
+        lines += ["", "    for each element:"]
+        for i, node in enumerate(order):
+            if node.op != "load":
+                self.names[node] = f"t{i}"
+        lines += [f"        {self.names[node]} = {self.spell(node)}" for node in order if node in self.names]
+        lines += [f"        partial {node.op} of {self.element(node.args[0])}" for node in self.one.reductions]
+        lines += [f"        {name} <- {self.element(root)}" for name, root in self.one.stores]
+        return "\n".join(lines)
+
+    def host(self, node: Node, top: bool = False) -> str:
+        """A host value in full, in the names of the hyper-parameters."""
+        if node.op == "cast":
+            return self.host(node.args[0], top)
+        if node.op in ("hyper", "numel"):
+            return str(node.attr or "numel")
+        if node.rank == Rank.ELEMENT:
+            return "..."
+        args = [self.host(a) for a in node.args]
+        return f"{node.attr:g}" if node.op == "const" else _spell(node.op, args, bare=top)
+
+    def element(self, node: Node) -> str:
+        """How an operand is called."""
+        if node in self.names:
+            return self.names[node]
+        return str(node.attr) if node.op == "load" else f"{node.attr:g}"
+
+    def spell(self, node: Node) -> str:
+        """One operation on named operands."""
+        args = [self.element(a) for a in node.args]
+        return _spell(node.op if node.op not in ("cast", "bitcast") else f"{node.op}_{node.type}", args, bare=True)
+
+
+def _spell(op: str, args: list[str], bare: bool) -> str:
+    if op in INFIX:
+        joined = f" {INFIX[op]} ".join(args)
+        return joined if bare else f"({joined})"
+    return f"{op}({', '.join(args)})"
+
+
+def function_lines(assembly: str, name: str) -> list[str]:
+    """A function's lines in an assembly listing, without directives."""
+    lines = assembly.splitlines()
+    labels = [i for i, line in enumerate(lines) if re.match(rf"_?{re.escape(name)}:", line)]
+    if not labels:
+        return []
+    end = next((i for i in range(labels[0], len(lines)) if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])), len(lines))
+    kept = [line.split("# ")[0].rstrip() for line in lines[labels[0] : end]]
+    return [line for line in kept if line and not re.match(r"\s+\.", line)]
+
+
+def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
+    """The range of lines of the loop with the most vector work in it: from a label to the jump back to it."""
+    best, most = (0, 0), -1
+    label: dict[str, int] = {}
+    for i, line in enumerate(lines):
+        if match := re.match(r"(\S+):", line):
+            label[match[1]] = i
+        target = re.match(r"\s+(?:j\w+|b\.\w+|b|cbn?z\s+\w+,|tbn?z\s.*,)\s+(\S+)$", line)
+        if target and target[1] in label:
+            begin = label[target[1]]
+            work = vector_bits(lines[begin : i + 1]) * (i - begin)
+            # A loop around a loop has its work too, and more lines.
+            inner = best[0] >= begin and best[1] <= i + 1 and most > 0
+            if work > most and not inner:
+                best, most = (begin, i + 1), work
+    return best
+
+
+def vector_bits(lines: Sequence[str]) -> int:
+    """The widest registers that packed instructions use, in bits; 0 where there are none."""
+    text = "\n".join(lines)
+    for register, bits in REGISTERS[:2]:
+        if register in text:
+            return bits
+    packed = r"\b(v?(mul|add|sub|div|sqrt|and|or|xor|max|min)p[sd]|movup[sd])\b|\bv\d+\.(4s|2d)\b"
+    return 128 if re.search(packed, text) else 0

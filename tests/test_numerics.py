@@ -1,0 +1,444 @@
+"""What the optimizers compute: properties over the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from interpreter import interpret
+from onepass import SGD, Adam, AdamW
+from onepass.kernel import bind, cpu, finish, trace
+from onepass.kernel.native import Library
+from rig import (
+    INF,
+    NAN,
+    SIZES,
+    SPECIAL,
+    assert_same_bits,
+    bits,
+    check_oracle,
+    compiled,
+    encode,
+    graph_of,
+    hypers_of,
+    is_same,
+    launch,
+    program_of,
+    random_columns,
+)
+from table import TABLE, UNIT, Row, tolerance, walk
+
+over_table = pytest.mark.parametrize("row", TABLE, ids=str)
+STEPS = 20
+ONE_FORMAT = ("float32", "float64", "bfloat16", "float16")
+# p, g, states: what mixed precision training, frozen dtypes and loaded checkpoints lead to.
+MIXED = (
+    ("bfloat16", "bfloat16", "float32"),
+    ("float32", "bfloat16", "float32"),
+    ("float32", "float32", "bfloat16"),
+    ("float16", "float32", "float16"),
+    ("bfloat16", "float16", "float64"),
+    ("float64", "float32", "float32"),
+)
+
+
+# The oracle, bit for bit.
+
+
+def check_formats(row: Row, rng: np.random.Generator, p: str, g: str, state: str, sizes: Sequence[int]) -> None:
+    graph = graph_of(row)
+    kernel = compiled(program_of(graph, p, g, state))
+    tensors = [random_columns(rng, kernel.program, size) for size in sizes]
+    hypers = [hypers_of(row, graph, 1, True), hypers_of(row, graph, 7), hypers_of(row, graph, 400, lr=3.0)]
+    rows = [i % 3 for i in range(len(sizes))]
+    aligned = check_oracle(kernel, tensors, hypers, rows)
+    for misaligned in (1, 2, 4):
+        again = launch(kernel, tensors, hypers, rows, misaligned=misaligned)
+        for i in range(len(sizes)):
+            for name in again[i]:
+                assert_same_bits(again[i][name], aligned[i][name], f"{name}, {misaligned} bytes off")
+
+
+@over_table
+@pytest.mark.parametrize("format", ONE_FORMAT)
+def test_kernel_is_the_oracle(row: Row, format: str, rng: np.random.Generator) -> None:
+    """Every element has the interpreter's bits, at awkward sizes and places, whatever the numbers; guards stay whole."""
+    check_formats(row, rng, format, format, format, SIZES[:8])
+
+
+@pytest.mark.parametrize("row", [TABLE[6], TABLE[14], TABLE[18]], ids=str)
+@pytest.mark.parametrize("format", ONE_FORMAT)
+def test_kernel_is_the_oracle_across_chunks(row: Row, format: str, rng: np.random.Generator) -> None:
+    check_formats(row, rng, format, format, format, SIZES)
+
+
+@pytest.mark.parametrize("row", [TABLE[6], TABLE[14], TABLE[18]], ids=str)
+@pytest.mark.parametrize("formats", MIXED, ids="-".join)
+def test_kernel_is_the_oracle_in_mixed_formats(
+    row: Row, formats: tuple[str, str, str], rng: np.random.Generator
+) -> None:
+    check_formats(row, rng, *formats, sizes=SIZES[:8])
+
+
+@pytest.mark.slow
+@over_table
+@pytest.mark.parametrize("formats", [*MIXED, *((f, f, f) for f in ONE_FORMAT)], ids="-".join)
+def test_kernel_is_the_oracle_everywhere(row: Row, formats: tuple[str, str, str], rng: np.random.Generator) -> None:
+    check_formats(row, rng, *formats, sizes=SIZES)
+
+
+def flat(t: Tensor) -> np.ndarray:
+    """A tensor's elements as the kernels see them: complex numbers as pairs, bfloat16 as bits."""
+    t = t.detach()
+    t = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
+    return t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
+
+
+@over_table
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128],
+    ids=lambda d: str(d).removeprefix("torch."),
+)
+def test_step_is_the_oracle(row: Row, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """Through the whole optimizer, states included, three steps with a change of lr: tensors of all kinds at once."""
+    shapes = [(), (0,), (1,), (3, 5), (17,), (1000,)]
+    plain = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    # A view that begins at element 1 of its storage, a transposed one, and memory at an odd address.
+    odd = torch.frombuffer(bytearray(1 + 33 * plain[0].itemsize), dtype=torch.uint8)[1:].view(torch.uint8)
+    params = [*plain, torch.randn(40, dtype=dtype)[1:], torch.randn(7, 4, dtype=dtype).t()]
+    params.append(torch.frombuffer(odd.numpy(), dtype=dtype).copy_(torch.randn(33, dtype=dtype)))
+    assert params[-1].data_ptr() % 2 == 1
+    optimizer = row.make(params)
+    graph = graph_of(row)
+    real = str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
+    program = program_of(graph, real, real, real)
+    zeros = [np.zeros_like(flat(p.contiguous())) for p in params]
+    states: list[dict[str, np.ndarray]] = [dict.fromkeys(graph.state, z) for z in zeros]
+    for step, lr in ((1, 0.01), (2, 0.01), (3, 0.5)):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.param_groups[0]["lr"] = lr
+        hypers = hypers_of(row, graph, step, step == 1, lr=lr)
+        wanted = []
+        for p, state in zip(params, states, strict=True):
+            columns = {"p": flat(p.contiguous()), "g": flat(p.grad.contiguous()), **state}
+            wanted.append(state | interpret(program, columns, hypers))
+        optimizer.step()
+        for i, (p, want) in enumerate(zip(params, wanted, strict=True)):
+            assert_same_bits(flat(p.contiguous()), want.pop("p"), f"p of {tuple(p.shape)} in step {step}")
+            for name, values in want.items():
+                assert_same_bits(flat(optimizer.state[p][name].contiguous()), values, f"{name} in step {step}")
+            states[i] = want
+
+
+# What must not matter.
+
+
+@pytest.fixture
+def eager_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take as many threads as allowed, however little there is to do."""
+    monkeypatch.setattr(cpu, "UNITS_PER_THREAD", 1, raising=False)
+
+
+@over_table
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_do_not_matter(row: Row, rng: np.random.Generator) -> None:
+    graph = graph_of(row)
+    kernel = compiled(program_of(graph, "float32", "float32", "float32"))
+    tensors = [random_columns(rng, kernel.program, size) for size in (*SIZES, 3 * 32768 + 5)]
+    runs = [launch(kernel, tensors, [hypers_of(row, graph, 3)], threads=n) for n in (1, 2, 3, 7)]
+    for run in runs[1:]:
+        for got, want in zip(run, runs[0], strict=True):
+            for name in want:
+                assert_same_bits(got[name], want[name], name)
+
+
+def three_steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], seed: int = 1) -> None:
+    for step in range(3):
+        for i, p in enumerate(params):
+            generator = torch.Generator().manual_seed(1000 * seed + 10 * i + step)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+
+
+@over_table
+def test_company_does_not_matter(row: Row) -> None:
+    """A tensor alone, among fifty, and in a param group of its own: the same bits."""
+    start = [torch.randn(1 + 13 * i % 200) for i in range(50)]
+    among = [p.clone() for p in start]
+    three_steps(row.make(among), among)
+    grouped = [p.clone() for p in start]
+    groups = [{"params": grouped[i : i + 7], "lr": 0.01, "name": str(i)} for i in range(0, 50, 7)]
+    three_steps(row.make(groups, lr=5.0), grouped)
+    alone = [p.clone() for p in start]
+    optimizers = [row.make([p]) for p in alone]
+    for step in range(3):
+        for i, (p, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
+            generator = torch.Generator().manual_seed(1000 + 10 * i + step)
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    for a, b, c in zip(among, grouped, alone, strict=True):
+        assert_same_bits(flat(b), flat(a), "in groups")
+        assert_same_bits(flat(c), flat(a), "alone")
+
+
+@over_table
+def test_uneven_steps_do_not_matter(row: Row) -> None:
+    """Parameters at different step counts in one launch have the bits that they have alone, in float64 too."""
+    gradients = [[torch.randn(5, dtype=torch.float64) for _ in range(12)] for _ in range(6)]
+    together = [torch.ones(5, dtype=torch.float64) for _ in range(6)]
+    optimizer = row.make(together)
+    for step in range(12):
+        for i, p in enumerate(together):
+            p.grad = gradients[i][step] if step % (i + 1) == 0 else None
+        optimizer.step()
+    for i, want in enumerate(together):
+        alone = torch.ones(5, dtype=torch.float64)
+        optimizer = row.make([alone])
+        for step in range(0, 12, i + 1):
+            alone.grad = gradients[i][step]
+            optimizer.step()
+        assert_same_bits(flat(alone), flat(want), f"with a gradient in each {i + 1}th step")
+
+
+# The mathematics.
+
+
+def learning_rates() -> list[float]:
+    return [0.01 if t < 8 else 0.03 if t < 15 else 0.001 for t in range(STEPS)]
+
+
+def run(optimizer: torch.optim.Optimizer, p: Tensor, gradients: Sequence[Any], lrs: Sequence[float]) -> np.ndarray:
+    """The parameter after all steps, in float64."""
+    for g, lr in zip(gradients, lrs, strict=True):
+        p.grad = None if g is None else torch.from_numpy(g).to(p.dtype)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    return p.detach().double().numpy()
+
+
+def problem(rng: np.random.Generator, dtype: torch.dtype, frozen: bool) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Weights and gradients that the dtype holds exactly; `frozen` ones have no gradient in some of the steps."""
+    numbers = [torch.from_numpy(rng.standard_normal(500)).to(dtype).double().numpy() for _ in range(STEPS + 1)]
+    gradients: list[np.ndarray | None] = list(numbers[1:])
+    if frozen:
+        gradients[:3] = gradients[9:12] = [None] * 3
+    return numbers[0], gradients
+
+
+@over_table
+@pytest.mark.parametrize("frozen", [False, True], ids=["always", "frozen"])
+@pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_reference(row: Row, dtype: torch.dtype, frozen: bool, eager: bool, rng: np.random.Generator) -> None:
+    """Twenty steps end where the float64 reference does, within what rounding explains."""
+    start, gradients = problem(rng, dtype, frozen)
+    path = walk(row, start, gradients, learning_rates())
+    p = torch.from_numpy(start).to(dtype)
+    modes = {"foreach": False, "fused": False} if eager else {}
+    error = np.abs(run(row.make([p], **modes), p, gradients, learning_rates()) - path[-1]).max()
+    assert error <= tolerance(path, UNIT[dtype])
+
+
+@over_table
+@pytest.mark.parametrize("frozen", [False, True], ids=["always", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_torch(row: Row, dtype: torch.dtype, frozen: bool, rng: np.random.Generator) -> None:
+    """Where torch.optim ends: both round, so twice what one may be off."""
+    start, gradients = problem(rng, dtype, frozen)
+    path = walk(row, start, gradients, learning_rates())
+    ours, theirs = (torch.from_numpy(start).to(dtype) for _ in range(2))
+    got = run(row.make([ours]), ours, gradients, learning_rates())
+    want = run(row.make_torch([theirs], foreach=False), theirs, gradients, learning_rates())
+    assert np.abs(got - want).max() <= 2 * tolerance(path, UNIT[dtype])
+
+
+@over_table
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_torch_complex(row: Row, dtype: torch.dtype) -> None:
+    start, gradients = torch.randn(50, dtype=dtype), [torch.randn(50, dtype=dtype) for _ in range(STEPS)]
+    ours, theirs = start.clone(), start.clone()
+    for p, optimizer in ((ours, row.make([ours])), (theirs, row.make_torch([theirs], foreach=False))):
+        for g in gradients:
+            p.grad = g.clone()
+            optimizer.step()
+    path = walk(row, flat(start), [flat(g) for g in gradients], [row.options["lr"]] * STEPS)
+    assert (ours - theirs).abs().max() <= 2 * 2**0.5 * tolerance(path, UNIT[dtype.to_real()])
+
+
+@over_table
+def test_eager_agrees_in_one_step(row: Row, rng: np.random.Generator) -> None:
+    """From the same state, both backends round the same expression: a few units in the last place of its largest term."""
+    start, gradients = problem(rng, torch.float32, frozen=False)
+    results = []
+    for modes in ({}, {"foreach": False, "fused": False}):
+        p = torch.from_numpy(start).float()
+        optimizer = row.make([p], **modes)
+        results.append(run(optimizer, p, gradients[:2], [0.01, 0.01]))
+    path = walk(row, start, gradients[:2], [0.01, 0.01])
+    assert np.abs(results[0] - results[1]).max() <= 2 * tolerance(path, UNIT[torch.float32])
+
+
+# Limits between algorithms.
+
+
+LIMITS = [
+    (lambda p: Adam(p, amsgrad=False), lambda p: Adam(p)),
+    (lambda p: AdamW(p, weight_decay=0.0), lambda p: Adam(p, weight_decay=0.0)),
+    (lambda p: Adam(p, weight_decay=0.1, decoupled_weight_decay=True), lambda p: AdamW(p, weight_decay=0.1)),
+    (lambda p: SGD(p, momentum=0.0), lambda p: SGD(p)),
+    (lambda p: SGD(p, momentum=1e-300, nesterov=True), lambda p: SGD(p)),
+    (lambda p: SGD(p, momentum=0.9, dampening=0.0), lambda p: SGD(p, momentum=0.9)),
+    (lambda p: SGD(p, weight_decay=0.0, momentum=0.9), lambda p: SGD(p, momentum=0.9)),
+    # The largest v so far is v itself where nothing is forgotten.
+    (lambda p: Adam(p, amsgrad=True, betas=(0.9, 0.999999)), lambda p: Adam(p, betas=(0.9, 0.999999))),
+]
+
+
+@pytest.mark.parametrize("limit", range(len(LIMITS)))
+def test_limits(limit: int) -> None:
+    """Options that take a term out give the simpler algorithm, to the last bit."""
+    start = torch.randn(300)
+    ends = []
+    for make in LIMITS[limit]:
+        p = start.clone()
+        three_steps(make([p]), [p])
+        ends.append(flat(p))
+    assert_same_bits(ends[0], ends[1], "the limit")
+
+
+@over_table
+def test_maximize_is_the_negated_gradient(row: Row) -> None:
+    start = torch.randn(300)
+    p, q = start.clone(), start.clone()
+    flipped = row.make([q], maximize=not row.options.get("maximize", False))
+    optimizer = row.make([p])
+    for _ in range(3):
+        p.grad = torch.randn(300)
+        q.grad = -p.grad
+        optimizer.step()
+        flipped.step()
+    assert_same_bits(flat(q), flat(p), "maximize")
+
+
+# Nothing to do, and what is no number.
+
+
+@over_table
+@pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> None:
+    """lr = 0 and gradients of zero, of either sign: -0.0, subnormals and the largest numbers stay what they are."""
+    finite = torch.tensor([x for x in SPECIAL if abs(x) < INF], dtype=torch.float64).to(dtype)
+    # What overflows to infinity with the decay's or the root's arithmetic is no weight anybody has.
+    finite = torch.cat([finite[finite.isfinite()], torch.finfo(dtype).smallest_normal * torch.tensor([0.5, -0.25], dtype=dtype)])
+    for sign in (0.0, -0.0):
+        p = finite.clone()
+        modes = {"foreach": False, "fused": False} if eager else {}
+        optimizer = row.make([p], lr=0.0, **modes)
+        for _ in range(3):
+            p.grad = torch.full_like(p, sign)
+            optimizer.step()
+        same = bits(flat(p)) == bits(flat(finite))
+        assert same.all(), finite[~torch.from_numpy(same)]
+
+
+@over_table
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_non_finite_numbers_spread_as_in_torch(row: Row, dtype: torch.dtype) -> None:
+    """NaN and infinities of p and g lead to NaN and infinities where torch has them, in p and in every state."""
+    values = torch.tensor([0.0, 1.0, -2.0, INF, -INF, NAN, 1e-3], dtype=dtype)
+    p = torch.cartesian_prod(values, values)[:, 0].contiguous()
+    g = torch.cartesian_prod(values, values)[:, 1].contiguous()
+    theirs = p.clone()
+    pair = [(p, row.make([p])), (theirs, row.make_torch([theirs], foreach=False))]
+    for gradient in (g, torch.ones_like(g), g.flip(0)):
+        for q, optimizer in pair:
+            q.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(p.isnan(), theirs.isnan())
+        assert torch.equal(p.isposinf(), theirs.isposinf())
+        assert torch.equal(p.isneginf(), theirs.isneginf())
+        for name, want in pair[1][1].state[theirs].items():
+            if name != "step" and want is not None:
+                got = pair[0][1].state[p][name]
+                assert torch.equal(got.isnan(), want.isnan()), name
+                assert torch.equal(got.isinf(), want.isinf()), name
+
+
+# Compiling.
+
+
+@over_table
+def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a further step, nor new numbers, nor another optimizer of the kind, nor other shapes."""
+    built = []
+    monkeypatch.setattr(Library, "__init__", lambda *args, original=Library.__init__: built.append(1) or original(*args))
+    cpu.compile.cache_clear()
+    p = torch.randn(100)
+    optimizer = row.make([p])
+    three_steps(optimizer, [p])
+    built.clear()
+    before = cpu.compile.cache_info().misses
+    changes = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.7, "momentum": 0.2, "dampening": 0.0}
+    for name, value in changes.items():
+        if name in optimizer.param_groups[0] and bool(optimizer.param_groups[0][name]) | (name != "momentum"):
+            optimizer.param_groups[0][name] = value
+            three_steps(optimizer, [p])
+    others = [torch.randn(7, 3), torch.randn(40000), torch.randn(())]
+    three_steps(row.make(others), others)
+    assert not built
+    assert cpu.compile.cache_info().misses == before
+
+
+# Storage formats.
+
+
+def store(p, g, *, lr):
+    return {"p": g}
+
+
+def stored_as(format: str, values: np.ndarray, source: str = "float32") -> np.ndarray:
+    """Numbers of one format, put by a kernel into a column of another."""
+    graph = finish(trace(store, (("lr", ("float",)),)), exact=False)
+    kernel = compiled(bind(graph, (("p", format), ("g", source))))
+    columns = {"p": encode(np.zeros(len(values)), format), "g": values}
+    return launch(kernel, [columns], [{"lr": 0.0}])[0]["p"]
+
+
+LOW_HALVES = (0x0000, 0x0001, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xFFFF)
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "float16"])
+def test_narrow_formats_round_as_torch(format: str) -> None:
+    """All 65536 upper halves of a float32, with lower halves below, at and above each tie."""
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    for low in LOW_HALVES:
+        values = (high | np.uint32(low)).view(np.float32)
+        want = flat(torch.from_numpy(values).to(getattr(torch, format)))
+        assert_same_bits(stored_as(format, values), want, f"low half {low:#x}")
+
+
+@pytest.mark.slow
+def test_float16_rounds_as_torch_for_all_low_halves() -> None:
+    """Every float32 there is, in a sixteenth of the exponents at a time."""
+    for high in range(0, 1 << 16, 64):
+        values = (np.arange(high << 16, (high + 64) << 16, dtype=np.uint64)).astype(np.uint32).view(np.float32)
+        assert_same_bits(stored_as("float16", values), flat(torch.from_numpy(values).half()), f"{high:#x}")
+        assert_same_bits(stored_as("bfloat16", values), flat(torch.from_numpy(values).bfloat16()), f"{high:#x}")
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "float16"])
+def test_narrow_formats_come_back(format: str) -> None:
+    """All 65536 numbers of a format are decoded to what torch says they are, and stored as they were."""
+    stored = np.arange(1 << 16, dtype=np.uint16)
+    stored = stored if format == "bfloat16" else stored.view(np.float16)
+    tensor = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(getattr(torch, format))
+    assert_same_bits(stored_as("float32", stored, source=format), flat(tensor.float()), "decoded")
+    assert is_same(stored_as(format, stored, source=format), stored)
