@@ -47,6 +47,8 @@ class Recipe:
 
 def number(value: object, name: str) -> float:
     """A hyper-parameter as a float; tensors of one element are read."""
+    if type(value) is float:
+        return value
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
@@ -110,16 +112,20 @@ class KernelBatch:
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
-        self._placed = np.zeros(0, np.uint64)
+        self._work: Any = None
+        self._next_steps = self._placed = b""
         self._overlapping = False
 
     def _like(self, i: int) -> Tensor:
         p = self.members[i].p.detach()
         return p.contiguous() if i in self.strided else p
 
-    def gather(self) -> bool:
-        """Read all tensors; False where the plan no longer fits them. Raises `StepError` where no plan could."""
+    def gather(self, groups: Sequence[Group]) -> bool:
+        """Read options and tensors; False where the plan no longer fits. Raises `StepError` where no plan could."""
         n = self.count
+        self.values = [
+            [number(_pick(groups[g], key, i), key) for g in self.groups] for _, key, i in self.recipe.sources
+        ]
         tensors: list[Any] = [p.grad for p in self.params]
         tensors += self.params
         try:
@@ -171,13 +177,12 @@ class KernelBatch:
             tensors[i] = torch.empty_like(self._like(i), dtype=g.dtype).copy_(g.detach())
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
-    def run(self, groups: Sequence[Group], steps: np.ndarray | None, first: np.ndarray | None, factor: float) -> None:
-        """Launch. `steps` and `first` are this step's number and whether it is the first, for each parameter."""
+    def run(self, steps: np.ndarray | None, first: np.ndarray | None, factor: float) -> None:
+        """Launch on what was gathered. `steps` and `first`: each parameter's step number, and whether it is its first."""
         self._choose_rows(steps, first)
         leaves = self.launch.leaves
-        values = [[number(_pick(groups[g], key, i), key) for g in self.groups] for _, key, i in self.recipe.sources]
-        for leaf, of_groups in zip(self.leaves, values, strict=True):
-            leaves[leaf] = of_groups[0] if len(of_groups) == 1 else np.array(of_groups)[self.setting_group]
+        for leaf, values in zip(self.leaves, self.values, strict=True):
+            leaves[leaf] = values[0] if len(values) == 1 else np.array(values)[self.setting_group]
         for name, settings in (("step", self.setting_step), ("first", self.setting_first)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = settings
@@ -197,31 +202,29 @@ class KernelBatch:
     def _choose_rows(self, steps: np.ndarray | None, first: np.ndarray | None) -> None:
         """Find the distinct settings (group, step, first) and each tensor's; most steps only count the last on."""
         steps = np.zeros(self.count) if steps is None else steps
-        if self.launch and first is None and self._first is None and self._work is self.work:
-            ahead = steps - self._steps
-            if (ahead == ahead[0]).all():
-                self.setting_step = self.setting_step + ahead[0]
-                self._steps = steps
-                return
+        if first is None and self._work is self.work and steps.tobytes() == self._next_steps:
+            self.setting_step += 1.0
+            self._next_steps = (steps + 1.0).tobytes()
+            return
         flags = np.zeros(self.count) if first is None else first
         keys = np.stack([self.row_of_group, steps, flags], axis=1)
         settings, rows = np.unique(keys, axis=0, return_inverse=True)
         self.setting_group = settings[:, 0].astype(np.int64)
-        self.setting_step, self.setting_first = settings[:, 1], settings[:, 2]
-        self._steps, self._first, self._work = steps, first, self.work
+        self.setting_step, self.setting_first = settings[:, 1].copy(), settings[:, 2].copy()
+        self._work, self._next_steps = self.work, b"" if first is not None else (steps + 1.0).tobytes()
         pointers = self.expected.pointers.reshape(-1, self.count)
         self.launch = self.kernel.prepare(pointers, self.work, rows.reshape(-1), len(settings))
 
     def _overlap(self) -> bool:
         """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
         placed = self.expected.pointers[self.count :]
-        if not np.array_equal(placed, self._placed):
+        if placed.tobytes() != self._placed:
             size = self.expected.bytes[self.count :]
             order = np.argsort(placed, kind="stable")
             order = order[size[order] > 0]
             ends = (placed + size.astype(np.uint64))[order]
             self._overlapping = bool((ends[:-1] > placed[order][1:]).any())
-            self._placed = placed.copy()
+            self._placed = placed.tobytes()
         return self._overlapping
 
 
@@ -255,11 +258,14 @@ class EagerBatch:
     members: list[Member]
     recipe: Recipe
     owner: str
+    differentiable: bool
+    capturable: bool
     stepping: list[int] = field(default_factory=list)
 
-    def gather(self) -> bool:
-        """Which parameters step now; raises `StepError` where one cannot."""
+    def gather(self, groups: Sequence[Group]) -> bool:
+        """Read options, and which parameters step now; raises `StepError` where one cannot."""
         self.stepping = [i for i, m in enumerate(self.members) if m.p.grad is not None]
+        self.hypers = {g: self._read(groups[g]) for g in {self.members[i].group for i in self.stepping}}
         for i in self.stepping:
             member = self.members[i]
             check_gradient(member, member.p.grad, self.owner)  # type: ignore[arg-type]
@@ -269,26 +275,27 @@ class EagerBatch:
                 return False
         return True
 
-    def run(self, groups: Sequence[Group], first: Sequence[bool], factor: float) -> list[int]:
+    def _read(self, group: Group) -> dict[str, Any]:
+        hypers = {name: _pick(group, key, j) for name, key, j in self.recipe.sources}
+        if self.differentiable or self.capturable:
+            return hypers
+        return {name: number(value, name) for name, value in hypers.items()}
+
+    def run(self, first: Sequence[bool], factor: float) -> list[int]:
         """Step each parameter that has a gradient, and say which; `first` as in `KernelBatch.run`, by position."""
         for i in self.stepping:
             member = self.members[i]
-            group = groups[member.group]
-            differentiable, capturable = bool(group.get("differentiable")), bool(group.get("capturable"))
-            hypers: dict[str, Any] = {name: _pick(group, key, j) for name, key, j in self.recipe.sources}
-            if not (differentiable or capturable):
-                hypers = {name: number(value, name) for name, value in hypers.items()}
-            hypers |= {"first": float(first[i]), kernel.GRADIENT_FACTOR: factor}
+            hypers = self.hypers[member.group] | {"first": float(first[i]), kernel.GRADIENT_FACTOR: factor}
             if self.recipe.counts_steps:
-                hypers["step"] = _count(member.state, capturable)
-            self._update(member, hypers, differentiable)
+                hypers["step"] = _count(member.state, self.capturable)
+            self._update(member, hypers)
         return self.stepping
 
-    def _update(self, member: Member, hypers: dict[str, Any], differentiable: bool) -> None:
+    def _update(self, member: Member, hypers: dict[str, Any]) -> None:
         columns = {"p": member.p, "g": member.p.grad, **{name: member.state[name] for name in self.recipe.graph.state}}
         real = {name: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for name, t in columns.items()}
         # Autograd keeps what it has read; what is written in place must be another tensor.
-        read = {name: t.clone() for name, t in real.items()} if differentiable else real
+        read = {name: t.clone() for name, t in real.items()} if self.differentiable else real
         for name, value in kernel.evaluate(self.recipe.graph, read, hypers).items():
             real[name].copy_(value)
 

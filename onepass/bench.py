@@ -188,7 +188,10 @@ def summarize(result: Report) -> Report:
         "times_fused": theirs["fused"] / ours if "fused" in theirs else None,
         "share_of_limit": median[LIMIT] / ours,
         "gigabytes_per_second": moved / ours / 1e6,
-        "limit_gigabytes_per_second": sum(result["limit_bytes_per_parameter"]) * result["parameters"] / median[LIMIT] / 1e6,
+        "limit_gigabytes_per_second": sum(result["limit_bytes_per_parameter"])
+        * result["parameters"]
+        / median[LIMIT]
+        / 1e6,
         "us_per_tensor": 1e3 * ours / result["tensors"],
     }
 
@@ -236,7 +239,10 @@ def measure_bandwidth(megabytes: int = 256, repeat: int = 7) -> Report:
         step()
         return 2 * a.nbytes / min(_time(step) for _ in range(repeat)) / 1e9
 
-    return {"copy_gigabytes_per_second": rate(lambda: b.copy_(a)), "update_gigabytes_per_second": rate(lambda: a.mul_(1.0))}
+    return {
+        "copy_gigabytes_per_second": rate(lambda: b.copy_(a)),
+        "update_gigabytes_per_second": rate(lambda: a.mul_(1.0)),
+    }
 
 
 def describe_machine() -> Report:

@@ -34,7 +34,7 @@ TORCH: dict[str, dict[str, bool]] = {
 }
 
 
-class Missing(Exception):  # noqa: N818 - no error: torch simply has no such thing
+class Missing(Exception):
     """Why a contender cannot take part."""
 
 
@@ -71,7 +71,9 @@ class Workload:
             self.columns[name] = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.params]
         if template:
             for i, p in enumerate(self.params):
-                own = {name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name]) for name in template}
+                own = {
+                    name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name]) for name in template
+                }
                 optimizer.state[p] = own
 
 
@@ -139,5 +141,6 @@ class Limit:
         tensors = [columns[c.name] for c in self.program.columns]
         pointers = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.uint64)
         work = self.kernel.split(np.array([p.numel() for p in workload.params]))
-        rows, zero = np.zeros(len(workload.params), np.int64), {"zero": np.zeros(1)}
-        return lambda: self.kernel.launch(pointers, work, rows, zero, torch.get_num_threads())
+        launch = self.kernel.prepare(pointers, work, np.zeros(len(workload.params), np.int64), 1)
+        launch.leaves[:] = 0.0
+        return lambda: launch.run(torch.get_num_threads())

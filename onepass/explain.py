@@ -45,7 +45,9 @@ def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise UnknownName(f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has {', '.join(known)}.")
+            raise UnknownName(
+                f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has {', '.join(known)}."
+            )
         name, has_value, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name.startswith("no_") and name[3:] in known:
@@ -92,7 +94,9 @@ class Explanation:
     def head(self) -> str:
         """The class's first line, its options, and the paper."""
         lines = inspect.getdoc(self.cls) or "(no docstring)"
-        reference = next((" ".join(part.split()) for part in lines.split("\n\n") if re.search(r"arXiv:|\b(19|20)\d\d\.", part)), "")
+        reference = next(
+            (" ".join(part.split()) for part in lines.split("\n\n") if re.search(r"arXiv:|\b(19|20)\d\d\.", part)), ""
+        )
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         title = f"{self.cls.__name__}({options}): {lines.splitlines()[0]}"
         return f"{title}\n{reference}" if reference else title
@@ -115,13 +119,20 @@ class Explanation:
         read, written = self.program.bytes_per_parameter
         state = sum(c.format.itemsize for c in self.program.columns if c.name not in ("p", "g"))
         passes = len(self.program.passes)
-        lines += ["", f"    {read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"]
-        lines += [f"    {state} bytes of state per parameter, arithmetic in {self.program.compute}, {passes} pass{'es' if passes > 1 else ''} over memory"]
+        lines += [
+            "",
+            f"    {read} bytes read + {written} bytes written = {read + written} bytes per parameter and step",
+        ]
+        lines += [
+            f"    {state} bytes of state per parameter, arithmetic in {self.program.compute}, {passes} pass{'es' if passes > 1 else ''} over memory"
+        ]
         return "\n".join(lines)
 
     def listing(self) -> str:
         """The program: what the host computes once a step, and what each pass computes for each element."""
-        return "\n\n".join(Listing(one, k, len(self.program.passes)).text() for k, one in enumerate(self.program.passes))
+        return "\n\n".join(
+            Listing(one, k, len(self.program.passes)).text() for k, one in enumerate(self.program.passes)
+        )
 
     def assembly(self) -> str:
         """The machine code of each pass, its hot loop marked."""
@@ -132,7 +143,11 @@ class Explanation:
             begin, end = hot_loop(lines)
             bits = vector_bits(lines[begin:end])
             size = 64 if self.program.compute == "f64" else 32
-            note = f"{bits}-bit registers, {bits // size} lanes of {self.program.compute}" if bits else "no vector registers"
+            note = (
+                f"{bits}-bit registers, {bits // size} lanes of {self.program.compute}"
+                if bits
+                else "no vector registers"
+            )
             title = f"Assembly of pass {k + 1} ({len(one.roots)} results), the hot loop marked with |: {note}"
             body = [f"{'  | ' if begin <= i < end else '    '}{line.expandtabs(8)}" for i, line in enumerate(lines)]
             parts.append("\n".join([title, "", *body]))
@@ -168,7 +183,9 @@ class Listing:
         stored = [name for name, _ in self.one.stores]
         order = element_order(self.one.roots)
         ends = f"writes {', '.join(stored)}" if stored else f"ends in {len(self.one.reductions)} reductions"
-        title = f"Pass {self.k + 1} of {self.passes}: reads {', '.join(self.one.loads)}; {ends}; {len(order)} operations"
+        title = (
+            f"Pass {self.k + 1} of {self.passes}: reads {', '.join(self.one.loads)}; {ends}; {len(order)} operations"
+        )
         lines = [title, "", "    once a step, on the host, in float64:"]
         lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
         lines += ["", "    for each element:"]
@@ -216,7 +233,10 @@ def function_lines(assembly: str, name: str) -> list[str]:
     labels = [i for i, line in enumerate(lines) if re.match(rf"_?{re.escape(name)}:", line)]
     if not labels:
         return []
-    end = next((i for i in range(labels[0], len(lines)) if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])), len(lines))
+    end = next(
+        (i for i in range(labels[0], len(lines)) if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])),
+        len(lines),
+    )
     kept = [line.split("# ")[0].rstrip() for line in lines[labels[0] : end]]
     return [line for line in kept if line and not re.match(r"\s+\.", line)]
 

@@ -85,14 +85,16 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
-                f"{owner}: group {i} of the state dict has {len(saved['params'])} parameters and doesn't match the size "
-                f"of this optimizer's group, {len(group['params'])}"
+                f"{owner}: group {i} of the state dict has {len(saved['params'])} parameters and doesn't match the "
+                f"size of this optimizer's group, {len(group['params'])}"
             )
         names = saved["param_names"] if named else saved["params"]
         of_name = dict(zip(group["param_names"] if named else names, group["params"], strict=True))
         for key, name in zip(saved["params"], names, strict=True):
             if name not in of_name:
-                raise ValueError(f"{owner}: the state dict has a parameter {name!r} in group {i}, this optimizer has not")
+                raise ValueError(
+                    f"{owner}: the state dict has a parameter {name!r} in group {i}, this optimizer has not"
+                )
             parameters[key], labels[key] = of_name[name], repr(name) if named else str(key)
     return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels)
 
@@ -108,4 +110,3 @@ def _adopt(value: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
         else:
             copied[name] = entry.detach().to(device=p.device, copy=True)
     return copied
-

@@ -41,7 +41,9 @@ class Optimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         defaults.setdefault("differentiable", False)
         if isinstance(params, Tensor):
-            raise TypeError(f"{self.name}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
+            raise TypeError(
+                f"{self.name}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}"
+            )
         self.defaults = defaults
         self.check_options(defaults)
         super().__init__(params, defaults)
@@ -86,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            self._make_ready(scale is not None).run(self.param_groups, 1.0 if scale is None else 1.0 / float(scale))
+            self._make_ready(scale is not None).run(1.0 if scale is None else 1.0 / float(scale))
         return loss
 
     def _make_ready(self, scaled: bool) -> Plan:
@@ -155,7 +157,9 @@ class Optimizer(torch.optim.Optimizer):
         names = [entry[0] for entry in entries if isinstance(entry, tuple)]
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
         if names and len(names) != len(params):
-            raise ValueError(f"{self.name}: all parameters must have names, or none; {len(params) - len(names)} have none")
+            raise ValueError(
+                f"{self.name}: all parameters must have names, or none; {len(params) - len(names)} have none"
+            )
         return params, names
 
     def _check_params(self, params: list[Tensor], names: list[str]) -> None:
@@ -169,7 +173,9 @@ class Optimizer(torch.optim.Optimizer):
                     "gradients, leave it out of the list"
                 )
             if not self.defaults.get("differentiable") and not (p.is_leaf or p.retains_grad):
-                raise ValueError(f"{self.name} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
+                raise ValueError(
+                    f"{self.name} can't optimize a non-leaf Tensor: parameter {label} is computed from others"
+                )
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         for p, label in zip(params, labels, strict=True):
             if id(p) in mine:
@@ -187,7 +193,9 @@ class Optimizer(torch.optim.Optimizer):
         for key in group:
             if key in self.defaults or key in ("params", "param_names"):
                 continue
-            meant = [n for n in difflib.get_close_matches(str(key), self.defaults, 1, 0.8) if abs(len(n) - len(key)) < 2]
+            meant = [
+                n for n in difflib.get_close_matches(str(key), self.defaults, 1, 0.8) if abs(len(n) - len(key)) < 2
+            ]
             if meant:
                 raise ValueError(f"{self.name}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
 

@@ -10,7 +10,7 @@ only if every batch is ready does anything change: step counts, then the launche
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -29,8 +29,11 @@ SPECIAL = ("step", "first")
 class Algorithm(Protocol):
     """What a plan asks of an optimizer."""
 
-    name: str
-    rule: kernel.Rule
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rule(self) -> kernel.Rule: ...
 
     def flags(self, group: Group) -> Mapping[str, bool]: ...
 
@@ -59,6 +62,9 @@ def _argument(algorithm: Algorithm, name: str, group: Group, flags: Mapping[str,
     return ("flag", value) if value is None or isinstance(value, (bool, str)) else ("float",)
 
 
+MODES = ("maximize", "foreach", "fused", "differentiable", "capturable")
+
+
 class Mode(NamedTuple):
     """The options that choose a program or a backend, whatever the algorithm."""
 
@@ -73,6 +79,11 @@ class Mode(NamedTuple):
         flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable"))
         maximize, differentiable, capturable = flags
         return cls(maximize, eager, differentiable, capturable)
+
+
+def switches(arguments: tuple[tuple[str, kernel.Argument], ...]) -> list[str]:
+    """The names of the group options that are no numbers."""
+    return [*MODES, *(name for name, argument in arguments if argument[0] == "flag")]
 
 
 def new_counter(device: torch.device | str = "cpu") -> Tensor:
@@ -91,6 +102,8 @@ class Plan:
         self.params = list(chain.from_iterable(group["params"] for group in groups))
         self.described = [self._describe(group) for group in groups]
         self.recipes = [self._recipe(*described) for described in self.described]
+        self.switches = [switches(arguments) for arguments, _ in self.described]
+        self.switched = self._switched(groups)
         self.members = self._find_members(groups, state)
         for member in self.members:
             self._check(member, groups[member.group])
@@ -102,6 +115,11 @@ class Plan:
 
     def _describe(self, group: Group) -> tuple[tuple[tuple[str, kernel.Argument], ...], Mode]:
         return describe(self.algorithm, group), Mode.of(group)
+
+    def _switched(self, groups: list[Group]) -> list[object]:
+        """The values of all options that select a program or a backend; numbers are not among them."""
+        flags = self.algorithm.flags
+        return [([*map(group.get, keys)], flags(group)) for group, keys in zip(groups, self.switches, strict=True)]
 
     def _recipe(self, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
         traced = kernel.trace(self.algorithm.rule, arguments)
@@ -154,7 +172,9 @@ class Plan:
         for name in present:
             check_state(owner, member, name)
         step = member.state.get("step") if recipe.counts_steps else None
-        if step is not None and not (isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)):
+        if step is not None and not (
+            isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
+        ):
             raise StepError(f"{owner}: state 'step' of parameter {member.label} must be one number, got {step!r:.60}")
 
     def _optional(self, group: Group, recipe: Recipe) -> set[str]:
@@ -201,7 +221,7 @@ class Plan:
     def _make_batches(self) -> None:
         """Group members by program and dtypes: each kernel batch is one launch."""
         kernels: dict[object, list[int]] = {}
-        eager: dict[object, list[int]] = {}
+        eager: dict[tuple[kernel.Graph, Mode], list[int]] = {}
         for i, member in enumerate(self.members):
             graph, mode = self.recipes[member.group].graph, self.described[member.group][1]
             why = self._why_eager(member)
@@ -214,15 +234,17 @@ class Plan:
                 if why:
                     self.algorithm.warn_once(f"{self.algorithm.name} steps on the slower eager backend: {why}")
         slots = self._share_steps([i for of in kernels.values() for i in of])
-        self.kernels = [
-            (KernelBatch([self.members[i] for i in of], self.recipes[self.members[of[0]].group], self.algorithm.name), of)
-            for of in kernels.values()
-        ]
-        self.slots = [np.array([slots.get(i, 0) for i in of]) for of in kernels.values()]
+        # Batches follow one another in the vector of steps.
+        starts = [slots.get(of[0], 0) for of in kernels.values()]
+        self.slots = [slice(start, start + len(of)) for start, of in zip(starts, kernels.values(), strict=True)]
+        self.kernels = [(KernelBatch(*self._batch(of)), of) for of in kernels.values()]
         self.eager = [
-            (EagerBatch([self.members[i] for i in of], self.recipes[self.members[of[0]].group], self.algorithm.name), of)
-            for of in eager.values()
+            (EagerBatch(*self._batch(of), mode.differentiable, mode.capturable), of) for (_, mode), of in eager.items()
         ]
+
+    def _batch(self, of: list[int]) -> tuple[list[Member], Recipe, str]:
+        members = [self.members[i] for i in of]
+        return members, self.recipes[members[0].group], self.algorithm.name
 
     def _share_steps(self, members: list[int]) -> dict[int, int]:
         """Let the kernels' parameters count in one vector: each `step` is a view of it, and all advance in one add."""
@@ -241,7 +263,7 @@ class Plan:
         if scaled != self.scaled or state is not self.state or self.sizes != [len(group["params"]) for group in groups]:
             return False
         params = chain.from_iterable(group["params"] for group in groups)
-        if not all(map(is_, params, self.params)) or self.described != [self._describe(group) for group in groups]:
+        if not all(map(is_, params, self.params)) or self.switched != self._switched(groups):
             return False
         if len(state) != len(self.entries) or not all(map(is_, state.values(), self.entries)):
             return False
@@ -252,9 +274,9 @@ class Plan:
             return False
         if any(p.grad is not None for p in self.dormant):
             return False
-        return all(batch.gather() for batch, _ in (*self.kernels, *self.eager))
+        return all(batch.gather(groups) for batch, _ in (*self.kernels, *self.eager))
 
-    def run(self, groups: Sequence[Group], factor: float) -> None:
+    def run(self, factor: float) -> None:
         """Step: `factor` multiplies every gradient where the plan was built `scaled`."""
         for (batch, _), slots in zip(self.kernels, self.slots, strict=True):
             if batch.recipe.counts_steps:
@@ -264,11 +286,11 @@ class Plan:
         for (batch, of), slots in zip(self.kernels, self.slots, strict=True):
             steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
             first = np.array([i in self.fresh for i in of], dtype=np.float64) if self.fresh else None
-            batch.run(groups, steps, first, factor)
+            batch.run(steps, first, factor)
             if self.fresh:
                 self.fresh.difference_update(i for i, on in zip(of, batch.active, strict=True) if on)
         for batch, of in self.eager:
-            stepped = batch.run(groups, [i in self.fresh for i in of], factor)
+            stepped = batch.run([i in self.fresh for i in of], factor)
             self.fresh.difference_update(of[k] for k in stepped)
 
 

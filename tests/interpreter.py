@@ -8,6 +8,7 @@ order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from onepass.kernel.program import Program
 # Integers are unsigned, for shifts that bring in zeros; comparisons and conversions take their signed view.
 TYPES = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "i32": np.uint32, "i16": np.uint16, "bool": np.bool_}
 SIGNED = {"i32": np.int32, "i16": np.int16}
+# Operations of the C library, by NumPy's names.
+LIBRARY = {"pow": "power", "exp": "exp", "log": "log"}
 Columns = Mapping[str, np.ndarray]
 
 
@@ -59,19 +62,20 @@ class _Tensor:
         if node.op == "const":
             return np.float64(node.attr)
         if node.op == "hyper":
-            # An array of one, not a scalar: NumPy has two routines for powers, which may differ in the last bit.
-            return np.array([self.hypers[node.attr]], np.float64)
+            return np.float64(self.hypers[node.attr])
         if node.op == "numel":
-            return np.array([self.numel], np.float64)
+            return np.float64(self.numel)
         if node.op == "sum":
-            return np.array([ordered_sum(self.element(node.args[0]))])
+            return np.float64(ordered_sum(self.element(node.args[0])))
         if node.op == "amax":
-            return np.array([np.max(self.element(node.args[0]).astype(np.float64), initial=0.0)])
+            return np.max(self.element(node.args[0]).astype(np.float64), initial=0.0)
+        if node.op in LIBRARY:
+            return library(node.op, *(self.host(a) for a in node.args))
         if node.op == "cast":
             return self.host(node.args[0])
         result = _apply(node.op, [self.host(a) for a in node.args])
         assert result.dtype in (np.float64, np.bool_)
-        return result
+        return result[()]
 
     def _element(self, node: Node) -> np.ndarray:
         if node.op == "load":
@@ -91,6 +95,14 @@ class _Tensor:
         result = _apply(node.op, signed)
         assert result.dtype == TYPES[node.type], f"{node!r}: {result.dtype}"
         return result
+
+
+def library(name: str, *args: np.float64) -> np.float64:
+    """The C library's function, as Python has it; where Python raises, the result is exact and NumPy's is it."""
+    try:
+        return np.float64(getattr(math, name)(*args))
+    except (ValueError, OverflowError):
+        return getattr(np, LIBRARY[name])(*args)
 
 
 def ordered_sum(elements: np.ndarray) -> float:
@@ -128,12 +140,6 @@ def _apply(op: str, args: Sequence[np.ndarray]) -> np.ndarray:
             return np.floor(a)
         case "rint", (a,):
             return np.rint(a)
-        case "pow", (a, b):
-            return np.power(a, b)
-        case "exp", (a,):
-            return np.exp(a)
-        case "log", (a,):
-            return np.log(a)
         case "lt", (a, b):
             return a < b
         case "le", (a, b):

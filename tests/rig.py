@@ -111,9 +111,11 @@ def launch(
     numel = np.array([len(t["p"]) for t in tensors], np.int64)
     memory = Memory([t[c.name] for c in columns for t in tensors], misaligned)
     pointers = np.array(memory.addresses, np.uint64).reshape(len(columns), len(tensors))
-    table = {name: np.array([h[name] for h in hypers], np.float64) for name in hypers[0]}
     which = np.zeros(len(tensors), np.int64) if rows is None else np.array(rows, np.int64)
-    kernel.launch(pointers, kernel.split(numel), which, table, threads)
+    prepared = kernel.prepare(pointers, kernel.split(numel), which, len(hypers))
+    for name in hypers[0]:
+        prepared.leaves[kernel.leaves[name]] = [h[name] for h in hypers]
+    prepared.run(threads)
     arrays = memory.read()
     n = len(tensors)
     after = [{c.name: arrays[k * n + i] for k, c in enumerate(columns)} for i in range(n)]

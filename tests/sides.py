@@ -52,7 +52,12 @@ class Side:
 
 
 def make_side(
-    library: Any, algorithm: str, shapes: Sequence[tuple[int, ...]] = SHAPES, dtype=torch.float32, seed: int = 0, **changes
+    library: Any,
+    algorithm: str,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype=torch.float32,
+    seed: int = 0,
+    **changes,
 ) -> Side:
     name, options = ALGORITHMS[algorithm]
     random = torch.Generator().manual_seed(seed)
@@ -109,7 +114,9 @@ def snapshot(opt: Any) -> Any:
     ]
     # Entries that are empty are as good as none: reading a defaultdict makes them.
     state = [pair for pair in state if pair[1]]
-    options = [{k: bits(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    options = [
+        {k: bits(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"} for g in opt.param_groups
+    ]
     return [bits(p) for p in params], [bits(p.grad) for p in params], state, repr(options)
 
 
@@ -119,8 +126,8 @@ def refuses(opt: Any, words: str, error: type[BaseException] = RuntimeError) -> 
     with pytest.raises(error, match=words) as caught:
         opt.step()
     sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert len(sentence) < 400
+    assert "\n" not in sentence, sentence
+    assert len(sentence) < 400, sentence
     assert snapshot(opt) == before, "a failed step has changed something"
 
 

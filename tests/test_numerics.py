@@ -110,9 +110,9 @@ def test_step_is_the_oracle(row: Row, dtype: torch.dtype, rng: np.random.Generat
     shapes = [(), (0,), (1,), (3, 5), (17,), (1000,)]
     plain = [torch.randn(shape, dtype=dtype) for shape in shapes]
     # A view that begins at element 1 of its storage, a transposed one, and memory at an odd address.
-    odd = torch.frombuffer(bytearray(1 + 33 * plain[0].itemsize), dtype=torch.uint8)[1:].view(torch.uint8)
+    odd = bytearray(b"-" + torch.randn(33, dtype=dtype).view(torch.uint8).numpy().tobytes())
     params = [*plain, torch.randn(40, dtype=dtype)[1:], torch.randn(7, 4, dtype=dtype).t()]
-    params.append(torch.frombuffer(odd.numpy(), dtype=dtype).copy_(torch.randn(33, dtype=dtype)))
+    params.append(torch.frombuffer(odd, dtype=dtype, offset=1))
     assert params[-1].data_ptr() % 2 == 1
     optimizer = row.make(params)
     graph = graph_of(row)

@@ -72,7 +72,19 @@ class Adam(Optimizer):
 
     @staticmethod
     def rule(
-        p, g, exp_avg, exp_avg_sq, max_exp_avg_sq, *, lr, betas, eps, weight_decay, step, amsgrad, decoupled_weight_decay
+        p,
+        g,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        *,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        step,
+        amsgrad,
+        decoupled_weight_decay,
     ):
         beta1, beta2 = betas
         if decoupled_weight_decay:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .ir import Rank
-from .lower import CHUNK, FIELDS, leaf_names, lower
+from .lower import NUMEL, leaf_names, lower
 from .native import Library, openmp, run_in_threads
 from .program import Pass, Program
+from .walk import CHUNK, FIELDS
 
 COMPUTE = {"f32": np.float32, "f64": np.float64}
 # A tensor's fixed cost in a walk, in elements: keeps the threads' shares even among very small tensors.
@@ -131,12 +132,11 @@ class Launch:
                 self._spread(walk.arrays["leaves"], known)
             self._walk(k, address(walk.arguments), threads)
             for r, reduction in enumerate(one.reductions):
-                ufunc = np.add if reduction.op == "sum" else np.maximum
-                known.append(self.work.combine(ufunc, walk.arrays["partials"][:, r]))
+                known.append(self.work.combine(reduction.op, walk.arrays["partials"][:, r]))
 
     def _spread(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
         """A tensor's own row: its setting's hyper-parameters, its size, and what has been reduced so far."""
-        hypers = self.kernel.leaves["numel"]
+        hypers = self.kernel.leaves[NUMEL]
         leaves[:hypers] = self.leaves[:hypers, self.rows]
         leaves[hypers] = self.work.numel
         for i, values in enumerate(known, hypers + 1):

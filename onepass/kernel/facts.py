@@ -102,7 +102,7 @@ def _matches(t: Tensor, facts: Facts) -> bool:
 
 @cache
 def answers() -> dict[str, int]:
-    """The addresses of torch's C functions that answer `QUESTIONS`, or nothing where this torch does not export them."""
+    """The addresses of torch's C functions that answer `QUESTIONS`; nothing where this torch does not export them."""
     name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
@@ -158,7 +158,7 @@ def _native():
 
 
 def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
-    """compare(count, objects, rows, words, pointers, changed): ask, compare, in the order that makes each question safe.
+    """compare(count, objects, rows, words, pointers, changed), asking in the order that makes each question safe.
 
     `objects` are Python objects where `places` says how to find a tensor inside one, else addresses of `_cdata`.
     """
@@ -181,14 +181,22 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         "  %row = getelementptr i64, ptr %rows, i64 %row_index",
     ]
     for f, fact in enumerate(FACTS):
-        lines += [f"  %want_{fact}_at = getelementptr i64, ptr %row, i64 {f}", f"  %want_{fact} = load i64, ptr %want_{fact}_at"]
+        lines += [
+            f"  %want_{fact}_at = getelementptr i64, ptr %row, i64 {f}",
+            f"  %want_{fact} = load i64, ptr %want_{fact}_at",
+        ]
     if places:
         lines += [f"  %type_at = getelementptr i8, ptr %object, i64 {type_at}", "  %type = load i64, ptr %type_at"]
         lines += [f"  %known{i} = icmp eq i64 %type, {id(t)}" for i, t in enumerate(PLAIN)]
         lines += ["  %known01 = or i1 %known0, %known1", "  %plain = or i1 %known01, %known2"]
     else:
         lines += ["  %impl = load i64, ptr %handle", "  %plain = icmp ne i64 %impl, 0"]
-    lines += ["  br i1 %plain, label %ask_layout_, label %differs", "ask_layout_:", *_ask("layout"), "  %strided = icmp eq i32 %is_layout, 0"]
+    lines += [
+        "  br i1 %plain, label %ask_layout_, label %differs",
+        "ask_layout_:",
+        *_ask("layout"),
+        "  %strided = icmp eq i32 %is_layout, 0",
+    ]
     lines += ["  br i1 %strided, label %ask_dtype_, label %differs"]
     order = ["dtype", "device_type", "device_index", "dim"]
     for question, after in zip(order, [*order[1:], "sizes"], strict=True):

@@ -320,7 +320,7 @@ def sign(x: Node) -> Node:
     return where(x > 0, 1.0, where(x < 0, -1.0, x))
 
 
-def sum(x: Node) -> Node:  # noqa: A001 - the field's word
+def sum(x: Node) -> Node:
     """The sum over a tensor, accumulated in float64 in an order that depends on the tensor's size alone."""
     return make("sum", x)
 

@@ -1,22 +1,23 @@
-"""A program's passes as LLVM IR: plain loops that LLVM vectorises for the host, and the walk over all tensors.
+"""A program's passes as LLVM IR: plain loops, which LLVM vectorises for the host.
 
 One library holds, for each pass k, `host_k` (the values that are the same for many elements, in float64, a row for each
-setting), `body_k` (the mathematics over a range of one tensor), `worker_k` (a thread's share of all tensors) and
-`launch_k`, which computes the rows and runs a worker in every thread. No loop over elements calls anything.
+setting), `body_k` (the mathematics over a range of one tensor) and the walk over all tensors that calls them. No loop
+over elements calls anything.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
 from .ir import HOST_ONLY, Node
 from .program import Pass, Program, element_order, host_order
+from .walk import column_names, walk
 
-# Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
-CHUNK = 32768
 # A reduction keeps this many running values side by side: part of its definition, as it decides the order of addition.
 LANES = 16
+
+# Among the leaves, beside hyper-parameters: no name that a keyword can have.
+NUMEL = "numel()"
 
 TYPES = {"real": "double", "f32": "float", "f64": "double", "f16": "half", "i16": "i16", "i32": "i32", "bool": "i1"}
 BINARY = {
@@ -46,43 +47,6 @@ CASTS = {
     ("i32", "f32"): "sitofp",
 }
 
-# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all threads.
-FIELDS = (
-    "counter",
-    "units",
-    "unit_begin",
-    "chunk_tensor",
-    "chunk_start",
-    "numel",
-    "tensors",
-    "pointers",
-    "rows",
-    "table",
-    "partials",
-    "settings",
-    "leaves",
-)
-COUNTS = ("units", "tensors", "settings")
-
-# With no threads allowed the rows are computed and nothing else: the caller runs the workers itself.
-LAUNCH = """
-define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
-  store i64 0, ptr %arguments
-{fields}
-  call void @host_{k}(ptr %leaves, i64 %settings, ptr %table)
-  switch i32 %threads, label %all [ i32 0, label %none
-                                    i32 1, label %one ]
-none:
-  ret void
-one:
-  call void @worker_{k}(ptr %arguments)
-  ret void
-all:
-  call void %parallel(ptr @worker_{k}, ptr %arguments, i32 %threads, i32 0)
-  ret void
-}}
-"""
-
 
 def lower(program: Program) -> str:
     """The program as the text of one LLVM module."""
@@ -92,15 +56,14 @@ def lower(program: Program) -> str:
         for code in (_Host(program, one, k), _Body(program, one, k)):
             parts.append(code.text())
             declared |= code.declared
-        fields = "\n".join(_fields("settings", "table", "leaves"))
-        parts += [_worker(program, one, k), LAUNCH.format(k=k, fields=fields)]
+        parts.append(walk(program, one, k))
     return "\n".join([*parts, *sorted(declared)])
 
 
 def leaf_names(program: Program) -> list[str]:
     """The rows of the leaves array: hyper-parameters, the number of elements, and each reduction's result."""
     reductions = [r for one in program.passes for r in one.reductions]
-    return [*program.hypers, "numel", *(f"reduction {i}" for i in range(len(reductions)))]
+    return [*program.hypers, NUMEL, *(f"reduction {i}" for i in range(len(reductions)))]
 
 
 def literal(value: object, type: str) -> str:
@@ -200,7 +163,7 @@ class _Host(_Code):
             elif node.args and node not in leaf_of:
                 names[node] = self._operation(node, [names[a] for a in node.args], 0)
             else:
-                leaf = leaf_of[node] if node in leaf_of else leaves["numel" if node.op == "numel" else str(node.attr)]
+                leaf = leaf_of[node] if node in leaf_of else leaves[NUMEL if node.op == "numel" else str(node.attr)]
                 place = self._value(f"mul i64 %settings, {leaf}")
                 place = self._value(f"add i64 {place}, %i")
                 place = self._value(f"getelementptr double, ptr %leaves, i64 {place}")
@@ -354,74 +317,3 @@ def _wide(type: str, width: int) -> str:
 def _local(column: str) -> str:
     """A column's pointer in `body_k`: quoted and with a dot, so that any Python identifier may name a column."""
     return f'%"column.{column}"'
-
-
-def column_names(one: Pass) -> list[str]:
-    """The columns that a pass touches, loads first."""
-    return list(dict.fromkeys([*one.loads, *(name for name, _ in one.stores)]))
-
-
-def _worker(program: Program, one: Pass, k: int) -> str:
-    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
-    position = {c.name: i for i, c in enumerate(program.columns)}
-    names = column_names(one)
-    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-2])]
-    lines += [
-        "  br label %take",
-        "take:",
-        "  %unit = atomicrmw add ptr %arguments, i64 1 monotonic",
-        "  %left = icmp slt i64 %unit, %units",
-        "  br i1 %left, label %work, label %done",
-        "work:",
-        *_load("first", "i64", "unit_begin", "%unit"),
-        "  %after = add i64 %unit, 1",
-        *_load("last", "i64", "unit_begin", "%after"),
-        "  br label %chunk",
-        "chunk:",
-        "  %c = phi i64 [ %first, %work ], [ %c_next, %chunk ]",
-        *_load("tensor", "i64", "chunk_tensor", "%c"),
-        *_load("start", "i64", "chunk_start", "%c"),
-        *_load("n", "i64", "numel", "%tensor"),
-        *_load("r", "i64", "rows", "%tensor"),
-        f"  %full = add i64 %start, {CHUNK}",
-        "  %short = icmp slt i64 %n, %full",
-        "  %stop = select i1 %short, i64 %n, i64 %full",
-        f"  %row_offset = mul i64 %r, {len(one.inputs)}",
-        f"  %row = getelementptr {TYPES[program.compute]}, ptr %table, i64 %row_offset",
-    ]
-    for name in names:
-        k_row, k_index = (f"%{what}.{position[name]}" for what in ("row", "index"))
-        lines += [f"  {k_row} = mul i64 %tensors, {position[name]}", f"  {k_index} = add i64 {k_row}, %tensor"]
-        lines += _load(f"pointer.{position[name]}", "ptr", "pointers", k_index)
-    partial = ""
-    if one.reductions:
-        lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
-        lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
-        partial = ", ptr %partial"
-    columns = ", ".join(f"ptr %pointer.{position[name]}" for name in names)
-    lines += [
-        f"  call void @body_{k}({columns}, ptr %row, i64 %start, i64 %stop{partial})",
-        "  %c_next = add i64 %c, 1",
-        "  %c_more = icmp slt i64 %c_next, %last",
-        "  br i1 %c_more, label %chunk, label %take",
-        "done:",
-        "  ret void",
-        "}",
-    ]
-    return "\n".join(lines)
-
-
-def _fields(*names: str) -> list[str]:
-    lines = []
-    for name in names:
-        type = "i64" if name in COUNTS else "ptr"
-        lines += [f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {FIELDS.index(name)}"]
-        lines += [f"  %{name} = load {type}, ptr %{name}_at"]
-    return lines
-
-
-def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:
-    return (
-        f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}",
-        f"  %{name} = load {type}, ptr %{name}_at2",
-    )

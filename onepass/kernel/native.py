@@ -18,13 +18,17 @@ import torch
 
 
 @cache
-def target_machine() -> llvm.TargetMachine:
-    """The host, with all instructions that it has."""
+def _host() -> tuple[llvm.Target, str, str]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2, jit=True)
+    return target, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+def target_machine() -> llvm.TargetMachine:
+    """The host, with all instructions that it has; a new one at each call, because an engine takes it and frees it."""
+    target, cpu, features = _host()
+    return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
 
 
 class Library:

@@ -1,0 +1,123 @@
+"""The walk over all tensors as LLVM IR: threads take units of work and call a pass's mathematics chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .program import Pass, Program
+
+# Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
+CHUNK = 32768
+# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all.
+FIELDS = (
+    "counter",
+    "units",
+    "unit_begin",
+    "chunk_tensor",
+    "chunk_start",
+    "numel",
+    "tensors",
+    "pointers",
+    "rows",
+    "table",
+    "partials",
+    "settings",
+    "leaves",
+)
+COUNTS = ("units", "tensors", "settings")
+
+# With no threads allowed the rows are computed and nothing else: the caller runs the workers itself.
+LAUNCH = """
+define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
+  store i64 0, ptr %arguments
+{fields}
+  call void @host_{k}(ptr %leaves, i64 %settings, ptr %table)
+  switch i32 %threads, label %all [ i32 0, label %none
+                                    i32 1, label %one ]
+none:
+  ret void
+one:
+  call void @worker_{k}(ptr %arguments)
+  ret void
+all:
+  call void %parallel(ptr @worker_{k}, ptr %arguments, i32 %threads, i32 0)
+  ret void
+}}
+"""
+
+
+def walk(program: Program, one: Pass, k: int) -> str:
+    """`worker_k`, a thread's share of pass k, and `launch_k`, which computes the rows and starts the workers."""
+    fields = "\n".join(_fields("settings", "table", "leaves"))
+    return _worker(program, one, k) + "\n" + LAUNCH.format(k=k, fields=fields)
+
+
+def column_names(one: Pass) -> list[str]:
+    """The columns that a pass touches, loads first."""
+    return list(dict.fromkeys([*one.loads, *(name for name, _ in one.stores)]))
+
+
+def _worker(program: Program, one: Pass, k: int) -> str:
+    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
+    position = {c.name: i for i, c in enumerate(program.columns)}
+    names = column_names(one)
+    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-2])]
+    lines += [
+        "  br label %take",
+        "take:",
+        "  %unit = atomicrmw add ptr %arguments, i64 1 monotonic",
+        "  %left = icmp slt i64 %unit, %units",
+        "  br i1 %left, label %work, label %done",
+        "work:",
+        *_load("first", "i64", "unit_begin", "%unit"),
+        "  %after = add i64 %unit, 1",
+        *_load("last", "i64", "unit_begin", "%after"),
+        "  br label %chunk",
+        "chunk:",
+        "  %c = phi i64 [ %first, %work ], [ %c_next, %chunk ]",
+        *_load("tensor", "i64", "chunk_tensor", "%c"),
+        *_load("start", "i64", "chunk_start", "%c"),
+        *_load("n", "i64", "numel", "%tensor"),
+        *_load("r", "i64", "rows", "%tensor"),
+        f"  %full = add i64 %start, {CHUNK}",
+        "  %short = icmp slt i64 %n, %full",
+        "  %stop = select i1 %short, i64 %n, i64 %full",
+        f"  %row_offset = mul i64 %r, {len(one.inputs)}",
+        f"  %row = getelementptr {'float' if program.compute == 'f32' else 'double'}, ptr %table, i64 %row_offset",
+    ]
+    for name in names:
+        k_row, k_index = (f"%{what}.{position[name]}" for what in ("row", "index"))
+        lines += [f"  {k_row} = mul i64 %tensors, {position[name]}", f"  {k_index} = add i64 {k_row}, %tensor"]
+        lines += _load(f"pointer.{position[name]}", "ptr", "pointers", k_index)
+    partial = ""
+    if one.reductions:
+        lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
+        lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
+        partial = ", ptr %partial"
+    columns = ", ".join(f"ptr %pointer.{position[name]}" for name in names)
+    lines += [
+        f"  call void @body_{k}({columns}, ptr %row, i64 %start, i64 %stop{partial})",
+        "  %c_next = add i64 %c, 1",
+        "  %c_more = icmp slt i64 %c_next, %last",
+        "  br i1 %c_more, label %chunk, label %take",
+        "done:",
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _fields(*names: str) -> list[str]:
+    lines = []
+    for name in names:
+        type = "i64" if name in COUNTS else "ptr"
+        lines += [f"  %{name}_at = getelementptr i64, ptr %arguments, i64 {FIELDS.index(name)}"]
+        lines += [f"  %{name} = load {type}, ptr %{name}_at"]
+    return lines
+
+
+def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:
+    return (
+        f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}",
+        f"  %{name} = load {type}, ptr %{name}_at2",
+    )

@@ -1,0 +1,147 @@
+"""`onepass explain`: the real rule, the right bytes, and the code that runs."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import onepass
+from onepass.catalog import UnknownName, find_class
+from onepass.explain import explain, function_lines, hot_loop, parse_options, vector_bits
+
+BYTES = [
+    ("sgd", [], 12, 0),
+    ("sgd", ["--momentum", "0.9"], 20, 4),
+    ("SGD", ["--momentum=0.9", "--nesterov"], 20, 4),
+    ("adam", [], 28, 8),
+    ("AdamW", [], 28, 8),
+    ("adamw", ["--amsgrad"], 36, 12),
+    ("adamw", ["--amsgrad", "--no-amsgrad"], 28, 8),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "moved", "state"), BYTES)
+def test_bytes_in_float32(name: str, words: list[str], moved: int, state: int) -> None:
+    text = explain(name, words).text()
+    assert f"= {moved} bytes per parameter and step" in text
+    assert f"{state} bytes of state per parameter, arithmetic in f32, 1 pass over memory" in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "moved", "compute"), [("bfloat16", 14, "f32"), ("float16", 14, "f32"), ("float64", 56, "f64")]
+)
+def test_bytes_in_other_formats(dtype: str, moved: int, compute: str) -> None:
+    text = explain("adamw", dtype=dtype).text()
+    assert f"= {moved} bytes per parameter and step" in text
+    assert f"arithmetic in {compute}" in text
+
+
+def test_rule_is_the_real_source() -> None:
+    text = explain("adamw").text()
+    source = textwrap.dedent(inspect.getsource(onepass.Adam.rule)).strip()
+    assert source in textwrap.dedent(
+        "".join(f"{line}\n" for line in text.splitlines() if line.startswith("    ") or not line)
+    )
+    assert text.startswith("AdamW(): Adam with decoupled weight decay")
+    assert "arXiv:1711.05101" in text.splitlines()[1]
+
+
+def test_host_values_and_operations_are_readable() -> None:
+    text = explain("sgd").text()
+    assert "= weight_decay" in text
+    assert "= g + " in text
+    assert "p <- t" in text
+
+
+def test_generated_code_is_shown_on_request() -> None:
+    plain, full = explain("adamw").text(), explain("adamw").text(llvm=True, assembly=True)
+    assert "define" not in plain
+    assert "LLVM IR as emitted" in full
+    assert "LLVM IR after optimization" in full
+    assert "Assembly of pass 1" in full
+
+
+def test_the_hot_loop_of_x86_code_is_found() -> None:
+    assembly = "\n".join(
+        [
+            "body_0:",
+            "\t.cfi_startproc",
+            "\tjle\t.L9",
+            ".L3:",
+            "\tvmulps\t(%rdi,%rax,4), %ymm0, %ymm1",
+            "\tvmovups\t%ymm1, (%rdi,%rax,4)",
+            "\taddq\t$8, %rax",
+            "\tjne\t.L3",
+            ".L7:",
+            "\tvmulss\t(%rdi), %xmm0, %xmm1",
+            "\tjne\t.L7",
+            ".L9:",
+            "\tretq",
+            "\t.size\tbody_0, .-body_0",
+            "worker_0:",
+        ]
+    )
+    lines = function_lines(assembly, "body_0")
+    assert "worker_0:" not in lines
+    begin, end = hot_loop(lines)
+    assert lines[begin] == ".L3:"
+    assert lines[end - 1].split() == ["jne", ".L3"]
+    assert vector_bits(lines[begin:end]) == 256
+
+
+def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_rules.py").write_text(
+        textwrap.dedent(
+            '''
+            from onepass import Optimizer, norm, sign
+
+            class Signs(Optimizer):
+                """Signs of the gradient, scaled by its norm."""
+
+                def __init__(self, params, lr=1e-3):
+                    super().__init__(params, {"lr": lr})
+
+                @staticmethod
+                def rule(p, g, *, lr):
+                    return {"p": p - lr * norm(g) * sign(g)}
+            '''
+        )
+    )
+    text = explain("own_rules:Signs", ["--lr", "0.5"], "float32").text()
+    assert text.startswith("Signs(lr=0.5): Signs of the gradient, scaled by its norm.")
+    assert "norm(g) * sign(g)" in text
+    assert "Pass 2 of 2" in text
+    assert "= 16 bytes per parameter and step" in text
+    with pytest.raises(UnknownName, match="did you mean Signs"):
+        find_class("own_rules:Sign")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "dtype", "sentence"),
+    [
+        ("admaw", [], "float32", "there is no optimizer 'admaw': did you mean Adam"),
+        ("adamw", ["--amsgard"], "float32", "there is no option of AdamW 'amsgard': did you mean amsgrad"),
+        ("adamw", ["amsgrad"], "float32", "'amsgrad' is no option"),
+        ("adamw", [], "bfloat61", "there is no storage format 'bfloat61': did you mean bfloat16"),
+        ("onepass:lerp", [], "float32", "'onepass:lerp' is"),
+    ],
+)
+def test_unknown_names_are_one_sentence(name: str, words: list[str], dtype: str, sentence: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        explain(name, words, dtype)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_read_as_python_values() -> None:
+    words = ["--betas", "(0.8, 0.9)", "--eps=1e-6", "--weight-decay", "0", "--maximize"]
+    assert parse_options(onepass.AdamW, words) == {
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 0,
+        "maximize": True,
+    }
