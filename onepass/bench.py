@@ -180,7 +180,9 @@ def summarize(result: Report) -> Report:
     theirs = {mode: median[mode] for mode in TORCH if mode in median}
     best = min(theirs, key=lambda mode: theirs[mode], default=None)
     ours = median[OURS]
-    moved = sum(result["bytes_per_parameter"]) * result["parameters"]
+    moved, streamed = (
+        sum(result[key]) * result["parameters"] for key in ("bytes_per_parameter", "limit_bytes_per_parameter")
+    )
     return {
         "times_default": theirs["default"] / ours if "default" in theirs else None,
         "best_mode": best,
@@ -188,10 +190,7 @@ def summarize(result: Report) -> Report:
         "times_fused": theirs["fused"] / ours if "fused" in theirs else None,
         "share_of_limit": median[LIMIT] / ours,
         "gigabytes_per_second": moved / ours / 1e6,
-        "limit_gigabytes_per_second": sum(result["limit_bytes_per_parameter"])
-        * result["parameters"]
-        / median[LIMIT]
-        / 1e6,
+        "limit_gigabytes_per_second": streamed / median[LIMIT] / 1e6,
         "us_per_tensor": 1e3 * ours / result["tensors"],
     }
 

@@ -59,7 +59,7 @@ class Workload:
         return [{"params": self.params[a:b], "lr": lr} for a, b, lr in zip(cuts, cuts[1:], lrs, strict=False)]
 
     def share_state(self, optimizer: torch.optim.Optimizer, template: dict[str, Any], like: Tensor) -> None:
-        """Give `optimizer` the state that `template` is for the one parameter `like`, its columns being the shared ones.
+        """Give `optimizer` the state that `template` is for the parameter `like`, its columns being the shared ones.
 
         State of other shapes (factored, blocked) cannot be shared: then nothing is given, and the step makes its own.
         """
@@ -112,7 +112,7 @@ def seat(workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer])
 def program_of(variant: Variant) -> Program:
     """The program that our optimizer runs on float32 tensors."""
     graph = graph_of(make_ours(variant, [nn.Parameter(torch.zeros(1))]))
-    return bind(graph, tuple((name, "float32") for name in graph.columns))
+    return bind(graph, tuple((name, "float32") for name in ("g", "p", *graph.state)))
 
 
 class Limit:

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,20 +17,26 @@ from onepass import kernel
 from onepass.catalog import UnknownName, find_class, nearest
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.ir import Node, Rank
-from onepass.kernel.program import Pass, Program, bind, element_order
+from onepass.kernel.program import Pass, Program, element_order
 from onepass.optimizer import Optimizer
-from onepass.plan import Mode, describe
+from onepass.plan import Algorithm, Mode, describe
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
-INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "lt": "<", "le": "<=", "eq": "==", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}  # fmt: skip
+INFIX = dict(
+    zip(
+        ("add", "sub", "mul", "div", "pow", "lt", "le", "eq", "and", "or", "xor", "shl", "shr"),
+        ("+", "-", "*", "/", "**", "<", "<=", "==", "&", "|", "^", "<<", ">>"),
+        strict=True,
+    )
+)
 REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 
 
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
     """The finished graph of an optimizer's first param group: what its steps compute, in real numbers."""
     group = optimizer.param_groups[0]
-    traced = kernel.trace(type(optimizer).rule, describe(optimizer, group))
+    traced = kernel.trace(type(optimizer).rule, describe(cast("Algorithm", optimizer), group))
     return kernel.finish(traced, maximize=Mode.of(group).maximize)
 
 
@@ -118,14 +124,11 @@ class Explanation:
             lines.append(f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes, {access}")
         read, written = self.program.bytes_per_parameter
         state = sum(c.format.itemsize for c in self.program.columns if c.name not in ("p", "g"))
-        passes = len(self.program.passes)
-        lines += [
-            "",
-            f"    {read} bytes read + {written} bytes written = {read + written} bytes per parameter and step",
-        ]
-        lines += [
-            f"    {state} bytes of state per parameter, arithmetic in {self.program.compute}, {passes} pass{'es' if passes > 1 else ''} over memory"
-        ]
+        count = len(self.program.passes)
+        walks = f"{count} pass{'es' if count > 1 else ''} over memory"
+        moved = f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"
+        kept = f"{state} bytes of state per parameter, arithmetic in {self.program.compute}, {walks}"
+        lines += ["", f"    {moved}", f"    {kept}"]
         return "\n".join(lines)
 
     def listing(self) -> str:
@@ -155,7 +158,7 @@ class Explanation:
 
 
 def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Explanation:
-    """Explain the optimizer `name` (or `module:Class`) with options as on the command line, all columns stored as `dtype`.
+    """Explain an optimizer (a name or `module:Class`) with options as on the command line, columns stored as `dtype`.
 
     Raises `UnknownName` for names that mean nothing, and what the class raises for impossible options.
     """
@@ -165,9 +168,7 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     options = parse_options(cls, words)
     optimizer: Any = cls([nn.Parameter(torch.zeros(1))], **options)  # type: ignore[call-arg]
     graph = graph_of(optimizer)
-    formats = tuple((column, dtype) for column in ("p", "g", *graph.state))
-    # `bind` first: a program that cannot be bound must not be compiled.
-    assert bind(graph, formats)
+    formats = tuple((column, dtype) for column in ("g", "p", *graph.state))
     return Explanation(cls, options, dtype, kernel.compile(graph, formats))
 
 

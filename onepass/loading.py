@@ -62,13 +62,22 @@ class Match:
                 f"optimizer; {self.owner} keeps {known}"
             )
         for name, entry in value.items():
-            if name in state_names and name != "step" and entry is not None and not isinstance(entry, Tensor):
-                raise ValueError(f"{self.owner}: saved state {name!r} of parameter {label} is no tensor: {entry!r:.50}")
-            if isinstance(entry, Tensor) and name != "step" and entry.shape != p.shape:
+            if entry is None or name not in state_names:
+                continue
+            what = f"{self.owner}: saved state {name!r} of parameter {label}"
+            if name == "step":
+                if not isinstance(entry, (int, float)) and not (isinstance(entry, Tensor) and entry.numel() == 1):
+                    raise ValueError(f"{what} must be one number, got {_describe(entry)}")
+                continue
+            if not isinstance(entry, Tensor):
+                raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
+            if entry.shape != p.shape:
                 raise ValueError(
-                    f"{self.owner}: saved state {name!r} of parameter {label} has shape {tuple(entry.shape)}, "
-                    f"the parameter has {tuple(p.shape)}; load a checkpoint of this model"
+                    f"{what} has shape {tuple(entry.shape)}, the parameter has {tuple(p.shape)}; load a checkpoint of "
+                    "this model"
                 )
+            if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
+                raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
 
 
 def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Match:
@@ -89,6 +98,12 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
                 f"size of this optimizer's group, {len(group['params'])}"
             )
         names = saved["param_names"] if named else saved["params"]
+        for side, of in (("the state dict", saved), ("this optimizer", group)):
+            if named and len(names_of := set(of["param_names"])) != len(of["params"]):
+                raise ValueError(
+                    f"{owner}: group {i} of {side} has {len(of['params'])} parameters and {len(names_of)} different "
+                    "names; name each once"
+                )
         of_name = dict(zip(group["param_names"] if named else names, group["params"], strict=True))
         for key, name in zip(saved["params"], names, strict=True):
             if name not in of_name:
@@ -97,6 +112,12 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
                 )
             parameters[key], labels[key] = of_name[name], repr(name) if named else str(key)
     return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r:.50}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def _adopt(value: Mapping[str, Any], p: Tensor) -> dict[str, Any]:

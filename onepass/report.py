@@ -29,12 +29,12 @@ BARS = (
 def list_facts(report: Report) -> list[str]:
     """What was measured on what, in lines."""
     machine, bandwidth = report["machine"], report["bandwidth"]
+    copy, update = (bandwidth[f"{what}_gigabytes_per_second"] for what in ("copy", "update"))
     load = machine["load_average"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; torch {machine['torch']}, "
-        f"numpy {machine['numpy']}, llvmlite {machine['llvmlite']}; {machine['date']}",
-        f"torch moves {bandwidth['copy_gigabytes_per_second']:.1f} GB/s in a copy, "
-        f"{bandwidth['update_gigabytes_per_second']:.1f} GB/s in an update in place",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {machine['date']}",
+        f"torch {machine['torch']}, numpy {machine['numpy']}, llvmlite {machine['llvmlite']}",
+        f"torch's copy moves {copy:.1f} GB/s, its update in place {update:.1f} GB/s",
     ]
     if report["import_ms"] is not None:
         lines.append(f"import onepass: {report['import_ms']:.0f} ms after import torch")

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onepass.kernel.ir import Node, Rank
-from onepass.kernel.lower import CHUNK, LANES
+from onepass.kernel.lower import LANES
 from onepass.kernel.program import Program
+from onepass.kernel.walk import CHUNK
 
 # Integers are unsigned, for shifts that bring in zeros; comparisons and conversions take their signed view.
 TYPES = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "i32": np.uint32, "i16": np.uint16, "bool": np.bool_}

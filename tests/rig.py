@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from interpreter import interpret
-from onepass.kernel import Graph, bind, finish, trace
-from onepass.kernel import cpu
+from onepass.kernel import Graph, bind, cpu, finish, trace
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.program import Program
 from onepass.plan import describe
@@ -113,7 +112,7 @@ def launch(
     pointers = np.array(memory.addresses, np.uint64).reshape(len(columns), len(tensors))
     which = np.zeros(len(tensors), np.int64) if rows is None else np.array(rows, np.int64)
     prepared = kernel.prepare(pointers, kernel.split(numel), which, len(hypers))
-    for name in hypers[0]:
+    for name in kernel.program.hypers:
         prepared.leaves[kernel.leaves[name]] = [h[name] for h in hypers]
     prepared.run(threads)
     arrays = memory.read()

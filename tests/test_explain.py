@@ -22,6 +22,24 @@ BYTES = [
     ("adamw", ["--amsgrad", "--no-amsgrad"], 28, 8),
 ]
 
+X86 = """
+body_0:
+	.cfi_startproc
+	jle	.L9
+.L3:
+	vmulps	(%rdi,%rax,4), %ymm0, %ymm1
+	vmovups	%ymm1, (%rdi,%rax,4)
+	addq	$8, %rax
+	jne	.L3
+.L7:
+	vmulss	(%rdi), %xmm0, %xmm1
+	jne	.L7
+.L9:
+	retq
+	.size	body_0, .-body_0
+worker_0:
+"""
+
 
 @pytest.mark.parametrize(("name", "words", "moved", "state"), BYTES)
 def test_bytes_in_float32(name: str, words: list[str], moved: int, state: int) -> None:
@@ -65,26 +83,7 @@ def test_generated_code_is_shown_on_request() -> None:
 
 
 def test_the_hot_loop_of_x86_code_is_found() -> None:
-    assembly = "\n".join(
-        [
-            "body_0:",
-            "\t.cfi_startproc",
-            "\tjle\t.L9",
-            ".L3:",
-            "\tvmulps\t(%rdi,%rax,4), %ymm0, %ymm1",
-            "\tvmovups\t%ymm1, (%rdi,%rax,4)",
-            "\taddq\t$8, %rax",
-            "\tjne\t.L3",
-            ".L7:",
-            "\tvmulss\t(%rdi), %xmm0, %xmm1",
-            "\tjne\t.L7",
-            ".L9:",
-            "\tretq",
-            "\t.size\tbody_0, .-body_0",
-            "worker_0:",
-        ]
-    )
-    lines = function_lines(assembly, "body_0")
+    lines = function_lines(X86, "body_0")
     assert "worker_0:" not in lines
     begin, end = hot_loop(lines)
     assert lines[begin] == ".L3:"

