@@ -26,7 +26,7 @@ def main() -> None:
     x = torch.linspace(-1, 1, 256).unsqueeze(1)
     y = 3 * x - 1 + 0.01 * torch.randn_like(x)
     model = torch.nn.Linear(1, 1)
-    optimizer = Lion(model.parameters(), lr=1e-2)
+    optimizer = Lion(model.parameters(), lr=2e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=600)
     for _ in range(600):
         optimizer.zero_grad()

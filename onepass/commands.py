@@ -12,10 +12,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from onepass import bench as benchmark
 from onepass import training
+from onepass.catalog import UnknownName
 from onepass.checkpoint import CheckpointError
 from onepass.comparison import compare_steps
 from onepass.display import TrainDisplay, describe, make_comparison_table, make_time_table, say
+from onepass.explain import explain as explain_optimizer
+from onepass.kernel.ir import RuleError
+from onepass.report import WIDTH, list_facts, make_fresh_table, make_step_table, plot
+from onepass.shapes import MODELS
 from onepass.tasks import TASKS, TaskError
 from onepass.training import Diverged, Run, SettingsError
 
@@ -27,7 +33,16 @@ class UsageError(ValueError):
 
 
 # Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
-USER_ERRORS = (CheckpointError, Diverged, SettingsError, TaskError, UsageError)
+USER_ERRORS = (
+    benchmark.BenchError,
+    CheckpointError,
+    Diverged,
+    RuleError,
+    SettingsError,
+    TaskError,
+    UnknownName,
+    UsageError,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -168,3 +183,60 @@ def _report(job: Run, path: Path, console: Console) -> None:
     say(console, f"{metric.name} on held-out examples: {metric.show(job.history.held_out_metric[-1])}")
     say(console, f"checkpoint: {path}")
     say(console, f"curves: {picture}")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Option(help=f"Among {', '.join(MODELS)}; commas between.", show_default="the suite")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="As adamw,adam-amsgrad,sgd,sgd-momentum or module:Class.", show_default="these four"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for the steps of each optimizer on each model.")] = 8.0,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Measure first steps and peaks of memory, in fresh processes.")] = True,
+) -> None:
+    """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory allows."""
+    for path in (json, plot_file):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first.")
+    if plot_file is not None:
+        _require("matplotlib")
+    models, variants = benchmark.choose(model, optimizer)
+    console = Console()
+    with console.status("measuring ...") as status:
+        report = benchmark.run(models, variants, seconds=seconds, fresh=fresh, tell=status.update)
+    tables = Console(width=max(WIDTH, console.width))
+    tables.print(make_step_table(report["results"]))
+    if fresh:
+        tables.print(make_fresh_table(report["results"]))
+    for line in list_facts(report):
+        say(console, line)
+    if json is not None:
+        benchmark.save(report, json)
+        say(console, f"numbers: {json}")
+    if plot_file is not None:
+        plot(report, plot_file)
+        say(console, f"picture: {plot_file}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def explain(
+    context: typer.Context,
+    optimizer: Annotated[str, typer.Argument(help="An optimizer's name, or module:Class.")],
+    dtype: Annotated[str, typer.Option(help="How all columns are stored.")] = "float32",
+    llvm: Annotated[bool, typer.Option("--llvm", help="Show the LLVM IR, as emitted and optimized.")] = False,
+    assembly: Annotated[bool, typer.Option("--asm", help="Show the machine code, its hot loop marked.")] = False,
+) -> None:
+    """Show an optimizer's rule, the bytes that it moves, and the program that it becomes.
+
+    Further options are the optimizer's own: onepass explain adamw --amsgrad --weight-decay 0.1
+    """
+    try:
+        explanation = explain_optimizer(optimizer, context.args, dtype)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    print(explanation.text(llvm, assembly), end="")

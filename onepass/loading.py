@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -14,13 +14,16 @@ from torch import Tensor
 Group = dict[str, Any]
 
 
-def check_state_dict(owner: str, state_dict: Mapping[str, Any]) -> None:
+def check_state_dict(owner: str, state_dict: object) -> None:
     """Whether this is an optimizer's state dict at all."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         keys = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(f"{owner}: a state dict has 'state' and 'param_groups', got {keys}; pass an optimizer's own")
-    if not all(isinstance(g, Mapping) and "params" in g for g in state_dict["param_groups"]):
-        raise ValueError(f"{owner}: each of a state dict's param_groups must be a dict with 'params'")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{owner}: a state dict's 'state' must be a dict, got {type(state).__name__}")
+    if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise ValueError(f"{owner}: a state dict's 'param_groups' must be a list of dicts with 'params'")
 
 
 @dataclass
@@ -34,23 +37,29 @@ class Match:
     parameters: dict[Any, Tensor]
     labels: dict[Any, str]
 
-    def load(self, state_names: Sequence[str], defaults: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Group]]:
-        """The new state and groups, everything verified first; the optimizer itself is not touched."""
-        for key, value in self.saved_state.items():
-            if key in self.parameters:
-                self._check(key, value, state_names)
-        state: dict[Any, Any] = defaultdict(dict)
-        for key, value in self.saved_state.items():
-            p = self.parameters.get(key)
-            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p)
+    def load(
+        self, state_names: Callable[[Group], tuple[list[str], list[str]]], defaults: Mapping[str, Any]
+    ) -> tuple[dict[Any, Any], list[Group]]:
+        """The new state and groups, everything verified first; the optimizer itself is not touched.
+
+        `state_names` says for a group which state a parameter must have, and which it may have.
+        """
         groups = []
         for group, saved in zip(self.groups, self.saved_groups, strict=True):
             kept = {k: group[k] for k in ("param_names",) if k in group}
             options = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", *kept)}
             groups.append({**defaults, **options, **kept, "params": group["params"]})
+            required, allowed = state_names(groups[-1])
+            for key in saved["params"]:
+                if self.saved_state.get(key):
+                    self._check(key, self.saved_state[key], required, allowed)
+        state: dict[Any, Any] = defaultdict(dict)
+        for key, value in self.saved_state.items():
+            p = self.parameters.get(key)
+            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p)
         return state, groups
 
-    def _check(self, key: Any, value: Any, state_names: Sequence[str]) -> None:
+    def _check(self, key: Any, value: Any, required: Sequence[str], state_names: Sequence[str]) -> None:
         p, label = self.parameters[key], self.labels[key]
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
@@ -60,6 +69,12 @@ class Match:
             raise ValueError(
                 f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which belongs to another "
                 f"optimizer; {self.owner} keeps {known}"
+            )
+        lost = [name for name in required if value.get(name) is None]
+        if lost and any(value.get(name) is not None for name in required):
+            raise ValueError(
+                f"{self.owner}: the saved state of parameter {label} has no {lost[0]!r}; a whole state has "
+                f"{', '.join(required)}"
             )
         for name, entry in value.items():
             if entry is None or name not in state_names:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, SupportsFloat
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from .batch import StepError
 from .kernel import Rule, signature
 from .loading import check_state_dict, match
-from .plan import Plan
+from .plan import MODES, Algorithm, Plan, state_columns
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -39,25 +41,25 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._plan: Plan | None = None
         self._warned: set[str] = set()
+        owner = _name(self)
         defaults.setdefault("differentiable", False)
-        if isinstance(params, Tensor):
-            raise TypeError(
-                f"{self.name}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}"
-            )
+        if isinstance(params, Tensor) or not isinstance(params, Iterable):
+            raise TypeError(f"{owner}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
+        if isinstance(params, set):
+            raise TypeError(f"{owner}: params must have an order, got a set; use a list")
         self.defaults = defaults
-        self.check_options(defaults)
+        self._check(defaults)
         super().__init__(params, defaults)
         self._follow_grad_scaler()
 
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
     # What a subclass may refine.
 
-    def flags(self, group: Mapping[str, Any]) -> Mapping[str, bool]:
-        """Further flags of the rule, derived from a group's options."""
-        return {}
+    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        """The rule's flags in a group: the options that are True or False by default, so that 0 and 1 will do too.
+
+        Override it, and add to what it returns, where a flag follows from a number.
+        """
+        return {name: bool(group[name]) for name in _switches(type(self)) if name in group}
 
     def initial_state(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor:
         """A state column before a parameter's first step: zeros, laid out as the parameter."""
@@ -95,9 +97,9 @@ class Optimizer(torch.optim.Optimizer):
         if self._plan is not None and self._plan.ready(self.param_groups, self.state, scaled):
             return self._plan
         self._plan = None
-        plan = Plan(self, self.param_groups, self.state, scaled)
+        plan = Plan(self._algorithm(), self.param_groups, self.state, scaled)
         if not plan.ready(self.param_groups, self.state, scaled):
-            raise StepError(f"{self.name}: parameters or state changed while a step was being prepared; step again")
+            raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
         self._plan = plan
         return plan
 
@@ -109,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
             self._zero_grad(set_to_none)
 
     def _zero_grad(self, set_to_none: bool) -> None:
-        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{self.name}.zero_grad"):
+        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(self)}.zero_grad"):
             for p in chain.from_iterable(group["params"] for group in self.param_groups):
                 if p.grad is None:
                     continue
@@ -122,7 +124,20 @@ class Optimizer(torch.optim.Optimizer):
                     p.grad.requires_grad_(False)
                 p.grad.zero_()
 
-    def warn_once(self, message: str) -> None:
+    def _algorithm(self) -> Algorithm:
+        # Looked up on the class: on an optimizer itself people keep notes under common words.
+        cls = type(self)
+        if not hasattr(cls, "rule"):
+            raise TypeError(f"{_name(self)} has no rule; write a static method `rule(p, g, *states, *, options)`")
+        methods = (partial(method, self) for method in (cls.flags, cls.initial_state, cls._warn_once))
+        return Algorithm(_name(self), cls.rule, *methods)
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        """A group's options, by the class's own checks and as flags."""
+        check_switches(_name(self), options, {*MODES, *_switches(type(self))})
+        type(self).check_options(self, options)
+
+    def _warn_once(self, message: str) -> None:
         """Warn, once for each message in an optimizer's life."""
         if message not in self._warned:
             self._warned.add(message)
@@ -136,13 +151,13 @@ class Optimizer(torch.optim.Optimizer):
         Raises as the constructor does, and then the optimizer is as it was.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"{self.name}: param_group must be a dict, got {type(param_group).__name__}")
+            raise TypeError(f"{_name(self)}: param_group must be a dict, got {type(param_group).__name__}")
         if "params" not in param_group:
-            raise KeyError(f"{self.name}: a param group needs 'params', got only {sorted(param_group)}")
+            raise KeyError(f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}")
         params, names = self._read_params(param_group["params"])
         self._check_params(params, names)
         self._check_spelling(param_group)
-        self.check_options({**self.defaults, **param_group})
+        self._check({**self.defaults, **param_group})
         param_group["params"] = params
         if names:
             param_group["param_names"] = names
@@ -152,13 +167,21 @@ class Optimizer(torch.optim.Optimizer):
 
     def _read_params(self, given: Any) -> tuple[list[Tensor], list[str]]:
         if isinstance(given, set):
-            raise TypeError(f"{self.name}: params must have an order, got a set; use a list")
+            raise TypeError(f"{_name(self)}: params must have an order, got a set; use a list")
+        if not isinstance(given, Iterable):
+            raise TypeError(f"{_name(self)}: a param group's params must be tensors, got {torch.typename(given)}")
         entries = [given] if isinstance(given, Tensor) else list(given)
+        for entry in entries:
+            if isinstance(entry, tuple) and (len(entry) != 2 or not isinstance(entry[0], str)):
+                raise TypeError(
+                    f"{_name(self)} can only optimize tensors or (name, tensor) pairs, got a tuple of "
+                    f"({', '.join(repr(e) if isinstance(e, (str, int)) else torch.typename(e) for e in entry)})"
+                )
         names = [entry[0] for entry in entries if isinstance(entry, tuple)]
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
         if names and len(names) != len(params):
             raise ValueError(
-                f"{self.name}: all parameters must have names, or none; {len(params) - len(names)} have none"
+                f"{_name(self)}: all parameters must have names, or none; {len(params) - len(names)} have none"
             )
         return params, names
 
@@ -166,27 +189,34 @@ class Optimizer(torch.optim.Optimizer):
         labels = [repr(name) for name in names] or [str(i) for i in range(len(params))]
         for p, label in zip(params, labels, strict=True):
             if not isinstance(p, Tensor):
-                raise TypeError(f"{self.name} can only optimize tensors, but parameter {label} is {torch.typename(p)}")
+                raise TypeError(
+                    f"{_name(self)} can only optimize tensors, but parameter {label} is {torch.typename(p)}"
+                )
             if not (p.is_floating_point() or p.is_complex()):
                 raise TypeError(
-                    f"{self.name}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
+                    f"{_name(self)}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
                     "gradients, leave it out of the list"
                 )
             if not self.defaults.get("differentiable") and not (p.is_leaf or p.retains_grad):
                 raise ValueError(
-                    f"{self.name} can't optimize a non-leaf Tensor: parameter {label} is computed from others"
+                    f"{_name(self)} can't optimize a non-leaf Tensor: parameter {label} is computed from others"
                 )
+        taken = {name for group in self.param_groups for name in group.get("param_names", ())}
+        for name in names:
+            if name in taken:
+                raise ValueError(f"{_name(self)}: the parameter name {name!r} is given twice; give each its own")
+            taken.add(name)
         mine = {id(p) for group in self.param_groups for p in group["params"]}
         for p, label in zip(params, labels, strict=True):
             if id(p) in mine:
                 raise ValueError(
-                    f"{self.name}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
+                    f"{_name(self)}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
                     "in more than one parameter group; give each once"
                 )
             mine.add(id(p))
         if self.param_groups and bool(names) != ("param_names" in self.param_groups[0]) and params:
             have = "with" if names else "without"
-            raise ValueError(f"{self.name}: all param groups must have names, or none; this one comes {have} names")
+            raise ValueError(f"{_name(self)}: all param groups must have names, or none; this one comes {have} names")
 
     def _check_spelling(self, group: Mapping[str, Any]) -> None:
         """Other keys are welcome in a group (schedulers add some), but not an option's name with a letter wrong."""
@@ -197,7 +227,7 @@ class Optimizer(torch.optim.Optimizer):
                 n for n in difflib.get_close_matches(str(key), self.defaults, 1, 0.8) if abs(len(n) - len(key)) < 2
             ]
             if meant:
-                raise ValueError(f"{self.name}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+                raise ValueError(f"{_name(self)}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
 
     # Checkpoints.
 
@@ -232,20 +262,24 @@ class Optimizer(torch.optim.Optimizer):
         Raises ValueError, with the parameter's name and both shapes, where the dict does not fit; nothing has been
         changed then.
         """
+        check_state_dict(_name(self), state_dict)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        check_state_dict(self.name, state_dict)
-        matched = match(self.name, self.param_groups, state_dict)
-        state, groups = matched.load(self._state_names(), self.defaults)
+        check_state_dict(_name(self), state_dict)
+        matched = match(_name(self), self.param_groups, state_dict)
+        state, groups = matched.load(self._state_names, self.defaults)
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _state_names(self) -> tuple[str, ...]:
-        columns, keywords = signature(type(self).rule)
-        return (*columns[2:], *(("step",) if "step" in keywords else ()))
+    def _state_names(self, group: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The state that a parameter of this group must have once it has stepped, and all that it may have."""
+        algorithm = self._algorithm()
+        columns, keywords = signature(algorithm.rule)
+        step = ["step"] if "step" in keywords else []
+        return [*step, *state_columns(algorithm, dict(group))], [*step, *columns[2:]]
 
     def _follow_grad_scaler(self) -> None:
         # As in torch: fused optimizers unscale in the step; for others GradScaler does it before.
@@ -264,6 +298,20 @@ class Optimizer(torch.optim.Optimizer):
         self._follow_grad_scaler()
 
 
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__name__
+
+
+@lru_cache(maxsize=256)
+def _switches(cls: type[Optimizer]) -> tuple[str, ...]:
+    """The rule's keywords whose default in a constructor, the class's own or an inherited one, is True or False."""
+    if not hasattr(cls, "rule"):
+        return ()
+    constructors = [inspect.signature(base.__init__).parameters for base in cls.__mro__ if "__init__" in vars(base)]
+    _, keywords = signature(cls.rule)
+    return tuple(k for k in keywords if any(k in c and isinstance(c[k].default, bool) for c in constructors))
+
+
 # These import torch's compiler when first called, which inside a compiled function has happened already.
 _step_outside_graphs = torch._disable_dynamo(Optimizer._step)
 _zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)
@@ -277,6 +325,14 @@ def check_number(owner: str, name: str, value: Any, low: float = 0.0, below: flo
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
     if not low <= float(value.detach() if isinstance(value, Tensor) else value) < below:
         raise ValueError(f"{owner}: {name} must lie in [{low:g}, {below:g}), got {value}")
+
+
+def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise TypeError for an option that should be True or False (or None, for torch's modes) and is neither."""
+    for name in names:
+        value = options.get(name)
+        if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
+            raise TypeError(f"{owner}: {name} must be True or False, got {value!r:.60}")
 
 
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ only if every batch is ready does anything change: step counts, then the launche
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +26,14 @@ from .batch import EagerBatch, Group, KernelBatch, Member, Recipe, State, StepEr
 SPECIAL = ("step", "first")
 
 
-class Algorithm(Protocol):
-    """What a plan asks of an optimizer."""
+class Algorithm(NamedTuple):
+    """What a plan needs of an optimizer: its class's name and rule, and what its class may refine."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def rule(self) -> kernel.Rule: ...
-
-    def flags(self, group: Group) -> Mapping[str, bool]: ...
-
-    def initial_state(self, name: str, p: Tensor, group: Group) -> Tensor: ...
-
-    def warn_once(self, message: str) -> None: ...
+    name: str
+    rule: kernel.Rule
+    flags: Callable[[Group], Mapping[str, bool]]
+    initial_state: Callable[[str, Tensor, Group], Tensor]
+    warn_once: Callable[[str], None]
 
 
 def describe(algorithm: Algorithm, group: Group) -> tuple[tuple[str, kernel.Argument], ...]:
@@ -79,6 +73,11 @@ class Mode(NamedTuple):
         flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable"))
         maximize, differentiable, capturable = flags
         return cls(maximize, eager, differentiable, capturable)
+
+
+def state_columns(algorithm: Algorithm, group: Group) -> tuple[str, ...]:
+    """The state tensors that a parameter of this group has, beside its step count."""
+    return kernel.trace(algorithm.rule, describe(algorithm, group)).state
 
 
 def switches(arguments: tuple[tuple[str, kernel.Argument], ...]) -> list[str]:

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from onepass.contenders import LIMIT, OURS, TORCH
 
-__all__ = ["list_facts", "make_fresh_table", "make_step_table", "plot"]
+__all__ = ["WIDTH", "list_facts", "make_fresh_table", "make_step_table", "plot"]
+
+# Columns of text that the tables need: in a narrower terminal, wrapped lines say more than cut numbers.
+WIDTH = 112
 
 Report = dict[str, Any]
 Result = dict[str, Any]
@@ -45,7 +49,8 @@ def list_facts(report: Report) -> list[str]:
 
 def make_step_table(results: Sequence[Result]) -> Table:
     """Milliseconds a step for each contender, and what follows: ratios above 1 mean that ours is faster."""
-    headings = ("optimizer", OURS, *TORCH, LIMIT, "x default", "x best", "of limit", "GB/s", "us/tensor")
+    ratios = ("times\ndefault", "times\nbest", "of the\nlimit", "GB/s", "us per\ntensor")
+    headings = ("optimizer", OURS, *TORCH, LIMIT.replace(" ", "\n"), *ratios)
     table = _table("One step: median ms (torch in each of its modes)", headings)
     for result in results:
         s = result["summary"]
@@ -95,8 +100,8 @@ def make_fresh_table(results: Sequence[Result]) -> Table:
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("model", no_wrap=True)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     return table

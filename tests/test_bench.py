@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onepass import bench, catalog, contenders, probe, report
+from onepass import bench, catalog, cli, contenders, probe, report
 from onepass.shapes import MODELS
 
 SIZES = {
@@ -165,3 +165,16 @@ def test_probe_tells_first_step_and_peak() -> None:
     found = probe.probe("tiny", "adamw", "onepass")
     assert found.keys() == {"first_ms", "state_ms", "state_bytes", "peak_mb"}
     assert found["state_bytes"] == 1000 * (2 * 16 * 4 + 4)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "tiny", "--optimizer", "SGD", "--seconds", "0.01", "--no-fresh"]
+    assert cli.main(["bench", *words, "--json", "out.json", "--plot", "out.png"]) == 0
+    assert capsys.readouterr().err == ""
+    assert json.loads(Path("out.json").read_text())["results"][0]["optimizer"] == "sgd"
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+    for bad in (["--model", "gpt3"], ["--optimizer", "adamv"], ["--json", "no/folder.json"]):
+        assert cli.main(["bench", *bad]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)

@@ -78,19 +78,43 @@ def test_positional_arguments_and_defaults(name):
 
 
 BAD = [
-    ("SGD", {"lr": -0.1}), ("SGD", {"momentum": -1.0}), ("SGD", {"weight_decay": -0.1}), ("SGD", {"nesterov": True}),
-    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}), ("SGD", {"lr": "0.1"}), ("SGD", {"lr": None}),
-    ("SGD", {"lr": torch.ones(2)}), ("SGD", {"fused": True, "foreach": True}), ("SGD", {"fused": True, "differentiable": True}),
+    ("SGD", {"lr": -0.1}),
+    ("SGD", {"momentum": -1.0}),
+    ("SGD", {"weight_decay": -0.1}),
+    ("SGD", {"nesterov": True}),
+    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
+    ("SGD", {"lr": "0.1"}),
+    ("SGD", {"lr": None}),
+    ("SGD", {"lr": torch.ones(2)}),
+    ("SGD", {"fused": True, "foreach": True}),
+    ("SGD", {"fused": True, "differentiable": True}),
     ("SGD", {"learning_rate": 0.1}),
-    *[(name, bad) for name in ("Adam", "AdamW") for bad in (
-        {"lr": -0.1}, {"lr": "0.1"}, {"lr": None}, {"lr": float("nan")}, {"lr": torch.ones(2)}, {"eps": -1.0},
-        {"eps": float("nan")}, {"weight_decay": -1.0}, {"weight_decay": "x"}, {"betas": (1.0, 0.9)}, {"betas": (0.9, 1.0)},
-        {"betas": (-0.1, 0.9)}, {"betas": (0.9, float("nan"))}, {"fused": True, "foreach": True}, {"fused": True, "differentiable": True}, {"beta": (0.9, 0.99)},
-    )],
-]  # fmt: skip
+    *[
+        (name, bad)
+        for name in ("Adam", "AdamW")
+        for bad in (
+            {"lr": -0.1},
+            {"lr": "0.1"},
+            {"lr": None},
+            {"lr": float("nan")},
+            {"lr": torch.ones(2)},
+            {"eps": -1.0},
+            {"eps": float("nan")},
+            {"weight_decay": -1.0},
+            {"weight_decay": "x"},
+            {"betas": (1.0, 0.9)},
+            {"betas": (0.9, 1.0)},
+            {"betas": (-0.1, 0.9)},
+            {"betas": (0.9, float("nan"))},
+            {"fused": True, "foreach": True},
+            {"fused": True, "differentiable": True},
+            {"beta": (0.9, 0.99)},
+        )
+    ],
+]
 
 
-@pytest.mark.parametrize(("name", "bad"), BAD, ids=lambda x: str(x))
+@pytest.mark.parametrize(("name", "bad"), BAD, ids=str)
 def test_errors_are_of_the_types_that_torch_raises(name, bad):
     kinds = []
     for library in (onepass, torch.optim):
@@ -101,15 +125,22 @@ def test_errors_are_of_the_types_that_torch_raises(name, bad):
 
 
 BAD_PARAMETERS = [
-    (lambda: torch.ones(2)), (lambda: []), (lambda: [3]), (lambda: [{"params": {nn.Parameter(torch.ones(2))}}]), (lambda: 3),
-    (lambda: [torch.ones(2, requires_grad=True) * 2]), (lambda: [{}]), (lambda: ["weight"]),
-    (lambda: [("w", nn.Parameter(torch.ones(2))), nn.Parameter(torch.ones(2))]), (lambda: [[nn.Parameter(torch.ones(2))]]),
+    (lambda: torch.ones(2)),
+    list,
+    (lambda: [3]),
+    (lambda: [{"params": {nn.Parameter(torch.ones(2))}}]),
+    (lambda: 3),
+    (lambda: [torch.ones(2, requires_grad=True) * 2]),
+    (lambda: [{}]),
+    (lambda: ["weight"]),
+    (lambda: [("w", nn.Parameter(torch.ones(2))), nn.Parameter(torch.ones(2))]),
+    (lambda: [[nn.Parameter(torch.ones(2))]]),
     (lambda: [{"params": [(p := nn.Parameter(torch.ones(2)))]}, {"params": [p]}]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("make", BAD_PARAMETERS)
+@pytest.mark.parametrize("make", BAD_PARAMETERS, ids=range(len(BAD_PARAMETERS)))
 def test_errors_for_parameters_are_of_the_types_that_torch_raises(name, make):
     kinds = []
     for library in (onepass, torch.optim):
@@ -545,8 +576,11 @@ def test_state_has_torchs_names_types_and_places(algorithm):
         for name, value in theirs[key].items():
             mine = ours[key][name]
             assert (type(mine), mine.dtype, mine.shape, mine.device) == (
-                type(value), value.dtype, value.shape, value.device
-            )  # fmt: skip
+                type(value),
+                value.dtype,
+                value.shape,
+                value.device,
+            )
             assert mine.stride() == value.stride()
             assert not mine.requires_grad
 
@@ -1165,7 +1199,8 @@ def run(library, name, options, reload=False):
             set_optimizer_state_dict(net, opt, saved)
     return net, opt
 
-for name, options in (("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.1, "amsgrad": True}), ("Adam", {"lr": 0.1})):
+CASES = (("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.1, "amsgrad": True}), ("Adam", {"lr": 0.1}))
+for name, options in CASES:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         net, opt = run(onepass, name, options)
@@ -1192,7 +1227,8 @@ from torch.distributed.tensor import distribute_tensor, Shard
 ends = []
 for library in (onepass, torch.optim):
     torch.manual_seed(0)
-    p, q = torch.nn.Parameter(torch.randn(5)), torch.nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)]))
+    p = torch.nn.Parameter(torch.randn(5))
+    q = torch.nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)]))
     opt = library.AdamW([p, q], lr=0.1, foreach=False)
     for _ in range(3):
         p.grad, q.grad = torch.randn(5), distribute_tensor(torch.randn(4, 3), mesh, [Shard(0)])

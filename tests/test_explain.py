@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import onepass
+from onepass import cli
 from onepass.catalog import UnknownName, find_class
 from onepass.explain import explain, function_lines, hot_loop, parse_options, vector_bits
 
@@ -144,3 +145,14 @@ def test_options_are_read_as_python_values() -> None:
         "weight_decay": 0,
         "maximize": True,
     }
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "adamw", "--amsgrad", "--llvm", "--asm", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "= 18 bytes per parameter and step" in out
+    assert "Assembly of pass 1" in out
+    for bad in (["adamv"], ["adamw", "--amsgard"], ["adamw", "--lr", "-1"], ["adamw", "--dtype", "int3"]):
+        assert cli.main(["explain", *bad]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)

@@ -197,7 +197,7 @@ def swap_step(side):
 def replace_parameter_list(side):
     side.params[:] = [nn.Parameter(p.detach().clone()) for p in side.params]
     side.opt.state.clear()
-    side.opt.param_groups[0]["params"] = side.params
+    side.opt.param_groups[0]["params"] = list(side.params)
 
 
 def replace_one_parameter_in_place(side):
@@ -339,16 +339,58 @@ def no_longer_require_gradients(side):
 
 
 OPERATIONS = [
-    swap_data, swap_data_for_a_view, swap_data_of_all, transpose_data, make_holes, make_holes_and_fill_them, move_storage,
-    free_storage_and_restore, set_memory, swap_tensors, swap_state_tensors, replace_state_entries, lay_state_otherwise,
-    expand_state, swap_state_data, clear_state, clear_one_state, delete_one_state, replace_state_dict_of_a_parameter,
-    replace_state_object, exchange_states, exchange_keys_of_states, fill_step, fill_one_step, replace_step,
-    swap_data_of_step, set_memory_of_step, swap_step, replace_parameter_list, replace_one_parameter_in_place,
-    reorder_parameters, remove_a_parameter, add_group, move_between_groups, remove_group, to_double, to_channels_last,
-    reload_own_state, save_and_load, deepcopy_both, pickle_both, change_options, switch_amsgrad, switch_momentum,
-    tensor_lr, change_threads, collect_garbage, drop_gradients_in_turn, zero_gradients_in_place, step_by_closure,
+    swap_data,
+    swap_data_for_a_view,
+    swap_data_of_all,
+    transpose_data,
+    make_holes,
+    make_holes_and_fill_them,
+    move_storage,
+    free_storage_and_restore,
+    set_memory,
+    swap_tensors,
+    swap_state_tensors,
+    replace_state_entries,
+    lay_state_otherwise,
+    expand_state,
+    swap_state_data,
+    clear_state,
+    clear_one_state,
+    delete_one_state,
+    replace_state_dict_of_a_parameter,
+    replace_state_object,
+    exchange_states,
+    exchange_keys_of_states,
+    fill_step,
+    fill_one_step,
+    replace_step,
+    swap_data_of_step,
+    set_memory_of_step,
+    swap_step,
+    replace_parameter_list,
+    replace_one_parameter_in_place,
+    reorder_parameters,
+    remove_a_parameter,
+    add_group,
+    move_between_groups,
+    remove_group,
+    to_double,
+    to_channels_last,
+    reload_own_state,
+    save_and_load,
+    deepcopy_both,
+    pickle_both,
+    change_options,
+    switch_amsgrad,
+    switch_momentum,
+    tensor_lr,
+    change_threads,
+    collect_garbage,
+    drop_gradients_in_turn,
+    zero_gradients_in_place,
+    step_by_closure,
     no_longer_require_gradients,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -948,10 +990,20 @@ def crash_state_of_another_shape_eager():
 
 def crash_state_of_another_kind(**changes):
     kinds = [
-        torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.complex64), torch.zeros(4, 3, dtype=torch.bool),
-        3.5, "text", [1, 2], torch.zeros(4, 3).untyped_storage(), torch.zeros(4, 3).to_sparse(), torch.Generator(),
-        torch.Size((4, 3)), object(), nn.Linear(4, 3), torch.zeros(4, 3).numpy(),
-    ]  # fmt: skip
+        torch.zeros(4, 3, dtype=torch.int32),
+        torch.zeros(4, 3, dtype=torch.complex64),
+        torch.zeros(4, 3, dtype=torch.bool),
+        3.5,
+        "text",
+        [1, 2],
+        torch.zeros(4, 3).untyped_storage(),
+        torch.zeros(4, 3).to_sparse(),
+        torch.Generator(),
+        torch.Size((4, 3)),
+        object(),
+        nn.Linear(4, 3),
+        torch.zeros(4, 3).numpy(),
+    ]
     for kind in kinds:
         side = started(**changes)
         side.opt.state[side.params[0]]["exp_avg"] = kind
@@ -1055,9 +1107,19 @@ def crash_step_lost(**changes):
 def crash_options_of_no_use(**changes):
     """The step count must not advance in a step that fails for an option."""
     bad = [
-        ("lr", torch.ones(2)), ("lr", "0.1"), ("lr", None), ("lr", object()), ("lr", [0.1]), ("betas", (0.9,)), ("betas", 0.9),
-        ("betas", (0.9, "x")), ("betas", (0.9, torch.ones(3))), ("eps", "tiny"), ("eps", torch.ones(2)), ("weight_decay", 1j),
-    ]  # fmt: skip
+        ("lr", torch.ones(2)),
+        ("lr", "0.1"),
+        ("lr", None),
+        ("lr", object()),
+        ("lr", [0.1]),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("betas", (0.9, "x")),
+        ("betas", (0.9, torch.ones(3))),
+        ("eps", "tiny"),
+        ("eps", torch.ones(2)),
+        ("weight_decay", 1j),
+    ]
     for key, value in bad:
         side = started(**changes)
         good = side.opt.param_groups[0][key]

@@ -62,13 +62,14 @@ class Adam(Optimizer):
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
         for name in ("lr", "eps", "weight_decay"):
-            check_number(self.name, name, options[name])
+            check_number(owner, name, options[name])
         if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
-            raise ValueError(f"{self.name}: betas must be two numbers, got {options['betas']!r}")
+            raise ValueError(f"{owner}: betas must be two numbers, got {options['betas']!r}")
         for i, beta in enumerate(options["betas"]):
-            check_number(self.name, f"betas[{i}]", beta, below=1.0)
-        check_modes(self.name, options)
+            check_number(owner, f"betas[{i}]", beta, below=1.0)
+        check_modes(owner, options)
 
     @staticmethod
     def rule(

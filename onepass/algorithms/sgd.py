@@ -58,18 +58,19 @@ class SGD(Optimizer):
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
         for name in ("lr", "momentum", "weight_decay"):
-            check_number(self.name, name, options[name])
-        check_number(self.name, "dampening", options["dampening"], low=float("-inf"))
+            check_number(owner, name, options[name])
+        check_number(owner, "dampening", options["dampening"], low=float("-inf"))
         if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
             raise ValueError(
-                f"{self.name}: Nesterov momentum requires a momentum and zero dampening, got momentum="
+                f"{owner}: Nesterov momentum requires a momentum and zero dampening, got momentum="
                 f"{options['momentum']}, dampening={options['dampening']}"
             )
-        check_modes(self.name, options)
+        check_modes(owner, options)
 
-    def flags(self, group: Mapping[str, Any]) -> Mapping[str, bool]:
-        return {"has_momentum": bool(group["momentum"] != 0)}
+    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        return super().flags(group) | {"has_momentum": bool(group["momentum"] != 0)}
 
     @staticmethod
     def rule(p, g, momentum_buffer, *, lr, momentum, dampening, weight_decay, nesterov, first, has_momentum):

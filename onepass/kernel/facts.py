@@ -95,7 +95,7 @@ def _facts(t: Tensor) -> Facts:
 
 
 def _matches(t: Tensor, facts: Facts) -> bool:
-    if t.layout != torch.strided or _facts(t) != facts:
+    if t.layout != torch.strided or t.is_nested or _facts(t) != facts:
         return False
     return has_storage(t)
 

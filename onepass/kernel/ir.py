@@ -14,7 +14,7 @@ Host values are rounded once, to the compute type, where they meet an element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from weakref import WeakValueDictionary
 
@@ -72,8 +72,12 @@ class Node:
         )
 
     def __repr__(self) -> str:
-        inner = ", ".join([*map(repr, self.args), *([] if self.attr is None else [repr(self.attr)])])
-        return f"{self.op}({inner})"
+        return self._text(3)
+
+    def _text(self, depth: int) -> str:
+        # Not the whole expression: written out, shared parts would be repeated without bound.
+        args = [a._text(depth - 1) for a in self.args] if depth or not self.args else ["..."]
+        return f"{self.op}({', '.join([*args, *([] if self.attr is None else [repr(self.attr)])])})"
 
     __hash__ = object.__hash__
 
@@ -340,8 +344,8 @@ def norm(x: Node) -> Node:
     return sqrt(sum(square(x)))
 
 
-def topological(roots: Iterable[Node]) -> list[Node]:
-    """Every node that the roots need, arguments before users, each once."""
+def topological(roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _: True) -> list[Node]:
+    """Every node that the roots need, arguments before users, each once; no further than to nodes not `inside`."""
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -352,7 +356,7 @@ def topological(roots: Iterable[Node]) -> list[Node]:
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args))
+            stack.extend((arg, False) for arg in reversed(node.args if inside(node) else ()))
     return order
 
 

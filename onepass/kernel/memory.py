@@ -11,7 +11,7 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def has_storage(t: Tensor) -> bool:
     """Whether a strided tensor's storage holds all of its elements; false after `untyped_storage().resize_(0)`."""
-    if t.numel() == 0:
+    if t.numel() == 0 or t.device.type == "meta":
         return True
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     return t.untyped_storage().nbytes() >= (last + 1) * t.itemsize and t.data_ptr() != 0

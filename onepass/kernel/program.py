@@ -246,31 +246,10 @@ def _pass(reductions: tuple[Node, ...], stores: tuple[tuple[str, Node], ...]) ->
 
 def element_order(roots: Iterable[Node]) -> list[Node]:
     """The nodes of element rank that the roots need, arguments first; host values are where the walk ends."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-
-    def visit(node: Node) -> None:
-        if node.rank == Rank.ELEMENT and node not in seen:
-            seen.add(node)
-            for arg in node.args:
-                visit(arg)
-            order.append(node)
-
-    for root in roots:
-        visit(root)
-    return order
+    order = topological(roots, inside=lambda node: node.rank == Rank.ELEMENT)
+    return [node for node in order if node.rank == Rank.ELEMENT]
 
 
 def host_order(inputs: Iterable[Node]) -> list[Node]:
     """The host nodes that a pass's inputs need, arguments first; reductions are where the walk ends."""
-    order: dict[Node, None] = {}
-
-    def visit(node: Node) -> None:
-        if node not in order:
-            for arg in () if node.op in REDUCTIONS else node.args:
-                visit(arg)
-            order[node] = None
-
-    for node in inputs:
-        visit(node)
-    return list(order)
+    return topological(inputs, inside=lambda node: node.op not in REDUCTIONS)
