@@ -2,7 +2,7 @@
 
 from .algorithms.adam import Adam, AdamW
 from .algorithms.sgd import SGD
-from .batch import StepError
+from .checks import StepError
 from .kernel.ir import RuleError, lerp, maximum, mean, minimum, norm, sign, sqrt, square, where
 from .optimizer import Optimizer
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,10 @@ import torch
 from torch import Tensor
 
 from . import kernel
+from .checks import Group, Member, State, check_gradient, check_member, check_state, number, pick
 
-Group = dict[str, Any]
-State = dict[str, Any]
-
-
-class StepError(RuntimeError):
-    """A step that cannot be taken; nothing has been changed."""
-
-
-@dataclass
-class Member:
-    """One parameter: the group and the state that it steps with, and what to call it in a message."""
-
-    p: Tensor
-    group: int
-    state: State
-    label: str
+# What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
+Gathered = list[Any]
 
 
 @dataclass
@@ -39,73 +26,64 @@ class Recipe:
     graph: kernel.Graph
     sources: list[tuple[str, str, int | None]]
     counts_steps: bool
+    required: tuple[str, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
         return ("g", "p", *self.graph.state)
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The keys of a parameter's state."""
+        return (*self.graph.state, *(("step",) if self.counts_steps else ()))
 
-def number(value: object, name: str) -> float:
-    """A hyper-parameter as a float; tensors of one element are read."""
-    if type(value) is float:
-        return value
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        raise StepError(f"param group option {name!r} must be a number, got {value!r}") from None
+    def read(self, group: Group) -> list[float]:
+        """A group's numbers, in the order of `sources`."""
+        return [number(pick(group, key, i), key) for _, key, i in self.sources]
 
 
-def check_gradient(member: Member, g: Tensor, owner: str) -> None:
-    """A gradient that no step can use raises, before anything has changed."""
-    p = member.p
-    if g.layout != torch.strided:
-        advice = ", please consider SparseAdam instead" if owner.startswith("Adam") else ": use torch.optim.SGD here"
-        raise StepError(f"{owner} does not support sparse gradients{advice} (parameter {member.label})")
-    if g.shape != p.shape:
-        raise StepError(
-            f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, "
-            f"the parameter has {tuple(p.shape)}; set it by p.grad = ... or run backward() again"
-        )
-    if g.device != p.device:
-        raise StepError(
-            f"{owner}: parameter {member.label} is on {p.device} and its gradient on {g.device}; move them together"
-        )
-    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
-        raise StepError(f"{owner}: parameter {member.label} is {p.dtype} and its gradient {g.dtype}")
-    if type(g) in kernel.PLAIN and not kernel.has_storage(g):
-        raise StepError(f"{owner}: the gradient of parameter {member.label} has lost its storage; run backward() again")
+def check(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], recipe: Recipe) -> None:
+    """Whether a parameter can step by this recipe; raises `StepError`."""
+    check_member(owner, member, p, state, recipe.required)
+    for name in recipe.graph.state:
+        if state.get(name) is not None:
+            check_state(owner, member, p, name, state[name])
 
 
 class KernelBatch:
     """Dense tensors of one device and one set of dtypes, stepped by one launch.
 
-    What is read anew at every step, by `gather`: each `.grad`, each state entry, and of every tensor its address,
-    dtype, device, sizes, strides and the size of its storage. What is kept is only what these are compared with; an
-    address is never kept. Where p, or a state, differs, `gather` returns False and the plan is built again, which
-    checks everything and raises a sentence if something is wrong. Where a gradient differs (expanded, transposed,
-    lazily conjugated), a dense copy of it takes its place for this step. A parameter without a gradient has no
-    elements in this step. Since the launch follows with the tensors in hand, no address can go stale in between.
+    What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key must be its
+    parameter, and of every tensor its address, dtype, device, sizes, strides and the size of its storage. What is kept
+    is only what these are compared with: neither a tensor nor an address. Where a parameter or a state differs,
+    `gather` returns None and the plan is built again, which checks everything and raises a sentence if something is
+    wrong. Where a gradient differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for
+    this step. A parameter without a gradient has no elements in this step. Since the launch follows with the tensors
+    in hand, no address can go stale in between.
     """
 
-    def __init__(self, members: list[Member], recipe: Recipe, owner: str) -> None:
+    def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
         self.members, self.recipe, self.owner = members, recipe, owner
         self.count = len(members)
-        self.params = [m.p for m in members]
-        self.states = [m.state for m in members]
-        self.group = np.array([m.group for m in members], dtype=np.int64)
-        groups, self.row_of_group = np.unique(self.group, return_inverse=True)
+        self.pick = _picker([m.position for m in members])
+        groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy.
-        self.strided = [i for i, m in enumerate(members) if not kernel.is_dense(m.p)]
-        # Gradients of one element may be lazy negations that have the expected strides.
-        self.tiny = [i for i, m in enumerate(members) if m.p.numel() == 1 or m.p.is_complex()]
-        like = [self._like(i) for i in range(self.count)]
-        gradients = [torch.empty_like(p, dtype=_gradient_dtype(m.p)) for p, m in zip(like, members, strict=True)]
-        states = [[m.state[name] for m in members] for name in recipe.graph.state]
-        self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(states)])
-        scale = 2 if members[0].p.is_complex() else 1
-        self.numel = np.array([scale * m.p.numel() for m in members], dtype=np.int64)
-        self.kernel = kernel.compile(recipe.graph, _formats(recipe, members[0], gradients[0]))
+        self.strided = [i for i, p in enumerate(params) if not kernel.is_dense(p)]
+        # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides.
+        self.lazy = [i for i, p in enumerate(params) if p.numel() == 1 or p.is_complex()]
+        like = [_dense(p) for p in params]
+        gradients = [torch.empty_like(t, dtype=_gradient_dtype(p)) for t, p in zip(like, params, strict=True)]
+        columns = [[state[name] for state in states] for name in recipe.entries]
+        self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(columns)])
+        self.steps_at = np.array(
+            [state["step"].data_ptr() for state in states] if recipe.counts_steps else [], np.uint64
+        )
+        scale = 2 if params[0].is_complex() else 1
+        self.numel = np.array([scale * p.numel() for p in params], dtype=np.int64)
+        first = [gradients[0], like[0], *(states[0][name] for name in recipe.graph.state)]
+        formats = tuple((c, format_name(t.dtype)) for c, t in zip(recipe.columns, first, strict=True))
+        self.kernel = kernel.compile(recipe.graph, formats)
         self.work = self.kernel.split(self.numel)
         self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
         self.launch: Any = None
@@ -116,29 +94,47 @@ class KernelBatch:
         self._next_steps = self._placed = b""
         self._overlapping = False
 
-    def _like(self, i: int) -> Tensor:
-        p = self.members[i].p.detach()
-        return p.contiguous() if i in self.strided else p
+    def find_entries(self, order: Mapping[int, int], params: Sequence[Tensor]) -> None:
+        """Note where in the optimizer's state the parameters' entries are; `order` maps an id to its place."""
+        self.pick_state = _picker([order[id(p)] for p in self.pick(params)] if self.recipe.entries else [])
 
-    def gather(self, groups: Sequence[Group]) -> bool:
-        """Read options and tensors; False where the plan no longer fits. Raises `StepError` where no plan could."""
-        n = self.count
-        self.values = [
-            [number(_pick(groups[g], key, i), key) for g in self.groups] for _, key, i in self.recipe.sources
-        ]
-        tensors: list[Any] = [p.grad for p in self.params]
-        tensors += self.params
-        try:
-            for name in self.recipe.graph.state:
-                tensors += map(itemgetter(name), self.states)
-        except KeyError:
-            return False
-        self._fill_in(tensors)
+    def gather(
+        self, params: Sequence[Tensor], groups: Sequence[Group], keys: Sequence[Any], entries: Sequence[State]
+    ) -> Gathered | None:
+        """Read options and tensors; None where the plan no longer fits. Raises `StepError` where no plan could.
+
+        `params` are all parameters in order, `keys` and `entries` the optimizer's state.
+        """
+        self.values = [self.recipe.read(groups[g]) for g in self.groups]
+        own = self.pick(params)
+        tensors: Gathered = [p.grad for p in own]
+        tensors += own
+        if self.recipe.entries:
+            states = self.pick_state(entries)
+            if not all(map(is_, self.pick_state(keys), own)):
+                return None
+            try:
+                for name in self.recipe.entries:
+                    tensors += map(itemgetter(name), states)
+            except (KeyError, TypeError, IndexError):
+                return None
+        if not self._fill_in(tensors):
+            return None
         inactive: list[int] = []
         if self.expected.compare(tensors):
-            inactive = [k for k in self._changed() if k < n and tensors[k] is None]
-            if len(inactive) < len(self._changed()) and not self._replace_gradients(tensors, inactive):
-                return False
+            changed = self._changed()
+            inactive = [i for i in changed if i < self.count and tensors[i] is None]
+            if len(inactive) < len(changed) and not self._replace_gradients(tensors, inactive):
+                return None
+        if len(self.steps_at) and self.expected.pointers[-self.count :].tobytes() != self.steps_at.tobytes():
+            return None
+        self._activate(inactive)
+        return tensors
+
+    def _changed(self) -> list[int]:
+        return np.flatnonzero(self.expected.changed).tolist()
+
+    def _activate(self, inactive: list[int]) -> None:
         if inactive != self.inactive:
             self.inactive = inactive
             numel = self.numel.copy()
@@ -146,42 +142,51 @@ class KernelBatch:
             self.work = self.kernel.split(numel)
             self.active = np.ones(self.count)
             self.active[inactive] = 0.0
-        self.tensors = tensors
-        return True
 
-    def _changed(self) -> list[int]:
-        return np.flatnonzero(self.expected.changed).tolist()
-
-    def _fill_in(self, tensors: list[Any]) -> None:
-        """Dense copies of parameters with holes, and of gradients whose lazy negation no other fact shows."""
-        for i in self.strided:
-            if not kernel.has_storage(self.params[i]):
-                raise StepError(f"{self.owner}: parameter {self.members[i].label} has no storage; give it memory again")
-            tensors[self.count + i] = self.params[i].detach().contiguous()
-        for i in self.tiny:
+    def _fill_in(self, tensors: Gathered) -> bool:
+        """Dense copies of parameters with holes and of lazy gradients; False where a parameter or state is lazy."""
+        n = self.count
+        for i in self.lazy:
+            for k in range(n + i, len(tensors), n):
+                if isinstance(tensors[k], Tensor) and (tensors[k].is_neg() or tensors[k].is_conj()):
+                    return False
             g = tensors[i]
             if g is not None and (g.is_neg() or g.is_conj()):
+                check_gradient(self.owner, self.members[i], tensors[n + i], g)
                 tensors[i] = g.resolve_conj().resolve_neg()
+        for i in self.strided:
+            p = tensors[n + i]
+            if not kernel.has_storage(p):
+                return False
+            tensors[n + i] = p.detach().contiguous()
+        return True
 
-    def _replace_gradients(self, tensors: list[Any], inactive: list[int]) -> bool:
+    def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
         """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
         for i in self._changed():
             if i >= self.count:
                 return False
-            g = tensors[i]
+            g, p = tensors[i], tensors[self.count + i]
             if g is None:
                 continue
-            check_gradient(self.members[i], g, self.owner)
+            check_gradient(self.owner, self.members[i], p, g)
             if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
                 return False
-            tensors[i] = torch.empty_like(self._like(i), dtype=g.dtype).copy_(g.detach())
+            tensors[i] = torch.empty_like(_dense(p), dtype=g.dtype).copy_(g.detach())
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
-    def run(self, steps: np.ndarray | None, first: np.ndarray | None, factor: float) -> None:
-        """Launch on what was gathered. `steps` and `first`: each parameter's step number, and whether it is its first."""
+    def run(
+        self,
+        tensors: Gathered,
+        params: Sequence[Tensor],
+        steps: np.ndarray | None,
+        first: np.ndarray | None,
+        factor: float,
+    ) -> None:
+        """Launch on what was gathered. `steps` and `first`: each parameter's step number, and if it is the first."""
         self._choose_rows(steps, first)
         leaves = self.launch.leaves
-        for leaf, values in zip(self.leaves, self.values, strict=True):
+        for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             leaves[leaf] = values[0] if len(values) == 1 else np.array(values)[self.setting_group]
         for name, settings in (("step", self.setting_step), ("first", self.setting_first)):
             if name in self.kernel.leaves:
@@ -189,11 +194,12 @@ class KernelBatch:
         if kernel.GRADIENT_FACTOR in self.kernel.leaves:
             leaves[self.kernel.leaves[kernel.GRADIENT_FACTOR]] = factor
         self.launch.run(1 if self._overlap() else torch.get_num_threads())
-        for i in self.strided:
-            self.params[i].detach().copy_(self.tensors[self.count + i])
-        written = self.tensors[self.count :]
-        for i in self.strided:
-            written[i] = self.params[i]
+        columns = len(self.recipe.columns)
+        written = tensors[self.count : columns * self.count]
+        if self.strided:
+            own = self.pick(params)
+            for i in self.strided:
+                own[i].detach().copy_(written[i])
         if self.inactive:
             missing = set(self.inactive)
             written = [t for k, t in enumerate(written) if k % self.count not in missing]
@@ -201,25 +207,27 @@ class KernelBatch:
 
     def _choose_rows(self, steps: np.ndarray | None, first: np.ndarray | None) -> None:
         """Find the distinct settings (group, step, first) and each tensor's; most steps only count the last on."""
+        ahead = 0.0 if steps is None else 1.0
         steps = np.zeros(self.count) if steps is None else steps
         if first is None and self._work is self.work and steps.tobytes() == self._next_steps:
-            self.setting_step += 1.0
-            self._next_steps = (steps + 1.0).tobytes()
+            self.setting_step += ahead
+            self._next_steps = (steps + ahead).tobytes()
             return
         flags = np.zeros(self.count) if first is None else first
         keys = np.stack([self.row_of_group, steps, flags], axis=1)
         settings, rows = np.unique(keys, axis=0, return_inverse=True)
         self.setting_group = settings[:, 0].astype(np.int64)
         self.setting_step, self.setting_first = settings[:, 1].copy(), settings[:, 2].copy()
-        self._work, self._next_steps = self.work, b"" if first is not None else (steps + 1.0).tobytes()
-        pointers = self.expected.pointers.reshape(-1, self.count)
+        self._work, self._next_steps = self.work, b"" if first is not None else (steps + ahead).tobytes()
+        pointers = self.expected.pointers[: len(self.recipe.columns) * self.count].reshape(-1, self.count)
         self.launch = self.kernel.prepare(pointers, self.work, rows.reshape(-1), len(settings))
 
     def _overlap(self) -> bool:
         """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
-        placed = self.expected.pointers[self.count :]
+        written = slice(self.count, len(self.recipe.columns) * self.count)
+        placed = self.expected.pointers[written]
         if placed.tobytes() != self._placed:
-            size = self.expected.bytes[self.count :]
+            size = self.expected.bytes[written]
             order = np.argsort(placed, kind="stable")
             order = order[size[order] > 0]
             ends = (placed + size.astype(np.uint64))[order]
@@ -228,21 +236,20 @@ class KernelBatch:
         return self._overlapping
 
 
-def _pick(group: Group, key: str, i: int | None) -> object:
-    try:
-        return group[key] if i is None else group[key][i]
-    except (KeyError, IndexError):
-        raise StepError(f"param group has no option {key!r}; set it, or give it in the constructor") from None
+def _picker(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that takes these places of a list; as fast as Python can."""
+    if len(places) == 1:
+        return lambda values: [values[places[0]]]
+    return itemgetter(*places) if places else lambda values: []
+
+
+def _dense(p: Tensor) -> Tensor:
+    """The parameter, or a dense tensor that stands for it."""
+    return p.detach() if kernel.is_dense(p) else p.detach().contiguous()
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:
     return p.dtype if p.grad is None else p.grad.dtype
-
-
-def _formats(recipe: Recipe, member: Member, gradient: Tensor) -> tuple[tuple[str, str], ...]:
-    states = [member.state[name] for name in recipe.graph.state]
-    tensors = [gradient, member.p, *states]
-    return tuple((c, format_name(t.dtype)) for c, t in zip(recipe.columns, tensors, strict=True))
 
 
 def format_name(dtype: torch.dtype) -> str:
@@ -253,57 +260,62 @@ def format_name(dtype: torch.dtype) -> str:
 
 @dataclass
 class EagerBatch:
-    """Parameters that no kernel serves: one at a time, by torch's own operations."""
+    """Parameters that no kernel serves: one at a time, by torch's own operations. Everything is checked every time."""
 
     members: list[Member]
     recipe: Recipe
     owner: str
     differentiable: bool
     capturable: bool
-    stepping: list[int] = field(default_factory=list)
 
-    def gather(self, groups: Sequence[Group]) -> bool:
-        """Read options, and which parameters step now; raises `StepError` where one cannot."""
-        self.stepping = [i for i, m in enumerate(self.members) if m.p.grad is not None]
-        self.hypers = {g: self._read(groups[g]) for g in {self.members[i].group for i in self.stepping}}
-        for i in self.stepping:
-            member = self.members[i]
-            check_gradient(member, member.p.grad, self.owner)  # type: ignore[arg-type]
-            if any(not isinstance(member.state.get(name), Tensor) for name in self.recipe.graph.state):
-                return False
-            if self.recipe.counts_steps and "step" not in member.state:
-                return False
-        return True
+    def gather(
+        self, params: Sequence[Tensor], groups: Sequence[Group], state: Mapping[Any, State]
+    ) -> list[tuple[Member, Tensor, State, dict[str, Any]]] | None:
+        """Who steps now, with which state and options; None where state is missing that a plan would create."""
+        stepping = []
+        for member in self.members:
+            p = params[member.position]
+            if p.grad is None:
+                continue
+            own = state.get(p, {})
+            if not isinstance(own, dict) or any(own.get(name) is None for name in self.recipe.entries):
+                return None
+            check(self.owner, member, p, own, self.recipe)
+            stepping.append((member, p, own, self._read(groups[member.group])))
+        return stepping
 
     def _read(self, group: Group) -> dict[str, Any]:
-        hypers = {name: _pick(group, key, j) for name, key, j in self.recipe.sources}
         if self.differentiable or self.capturable:
-            return hypers
-        return {name: number(value, name) for name, value in hypers.items()}
+            return {name: pick(group, key, j) for name, key, j in self.recipe.sources}
+        names = (name for name, _, _ in self.recipe.sources)
+        return dict(zip(names, self.recipe.read(group), strict=True))
 
-    def run(self, first: Sequence[bool], factor: float) -> list[int]:
-        """Step each parameter that has a gradient, and say which; `first` as in `KernelBatch.run`, by position."""
-        for i in self.stepping:
-            member = self.members[i]
-            hypers = self.hypers[member.group] | {"first": float(first[i]), kernel.GRADIENT_FACTOR: factor}
+    def run(self, stepping: Gathered, fresh: set[int], factor: float) -> None:
+        """Step each parameter that was gathered; `fresh` are the positions of those whose state is new."""
+        for member, p, own, hypers in stepping:
+            hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: factor}
             if self.recipe.counts_steps:
-                hypers["step"] = _count(member.state, self.capturable)
-            self._update(member, hypers)
-        return self.stepping
+                hypers["step"] = _count(own, self.capturable)
+            self._update(p, own, hypers)
 
-    def _update(self, member: Member, hypers: dict[str, Any]) -> None:
-        columns = {"p": member.p, "g": member.p.grad, **{name: member.state[name] for name in self.recipe.graph.state}}
-        real = {name: torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for name, t in columns.items()}
+    def _update(self, p: Tensor, own: State, hypers: dict[str, Any]) -> None:
+        columns: dict[str, Any] = {"p": p, "g": p.grad, **{name: own[name] for name in self.recipe.graph.state}}
+        if p.is_complex():
+            columns = {name: torch.view_as_real(t.resolve_conj()) for name, t in columns.items()}
         # Autograd keeps what it has read; what is written in place must be another tensor.
-        read = {name: t.clone() for name, t in real.items()} if self.differentiable else real
+        read = {name: t.clone() for name, t in columns.items()} if self.differentiable else columns
         for name, value in kernel.evaluate(self.recipe.graph, read, hypers).items():
-            real[name].copy_(value)
+            target = p if name == "p" else own[name]
+            if p.is_complex():
+                target.copy_(torch.view_as_complex(value.contiguous()))
+            else:
+                target.copy_(value)
 
 
-def _count(state: State, capturable: bool) -> Tensor | float:
+def _count(own: State, capturable: bool) -> Tensor | float:
     """Advance a parameter's own step count; a tensor where a graph capture must see it."""
-    if not isinstance(state["step"], Tensor):
-        state["step"] = torch.tensor(float(state["step"]))
+    if not isinstance(own["step"], Tensor):
+        own["step"] = torch.tensor(float(own["step"]))
     with torch.no_grad():
-        state["step"] += 1
-    return state["step"].clone() if capturable else state["step"].item()
+        own["step"] += 1
+    return own["step"].clone() if capturable else own["step"].item()

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from onepass.kernel.cpu import Kernel
 from onepass.kernel.ir import Node, Rank
 from onepass.kernel.program import Pass, Program, element_order
 from onepass.optimizer import Optimizer
-from onepass.plan import Algorithm, Mode, describe
+from onepass.plan import Mode, describe
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
@@ -36,7 +36,7 @@ REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
     """The finished graph of an optimizer's first param group: what its steps compute, in real numbers."""
     group = optimizer.param_groups[0]
-    traced = kernel.trace(type(optimizer).rule, describe(cast("Algorithm", optimizer), group))
+    traced = kernel.trace(type(optimizer).rule, describe(optimizer._algorithm(), group))
     return kernel.finish(traced, maximize=Mode.of(group).maximize)
 
 

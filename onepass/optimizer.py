@@ -14,7 +14,8 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
-from .batch import StepError
+from .batch import Gathered
+from .checks import StepError
 from .kernel import Rule, signature
 from .loading import check_state_dict, match
 from .plan import MODES, Algorithm, Plan, state_columns
@@ -90,18 +91,21 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            self._make_ready(scale is not None).run(1.0 if scale is None else 1.0 / float(scale))
+            plan, gathered = self._make_ready(scale is not None)
+            plan.run(gathered, 1.0 if scale is None else 1.0 / float(scale))
         return loss
 
-    def _make_ready(self, scaled: bool) -> Plan:
-        if self._plan is not None and self._plan.ready(self.param_groups, self.state, scaled):
-            return self._plan
-        self._plan = None
-        plan = Plan(self._algorithm(), self.param_groups, self.state, scaled)
-        if not plan.ready(self.param_groups, self.state, scaled):
-            raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
-        self._plan = plan
-        return plan
+    def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
+        """The plan that fits what is there now, and what it has read for this step."""
+        flags = type(self).flags
+        for plan in (self._plan, None):
+            self._plan = None
+            plan = Plan(self._algorithm(), self.param_groups, self.state, scaled) if plan is None else plan
+            gathered = plan.ready(self.param_groups, self.state, scaled, [flags(self, g) for g in self.param_groups])
+            if gathered is not None:
+                self._plan = plan
+                return plan, gathered
+        raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` fill them with zeros."""

@@ -5,14 +5,14 @@ gradient, a state dict, or any fact of a parameter or state tensor differs from 
 checks everything first and creates missing state last, so that an error leaves all as it was.
 
 **Each step** `ready` reads parameter lists, options, gradients, states and all tensors' facts anew (see `KernelBatch`);
-only if every batch is ready does anything change: step counts, then the launches. No address outlives a step.
+only if every batch is ready does anything change: step counts, then the launches. No address outlives a step, and a
+plan keeps no parameter, gradient or state alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Group, KernelBatch, Member, Recipe, State, StepError, check_gradient, format_name
+from .batch import EagerBatch, Gathered, KernelBatch, Recipe, check, format_name
+from .checks import Group, Member, State, StepError
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
@@ -96,218 +97,178 @@ class Plan:
 
     def __init__(self, algorithm: Algorithm, groups: list[Group], state: dict[Any, State], scaled: bool) -> None:
         """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed."""
-        self.algorithm, self.scaled = algorithm, scaled
+        self.scaled = scaled
         self.sizes = [len(group["params"]) for group in groups]
-        self.params = list(chain.from_iterable(group["params"] for group in groups))
-        self.described = [self._describe(group) for group in groups]
-        self.recipes = [self._recipe(*described) for described in self.described]
-        self.switches = [switches(arguments) for arguments, _ in self.described]
-        self.switched = self._switched(groups)
-        self.members = self._find_members(groups, state)
+        described = [(describe(algorithm, group), Mode.of(group)) for group in groups]
+        self.recipes = [self._recipe(algorithm, *one) for one in described]
+        self.modes = [mode for _, mode in described]
+        self.switches = [switches(arguments) for arguments, _ in described]
+        self.switched = self._switched(groups, [algorithm.flags(group) for group in groups])
+        for recipe, group in zip(self.recipes, groups, strict=True):
+            recipe.read(group)
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        self.members = self._find_members(algorithm.name, groups, state)
         for member in self.members:
-            self._check(member, groups[member.group])
+            p = params[member.position]
+            check(algorithm.name, member, p, state.get(p) or {}, self.recipes[member.group])
+        # Positions of the parameters whose state is made now.
         self.fresh: set[int] = set()
-        for i, member in enumerate(self.members):
-            self._complete_state(i, member, groups[member.group], state)
-        self._make_batches()
-        self.state, self.entries = state, list(state.values())
+        for member in self.members:
+            self._complete_state(algorithm, member, params[member.position], groups[member.group], state)
+        self._make_batches(algorithm, params, state)
+        self.size = len(state)
 
-    def _describe(self, group: Group) -> tuple[tuple[tuple[str, kernel.Argument], ...], Mode]:
-        return describe(self.algorithm, group), Mode.of(group)
-
-    def _switched(self, groups: list[Group]) -> list[object]:
-        """The values of all options that select a program or a backend; numbers are not among them."""
-        flags = self.algorithm.flags
-        return [([*map(group.get, keys)], flags(group)) for group, keys in zip(groups, self.switches, strict=True)]
-
-    def _recipe(self, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
-        traced = kernel.trace(self.algorithm.rule, arguments)
+    def _recipe(self, algorithm: Algorithm, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
+        traced = kernel.trace(algorithm.rule, arguments)
         graph = kernel.finish(traced, maximize=mode.maximize, scaled=self.scaled, exact=not mode.differentiable)
         sources = []
         for name in graph.hypers:
             key, _, index = name.partition(".")
             if key not in (*SPECIAL, kernel.GRADIENT_FACTOR):
                 sources.append((name, key, int(index) if index else None))
-        return Recipe(graph, sources, any(name == "step" for name, _ in arguments))
+        # State that a flag adds may begin in the middle of a run, when the flag is switched on.
+        off = tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments)
+        return Recipe(
+            graph, sources, any(name == "step" for name, _ in arguments), kernel.trace(algorithm.rule, off).state
+        )
 
-    def _find_members(self, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
+    def _find_members(self, owner: str, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
         """The parameters that have, or have had, a gradient; the others are dormant."""
         members: list[Member] = []
-        self.dormant: list[Tensor] = []
+        self.dormant: list[int] = []
         position = 0
         for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 label = repr(names[i]) if names and i < len(names) else str(position)
-                position += 1
                 known = state.get(p)
+                if known is not None and not isinstance(known, dict):
+                    raise StepError(
+                        f"{owner}: the state of parameter {label} must be a dict, got a {type(known).__name__}"
+                    )
                 if p.grad is None and not known:
-                    self.dormant.append(p)
+                    self.dormant.append(position)
                 else:
-                    members.append(Member(p, g, {} if known is None else known, label))
+                    members.append(Member(position, g, label))
+                position += 1
         return members
 
-    def _check(self, member: Member, group: Group) -> None:
-        """Whether this parameter can step, with the state that it has."""
-        owner, p = self.algorithm.name, member.p
-        if type(p) in kernel.PLAIN and p.layout == torch.strided:
-            if not kernel.has_storage(p):
-                raise StepError(
-                    f"{owner}: parameter {member.label} of shape {tuple(p.shape)} has no storage (it was freed, as by "
-                    "untyped_storage().resize_(0)); give it memory again before stepping"
-                )
-            if any(stride == 0 and n > 1 for n, stride in zip(p.shape, p.stride(), strict=True)):
-                raise StepError(f"{owner}: parameter {member.label} is expanded, its elements share memory; clone it")
-        if p.grad is not None:
-            check_gradient(member, p.grad, owner)
-        recipe = self.recipes[member.group]
-        present = [name for name in recipe.graph.state if member.state.get(name) is not None]
-        lost = [name for name in recipe.graph.state if name not in present]
-        if present and set(lost) - self._optional(group, recipe):
-            raise StepError(
-                f"{owner}: the state of parameter {member.label} has {present[0]!r} but no {lost[0]!r}; "
-                "delete the parameter's state to begin anew, or load a whole one"
-            )
-        for name in present:
-            check_state(owner, member, name)
-        step = member.state.get("step") if recipe.counts_steps else None
-        if step is not None and not (
-            isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
-        ):
-            raise StepError(f"{owner}: state 'step' of parameter {member.label} must be one number, got {step!r:.60}")
-
-    def _optional(self, group: Group, recipe: Recipe) -> set[str]:
-        """State that a flag adds, and that may begin in the middle of a run when the flag is switched on."""
-        off = group | {key: False for key, value in group.items() if value is True}
-        fewer = kernel.trace(self.algorithm.rule, describe(self.algorithm, off)).state
-        return set(recipe.graph.state) - set(fewer)
-
-    def _complete_state(self, i: int, member: Member, group: Group, state: dict[Any, State]) -> None:
+    def _complete_state(
+        self, algorithm: Algorithm, member: Member, p: Tensor, group: Group, state: dict[Any, State]
+    ) -> None:
         """Create missing entries; lay dense ones that lie otherwise than their parameter as it lies."""
-        recipe, p, own = self.recipes[member.group], member.p, member.state
-        if (recipe.graph.state or recipe.counts_steps) and state.get(p) is not own:
-            state[p] = own
+        recipe = self.recipes[member.group]
+        if not recipe.entries:
+            return
+        own = state.setdefault(p, {})
         if recipe.counts_steps and own.get("step") is None:
             own["step"] = new_counter(p.device if group.get("capturable") else "cpu")
         if all(own.get(name) is None for name in recipe.graph.state):
-            self.fresh.add(i)
+            self.fresh.add(member.position)
         for name in recipe.graph.state:
             if own.get(name) is None:
-                own[name] = self.algorithm.initial_state(name, p, group)
-            if self._why_eager(member) is None:
-                like = p.detach() if kernel.is_dense(p) else p.detach().contiguous()
+                own[name] = algorithm.initial_state(name, p, group)
+        if self._why_eager(member, p, own) is None:
+            like = p.detach() if kernel.is_dense(p) else p.detach().contiguous()
+            for name in recipe.graph.state:
                 if own[name].stride() != like.stride():
                     own[name] = torch.empty_like(like, dtype=own[name].dtype).copy_(own[name])
 
-    def _why_eager(self, member: Member) -> str | None:
-        """Why no kernel can serve this parameter; an empty string where the user asked for the eager backend."""
-        mode = self.described[member.group][1]
-        state = (member.state.get(name) for name in self.recipes[member.group].graph.state)
-        tensors = [t for t in (member.p, member.p.grad, *state) if isinstance(t, Tensor)]
-        if mode.eager or mode.differentiable:
+    def _why_eager(self, member: Member, p: Tensor, own: Mapping[str, Any]) -> str | None:
+        """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
+        mode = self.modes[member.group]
+        columns = [p, *(own[name] for name in self.recipes[member.group].graph.state)]
+        if mode.eager or mode.differentiable or p.device.type == "meta":
             return ""
-        if not kernel.has_kernels(member.p.device.type):
-            return f"there are no kernels for {member.p.device.type} devices"
-        for t in tensors:
+        if not kernel.has_kernels(p.device.type):
+            return f"there are no kernels for {p.device.type} devices"
+        for t in (*columns, *(() if p.grad is None else (p.grad,))):
             if type(t) not in kernel.PLAIN:
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
-            if t is not member.p.grad and (t.is_conj() or t.is_neg()):
-                return "a parameter or its state is a lazily conjugated or negated view"
+        if any(t.is_conj() or t.is_neg() for t in columns):
+            return "a parameter or its state is a lazily conjugated or negated view"
         return None
 
-    def _make_batches(self) -> None:
+    def _make_batches(self, algorithm: Algorithm, params: list[Tensor], state: dict[Any, State]) -> None:
         """Group members by program and dtypes: each kernel batch is one launch."""
-        kernels: dict[object, list[int]] = {}
-        eager: dict[tuple[kernel.Graph, Mode], list[int]] = {}
-        for i, member in enumerate(self.members):
-            graph, mode = self.recipes[member.group].graph, self.described[member.group][1]
-            why = self._why_eager(member)
+        kernels: dict[object, list[Member]] = {}
+        eager: dict[tuple[kernel.Graph, Mode], list[Member]] = {}
+        for member in self.members:
+            p, graph = params[member.position], self.recipes[member.group].graph
+            own = state.get(p, {})
+            why = self._why_eager(member, p, own)
             if why is None:
-                of_state = [member.state[name].dtype for name in graph.state]
-                gradient = member.p if member.p.grad is None else member.p.grad
-                kernels.setdefault((graph, member.p.dtype, gradient.dtype, *of_state), []).append(i)
+                dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, *(own[name].dtype for name in graph.state))
+                kernels.setdefault((graph, dtypes), []).append(member)
             else:
-                eager.setdefault((graph, mode), []).append(i)
+                eager.setdefault((graph, self.modes[member.group]), []).append(member)
                 if why:
-                    self.algorithm.warn_once(f"{self.algorithm.name} steps on the slower eager backend: {why}")
-        slots = self._share_steps([i for of in kernels.values() for i in of])
-        # Batches follow one another in the vector of steps.
-        starts = [slots.get(of[0], 0) for of in kernels.values()]
-        self.slots = [slice(start, start + len(of)) for start, of in zip(starts, kernels.values(), strict=True)]
-        self.kernels = [(KernelBatch(*self._batch(of)), of) for of in kernels.values()]
+                    algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
+        own_of = {member: state.get(params[member.position], {}) for of in kernels.values() for member in of}
+        self._share_steps([member for member in own_of if self.recipes[member.group].counts_steps], own_of)
+        place = {id(p): i for i, p in enumerate(state)}
+        self.kernels: list[tuple[KernelBatch, slice]] = []
+        counted = 0
+        for of in kernels.values():
+            recipe = self.recipes[of[0].group]
+            own = [own_of[m] for m in of]
+            batch = KernelBatch(of, [params[m.position] for m in of], own, recipe, algorithm.name)
+            batch.find_entries(place, params)
+            # Batches follow one another in the vector of steps.
+            self.kernels.append((batch, slice(counted, counted + len(of))))
+            counted += len(of) if recipe.counts_steps else 0
         self.eager = [
-            (EagerBatch(*self._batch(of), mode.differentiable, mode.capturable), of) for (_, mode), of in eager.items()
+            EagerBatch(of, self.recipes[of[0].group], algorithm.name, mode.differentiable, mode.capturable)
+            for (_, mode), of in eager.items()
         ]
 
-    def _batch(self, of: list[int]) -> tuple[list[Member], Recipe, str]:
-        members = [self.members[i] for i in of]
-        return members, self.recipes[members[0].group], self.algorithm.name
-
-    def _share_steps(self, members: list[int]) -> dict[int, int]:
+    def _share_steps(self, counting: list[Member], own_of: Mapping[Member, State]) -> None:
         """Let the kernels' parameters count in one vector: each `step` is a view of it, and all advance in one add."""
-        counting = [i for i in members if self.recipes[self.members[i].group].counts_steps]
-        self.counting = [self.members[i].state for i in counting]
-        self.counter = new_counter().new_tensor([float(state["step"]) for state in self.counting])
-        self.steps = list(self.counter.unbind()) if counting else []
-        for state, step in zip(self.counting, self.steps, strict=True):
-            state["step"] = step
+        self.counter = new_counter().new_tensor([float(own_of[member]["step"]) for member in counting])
+        for member, step in zip(counting, self.counter.unbind() if counting else (), strict=True):
+            own_of[member]["step"] = step
         # The array shares the vector's memory, and keeps torch from resizing it.
         self.counts = self.counter.numpy()
-        return {i: slot for slot, i in enumerate(counting)}
 
-    def ready(self, groups: list[Group], state: dict[Any, State], scaled: bool) -> bool:
-        """Read everything that a step depends on; False where the plan must be built again. Changes nothing."""
-        if scaled != self.scaled or state is not self.state or self.sizes != [len(group["params"]) for group in groups]:
-            return False
-        params = chain.from_iterable(group["params"] for group in groups)
-        if not all(map(is_, params, self.params)) or self.switched != self._switched(groups):
-            return False
-        if len(state) != len(self.entries) or not all(map(is_, state.values(), self.entries)):
-            return False
-        try:
-            if not all(map(is_, map(itemgetter("step"), self.counting), self.steps)):
-                return False
-        except KeyError:
-            return False
-        if any(p.grad is not None for p in self.dormant):
-            return False
-        return all(batch.gather(groups) for batch, _ in (*self.kernels, *self.eager))
+    def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
+        """The values of all options that select a program or a backend; numbers are not among them."""
+        return [[*map(group.get, keys), own] for group, keys, own in zip(groups, self.switches, flags, strict=True)]
 
-    def run(self, factor: float) -> None:
-        """Step: `factor` multiplies every gradient where the plan was built `scaled`."""
-        for (batch, _), slots in zip(self.kernels, self.slots, strict=True):
+    def ready(
+        self, groups: list[Group], state: dict[Any, State], scaled: bool, flags: Sequence[Mapping[str, bool]]
+    ) -> list[Gathered] | None:
+        """Read everything that a step depends on; None where the plan must be built again. Changes nothing."""
+        if scaled != self.scaled or self.sizes != [len(group["params"]) for group in groups]:
+            return None
+        if self.switched != self._switched(groups, flags) or len(state) != self.size:
+            return None
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        if any(params[i].grad is not None for i in self.dormant):
+            return None
+        keys, entries = list(state), list(state.values())
+        gathered: list[Gathered] = [params]
+        for batch, _ in self.kernels:
+            gathered.append(batch.gather(params, groups, keys, entries))  # type: ignore[arg-type]
+        gathered += (batch.gather(params, groups, state) for batch in self.eager)  # type: ignore[arg-type]
+        return None if any(one is None for one in gathered) else gathered
+
+    def run(self, gathered: list[Gathered], factor: float) -> None:
+        """Step with what `ready` returned; `factor` multiplies every gradient where the plan was built `scaled`."""
+        params, *of_batches = gathered
+        for batch, slots in self.kernels:
             if batch.recipe.counts_steps:
                 self.counts[slots] += batch.active
-        if self.steps:
+        if len(self.counts):
             torch.autograd.graph.increment_version(self.counter)
-        for (batch, of), slots in zip(self.kernels, self.slots, strict=True):
+        for (batch, slots), tensors in zip(self.kernels, of_batches, strict=False):
             steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
-            first = np.array([i in self.fresh for i in of], dtype=np.float64) if self.fresh else None
-            batch.run(steps, first, factor)
+            first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
+            batch.run(tensors, params, steps, first, factor)
             if self.fresh:
-                self.fresh.difference_update(i for i, on in zip(of, batch.active, strict=True) if on)
-        for batch, of in self.eager:
-            stepped = batch.run([i in self.fresh for i in of], factor)
-            self.fresh.difference_update(of[k] for k in stepped)
-
-
-def check_state(owner: str, member: Member, name: str) -> None:
-    """A state tensor that does not belong to its parameter raises, before anything has changed."""
-    p, s = member.p, member.state[name]
-    if not isinstance(s, Tensor):
-        raise StepError(f"{owner}: state {name!r} of parameter {member.label} must be a tensor, got {s!r:.50}")
-    if s.shape != p.shape:
-        raise StepError(
-            f"{owner}: state {name!r} of parameter {member.label} has shape {tuple(s.shape)}, the parameter has "
-            f"{tuple(p.shape)}; delete the parameter's state to begin anew, or load one that fits"
-        )
-    if s.device != p.device:
-        raise StepError(
-            f"{owner}: parameter {member.label} is on {p.device}, its state {name!r} on {s.device}; move them together"
-        )
-    if s.is_complex() != p.is_complex() or not (s.is_floating_point() or s.is_complex()):
-        raise StepError(f"{owner}: state {name!r} of parameter {member.label} is {s.dtype}, the parameter {p.dtype}")
-    if type(s) in kernel.PLAIN and s.layout == torch.strided and not kernel.has_storage(s):
-        raise StepError(f"{owner}: state {name!r} of parameter {member.label} has lost its storage; load it again")
+                active = zip(batch.members, batch.active, strict=True)
+                self.fresh.difference_update(m.position for m, on in active if on)
+        for batch, stepping in zip(self.eager, of_batches[len(self.kernels) :], strict=True):
+            batch.run(stepping, self.fresh, factor)
+            self.fresh.difference_update(member.position for member, *_ in stepping)

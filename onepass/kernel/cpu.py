@@ -46,9 +46,9 @@ class Work:
         self.start = (np.arange(len(self.tensor)) - np.repeat(self.first, counts[self.walked])) * CHUNK
         cost = np.cumsum(np.minimum(CHUNK, self.numel[self.tensor] - self.start) + OVERHEAD)
         unit = cost // (CHUNK + OVERHEAD)
-        inner = np.flatnonzero(np.diff(unit, prepend=0)) if len(unit) else unit
-        self.unit_begin = np.unique(np.concatenate([[0], inner, [len(self.tensor)]])).astype(np.int64)
-        self.units = len(self.unit_begin) - 1
+        starts = np.flatnonzero(np.diff(unit, prepend=-1))
+        self.unit_begin = np.append(starts, len(self.tensor)).astype(np.int64)
+        self.units = len(starts)
         self.addresses = {
             "unit_begin": address(self.unit_begin),
             "chunk_tensor": address(self.tensor),

@@ -306,7 +306,9 @@ class _Body(_Code):
         type = _wide(node.type, width)
         if node.op == "load":
             at = self._value(f"getelementptr {TYPES[node.type]}, ptr {_local(str(node.attr))}, i64 {index}")
-            return self._value(f"load {type}, ptr {at}, align 1")
+            loaded = self._value(f"load {type}, ptr {at}, align 1")
+            # Or LLVM sees that a store keeps what was there, and masks it: half as fast on some processors.
+            return self._value(f"freeze {type} {loaded}")
         if node.op == "spread":
             return value(node.args[0])
         return self._operation(node, [value(a) for a in node.args], width)
