@@ -34,7 +34,7 @@ def number(value: object, name: str) -> float:
         return value
     try:
         if not isinstance(value, str):
-            return float(value)  # type: ignore[arg-type]
+            return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         pass
     raise StepError(f"param group option {name!r} must be a number, got {_brief(value)}")

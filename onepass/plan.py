@@ -110,7 +110,7 @@ class Plan:
         self.members = self._find_members(algorithm.name, groups, state)
         for member in self.members:
             p = params[member.position]
-            check(algorithm.name, member, p, state.get(p) or {}, self.recipes[member.group])
+            check(algorithm.name, member, p, state.get(p, {}), self.recipes[member.group])
         # Positions of the parameters whose state is made now.
         self.fresh: set[int] = set()
         for member in self.members:
@@ -141,8 +141,8 @@ class Plan:
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 label = repr(names[i]) if names and i < len(names) else str(position)
-                known = state.get(p)
-                if known is not None and not isinstance(known, dict):
+                known = state.get(p, {})
+                if not isinstance(known, dict):
                     raise StepError(
                         f"{owner}: the state of parameter {label} must be a dict, got a {type(known).__name__}"
                     )

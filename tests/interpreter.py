@@ -89,7 +89,9 @@ class _Tensor:
         if node.op == "bitcast":
             return args[0].view(TYPES[node.type])
         source = node.args[0].type
-        signed = [a.view(SIGNED[source]) for a in args] if source in SIGNED and node.op in ("lt", "le", "cast") else args
+        signed = (
+            [a.view(SIGNED[source]) for a in args] if source in SIGNED and node.op in ("lt", "le", "cast") else args
+        )
         if node.op == "cast":
             # Between integers, bits go in from the right or are cut off; into floats, integers have a sign.
             return (args if node.type in SIGNED else signed)[0].astype(TYPES[node.type])

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from interpreter import interpret
+from table import Row
+
 from onepass.kernel import Graph, bind, cpu, finish, trace
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.program import Program
 from onepass.plan import describe
-from table import Row
 
 # How NumPy sees what is stored: bfloat16 as its bits.
 STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -21,7 +21,7 @@ SIZES = (0, 1, 3, 15, 16, 17, 31, 1000, 32767, 32768, 32769, 100003)
 NAN, INF = float("nan"), float("inf")
 # Around each format's limits: subnormals, the smallest and largest numbers, what overflows, and what is none.
 SPECIAL = (
-    *(0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 0.1, -3.0),
+    *(0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 0.1, -3.0, 0.125, -0.375),
     *(1e-45, -1e-42, 1.1754944e-38, -1.1754942e-38, 3.4028235e38, -3.4e38, 1e30, -1e-30, 1e19, 1e-20),
     *(5.960464e-08, -6.0e-05, 65504.0, -65519.0, 65520.0, 9.2e-41, 3.3895314e38, 3.3961775e38),
 )
@@ -59,7 +59,9 @@ def encode(values: np.ndarray, format: str) -> np.ndarray:
         return values.astype(STORED[format])
 
 
-def random_columns(rng: np.random.Generator, program: Program, size: int, special: float = 0.5) -> dict[str, np.ndarray]:
+def random_columns(
+    rng: np.random.Generator, program: Program, size: int, special: float = 0.5
+) -> dict[str, np.ndarray]:
     """A tensor's columns: ordinary numbers, with special ones among them. Running squares are not negative."""
     columns = {}
     for column in program.columns:
@@ -73,11 +75,13 @@ class Memory:
     """Arrays copied to places of our choosing in one stretch of bytes, each between guards that nobody may touch."""
 
     GUARD = 64
+    # A large number in every format, and none when rounded: what is read from a guard shows.
+    PATTERN = 0xCB
 
     def __init__(self, arrays: Sequence[np.ndarray], misaligned: int = 0) -> None:
         """`misaligned` bytes lie between a multiple of 64 and each array's beginning."""
         stride = [-(-(a.nbytes + misaligned + self.GUARD) // 64) * 64 for a in arrays]
-        self.bytes = np.full(sum(stride) + 128, 0xA5, np.uint8)
+        self.bytes = np.full(sum(stride) + 128, self.PATTERN, np.uint8)
         base = self.bytes.ctypes.data
         place = -base % 64 + misaligned
         self.guarded = np.ones(len(self.bytes), np.bool_)
@@ -93,7 +97,7 @@ class Memory:
 
     def read(self) -> list[np.ndarray]:
         """Copies of the arrays as they are now; the guards must be whole."""
-        assert (self.bytes[self.guarded] == 0xA5).all(), "memory beside a tensor was written"
+        assert (self.bytes[self.guarded] == self.PATTERN).all(), "memory beside a tensor was written"
         return [np.frombuffer(view.tobytes(), t) for view, t in zip(self.views, self.types, strict=True)]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from interpreter import interpret
+
 from onepass.kernel import Graph, eager, ir
 from onepass.kernel.ir import Node, Rank, RuleError, const, hyper, load, make, numel, topological, verify, where
 from onepass.kernel.program import bind, trace

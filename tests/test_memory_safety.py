@@ -507,6 +507,7 @@ def test_gradient_of_one_element_negated(algorithm):
     assert_same(sides)
 
 
+@pytest.mark.filterwarnings("ignore:.*slower eager backend.*")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_parameter_negated_between_steps(algorithm):
     """A lazily negated or conjugated view has the same address and strides as its base."""

@@ -7,20 +7,22 @@ import copy
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
-
-import onepass
 from interpreter import interpret
-from onepass.kernel import cpu, ir
-from onepass.kernel.cpu import Kernel
-from onepass.kernel.program import Program
 from rig import NAN, compiled, graph_of, hypers_of, is_same, launch, program_of, random_columns
 from table import TABLE, UNIT, Row, tolerance, walk
-from test_program import centred, everything, program
+from test_program import everything, program
+
+import onepass
+from onepass.kernel import cpu, finish, ir, trace
+from onepass.kernel.cpu import Kernel
+from onepass.kernel.ir import amax
+from onepass.kernel.ir import sum as total
+from onepass.kernel.program import Program
 
 # Rules.
 
@@ -196,13 +198,19 @@ TOKENS = {
     "= add i32": ("= sub i32",),
     "= and i32": ("= or i32",),
     "32767": ("32768", "32766"),
-    "32704": ("32705",),
     ", 16\n": (", 15\n",),
     "%loop_more = icmp slt": ("%loop_more = icmp sle",),
     "%tail_more = icmp slt": ("%tail_more = icmp sle",),
 }
-# Of the upper half, what was shifted in from the left is cut off again: the sign may be drawn along.
-SAME_CODE = {("lshr", "ashr")}
+# What cannot show.
+SAME_CODE = (
+    # Of the upper half, what was shifted in from the left is cut off again.
+    "'lshr' -> 'ashr'",
+    # A weight of lerp that is no number gives none from either end.
+    "fcmp olt double %v[0-9]+, 0x3FE0000000000000: 'fcmp olt' -> 'fcmp ult'",
+    # Beside a test for NaN, and against a number.
+    "fcmp ogt double %lane[0-9]+_0, 0x0000000000000000: 'fcmp ogt' -> 'fcmp ugt'",
+)
 
 
 def wrong_sources(source: str) -> Iterator[tuple[str, str]]:
@@ -219,56 +227,103 @@ def wrong_sources(source: str) -> Iterator[tuple[str, str]]:
                     declared = [d for d in declared if d.strip() not in map(str.strip, parts)]
                     line = part[: found.start()].count("\n")
                     what = f"{part.splitlines()[line].strip()}: {token!r} -> {other!r}"
-                    if (token, other) not in SAME_CODE:
+                    if not any(re.search(same, what) for same in SAME_CODE):
                         yield what, "".join([*parts[:k], changed, *parts[k + 1 :], "\n", *declared])
 
 
-def agrees(kernel: Kernel, tensors: list[dict[str, np.ndarray]], hypers: list[dict[str, float]]) -> bool:
-    """What `check_oracle` asks, guards included."""
-    try:
-        after = launch(kernel, tensors, hypers, [i % len(hypers) for i in range(len(tensors))], threads=1)
-    except AssertionError:
-        return False
-    for i, (before, now) in enumerate(zip(tensors, after, strict=True)):
-        wanted = interpret(kernel.program, before, hypers[i % len(hypers)])
-        if not all(is_same(now[name], want) for name, want in wanted.items()):
-            return False
-    return True
+Case = tuple[Program, list[dict[str, np.ndarray]], list[dict[str, float]]]
 
 
-AMSGRAD, MOMENTUM = TABLE[14], TABLE[6]
-CODE = {
-    "Adam float32": (lambda: program_of(graph_of(AMSGRAD), *["float32"] * 3), AMSGRAD),
-    "Adam bfloat16": (lambda: program_of(graph_of(AMSGRAD), "bfloat16", "bfloat16", "float32"), AMSGRAD),
-    "SGD float64": (lambda: program_of(graph_of(MOMENTUM), *["float64"] * 3), MOMENTUM),
-    "everything float32": (lambda: program(everything), None),
-    "centred float32": (lambda: program(centred), None),
-}
-
-
-@pytest.mark.parametrize("name", CODE)
-def test_wrong_code_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each exchanged instruction changes a bit somewhere, with the numbers that the oracle's tests use."""
-    make, row = CODE[name]
-    one: Program = make()
+def numbers(one: Program, shares: tuple[float, ...] = (0.0, 0.3, 1.0)) -> list[dict[str, np.ndarray]]:
+    """Tensors with shares of special numbers, and with zeros of both signs in all columns."""
     rng = np.random.default_rng(0)
-    # Signed zeros in all columns, where comparisons that differ for equal numbers alone differ.
-    shares = (0.0, 0.0, 0.3, 1.0) if len(one.passes) == 1 else (0.0, 0.0, 0.0, 0.0)
-    tensors = [random_columns(rng, one, n, share) for n, share in zip((0, 17, 3000, 700), shares, strict=True)]
+    tensors = [random_columns(rng, one, n, share) for n, share in zip((17, 3000, 700), shares, strict=True)]
     for columns in tensors:
         for a in columns.values():
-            a[5::50] = -0.0 if a.dtype != np.uint16 else 0x8000
-            a[6::50] = 0
-    hypers = [{"lr": 0.25}, {"lr": 0.5}]
-    if row is not None:
-        hypers = [hypers_of(row, graph_of(row), 3), hypers_of(row, graph_of(row), 1, True, weight_decay=0.0)]
-    assert agrees(compiled(one), tensors, hypers)
+            a[5::50] = -0.0
+            a[6::50] = 0.0
+    # Each tensor meets each setting in turn.
+    return tensors * 5
+
+
+def adam() -> Case:
+    row = TABLE[14]
+    graph = graph_of(row)
+    settings = ({"betas": (beta, 0.7), "weight_decay": decay} for beta in (0.8, 0.3, 0.5) for decay in (0.1, 0.0))
+    hypers = [
+        hypers_of(row, graph, 3, **setting) for setting in (*settings, {"betas": (NAN, 0.7), "weight_decay": NAN})
+    ]
+    one = program_of(graph, *["float32"] * 3)
+    return one, numbers(one), hypers
+
+
+def sgd() -> Case:
+    row = TABLE[6]
+    graph = graph_of(row)
+    settings = ({"first": first, "dampening": 0.3, "weight_decay": 0.1} for first in (True, False, NAN))
+    one = program_of(graph, *["float64"] * 3)
+    undecided = {"dampening": 0.3, "weight_decay": NAN}
+    return one, numbers(one), [hypers_of(row, graph, 1, **setting) for setting in (*settings, undecided)]
+
+
+def all_operations() -> Case:
+    one = program(everything)
+    return one, numbers(one), [{"lr": lr} for lr in (0.25, 0.3, 0.5, NAN)]
+
+
+def store(p, g, *, lr):
+    return {"p": g}
+
+
+def bfloat16() -> Case:
+    """All upper halves of a float32 with lower ones at, below and above ties."""
+    one = program_of(finish(trace(store, (("lr", ("float",)),)), exact=False), "bfloat16", "float32", "float32")
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    values = [(high | np.uint32(low)).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001)]
+    return one, [{"p": np.zeros(1 << 16, np.uint16), "g": v} for v in values], [{"lr": 0.0}]
+
+
+def reduced(p, g, s, *, lr):
+    return {"p": total(g), "s": amax(g)}
+
+
+def reductions() -> Case:
+    """Tensors whose largest element, or one that is none, is in each lane and in the tail."""
+    rng = np.random.default_rng(0)
+    tensors = []
+    for n in (1, 16, 40, 75):
+        for i in range(n):
+            for value in (-100.0, NAN):
+                g = rng.standard_normal(n)
+                g[i] = value
+                tensors.append({"p": np.zeros(n), "g": g, "s": np.zeros(n)})
+    return program(reduced, "float64"), tensors, [{"lr": 0.0}]
+
+
+@pytest.mark.parametrize("case", [adam, sgd, all_operations, bfloat16, reductions], ids=lambda case: case.__name__)
+def test_wrong_code_is_noticed(case: Callable[[], Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each exchanged instruction changes a bit somewhere, with numbers such as the oracle's tests use."""
+    one, tensors, hypers = case()
+    # The interpreter's view does not change with the code.
+    rows = [i % len(hypers) for i in range(len(tensors))]
+    wanted = [interpret(one, columns, hypers[row]) for columns, row in zip(tensors, rows, strict=True)]
+
+    def agrees(kernel: Kernel) -> bool:
+        try:
+            after = launch(kernel, tensors, hypers, rows, threads=1)
+        except AssertionError:
+            # It wrote where nobody may.
+            return False
+        pairs = ((now[name], want[name]) for now, want in zip(after, wanted, strict=True) for name in want)
+        return all(is_same(got, want) for got, want in pairs)
+
+    assert agrees(compiled(one))
     unnoticed = []
     count = 0
     for what, source in wrong_sources(compiled(one).source):
         monkeypatch.setattr(cpu, "lower", lambda _, source=source: source)
         count += 1
-        if agrees(Kernel(one), tensors, hypers):
+        if agrees(Kernel(one)):
             unnoticed.append(what)
     assert unnoticed == []
-    assert count > 20
+    assert count > 9

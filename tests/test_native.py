@@ -13,6 +13,9 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
+from rig import assert_same_bits, compiled, graph_of, hypers_of, launch, program_of, random_columns
+from table import TABLE
+from test_program import RULES, program
 from torch import Tensor
 
 import onepass
@@ -20,9 +23,6 @@ from onepass import kernel as door
 from onepass.kernel import cpu, facts, native
 from onepass.kernel.facts import Expected
 from onepass.kernel.native import Library
-from rig import assert_same_bits, compiled, graph_of, hypers_of, launch, program_of, random_columns
-from table import TABLE
-from test_program import RULES, program
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")
 AMSGRAD = TABLE[14]
@@ -298,7 +298,13 @@ def test_facts_are_the_same_however_they_are_asked(way: str) -> None:
 
 def test_facts_of_other_shapes(way: str) -> None:
     """Scalars, empty tensors and transposed ones match themselves and nothing else."""
-    like = [torch.ones(()), torch.ones(0, 3), torch.ones(2, 3).t(), torch.ones(4, 1, 5), torch.ones(2, dtype=torch.half)]
+    like = [
+        torch.ones(()),
+        torch.ones(0, 3),
+        torch.ones(2, 3).t(),
+        torch.ones(4, 1, 5),
+        torch.ones(2, dtype=torch.half),
+    ]
     expected = Expected(like)
     assert expected.compare(like) == 0
     assert [bool(p) for p in expected.pointers] == [True, False, True, True, True]

@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from interpreter import interpret
-from onepass import SGD, Adam, AdamW
-from onepass.kernel import bind, cpu, finish, trace
-from onepass.kernel.native import Library
 from rig import (
     INF,
     NAN,
@@ -32,6 +27,11 @@ from rig import (
     random_columns,
 )
 from table import TABLE, UNIT, Row, tolerance, walk
+from torch import Tensor
+
+from onepass import SGD, Adam, AdamW
+from onepass.kernel import bind, cpu, finish, trace
+from onepass.kernel.native import Library
 
 over_table = pytest.mark.parametrize("row", TABLE, ids=str)
 STEPS = 20
@@ -337,7 +337,9 @@ def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> N
     """lr = 0 and gradients of zero, of either sign: -0.0, subnormals and the largest numbers stay what they are."""
     finite = torch.tensor([x for x in SPECIAL if abs(x) < INF], dtype=torch.float64).to(dtype)
     # What overflows to infinity with the decay's or the root's arithmetic is no weight anybody has.
-    finite = torch.cat([finite[finite.isfinite()], torch.finfo(dtype).smallest_normal * torch.tensor([0.5, -0.25], dtype=dtype)])
+    finite = torch.cat(
+        [finite[finite.isfinite()], torch.finfo(dtype).smallest_normal * torch.tensor([0.5, -0.25], dtype=dtype)]
+    )
     for sign in (0.0, -0.0):
         p = finite.clone()
         modes = {"foreach": False, "fused": False} if eager else {}
@@ -379,7 +381,9 @@ def test_non_finite_numbers_spread_as_in_torch(row: Row, dtype: torch.dtype) -> 
 def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a further step, nor new numbers, nor another optimizer of the kind, nor other shapes."""
     built = []
-    monkeypatch.setattr(Library, "__init__", lambda *args, original=Library.__init__: built.append(1) or original(*args))
+    monkeypatch.setattr(
+        Library, "__init__", lambda *args, original=Library.__init__: built.append(1) or original(*args)
+    )
     cpu.compile.cache_clear()
     p = torch.randn(100)
     optimizer = row.make([p])

@@ -8,15 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-import onepass
 from interpreter import interpret
-from onepass.kernel import bind, cpu, evaluate, finish, signature, trace
-from onepass.kernel.ir import RuleError, amax, const, exp, floor, log, mean, norm, numel, rint, sqrt, where
-from onepass.kernel.ir import sum as total
-from onepass.kernel.lower import LANES
-from onepass.kernel.program import Program
-from onepass.kernel.walk import CHUNK
 from rig import (
     INF,
     NAN,
@@ -29,6 +21,14 @@ from rig import (
     random_columns,
 )
 from table import TABLE, UNIT, Row
+
+import onepass
+from onepass.kernel import bind, cpu, evaluate, finish, signature, trace
+from onepass.kernel.ir import RuleError, amax, const, exp, floor, log, mean, norm, numel, rint, sqrt, where
+from onepass.kernel.ir import sum as total
+from onepass.kernel.lower import LANES
+from onepass.kernel.program import Program
+from onepass.kernel.walk import CHUNK
 
 Rule = Callable[..., Mapping[str, Any]]
 ONE_NUMBER = (("lr", ("float",)),)
@@ -180,10 +180,12 @@ def host_values_stored(p, g, a, b, c, d, *, lr):
     return {"p": p - lr * g, "a": lr, "b": 0.1, "c": norm(g), "d": numel() + 0.0}
 
 
-def everything(p, g, s, *, lr):
-    turned = where((g < 0) ^ (p >= s), rint(p * 7), floor(s * 3))
+def everything(p, g, s, t, *, lr):
+    turned = where((g < 0) ^ (p >= s), rint(p * 4), floor(s * 3))
     kept = where(~(p == g) & (lr > 0.3) | (s != s), abs(turned), -p)
-    return {"p": kept / (1 + lr) + 2 / s - g / (1 + abs(p)), "s": sqrt(abs(s)) * exp(-lr) + log(1 + lr) ** 2}
+    told = where(g < 0, 8.0, 0.0) + where(p >= s, 4.0, 0.0) + where(p == g, 2.0, 0.0) + where(s != s, 1.0, 0.0)
+    root = sqrt(abs(s)) * exp(-lr) + log(1 + lr) ** 2
+    return {"p": kept / (1 + lr) + 2 / s - g / (1 + abs(p)), "s": root, "t": told + where(lr > 0.3, 16.0, t * 0 + 32)}
 
 
 def copies(p, g, prev, zero, *, lr):
