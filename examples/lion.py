@@ -1,6 +1,6 @@
 """An optimizer that onepass does not have, in twelve lines: it gets the compiled kernel, every dtype, every option.
 
-    python examples/lion.py
+python examples/lion.py
 """
 
 import torch

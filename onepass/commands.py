@@ -12,18 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from onepass import bench as benchmark
-from onepass import training
+from onepass.bench import measure
+from onepass.bench.report import WIDTH, list_facts, make_fresh_table, make_step_table, plot
+from onepass.bench.shapes import MODELS
 from onepass.catalog import UnknownName
 from onepass.checkpoint import CheckpointError
-from onepass.comparison import compare_steps
-from onepass.display import TrainDisplay, describe, make_comparison_table, make_time_table, say
 from onepass.explain import explain as explain_optimizer
 from onepass.kernel.ir import RuleError
-from onepass.report import WIDTH, list_facts, make_fresh_table, make_step_table, plot
-from onepass.shapes import MODELS
 from onepass.tasks import TASKS, TaskError
-from onepass.training import Diverged, Run, SettingsError
+from onepass.training import loop
+from onepass.training.comparison import compare_steps
+from onepass.training.display import TrainDisplay, describe, make_comparison_table, make_time_table, say
+from onepass.training.loop import Diverged, Run, SettingsError
 
 __all__ = ["USER_ERRORS", "app", "run"]
 
@@ -34,7 +34,7 @@ class UsageError(ValueError):
 
 # Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
 USER_ERRORS = (
-    benchmark.BenchError,
+    measure.BenchError,
     CheckpointError,
     Diverged,
     RuleError,
@@ -98,8 +98,8 @@ def train(
 
 def _train(asked: dict[str, Any], folder: Path, data: Path | None, *, resume: bool) -> int:
     console = Console()
-    path = folder / training.CHECKPOINT
-    settings = training.make_settings(**asked)  # checked before any file is looked at, resumed or not
+    path = folder / loop.CHECKPOINT
+    settings = loop.make_settings(**asked)  # checked before any file is looked at, resumed or not
     try:
         _check_folder(folder)
         if not resume:
@@ -154,7 +154,7 @@ def _run_to_end(job: Run, path: Path, console: Console) -> int:
         say(console, f"continuing after epoch {job.epoch} from {path}")
     try:
         with TrainDisplay(console, job) as display:
-            training.fit(job, path, display)
+            loop.fit(job, path, display)
         _report(job, path, console)
     except KeyboardInterrupt:
         say(Console(stderr=True), _describe_interruption(job, path))
@@ -173,7 +173,7 @@ def _describe_interruption(job: Run, path: Path) -> str:
 
 
 def _report(job: Run, path: Path, console: Console) -> None:
-    from onepass.curves import plot_curves  # takes a second to import, and only this command needs it
+    from onepass.training.curves import plot_curves  # takes a second to import, and only this command needs it
 
     console.print(make_time_table(job))
     console.print(make_comparison_table(compare_steps(job.optimizer, job.model.parameters())))
@@ -205,10 +205,10 @@ def bench(
             raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first.")
     if plot_file is not None:
         _require("matplotlib")
-    models, variants = benchmark.choose(model, optimizer)
+    models, variants = measure.choose(model, optimizer)
     console = Console()
     with console.status("measuring ...") as status:
-        report = benchmark.run(models, variants, seconds=seconds, fresh=fresh, tell=status.update)
+        report = measure.run(models, variants, seconds=seconds, fresh=fresh, tell=status.update)
     tables = Console(width=max(WIDTH, console.width))
     tables.print(make_step_table(report["results"]))
     if fresh:
@@ -216,7 +216,7 @@ def bench(
     for line in list_facts(report):
         say(console, line)
     if json is not None:
-        benchmark.save(report, json)
+        measure.save(report, json)
         say(console, f"numbers: {json}")
     if plot_file is not None:
         plot(report, plot_file)

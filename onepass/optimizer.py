@@ -133,8 +133,13 @@ class Optimizer(torch.optim.Optimizer):
         cls = type(self)
         if not hasattr(cls, "rule"):
             raise TypeError(f"{_name(self)} has no rule; write a static method `rule(p, g, *states, *, options)`")
-        methods = (partial(method, self) for method in (cls.flags, cls.initial_state, cls._warn_once))
-        return Algorithm(_name(self), cls.rule, *methods)
+        return Algorithm(
+            _name(self),
+            cls.rule,
+            partial(cls.flags, self),
+            partial(cls.initial_state, self),
+            partial(cls._warn_once, self),
+        )
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """A group's options, by the class's own checks and as flags."""

@@ -71,6 +71,13 @@ def random_columns(
     return columns
 
 
+def flat(t: torch.Tensor) -> np.ndarray:
+    """A tensor's elements as the kernels see them: complex numbers as pairs, bfloat16 as bits."""
+    t = t.detach()
+    t = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
+    return t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
+
+
 class Memory:
     """Arrays copied to places of our choosing in one stretch of bytes, each between guards that nobody may touch."""
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from onepass import bench, catalog, cli, contenders, probe, report
-from onepass.shapes import MODELS
+from onepass import catalog, cli
+from onepass.bench import contenders, measure, probe, report
+from onepass.bench.shapes import MODELS
 
 SIZES = {
     "big": (2, 33_554_432),
@@ -29,8 +30,8 @@ def tiny_report() -> dict:
     """A whole run of the smallest model, without the measurements in fresh processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    models, variants = bench.choose("tiny", "AdamW,sgd")
-    result = bench.run(models, variants, seconds=0.01, fresh=False)
+    models, variants = measure.choose("tiny", "AdamW,sgd")
+    result = measure.run(models, variants, seconds=0.01, fresh=False)
     torch.set_num_threads(threads)
     return result
 
@@ -113,7 +114,7 @@ def test_report_is_whole(tiny_report: dict) -> None:
 
 
 def test_report_is_saved_and_drawn(tiny_report: dict, tmp_path: Path) -> None:
-    bench.save(tiny_report, tmp_path / "report.json")
+    measure.save(tiny_report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == tiny_report
     report.plot(tiny_report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -142,16 +143,16 @@ def test_what_torch_lacks_is_said() -> None:
 )
 def test_unknown_names_are_one_sentence(models: str, optimizers: str | None, sentence: str) -> None:
     with pytest.raises(catalog.UnknownName) as caught:
-        bench.choose(models, optimizers)
+        measure.choose(models, optimizers)
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "available_memory", lambda: 2**30)
-    models, variants = bench.choose("llama-1b", "adamw")
-    with pytest.raises(bench.BenchError, match=r"needs 24\.6 GiB of memory and 1\.0 GiB are free"):
-        bench.run(models, variants)
+    monkeypatch.setattr(measure, "available_memory", lambda: 2**30)
+    models, variants = measure.choose("llama-1b", "adamw")
+    with pytest.raises(measure.BenchError, match=r"needs 24\.6 GiB of memory and 1\.0 GiB are free"):
+        measure.run(models, variants)
 
 
 def test_peak_counts_what_is_freed_within_the_step() -> None:

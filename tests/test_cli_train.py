@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from onepass import checkpoint, cli, commands, tasks
-from onepass.comparison import compare_steps
+from onepass.training.comparison import compare_steps
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,7 @@ def test_ctrl_c_before_the_first_epoch_ends(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onepass.display.TrainDisplay.stepped", interrupt)
+    monkeypatch.setattr("onepass.training.display.TrainDisplay.stepped", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == (
         "onepass: stopped in epoch 1 of 20; no epoch was finished, so nothing is saved.\n"
@@ -196,7 +196,7 @@ def make_foreign_run() -> None:
 
 
 def make_run() -> None:
-    from onepass.training import Run, make_settings
+    from onepass.training.loop import Run, make_settings
 
     Path("run").mkdir()
     Run(make_settings(), Path("data")).save(Path("run/last.safetensors"))

@@ -1,4 +1,4 @@
-"""Do the tests notice? Rules and kernels are made wrong in every small way, and each must fail the test that guards it."""
+"""Do the tests notice? Rules and kernels are made wrong in every small way, and each must fail its test."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 from interpreter import interpret
 from rig import NAN, compiled, graph_of, hypers_of, is_same, launch, program_of, random_columns
+from rules import everything, program
 from table import TABLE, UNIT, Row, tolerance, walk
-from test_program import everything, program
 
 import onepass
 from onepass.kernel import cpu, finish, ir, trace

@@ -1,4 +1,4 @@
-"""Machine code: the same bits on every pool of threads, no contraction, no calls, and facts read natively as by Python."""
+"""Machine code: the same bits on any pool of threads, no contraction, no calls, and facts as Python reads them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from rig import assert_same_bits, compiled, graph_of, hypers_of, launch, program_of, random_columns
+from rules import RULES, program
 from table import TABLE
-from test_program import RULES, program
 from torch import Tensor
 
 import onepass
@@ -114,7 +114,7 @@ FUSED = re.compile(r"^(vf?n?madd|vf?n?msub|vfmadd|vfmsub|vfnm|fmadd|fmsub|fnmadd
 
 
 def test_no_loop_calls_and_nothing_is_contracted() -> None:
-    """A call in a loop would cost more than the memory; a fused multiply-add would round once where two are promised."""
+    """A call in a loop would cost more than memory does; a fused multiply-add rounds once, where twice is right."""
     for kernel in kernels():
         listing = functions(kernel.library.assembly())
         bodies = [name for name in listing if name.startswith("body")]
@@ -135,7 +135,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_hosts_need_no_calls_either(target: str) -> None:
-    """Whatever machine the kernels are compiled for: a conversion that it lacks must not become a library's function."""
+    """Whatever machine they are compiled for, a conversion that it lacks must not become a library's function."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     triple, name = TARGETS[target]
@@ -270,7 +270,7 @@ SAME = {"plain", "parameter", "buffer", "no leaf", "swapped data", "view at an o
 
 
 @pytest.fixture(params=["objects", "cdata", "python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The three ways to ask, the slower ones where a faster one is not to be had."""
     if not facts.answers():
         pytest.skip("this torch exports no C functions to ask")
@@ -282,7 +282,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(facts, "_native", lambda: library)
     if request.param == "python":
         monkeypatch.setattr(facts, "_native", lambda: None)
-    yield request.param
+    return request.param
 
 
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|[Ss]parse|quantize).*")

@@ -18,10 +18,9 @@ from rig import (
     bits,
     check_oracle,
     compiled,
-    encode,
+    flat,
     graph_of,
     hypers_of,
-    is_same,
     launch,
     program_of,
     random_columns,
@@ -30,7 +29,7 @@ from table import TABLE, UNIT, Row, tolerance, walk
 from torch import Tensor
 
 from onepass import SGD, Adam, AdamW
-from onepass.kernel import bind, cpu, finish, trace
+from onepass.kernel import cpu
 from onepass.kernel.native import Library
 
 over_table = pytest.mark.parametrize("row", TABLE, ids=str)
@@ -67,7 +66,7 @@ def check_formats(row: Row, rng: np.random.Generator, p: str, g: str, state: str
 @over_table
 @pytest.mark.parametrize("format", ONE_FORMAT)
 def test_kernel_is_the_oracle(row: Row, format: str, rng: np.random.Generator) -> None:
-    """Every element has the interpreter's bits, at awkward sizes and places, whatever the numbers; guards stay whole."""
+    """Every element has the interpreter's bits, at awkward sizes and places, whatever the numbers; guards are whole."""
     check_formats(row, rng, format, format, format, SIZES[:8])
 
 
@@ -90,13 +89,6 @@ def test_kernel_is_the_oracle_in_mixed_formats(
 @pytest.mark.parametrize("formats", [*MIXED, *((f, f, f) for f in ONE_FORMAT)], ids="-".join)
 def test_kernel_is_the_oracle_everywhere(row: Row, formats: tuple[str, str, str], rng: np.random.Generator) -> None:
     check_formats(row, rng, *formats, sizes=SIZES)
-
-
-def flat(t: Tensor) -> np.ndarray:
-    """A tensor's elements as the kernels see them: complex numbers as pairs, bfloat16 as bits."""
-    t = t.detach()
-    t = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
-    return t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
 
 
 @over_table
@@ -235,7 +227,7 @@ def problem(rng: np.random.Generator, dtype: torch.dtype, frozen: bool) -> tuple
 @over_table
 @pytest.mark.parametrize("frozen", [False, True], ids=["always", "frozen"])
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_reference(row: Row, dtype: torch.dtype, frozen: bool, eager: bool, rng: np.random.Generator) -> None:
     """Twenty steps end where the float64 reference does, within what rounding explains."""
     start, gradients = problem(rng, dtype, frozen)
@@ -248,7 +240,7 @@ def test_reference(row: Row, dtype: torch.dtype, frozen: bool, eager: bool, rng:
 
 @over_table
 @pytest.mark.parametrize("frozen", [False, True], ids=["always", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_torch(row: Row, dtype: torch.dtype, frozen: bool, rng: np.random.Generator) -> None:
     """Where torch.optim ends: both round, so twice what one may be off."""
     start, gradients = problem(rng, dtype, frozen)
@@ -260,7 +252,7 @@ def test_torch(row: Row, dtype: torch.dtype, frozen: bool, rng: np.random.Genera
 
 
 @over_table
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_torch_complex(row: Row, dtype: torch.dtype) -> None:
     start, gradients = torch.randn(50, dtype=dtype), [torch.randn(50, dtype=dtype) for _ in range(STEPS)]
     ours, theirs = start.clone(), start.clone()
@@ -273,8 +265,8 @@ def test_torch_complex(row: Row, dtype: torch.dtype) -> None:
 
 
 @over_table
-def test_eager_agrees_in_one_step(row: Row, rng: np.random.Generator) -> None:
-    """From the same state, both backends round the same expression: a few units in the last place of its largest term."""
+def test_eager_agrees(row: Row, rng: np.random.Generator) -> None:
+    """From the same state, both backends round the same expression, step after step."""
     start, gradients = problem(rng, torch.float32, frozen=False)
     results = []
     for modes in ({}, {"foreach": False, "fused": False}):
@@ -332,7 +324,7 @@ def test_maximize_is_the_negated_gradient(row: Row) -> None:
 
 @over_table
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> None:
     """lr = 0 and gradients of zero, of either sign: -0.0, subnormals and the largest numbers stay what they are."""
     finite = torch.tensor([x for x in SPECIAL if abs(x) < INF], dtype=torch.float64).to(dtype)
@@ -352,7 +344,7 @@ def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> N
 
 
 @over_table
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_non_finite_numbers_spread_as_in_torch(row: Row, dtype: torch.dtype) -> None:
     """NaN and infinities of p and g lead to NaN and infinities where torch has them, in p and in every state."""
     values = torch.tensor([0.0, 1.0, -2.0, INF, -INF, NAN, 1e-3], dtype=dtype)
@@ -399,50 +391,3 @@ def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch)
     three_steps(row.make(others), others)
     assert not built
     assert cpu.compile.cache_info().misses == before
-
-
-# Storage formats.
-
-
-def store(p, g, *, lr):
-    return {"p": g}
-
-
-def stored_as(format: str, values: np.ndarray, source: str = "float32") -> np.ndarray:
-    """Numbers of one format, put by a kernel into a column of another."""
-    graph = finish(trace(store, (("lr", ("float",)),)), exact=False)
-    kernel = compiled(bind(graph, (("p", format), ("g", source))))
-    columns = {"p": encode(np.zeros(len(values)), format), "g": values}
-    return launch(kernel, [columns], [{"lr": 0.0}])[0]["p"]
-
-
-LOW_HALVES = (0x0000, 0x0001, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xFFFF)
-
-
-@pytest.mark.parametrize("format", ["bfloat16", "float16"])
-def test_narrow_formats_round_as_torch(format: str) -> None:
-    """All 65536 upper halves of a float32, with lower halves below, at and above each tie."""
-    high = np.arange(1 << 16, dtype=np.uint32) << 16
-    for low in LOW_HALVES:
-        values = (high | np.uint32(low)).view(np.float32)
-        want = flat(torch.from_numpy(values).to(getattr(torch, format)))
-        assert_same_bits(stored_as(format, values), want, f"low half {low:#x}")
-
-
-@pytest.mark.slow
-def test_float16_rounds_as_torch_for_all_low_halves() -> None:
-    """Every float32 there is, in a sixteenth of the exponents at a time."""
-    for high in range(0, 1 << 16, 64):
-        values = (np.arange(high << 16, (high + 64) << 16, dtype=np.uint64)).astype(np.uint32).view(np.float32)
-        assert_same_bits(stored_as("float16", values), flat(torch.from_numpy(values).half()), f"{high:#x}")
-        assert_same_bits(stored_as("bfloat16", values), flat(torch.from_numpy(values).bfloat16()), f"{high:#x}")
-
-
-@pytest.mark.parametrize("format", ["bfloat16", "float16"])
-def test_narrow_formats_come_back(format: str) -> None:
-    """All 65536 numbers of a format are decoded to what torch says they are, and stored as they were."""
-    stored = np.arange(1 << 16, dtype=np.uint16)
-    stored = stored if format == "bfloat16" else stored.view(np.float16)
-    tensor = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(getattr(torch, format))
-    assert_same_bits(stored_as("float32", stored, source=format), flat(tensor.float()), "decoded")
-    assert is_same(stored_as(format, stored, source=format), stored)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import onepass
-from onepass import checkpoint, tasks, training
+from onepass import checkpoint, tasks
 from onepass.checkpoint import CheckpointError
-from onepass.comparison import compare_steps
 from onepass.tasks import Data, Examples, TaskError, text
-from onepass.training import Diverged, Run, Settings, SettingsError, fit, make_settings, scheduled_lr
+from onepass.training import loop
+from onepass.training.comparison import compare_steps
+from onepass.training.loop import Diverged, Run, Settings, SettingsError, fit, make_settings, scheduled_lr
 
 
 @pytest.fixture(autouse=True)
@@ -225,16 +226,16 @@ def test_impossible_settings(changes: dict, sentence: str) -> None:
 def test_optimizers_are_found_in_any_case() -> None:
     for name in ("SGD", "Adam", "AdamW"):
         for spelling in (name, name.lower(), name.upper()):
-            assert training.find_optimizer(spelling) is getattr(onepass, name)
+            assert loop.find_optimizer(spelling) is getattr(onepass, name)
     assert make_settings(optimizer="adamw") == make_settings(optimizer="AdamW")
 
 
 def test_an_optimizer_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Picky(torch.optim.SGD):
+    class Picky(onepass.SGD):
         def __init__(self, params: object, lr: float = 0.1) -> None:
             raise ValueError(f"Picky: lr must be below 1, got {lr}")
 
-    class NeedsClosure(torch.optim.SGD):
+    class NeedsClosure(onepass.SGD):
         def step(self, closure: object) -> None:
             super().step()
 
@@ -279,7 +280,7 @@ def test_the_comparison_leaves_the_run_alone() -> None:
     for p in parameters[:2]:
         p.grad = torch.randn_like(p)
     before = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in parameters]
-    optimizer = training.find_optimizer("adamw")(parameters, lr=0.01)
+    optimizer = loop.find_optimizer("adamw")(parameters, lr=0.01)
     times = compare_steps(optimizer, parameters, budget=0.02)
     assert [entry.name for entry in times] == ["onepass AdamW", "torch AdamW", "torch AdamW fused"]
     assert all(entry.milliseconds > 0 for entry in times)

@@ -1,6 +1,6 @@
 """What only a fresh process can tell about an optimizer: its first step, and the peak of memory of a later one.
 
-    python -m onepass.probe MODEL OPTIMIZER CONTENDER THREADS
+    python -m onepass.bench.probe MODEL OPTIMIZER CONTENDER THREADS
 
 prints one line of JSON. The peak is the kernel's own high-water mark of resident memory (VmHWM, set back through
 /proc/self/clear_refs), so that it holds whatever allocates: torch, NumPy, LLVM or Python. Memory that malloc keeps for
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepass.bench.contenders import OURS, Workload, make_ours, make_torch
+from onepass.bench.shapes import MODELS
 from onepass.catalog import find_variant
-from onepass.contenders import OURS, Workload, make_ours, make_torch
-from onepass.shapes import MODELS
 
 __all__ = ["peak_megabytes", "probe"]
 

@@ -7,7 +7,6 @@ or not the run was interrupted on the way. Nothing here prints; what happens is 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import onepass
 from onepass import checkpoint
+from onepass.catalog import UnknownName, find_class
 from onepass.tasks import Data, Examples, Task, find_task
 
 __all__ = [
@@ -79,7 +78,7 @@ def make_settings(
 ) -> Settings:
     """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for impossible ones."""
     found = find_task(task)
-    name = find_optimizer(found.optimizer if optimizer is None else optimizer).__name__
+    name = _spell(found.optimizer if optimizer is None else optimizer)
     settings = Settings(
         task=task,
         optimizer=name,
@@ -102,21 +101,17 @@ def make_settings(
 
 
 def find_optimizer(name: str) -> type[Any]:
-    """The public optimizer class of that name, in any case; `SettingsError` with the nearest names if there is none."""
-    classes = {
-        public.lower(): value
-        for public in onepass.__all__
-        if isinstance(value := getattr(onepass, public), type)
-        and issubclass(value, torch.optim.Optimizer)
-        and public != "Optimizer"
-    }
-    if name.lower() in classes:
-        return classes[name.lower()]
-    near = [classes[key].__name__ for key in difflib.get_close_matches(name.lower(), classes, n=3, cutoff=0.5)]
-    known = " or ".join(near) if near else ", ".join(found.__name__ for found in classes.values())
-    raise SettingsError(
-        f"there is no optimizer {name!r}: " + (f"did you mean {known}?" if near else f"choose one of {known}.")
-    )
+    """The optimizer class of that name, in any case, or of `module:Class`; `SettingsError` if there is none."""
+    try:
+        return find_class(name)
+    except UnknownName as error:
+        raise SettingsError(str(error)) from None
+
+
+def _spell(name: str) -> str:
+    """An optimizer's name as a run remembers it."""
+    found = find_optimizer(name)
+    return name if ":" in name else found.__name__
 
 
 def _default_lr(task: Task, optimizer: str) -> float:
@@ -300,7 +295,7 @@ def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
 def _refuse_conflicts(settings: Settings, asked: Mapping[str, Any], path: Path) -> None:
     for key, wanted in asked.items():
         if key == "optimizer":
-            wanted = find_optimizer(wanted).__name__
+            wanted = _spell(wanted)
         held = getattr(settings, key)
         if held != wanted:
             raise SettingsError(

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from onepass import kernel
+from onepass.bench.shapes import Model
 from onepass.catalog import Variant
 from onepass.explain import graph_of
 from onepass.kernel.ir import hyper, load
 from onepass.kernel.program import Program, bind
 from onepass.optimizer import Optimizer
-from onepass.shapes import Model
 
 __all__ = ["LIMIT", "OURS", "TORCH", "Limit", "Missing", "Workload", "make_ours", "make_torch", "program_of"]
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from onepass.comparison import StepTime
-from onepass.training import Run
+from onepass.training.comparison import StepTime
+from onepass.training.loop import Run
 
 __all__ = ["TrainDisplay"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from onepass.contenders import LIMIT, OURS, TORCH
+from onepass.bench.contenders import LIMIT, OURS, TORCH
 
 __all__ = ["WIDTH", "list_facts", "make_fresh_table", "make_step_table", "plot"]
 

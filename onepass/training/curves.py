@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from onepass.training import Run
+from onepass.training.loop import Run
 
 __all__ = ["plot_curves"]
 

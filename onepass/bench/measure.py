@@ -1,7 +1,7 @@
 """The time of one optimizer step on real shapes: ours, every mode of torch's, and what the memory allows.
 
 Contenders take turns in one process; the first step and the peak of memory are measured in fresh processes. `run`
-returns plain data, which `save` writes as JSON; `onepass.report` makes a table and a picture of it.
+returns plain data, which `save` writes as JSON; `onepass.bench.report` makes a table and a picture of it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,20 @@ from typing import Any
 
 import torch
 
+from onepass.bench.contenders import (
+    LIMIT,
+    OURS,
+    TORCH,
+    Limit,
+    Missing,
+    Workload,
+    make_ours,
+    make_torch,
+    program_of,
+    seat,
+)
+from onepass.bench.shapes import MODELS, Model
 from onepass.catalog import Variant, find_variant, nearest
-from onepass.contenders import LIMIT, OURS, TORCH, Limit, Missing, Workload, make_ours, make_torch, program_of, seat
-from onepass.shapes import MODELS, Model
 
 __all__ = ["SUITE_MODELS", "SUITE_OPTIMIZERS", "BenchError", "choose", "run", "save"]
 
@@ -203,7 +214,7 @@ def add_fresh(result: Report, model: Model, variant: Variant) -> None:
     for name, contender in result["contenders"].items():
         if name not in FRESH or "missing" in contender:
             continue
-        found = _python("-m", "onepass.probe", model.name, variant.name, name, str(torch.get_num_threads()))
+        found = _python("-m", "onepass.bench.probe", model.name, variant.name, name, str(torch.get_num_threads()))
         contender |= json.loads(found)
 
 

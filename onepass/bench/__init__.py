@@ -1,0 +1,1 @@
+"""What `onepass bench` measures: the optimizers here, every mode of torch.optim, and the limit of memory."""

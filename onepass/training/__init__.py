@@ -1,0 +1,1 @@
+"""What `onepass train` does: the loop, its checkpoints, and what it shows."""
