@@ -180,8 +180,8 @@ class Plan:
         columns = [p, *(own[name] for name in self.recipes[member.group].graph.state)]
         if mode.eager or mode.differentiable or p.device.type == "meta":
             return ""
-        if not kernel.has_kernels(p.device.type):
-            return f"there are no kernels for {p.device.type} devices"
+        if kernel.why_no_kernels(p.device.type):
+            return kernel.why_no_kernels(p.device.type)
         for t in (*columns, *(() if p.grad is None else (p.grad,))):
             if type(t) not in kernel.PLAIN:
                 return f"there are no kernels for tensors of class {type(t).__name__}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .formats import FORMATS
@@ -27,17 +27,23 @@ __all__ = [
     "evaluate",
     "expect",
     "finish",
-    "has_kernels",
     "has_storage",
     "is_dense",
     "signature",
     "trace",
+    "why_no_kernels",
 ]
 
 
-def has_kernels(device_type: str) -> bool:
-    """Whether programs can be compiled for a device; elsewhere the eager backend runs."""
-    return device_type == "cpu"
+@cache
+def why_no_kernels(device_type: str) -> str:
+    """Why programs cannot be compiled for a kind of device, where the eager backend runs; empty where they can."""
+    if device_type != "cpu":
+        return f"there are no kernels for {device_type} devices"
+    from . import native
+
+    missing = native.missing_instructions()
+    return f"there are no kernels for processors without {missing}" if missing else ""
 
 
 @lru_cache(maxsize=1024)

@@ -71,6 +71,12 @@ class Node:
             "instead of `if`, and & or | instead of `and` or `or`"
         )
 
+    def __float__(self) -> float:
+        raise RuleError(
+            "a rule's values are no numbers yet while it is traced: use onepass.sqrt, exp, log and where in the place "
+            "of functions that take floats, such as those of math"
+        )
+
     def __repr__(self) -> str:
         return self._text(3)
 
@@ -265,8 +271,11 @@ def power(a: object, b: object) -> Node:
     return make("pow", a, b)
 
 
-def where(condition: Node, a: object, b: object) -> Node:
-    """a where the condition holds, else b: a rule's `if`. Both are computed."""
+def where(condition: Node | bool, a: object, b: object) -> Node:
+    """a where the condition holds, else b: a rule's `if`. Both are computed, unless the condition is a flag."""
+    if isinstance(condition, bool):
+        chosen = a if condition else b
+        return chosen if isinstance(chosen, Node) else const(chosen)
     return make("where", condition, a, b)
 
 
@@ -320,7 +329,7 @@ def minimum(a: object, b: object) -> Node:
 
 
 def sign(x: Node) -> Node:
-    """-1, 0 or 1; NaN stays NaN."""
+    """-1, 0 or 1. NaN stays NaN, where torch.sign makes it 0 and hides it."""
     return where(x > 0, 1.0, where(x < 0, -1.0, x))
 
 

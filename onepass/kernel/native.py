@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -31,31 +32,51 @@ def target_machine() -> llvm.TargetMachine:
     return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
 
 
+def missing_instructions() -> str:
+    """The name of an instruction set that kernels need and this host lacks, or an empty string.
+
+    Without them LLVM would call functions of a compiler's runtime library, which nobody has loaded.
+    """
+    needed = ("sse4.1", "f16c") if platform.machine().lower() in ("x86_64", "amd64") else ()
+    features = llvm.get_host_cpu_features()
+    return next((name for name in needed if not features.get(name)), "")
+
+
+def optimize(source: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
+    """LLVM IR, parsed, verified and optimized for a machine."""
+    module = llvm.parse_assembly(source)
+    module.verify()
+    tuning = llvm.create_pipeline_tuning_options(speed_level=2)
+    tuning.loop_vectorization = True
+    tuning.slp_vectorization = False
+    builder = llvm.create_pass_builder(machine, tuning)
+    builder.getModulePassManager().run(module, builder)
+    return module
+
+
 class Library:
     """Compiled functions, alive as long as this object: whoever keeps an address keeps the library too."""
 
     def __init__(self, source: str) -> None:
         """Compile LLVM IR. Malformed IR raises RuntimeError with LLVM's words: a defect here, never of the user."""
+        self.source = source
         machine = target_machine()
-        module = llvm.parse_assembly(source)
-        module.verify()
-        tuning = llvm.create_pipeline_tuning_options(speed_level=2)
-        tuning.loop_vectorization = True
-        tuning.slp_vectorization = False
-        builder = llvm.create_pass_builder(machine, tuning)
-        builder.getModulePassManager().run(module, builder)
-        self.optimized = str(module)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine = llvm.create_mcjit_compiler(optimize(source, machine), machine)
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:
         """The address of a function."""
         return self._engine.get_function_address(name)
 
+    @property
+    def optimized(self) -> str:
+        """The library's IR as LLVM left it."""
+        return str(optimize(self.source, target_machine()))
+
     def assembly(self) -> str:
         """The host's assembly of the whole library."""
-        module = llvm.parse_assembly(self.optimized)
-        return target_machine().emit_assembly(module)
+        machine = target_machine()
+        return machine.emit_assembly(optimize(self.source, machine))
 
 
 @cache
