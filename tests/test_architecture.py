@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {"onepass.kernel.cpu", "onepass.kernel.eager", "onepass.kernel.facts"},
+    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "facts", "native")},
     "cli": {"onepass.commands"},
     "commands": {"onepass.training.curves"},
     "bench.report": {"matplotlib"},

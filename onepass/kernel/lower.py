@@ -8,9 +8,10 @@ over elements calls anything.
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 from .ir import HOST_ONLY, Node
-from .program import Pass, Program, element_order, host_order
+from .program import FIRST, Pass, Program, element_order, host_order
 from .walk import column_names, walk
 
 # A reduction keeps this many running values side by side: part of its definition, as it decides the order of addition.
@@ -189,17 +190,38 @@ class _Body(_Code):
         return "\n".join([*self.lines, "  ret void", "}"])
 
     def _walk(self) -> None:
-        """Stores alone: a scalar loop, which LLVM vectorises."""
-        self.lines += ["  br label %loop_head"]
-        self._loop("loop", "%begin", "%end", 1, self._stores, "done")
-        self.lines.append("done:")
+        """Stores alone: scalar loops, which LLVM vectorises; the first whose conditions are all false is taken."""
+        cases = self._cases()
+        for k, absent in enumerate(cases):
+            holds = "false"
+            for node in absent:
+                holds = self._value(f"or i1 {holds}, {self.inputs[node]}")
+            self._line(f"br i1 {holds}, label %case{k + 1}, label %loop{k}_head")
+            self._loop(f"loop{k}", "%begin", "%end", 1, partial(self._stores, k, absent), "done")
+            self.lines.append(f"case{k + 1}:")
+        self.lines += ["  unreachable", "done:"]
 
-    def _stores(self) -> None:
-        values = self._elements("%loop_i", width=0)
+    def _cases(self) -> list[list[Node]]:
+        """Which conditions each loop may take as false, the fastest loop first.
+
+        A select in a loop costs as much as the arithmetic of a small optimizer. So there is a loop without what
+        happens seldom (a number is 0; a state is new) and without optional terms (a number is not 0), one without
+        what happens seldom, and one for everything.
+        """
+        conditions = [node for node in self.one.inputs if node.type == "bool"]
+        seldom = [node for node in conditions if _is_zero_test(node) or node is FIRST]
+        optional = [node for node in conditions if node.op == "not" and _is_zero_test(node.args[0])]
+        return [*([[*seldom, *optional]] if optional else []), *([seldom] if seldom else []), []]
+
+    def _stores(self, k: int, absent: list[Node]) -> None:
+        known = self.inputs
+        self.inputs = {**known, **dict.fromkeys(absent, "false")}
+        values = self._elements(f"%loop{k}_i", width=0)
         for name, root in self.one.stores:
             type = TYPES[root.type]
-            place = self._value(f"getelementptr {type}, ptr {_local(name)}, i64 %loop_i")
+            place = self._value(f"getelementptr {type}, ptr {_local(name)}, i64 %loop{k}_i")
             self._line(f"store {type} {values(root)}, ptr {place}, align 1")
+        self.inputs = known
 
     def _reduce(self) -> None:
         """Reductions: LANES running values in float64; element j of the range belongs to lane j modulo LANES."""
@@ -316,6 +338,10 @@ class _Body(_Code):
 
 def _wide(type: str, width: int) -> str:
     return f"<{width} x {TYPES[type]}>" if width else TYPES[type]
+
+
+def _is_zero_test(node: Node) -> bool:
+    return node.op == "eq" and any(a.op == "const" and a.attr == 0 for a in node.args)
 
 
 def _local(column: str) -> str:

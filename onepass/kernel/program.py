@@ -22,6 +22,8 @@ Rule = Callable[..., Mapping[str, Node]]
 Argument = tuple[object, ...]
 
 GRADIENT_FACTOR = "gradient_factor"
+# Holds in the step that created a parameter's state.
+FIRST = hyper("first") > 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _placeholder(name: str, argument: Argument) -> object:
         return hyper(name)
     if kind == "tuple":
         return tuple(hyper(f"{name}.{i}") for i in range(int(str(rest[0]))))
-    return hyper(name) > 0 if kind == "condition" else rest[0]
+    return FIRST if kind == "condition" else rest[0]
 
 
 @lru_cache(maxsize=1024)
@@ -111,15 +113,21 @@ def finish(graph: Graph, *, maximize: bool = False, scaled: bool = False, exact:
     """What every algorithm shares, and no rule knows.
 
     `scaled` multiplies the gradient by the uniform `gradient_factor`, `maximize` negates it. `exact` keeps p's very
-    bits where its value does not change, so that a step with lr = 0 does not turn -0.0 into 0.0.
+    bits where its value does not change, so that a step with lr = 0 does not turn -0.0 into 0.0; a rule without `lr`
+    always does.
     """
     p, g = load("p"), load("g")
     gradient = g * hyper(GRADIENT_FACTOR) if scaled else g
     gradient = -gradient if maximize else gradient
     outputs = [(name, rebuild([root], {g: gradient})[0]) for name, root in graph.outputs]
     if exact:
-        outputs = [(name, where(root == p, p, root) if name == "p" else root) for name, root in outputs]
+        outputs = [(name, _exact(root, p, "lr" in graph.hypers) if name == "p" else root) for name, root in outputs]
     return Graph(graph.name, graph.columns, tuple(outputs))
+
+
+def _exact(root: Node, p: Node, has_lr: bool) -> Node:
+    kept = where(root == p, p, root)
+    return where(hyper("lr") == 0, kept, root) if has_lr else kept
 
 
 def rebuild(roots: Iterable[Node], replaced: Mapping[Node, Node]) -> list[Node]:
