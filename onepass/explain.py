@@ -243,8 +243,8 @@ def function_lines(assembly: str, name: str) -> list[str]:
 
 
 def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
-    """The range of lines of the loop with the most vector work in it: from a label to the jump back to it."""
-    best, most = (0, 0), -1
+    """The range of lines of the shortest loop with the widest registers: from a label to the jump back to it."""
+    best, most = (0, 0), (0, 0)
     label: dict[str, int] = {}
     for i, line in enumerate(lines):
         if match := re.match(r"(\S+):", line):
@@ -252,10 +252,9 @@ def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
         target = re.match(r"\s+(?:j\w+|b\.\w+|b|cbn?z\s+\w+,|tbn?z\s.*,)\s+(\S+)$", line)
         if target and target[1] in label:
             begin = label[target[1]]
-            work = vector_bits(lines[begin : i + 1]) * (i - begin)
-            # A loop around a loop has its work too, and more lines.
-            inner = best[0] >= begin and best[1] <= i + 1 and most > 0
-            if work > most and not inner:
+            # The loop that a usual step takes has the fewest instructions, and an inner loop fewer than the outer one.
+            work = vector_bits(lines[begin : i + 1]), begin - i
+            if work[0] > 0 and (work > most or best == (0, 0)):
                 best, most = (begin, i + 1), work
     return best
 
