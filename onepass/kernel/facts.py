@@ -162,7 +162,6 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
 
     `objects` are Python objects where `places` says how to find a tensor inside one, else addresses of `_cdata`.
     """
-    type_at, tensor_at = places or (0, 0)
     lines = [
         "define i64 @compare(i64 %count, ptr %objects, ptr %rows, ptr %words, ptr %pointers, ptr %changed) nounwind {",
         "entry:",
@@ -170,6 +169,33 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         *(f"  %ask_{q} = inttoptr i64 {address} to ptr" for q, address in addresses.items()),
         "  %any = icmp sgt i64 %count, 0",
         "  br i1 %any, label %tensor, label %done",
+        *_next_tensor(places),
+        *_compare_codes(),
+        *_compare_layout(),
+        *_read_address(),
+        "differs:",
+        "  br label %end",
+        "end:",
+        "  %wrong = phi i8 [ 0, %nothing ], [ 0, %answer_data_ptr_ ], [ 1, %differs ]",
+        "  %changed_to = getelementptr i8, ptr %changed, i64 %i",
+        "  store i8 %wrong, ptr %changed_to",
+        "  %one = zext i8 %wrong to i64",
+        "  %total = add i64 %sum, %one",
+        "  %next = add i64 %i, 1",
+        "  %more = icmp slt i64 %next, %count",
+        "  br i1 %more, label %tensor, label %done",
+        "done:",
+        "  %result = phi i64 [ 0, %entry ], [ %total, %end ]",
+        "  ret i64 %result",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _next_tensor(places: tuple[int, int] | None) -> list[str]:
+    """The loop's head: where the tensor is, what is expected of it, and whether it is a plain tensor at all."""
+    type_at, tensor_at = places or (0, 0)
+    lines = [
         "tensor:",
         "  %i = phi i64 [ 0, %entry ], [ %next, %end ]",
         "  %sum = phi i64 [ 0, %entry ], [ %total, %end ]",
@@ -191,12 +217,12 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         lines += ["  %known01 = or i1 %known0, %known1", "  %plain = or i1 %known01, %known2"]
     else:
         lines += ["  %impl = load i64, ptr %handle", "  %plain = icmp ne i64 %impl, 0"]
-    lines += [
-        "  br i1 %plain, label %ask_layout_, label %differs",
-        "ask_layout_:",
-        *_ask("layout"),
-        "  %strided = icmp eq i32 %is_layout, 0",
-    ]
+    return [*lines, "  br i1 %plain, label %ask_layout_, label %differs"]
+
+
+def _compare_codes() -> list[str]:
+    """Strided layout first, which makes the other questions safe; then dtype, device and number of dimensions."""
+    lines = ["ask_layout_:", *_ask("layout"), "  %strided = icmp eq i32 %is_layout, 0"]
     lines += ["  br i1 %strided, label %ask_dtype_, label %differs"]
     order = ["dtype", "device_type", "device_index", "dim"]
     for question, after in zip(order, [*order[1:], "sizes"], strict=True):
@@ -206,7 +232,12 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         value = f"%wide_{question}" if QUESTIONS[question] == "i32" else f"%is_{question}"
         lines += [f"  %same_{question} = icmp eq i64 {value}, %want_{question}"]
         lines += [f"  br i1 %same_{question}, label %ask_{after}_, label %differs"]
-    lines += [
+    return lines
+
+
+def _compare_layout() -> list[str]:
+    """Sizes and strides, dimension by dimension."""
+    return [
         "ask_sizes_:",
         *_ask("sizes"),
         *_ask("strides"),
@@ -233,6 +264,12 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         "  %d_next = add i64 %d, 1",
         "  %d_more = icmp slt i64 %d_next, %want_dim",
         "  br i1 %d_more, label %dimension, label %storage",
+    ]
+
+
+def _read_address() -> list[str]:
+    """The address, where the storage holds all elements; 0 where there are none."""
+    return [
         "storage:",
         "  %empty = icmp eq i64 %want_bytes, 0",
         "  br i1 %empty, label %nothing, label %ask_storage_",
@@ -251,23 +288,7 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         "  store ptr %is_data_ptr, ptr %pointer_to",
         "  %null = icmp eq ptr %is_data_ptr, null",
         "  br i1 %null, label %differs, label %end",
-        "differs:",
-        "  br label %end",
-        "end:",
-        "  %wrong = phi i8 [ 0, %nothing ], [ 0, %answer_data_ptr_ ], [ 1, %differs ]",
-        "  %changed_to = getelementptr i8, ptr %changed, i64 %i",
-        "  store i8 %wrong, ptr %changed_to",
-        "  %one = zext i8 %wrong to i64",
-        "  %total = add i64 %sum, %one",
-        "  %next = add i64 %i, 1",
-        "  %more = icmp slt i64 %next, %count",
-        "  br i1 %more, label %tensor, label %done",
-        "done:",
-        "  %result = phi i64 [ 0, %entry ], [ %total, %end ]",
-        "  ret i64 %result",
-        "}",
     ]
-    return "\n".join(lines)
 
 
 def _ask(question: str) -> list[str]:
