@@ -315,7 +315,7 @@ class EagerBatch:
 def _count(own: State, capturable: bool) -> Tensor | float:
     """Advance a parameter's own step count; a tensor where a graph capture must see it."""
     if not isinstance(own["step"], Tensor):
-        own["step"] = torch.tensor(float(own["step"]))
+        own["step"] = torch.tensor(float(own["step"]), device="cpu")
     with torch.no_grad():
         own["step"] += 1
     return own["step"].clone() if capturable else own["step"].item()
