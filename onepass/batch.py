@@ -58,8 +58,7 @@ class KernelBatch:
     is only what these are compared with: neither a tensor nor an address. Where a parameter or a state differs,
     `gather` returns None and the plan is built again, which checks everything and raises a sentence if something is
     wrong. Where a gradient differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for
-    this step. A parameter without a gradient has no elements in this step. Since the launch follows with the tensors
-    in hand, no address can go stale in between.
+    this step. A parameter without a gradient has no elements in this step. The launch follows with the tensors in hand.
     """
 
     def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
@@ -70,10 +69,14 @@ class KernelBatch:
         self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy.
         self.strided = [i for i, p in enumerate(params) if not kernel.is_dense(p)]
-        # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides.
+        # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides;
+        # torch's public functions make no other ones.
         self.lazy = [i for i, p in enumerate(params) if p.numel() == 1 or p.is_complex()]
         like = [_dense(p) for p in params]
-        gradients = [torch.empty_like(t, dtype=_gradient_dtype(p)) for t, p in zip(like, params, strict=True)]
+        gradients = [
+            t if t.dtype == _gradient_dtype(p) else torch.empty_like(t, dtype=_gradient_dtype(p))
+            for t, p in zip(like, params, strict=True)
+        ]
         columns = [[state[name] for state in states] for name in recipe.entries]
         self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(columns)])
         self.steps_at = np.array(
@@ -291,31 +294,39 @@ class EagerBatch:
         return dict(zip(names, self.recipe.read(group), strict=True))
 
     def run(self, stepping: Gathered, fresh: set[int], factor: float) -> None:
-        """Step each parameter that was gathered; `fresh` are the positions of those whose state is new."""
+        """Step each parameter that was gathered; `fresh`, the positions of those whose state is new, loses them."""
         for member, p, own, hypers in stepping:
             hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: factor}
             if self.recipe.counts_steps:
-                hypers["step"] = _count(own, self.capturable)
+                hypers["step"] = _next_step(own["step"], self.capturable)
             self._update(p, own, hypers)
+            fresh.discard(member.position)
 
     def _update(self, p: Tensor, own: State, hypers: dict[str, Any]) -> None:
+        """Compute everything, then write."""
         columns: dict[str, Any] = {"p": p, "g": p.grad, **{name: own[name] for name in self.recipe.graph.state}}
         if p.is_complex():
             columns = {name: torch.view_as_real(t.resolve_conj()) for name, t in columns.items()}
         # Autograd keeps what it has read; what is written in place must be another tensor.
         read = {name: t.clone() for name, t in columns.items()} if self.differentiable else columns
-        for name, value in kernel.evaluate(self.recipe.graph, read, hypers).items():
+        new = kernel.evaluate(self.recipe.graph, read, hypers)
+        if self.recipe.counts_steps:
+            _count(own)
+        for name, value in new.items():
             target = p if name == "p" else own[name]
-            if p.is_complex():
-                target.copy_(torch.view_as_complex(value.contiguous()))
-            else:
-                target.copy_(value)
+            target.copy_(torch.view_as_complex(value.contiguous()) if p.is_complex() else value)
 
 
-def _count(own: State, capturable: bool) -> Tensor | float:
-    """Advance a parameter's own step count; a tensor where a graph capture must see it."""
-    if not isinstance(own["step"], Tensor):
-        own["step"] = torch.tensor(float(own["step"]), device="cpu")
-    with torch.no_grad():
-        own["step"] += 1
-    return own["step"].clone() if capturable else own["step"].item()
+def _next_step(step: Tensor | float, capturable: bool) -> Tensor | float:
+    """The number of the step that is about to be taken; a tensor where a graph capture must see it."""
+    if isinstance(step, Tensor):
+        return step.detach() + 1 if capturable else step.item() + 1
+    return step + 1
+
+
+def _count(own: State) -> None:
+    if isinstance(own["step"], Tensor):
+        with torch.no_grad():
+            own["step"] += 1
+    else:
+        own["step"] = torch.tensor(float(own["step"] + 1), device="cpu")

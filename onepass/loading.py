@@ -51,12 +51,14 @@ class Match:
             groups.append({**defaults, **options, **kept, "params": group["params"]})
             required, allowed = state_names(groups[-1])
             for key in saved["params"]:
-                if self.saved_state.get(key):
+                if key in self.saved_state and self.saved_state[key] != {}:
                     self._check(key, self.saved_state[key], required, allowed)
+        pairs = zip(groups, self.saved_groups, strict=True)
+        on_device = {key for group, saved in pairs if group.get("capturable") for key in saved["params"]}
         state: dict[Any, Any] = defaultdict(dict)
         for key, value in self.saved_state.items():
             p = self.parameters.get(key)
-            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p)
+            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, key in on_device)
         return state, groups
 
     def _check(self, key: Any, value: Any, required: Sequence[str], state_names: Sequence[str]) -> None:
@@ -64,7 +66,8 @@ class Match:
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
         unknown = [name for name, entry in value.items() if name not in state_names and isinstance(entry, Tensor)]
-        if unknown:
+        # Beside ours there may be what a subclass or a wrapper keeps.
+        if unknown and not any(value.get(name) is not None for name in state_names if name != "step"):
             known = ", ".join(state_names) or "no state"
             raise ValueError(
                 f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which belongs to another "
@@ -135,13 +138,13 @@ def _describe(value: object) -> str:
     return f"{value!r:.50}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _adopt(value: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
-    """A copy of a parameter's state: in its own dtype, on the parameter's device; `step` stays where it was."""
+def _adopt(value: Mapping[str, Any], p: Tensor, capturable: bool) -> dict[str, Any]:
+    """A copy of a parameter's state: in its own dtype, on the parameter's device; `step` only where a graph sees it."""
     copied = {}
     for name, entry in value.items():
         if not isinstance(entry, Tensor):
             copied[name] = deepcopy(entry)
-        elif name == "step":
+        elif name == "step" and not capturable:
             copied[name] = entry.detach().clone()
         else:
             copied[name] = entry.detach().to(device=p.device, copy=True)

@@ -90,9 +90,10 @@ class Optimizer(torch.optim.Optimizer):
         # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
         if found_inf is not None and bool(found_inf):
             return loss
+        factor = 1.0 if scale is None else 1.0 / float(scale)
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
             plan, gathered = self._make_ready(scale is not None)
-            plan.run(gathered, 1.0 if scale is None else 1.0 / float(scale))
+            plan.run(gathered, factor)
         return loss
 
     def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
@@ -101,10 +102,16 @@ class Optimizer(torch.optim.Optimizer):
         for plan in (self._plan, None):
             self._plan = None
             plan = Plan(self._algorithm(), self.param_groups, self.state, scaled) if plan is None else plan
-            gathered = plan.ready(self.param_groups, self.state, scaled, [flags(self, g) for g in self.param_groups])
+            try:
+                now = [flags(self, g) for g in self.param_groups]
+                gathered = plan.ready(self.param_groups, self.state, scaled, now)
+            except BaseException:
+                plan.undo()
+                raise
             if gathered is not None:
                 self._plan = plan
                 return plan, gathered
+            plan.undo()
         raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -150,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
         """Warn, once for each message in an optimizer's life."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
 
     # Parameter groups.
 
@@ -271,7 +278,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises ValueError, with the parameter's name and both shapes, where the dict does not fit; nothing has been
         changed then.
         """
-        check_state_dict(_name(self), state_dict)
+        if not isinstance(state_dict, Mapping):
+            check_state_dict(_name(self), state_dict)
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

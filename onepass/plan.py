@@ -11,6 +11,7 @@ plan keeps no parameter, gradient or state alive.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -81,9 +82,19 @@ def state_columns(algorithm: Algorithm, group: Group) -> tuple[str, ...]:
     return kernel.trace(algorithm.rule, describe(algorithm, group)).state
 
 
-def switches(arguments: tuple[tuple[str, kernel.Argument], ...]) -> list[str]:
-    """The names of the group options that are no numbers."""
-    return [*MODES, *(name for name, argument in arguments if argument[0] == "flag")]
+def switches(arguments: tuple[tuple[str, kernel.Argument], ...]) -> tuple[list[str], list[str]]:
+    """The names of the group options that are no numbers, and of those that are."""
+    flags = [name for name, argument in arguments if argument[0] == "flag"]
+    numbers = [name for name, argument in arguments if argument[0] in ("float", "tuple") and name not in SPECIAL]
+    return [*MODES, *flags], numbers
+
+
+def _kind(value: object) -> int:
+    return len(value) if type(value) in (tuple, list) else -1 if value is None else -2  # type: ignore[arg-type]
+
+
+def _is_strided(p: Tensor) -> bool:
+    return p.layout == torch.strided
 
 
 def new_counter(device: torch.device | str = "cpu") -> Tensor:
@@ -107,19 +118,41 @@ class Plan:
         for recipe, group in zip(self.recipes, groups, strict=True):
             recipe.read(group)
         params = list(chain.from_iterable(group["params"] for group in groups))
+        self.dormant: list[int] = []
         self.members = self._find_members(algorithm.name, groups, state)
-        for member in self.members:
-            p = params[member.position]
-            check(algorithm.name, member, p, state.get(p, {}), self.recipes[member.group])
-        # Positions of the parameters whose state is made now.
+        # Positions of the parameters whose state is made now, and what to take back if a step does not come of it.
         self.fresh: set[int] = set()
-        for member in self.members:
-            self._complete_state(algorithm, member, params[member.position], groups[member.group], state)
-        self._make_batches(algorithm, params, state)
+        self._made: list[tuple[dict[Any, Any], Any, Any]] = []
+        storages = Counter(p.untyped_storage().data_ptr() for p in params if type(p) in kernel.PLAIN and _is_strided(p))
+        self.shared = {address for address, count in storages.items() if count > 1}
+        try:
+            for member in self.members:
+                self._complete_state(algorithm, member, params[member.position], groups[member.group], state)
+            self._make_batches(algorithm, params, state)
+        except BaseException:
+            self.undo()
+            raise
         self.size = len(state)
 
+    def undo(self) -> None:
+        """Take back the state that building this plan has made, where no step came of it."""
+        for entries, key, before in reversed(self._made):
+            if before is None:
+                entries.pop(key, None)
+            else:
+                entries[key] = before
+        self._made.clear()
+
+    def _set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
+        self._made.append((entries, key, entries.get(key)))
+        entries[key] = value
+
     def _recipe(self, algorithm: Algorithm, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
-        traced = kernel.trace(algorithm.rule, arguments)
+        try:
+            traced = kernel.trace(algorithm.rule, arguments)
+        except kernel.RuleError as error:
+            flags = ", ".join(f"{name}={a[1]!r}" for name, a in arguments if a[0] == "flag")
+            raise kernel.RuleError(f"{algorithm.name}: {error}" + (f" (with {flags})" if flags else "")) from None
         graph = kernel.finish(traced, maximize=mode.maximize, scaled=self.scaled, exact=not mode.differentiable)
         sources = []
         for name in graph.hypers:
@@ -133,25 +166,36 @@ class Plan:
         )
 
     def _find_members(self, owner: str, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
-        """The parameters that have, or have had, a gradient; the others are dormant."""
+        """The parameters that step now, checked, and those that have stepped and still could; others are dormant."""
         members: list[Member] = []
-        self.dormant: list[int] = []
         position = 0
         for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
-                label = repr(names[i]) if names and i < len(names) else str(position)
-                known = state.get(p, {})
-                if not isinstance(known, dict):
-                    raise StepError(
-                        f"{owner}: the state of parameter {label} must be a dict, got a {type(known).__name__}"
-                    )
-                if p.grad is None and not known:
-                    self.dormant.append(position)
-                else:
-                    members.append(Member(position, g, label))
+                member = Member(position, g, repr(names[i]) if names and i < len(names) else str(position))
                 position += 1
+                if self._is_awake(owner, member, p, state.get(p, {})):
+                    members.append(member)
+                else:
+                    self.dormant.append(member.position)
         return members
+
+    def _is_awake(self, owner: str, member: Member, p: Tensor, known: Any) -> bool:
+        """Whether a parameter belongs into the plan. One without a gradient may be in any condition: frozen, freed."""
+        recipe = self.recipes[member.group]
+        if p.grad is None and (not isinstance(known, dict) or any(known.get(n) is None for n in recipe.entries)):
+            return False
+        if not isinstance(known, dict):
+            raise StepError(
+                f"{owner}: the state of parameter {member.label} must be a dict, got a {type(known).__name__}"
+            )
+        try:
+            check(owner, member, p, known, recipe)
+        except StepError:
+            if p.grad is not None:
+                raise
+            return False
+        return p.grad is not None or bool(recipe.entries)
 
     def _complete_state(
         self, algorithm: Algorithm, member: Member, p: Tensor, group: Group, state: dict[Any, State]
@@ -160,19 +204,21 @@ class Plan:
         recipe = self.recipes[member.group]
         if not recipe.entries:
             return
-        own = state.setdefault(p, {})
+        if p not in state:
+            self._set(state, p, {})
+        own = state[p]
         if recipe.counts_steps and own.get("step") is None:
-            own["step"] = new_counter(p.device if group.get("capturable") else "cpu")
+            self._set(own, "step", new_counter(p.device if group.get("capturable") else "cpu"))
         if all(own.get(name) is None for name in recipe.graph.state):
             self.fresh.add(member.position)
         for name in recipe.graph.state:
             if own.get(name) is None:
-                own[name] = algorithm.initial_state(name, p, group)
+                self._set(own, name, algorithm.initial_state(name, p, group))
         if self._why_eager(member, p, own) is None:
             like = p.detach() if kernel.is_dense(p) else p.detach().contiguous()
             for name in recipe.graph.state:
                 if own[name].stride() != like.stride():
-                    own[name] = torch.empty_like(like, dtype=own[name].dtype).copy_(own[name])
+                    self._set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))
 
     def _why_eager(self, member: Member, p: Tensor, own: Mapping[str, Any]) -> str | None:
         """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
@@ -187,6 +233,10 @@ class Plan:
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
+        if not kernel.is_dense(p) and p.untyped_storage().data_ptr() in self.shared:
+            return "a parameter with holes shares its memory with another"
+        if isinstance(own.get("step"), Tensor) and own["step"].is_shared():
+            return "a step count is in shared memory"
         if any(t.is_conj() or t.is_neg() for t in columns):
             return "a parameter or its state is a lazily conjugated or negated view"
         return None
@@ -228,18 +278,21 @@ class Plan:
         """Let the kernels' parameters count in one vector: each `step` is a view of it, and all advance in one add."""
         self.counter = new_counter().new_tensor([float(own_of[member]["step"]) for member in counting])
         for member, step in zip(counting, self.counter.unbind() if counting else (), strict=True):
-            own_of[member]["step"] = step
+            self._set(own_of[member], "step", step)
         # The array shares the vector's memory, and keeps torch from resizing it.
         self.counts = self.counter.numpy()
 
     def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
-        """The values of all options that select a program or a backend; numbers are not among them."""
-        return [[*map(group.get, keys), own] for group, keys, own in zip(groups, self.switches, flags, strict=True)]
+        """The values of all options that select a program or a backend; of numbers only whether they still are such."""
+        return [
+            [*map(group.get, keys), own, [_kind(group.get(name)) for name in numbers]]
+            for group, (keys, numbers), own in zip(groups, self.switches, flags, strict=True)
+        ]
 
     def ready(
         self, groups: list[Group], state: dict[Any, State], scaled: bool, flags: Sequence[Mapping[str, bool]]
     ) -> list[Gathered] | None:
-        """Read everything that a step depends on; None where the plan must be built again. Changes nothing."""
+        """Read all that a step depends on; None where the plan must be built again. Nothing of the user's changes."""
         if scaled != self.scaled or self.sizes != [len(group["params"]) for group in groups]:
             return None
         if self.switched != self._switched(groups, flags) or len(state) != self.size:
@@ -257,18 +310,20 @@ class Plan:
     def run(self, gathered: list[Gathered], factor: float) -> None:
         """Step with what `ready` returned; `factor` multiplies every gradient where the plan was built `scaled`."""
         params, *of_batches = gathered
+        self._made.clear()
+        of_kernels, of_eager = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
+        # torch's operations may still refuse something; the kernels may not, and so come last.
+        for batch, stepping in zip(self.eager, of_eager, strict=True):
+            batch.run(stepping, self.fresh, factor)
         for batch, slots in self.kernels:
             if batch.recipe.counts_steps:
                 self.counts[slots] += batch.active
         if len(self.counts):
             torch.autograd.graph.increment_version(self.counter)
-        for (batch, slots), tensors in zip(self.kernels, of_batches, strict=False):
+        for (batch, slots), tensors in zip(self.kernels, of_kernels, strict=True):
             steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
             first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
             batch.run(tensors, params, steps, first, factor)
             if self.fresh:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
-        for batch, stepping in zip(self.eager, of_batches[len(self.kernels) :], strict=True):
-            batch.run(stepping, self.fresh, factor)
-            self.fresh.difference_update(member.position for member, *_ in stepping)

@@ -802,7 +802,7 @@ SPOILED = {
     "no tensor": (lambda d: d["state"][1].update(exp_avg=3.0), r"'exp_avg' of parameter '0\.bias'"),
     "integers": (lambda d: d["state"][1].update(exp_avg=torch.zeros(8).int()), r"'exp_avg' of parameter '0\.bias'"),
     "foreign": (
-        lambda d: d["state"][1].update(momentum_buffer=torch.zeros(8)),
+        lambda d: d["state"].update({1: {"momentum_buffer": torch.zeros(8)}}),
         r"parameter '0\.bias' .*'momentum_buffer'",
     ),
     "no dict": (lambda d: d["state"].update({1: [1, 2]}), r"parameter '0\.bias'"),

@@ -70,7 +70,7 @@ class SGD(Optimizer):
         check_modes(owner, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_momentum": bool(group["momentum"] != 0)}
+        return super().flags(group) | {"has_momentum": bool(group.get("momentum", 0) != 0)}
 
     @staticmethod
     def rule(p, g, momentum_buffer, *, lr, momentum, dampening, weight_decay, nesterov, first, has_momentum):

@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .formats import FORMATS
+from .ir import RuleError
 from .memory import PLAIN, has_storage, is_dense
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
@@ -23,6 +24,7 @@ __all__ = [
     "Argument",
     "Graph",
     "Rule",
+    "RuleError",
     "compile",
     "evaluate",
     "expect",
