@@ -150,9 +150,10 @@ class Plan:
     def _recipe(self, algorithm: Algorithm, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
         try:
             traced = kernel.trace(algorithm.rule, arguments)
-        except kernel.RuleError as error:
-            flags = ", ".join(f"{name}={a[1]!r}" for name, a in arguments if a[0] == "flag")
-            raise kernel.RuleError(f"{algorithm.name}: {error}" + (f" (with {flags})" if flags else "")) from None
+        except (TypeError, ValueError) as error:
+            words = {"float": "a number", "condition": "a condition"}
+            given = (f"{n} {words.get(str(a[0]), a[1:])}" for n, a in arguments if n not in SPECIAL)
+            raise kernel.RuleError(f"{algorithm.name}: {error} (given {', '.join(given)})") from None
         graph = kernel.finish(traced, maximize=mode.maximize, scaled=self.scaled, exact=not mode.differentiable)
         sources = []
         for name in graph.hypers:

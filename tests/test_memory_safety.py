@@ -1201,7 +1201,9 @@ def crash_second_of_two_is_bad():
                 old, g = params[bad].data, params[bad].grad
                 params[bad].grad = None
                 params[bad].data = torch.ones(2, dtype=old.dtype)
+                params[bad].grad = torch.ones(2, dtype=old.dtype)
                 refuses(opt, "shape")
+                params[bad].grad = None
                 params[bad].data, params[bad].grad = old, g
         opt.step()
 
