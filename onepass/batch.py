@@ -72,7 +72,7 @@ class KernelBatch:
         # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides;
         # torch's public functions make no other ones.
         self.lazy = [i for i, p in enumerate(params) if p.numel() == 1 or p.is_complex()]
-        like = [_dense(p) for p in params]
+        like = [kernel.as_dense(p) for p in params]
         gradients = [
             t if t.dtype == _gradient_dtype(p) else torch.empty_like(t, dtype=_gradient_dtype(p))
             for t, p in zip(like, params, strict=True)
@@ -175,7 +175,7 @@ class KernelBatch:
             check_gradient(self.owner, self.members[i], p, g)
             if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
                 return False
-            tensors[i] = torch.empty_like(_dense(p), dtype=g.dtype).copy_(g.detach())
+            tensors[i] = torch.empty_like(kernel.as_dense(p), dtype=g.dtype).copy_(g.detach())
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
     def run(
@@ -244,11 +244,6 @@ def _picker(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     if len(places) == 1:
         return lambda values: [values[places[0]]]
     return itemgetter(*places) if places else lambda values: []
-
-
-def _dense(p: Tensor) -> Tensor:
-    """The parameter, or a dense tensor that stands for it."""
-    return p.detach() if kernel.is_dense(p) else p.detach().contiguous()
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:

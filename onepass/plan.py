@@ -26,6 +26,7 @@ from .checks import Group, Member, State, StepError
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
+_ABSENT = object()
 
 
 class Algorithm(NamedTuple):
@@ -137,14 +138,14 @@ class Plan:
     def undo(self) -> None:
         """Take back the state that building this plan has made, where no step came of it."""
         for entries, key, before in reversed(self._made):
-            if before is None:
+            if before is _ABSENT:
                 entries.pop(key, None)
             else:
                 entries[key] = before
         self._made.clear()
 
     def _set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
-        self._made.append((entries, key, entries.get(key)))
+        self._made.append((entries, key, entries.get(key, _ABSENT)))
         entries[key] = value
 
     def _recipe(self, algorithm: Algorithm, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
@@ -216,7 +217,7 @@ class Plan:
             if own.get(name) is None:
                 self._set(own, name, algorithm.initial_state(name, p, group))
         if self._why_eager(member, p, own) is None:
-            like = p.detach() if kernel.is_dense(p) else p.detach().contiguous()
+            like = kernel.as_dense(p)
             for name in recipe.graph.state:
                 if own[name].stride() != like.stride():
                     self._set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))

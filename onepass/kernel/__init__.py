@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .formats import FORMATS
 from .ir import RuleError
-from .memory import PLAIN, has_storage, is_dense
+from .memory import PLAIN, as_dense, has_storage, is_dense
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "Graph",
     "Rule",
     "RuleError",
+    "as_dense",
     "compile",
     "evaluate",
     "expect",

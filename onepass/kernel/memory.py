@@ -25,3 +25,8 @@ def is_dense(t: Tensor) -> bool:
             return t.numel() == 0
         expected *= n
     return True
+
+
+def as_dense(t: Tensor) -> Tensor:
+    """The tensor, detached, or a dense copy that stands for it."""
+    return t.detach() if is_dense(t) else t.detach().contiguous()
