@@ -1,26 +1,74 @@
 """PyTorch optimizers, each written once and run in one pass over memory: `import onepass as optim`."""
 
+from . import lr_scheduler, swa_utils
+from .algorithms.adadelta import Adadelta
+from .algorithms.adafactor import Adafactor
+from .algorithms.adagrad import Adagrad
 from .algorithms.adam import Adam, AdamW
+from .algorithms.adamax import Adamax
+from .algorithms.asgd import ASGD
+from .algorithms.lbfgs import LBFGS
+from .algorithms.muon import Muon
+from .algorithms.nadam import NAdam
+from .algorithms.radam import RAdam
+from .algorithms.rmsprop import RMSprop
+from .algorithms.rprop import Rprop
 from .algorithms.sgd import SGD
 from .checks import StepError
-from .kernel.ir import RuleError, lerp, maximum, mean, minimum, norm, sign, sqrt, square, where
+from .kernel.functions import (
+    PerColumn,
+    PerRow,
+    Scalar,
+    column_mean,
+    lerp,
+    maximum,
+    mean,
+    minimum,
+    norm,
+    row_mean,
+    sign,
+    sqrt,
+    square,
+    where,
+)
+from .kernel.ir import RuleError
 from .optimizer import Optimizer
+from .stateless import swap_in_optimizer_params_and_state
 
 __all__ = [
+    "ASGD",
+    "LBFGS",
     "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
+    "Muon",
+    "NAdam",
     "Optimizer",
+    "PerColumn",
+    "PerRow",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
     "RuleError",
+    "Scalar",
     "StepError",
+    "column_mean",
     "lerp",
+    "lr_scheduler",
     "maximum",
     "mean",
     "minimum",
     "norm",
+    "row_mean",
     "sign",
     "sqrt",
     "square",
+    "swa_utils",
+    "swap_in_optimizer_params_and_state",
     "where",
 ]
 

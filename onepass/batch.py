@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .checks import Group, Member, State, check_gradient, check_member, check_state, number, pick
+from .checks import Group, Member, State, check_gradient, check_matrix, check_member, check_state, number, pick
 
 # What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
 Gathered = list[Any]
@@ -21,12 +21,24 @@ Gathered = list[Any]
 
 @dataclass
 class Recipe:
-    """What a batch computes: a finished graph, where its hyper-parameters are found, and whether it counts steps."""
+    """What a batch computes: a finished graph, where its hyper-parameters are found, and which numbers it keeps.
+
+    `numbers` are the state entries that are one number a parameter: the rule's scalars, and `step` where it counts.
+    `required` are the entries that a parameter which has stepped before must have.
+    """
 
     graph: kernel.Graph
     sources: list[tuple[str, str, int | None]]
-    counts_steps: bool
+    numbers: tuple[str, ...]
     required: tuple[str, ...]
+
+    @property
+    def counts_steps(self) -> bool:
+        return "step" in self.numbers
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.graph.scalars)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -35,19 +47,33 @@ class Recipe:
     @property
     def entries(self) -> tuple[str, ...]:
         """The keys of a parameter's state."""
-        return (*self.graph.state, *(("step",) if self.counts_steps else ()))
+        return (*self.graph.state, *self.numbers)
 
     def read(self, group: Group) -> list[float]:
         """A group's numbers, in the order of `sources`."""
         return [number(pick(group, key, i), key) for _, key, i in self.sources]
 
+    def shape(self, name: str, p: Tensor) -> tuple[int, ...]:
+        """The shape of a state entry."""
+        return () if name in self.numbers else kernel.shape_at(self.graph.rank(name), p.shape)
+
+    def fits(self, p: Tensor) -> bool:
+        """Whether a parameter's memory can be walked as it is: dense, and row after row where there are matrices."""
+        return p.is_contiguous() if self.graph.has_matrices else kernel.is_dense(p)
+
+    def as_dense(self, p: Tensor) -> Tensor:
+        """The parameter, detached, or a dense copy that stands for it."""
+        return p.detach() if self.fits(p) else p.detach().contiguous()
+
 
 def check(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], recipe: Recipe) -> None:
     """Whether a parameter can step by this recipe; raises `StepError`."""
-    check_member(owner, member, p, state, recipe.required)
+    check_member(owner, member, p, state, recipe.required, recipe.numbers)
+    if recipe.graph.has_matrices:
+        check_matrix(owner, member, p)
     for name in recipe.graph.state:
         if state.get(name) is not None:
-            check_state(owner, member, p, name, state[name])
+            check_state(owner, member, p, name, state[name], recipe.shape(name, p))
 
 
 class KernelBatch:
@@ -68,33 +94,34 @@ class KernelBatch:
         groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy.
-        self.strided = [i for i, p in enumerate(params) if not kernel.is_dense(p)]
+        self.strided = [i for i, p in enumerate(params) if not recipe.fits(p)]
         # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides;
         # torch's public functions make no other ones.
         self.lazy = [i for i, p in enumerate(params) if p.numel() == 1 or p.is_complex()]
-        like = [kernel.as_dense(p) for p in params]
+        like = [recipe.as_dense(p) for p in params]
         gradients = [
             t if t.dtype == _gradient_dtype(p) else torch.empty_like(t, dtype=_gradient_dtype(p))
             for t, p in zip(like, params, strict=True)
         ]
         columns = [[state[name] for state in states] for name in recipe.entries]
         self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(columns)])
-        self.steps_at = np.array(
-            [state["step"].data_ptr() for state in states] if recipe.counts_steps else [], np.uint64
-        )
-        scale = 2 if params[0].is_complex() else 1
-        self.numel = np.array([scale * p.numel() for p in params], dtype=np.int64)
+        self.numbers_at = np.array([state[n].data_ptr() for n in recipe.numbers for state in states], np.uint64)
+        if recipe.graph.has_matrices:
+            self.sizes = np.array([kernel.sizes(p.shape) for p in params], dtype=np.int64)
+        else:
+            scale = 2 if params[0].is_complex() else 1
+            self.sizes = np.array([(1, 1, scale * p.numel()) for p in params], dtype=np.int64)
         first = [gradients[0], like[0], *(states[0][name] for name in recipe.graph.state)]
         formats = tuple((c, format_name(t.dtype)) for c, t in zip(recipe.columns, first, strict=True))
         self.kernel = kernel.compile(recipe.graph, formats)
-        self.work = self.kernel.split(self.numel)
+        self.work = self.kernel.split(self.sizes)
         self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
         self.launch: Any = None
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
         self._work: Any = None
-        self._next_steps = self._placed = b""
+        self._placed = b""
         self._overlapping = False
 
     def find_entries(self, order: Mapping[int, int], params: Sequence[Tensor]) -> None:
@@ -129,7 +156,8 @@ class KernelBatch:
             inactive = [i for i in changed if i < self.count and tensors[i] is None]
             if len(inactive) < len(changed) and not self._replace_gradients(tensors, inactive):
                 return None
-        if len(self.steps_at) and self.expected.pointers[-self.count :].tobytes() != self.steps_at.tobytes():
+        tail = self.expected.pointers[len(self.expected.pointers) - len(self.numbers_at) :]
+        if tail.tobytes() != self.numbers_at.tobytes():
             return None
         self._activate(inactive)
         return tensors
@@ -140,9 +168,9 @@ class KernelBatch:
     def _activate(self, inactive: list[int]) -> None:
         if inactive != self.inactive:
             self.inactive = inactive
-            numel = self.numel.copy()
-            numel[inactive] = 0
-            self.work = self.kernel.split(numel)
+            sizes = self.sizes.copy()
+            sizes[inactive] = 0
+            self.work = self.kernel.split(sizes)
             self.active = np.ones(self.count)
             self.active[inactive] = 0.0
 
@@ -175,27 +203,29 @@ class KernelBatch:
             check_gradient(self.owner, self.members[i], p, g)
             if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
                 return False
-            tensors[i] = torch.empty_like(kernel.as_dense(p), dtype=g.dtype).copy_(g.detach())
+            tensors[i] = torch.empty_like(self.recipe.as_dense(p), dtype=g.dtype).copy_(g.detach())
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
     def run(
         self,
         tensors: Gathered,
         params: Sequence[Tensor],
-        steps: np.ndarray | None,
+        numbers: Mapping[str, np.ndarray],
         first: np.ndarray | None,
         factor: float,
-    ) -> None:
-        """Launch on what was gathered. `steps` and `first`: each parameter's step number, and if it is the first."""
-        self._choose_rows(steps, first)
+    ) -> dict[str, np.ndarray]:
+        """Launch on what was gathered, and return each parameter's new scalars.
+
+        `numbers` hold each parameter's scalars and step number; `first` says whose step is the first.
+        """
+        self._choose_rows(np.stack([numbers[n] for n in self.recipe.numbers] or [np.zeros(self.count)]), first)
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             leaves[leaf] = values[0] if len(values) == 1 else np.array(values)[self.setting_group]
-        for name, settings in (("step", self.setting_step), ("first", self.setting_first)):
+        settings = {**dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)), "first": self.setting_first}
+        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, factor)):
             if name in self.kernel.leaves:
-                leaves[self.kernel.leaves[name]] = settings
-        if kernel.GRADIENT_FACTOR in self.kernel.leaves:
-            leaves[self.kernel.leaves[kernel.GRADIENT_FACTOR]] = factor
+                leaves[self.kernel.leaves[name]] = values
         self.launch.run(1 if self._overlap() else torch.get_num_threads())
         columns = len(self.recipe.columns)
         written = tensors[self.count : columns * self.count]
@@ -207,23 +237,29 @@ class KernelBatch:
             missing = set(self.inactive)
             written = [t for k, t in enumerate(written) if k % self.count not in missing]
         torch.autograd.graph.increment_version(written)
+        return self.launch.scalars()
 
-    def _choose_rows(self, steps: np.ndarray | None, first: np.ndarray | None) -> None:
-        """Find the distinct settings (group, step, first) and each tensor's; most steps only count the last on."""
-        ahead = 0.0 if steps is None else 1.0
-        steps = np.zeros(self.count) if steps is None else steps
-        if first is None and self._work is self.work and steps.tobytes() == self._next_steps:
-            self.setting_step += ahead
-            self._next_steps = (steps + ahead).tobytes()
-            return
+    def _choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
+        """Find the distinct settings (group, first, numbers) and each tensor's.
+
+        Tensors that have stepped together so far do so in most steps; then their settings alone are read anew.
+        """
+        if first is None and self._work is self.work:
+            settings = numbers[:, self._examples]
+            same = settings[:, self._rows] == numbers
+            if (same | (self.active == 0)).all():
+                self.setting_numbers = settings
+                return
         flags = np.zeros(self.count) if first is None else first
-        keys = np.stack([self.row_of_group, steps, flags], axis=1)
-        settings, rows = np.unique(keys, axis=0, return_inverse=True)
-        self.setting_group = settings[:, 0].astype(np.int64)
-        self.setting_step, self.setting_first = settings[:, 1].copy(), settings[:, 2].copy()
-        self._work, self._next_steps = self.work, b"" if first is not None else (steps + ahead).tobytes()
+        keys = np.stack([self.row_of_group, flags, *numbers], axis=1)
+        settings, examples, rows = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        self._rows, self._examples = rows.reshape(-1), examples
+        self.setting_group, self.setting_first = settings[:, 0].astype(np.int64), settings[:, 1].copy()
+        self.setting_numbers = settings[:, 2:].T
+        # In its first step a parameter has settings of its own.
+        self._work = self.work if first is None else None
         pointers = self.expected.pointers[: len(self.recipe.columns) * self.count].reshape(-1, self.count)
-        self.launch = self.kernel.prepare(pointers, self.work, rows.reshape(-1), len(settings))
+        self.launch = self.kernel.prepare(pointers, self.work, self._rows, len(settings))
 
     def _overlap(self) -> bool:
         """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
@@ -292,8 +328,9 @@ class EagerBatch:
         """Step each parameter that was gathered; `fresh`, the positions of those whose state is new, loses them."""
         for member, p, own, hypers in stepping:
             hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: factor}
+            hypers |= {name: _read(own[name], self.capturable) for name in self.recipe.numbers}
             if self.recipe.counts_steps:
-                hypers["step"] = _next_step(own["step"], self.capturable)
+                hypers["step"] = hypers["step"] + 1
             self._update(p, own, hypers)
             fresh.discard(member.position)
 
@@ -306,22 +343,24 @@ class EagerBatch:
         read = {name: t.clone() for name, t in columns.items()} if self.differentiable else columns
         new = kernel.evaluate(self.recipe.graph, read, hypers)
         if self.recipe.counts_steps:
-            _count(own)
+            _write(own, "step", hypers["step"])
+        for name in self.recipe.scalars:
+            _write(own, name, new.pop(name))
         for name, value in new.items():
             target = p if name == "p" else own[name]
             target.copy_(torch.view_as_complex(value.contiguous()) if p.is_complex() else value)
 
 
-def _next_step(step: Tensor | float, capturable: bool) -> Tensor | float:
-    """The number of the step that is about to be taken; a tensor where a graph capture must see it."""
-    if isinstance(step, Tensor):
-        return step.detach() + 1 if capturable else step.item() + 1
-    return step + 1
+def _read(value: Tensor | float, capturable: bool) -> Tensor | float:
+    """A number of a parameter's state; a tensor where a graph capture must see it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone() if capturable else value.item()
+    return value
 
 
-def _count(own: State) -> None:
-    if isinstance(own["step"], Tensor):
+def _write(own: State, name: str, value: Tensor | float) -> None:
+    if isinstance(own[name], Tensor):
         with torch.no_grad():
-            own["step"] += 1
+            own[name].copy_(value) if isinstance(value, Tensor) else own[name].fill_(value)
     else:
-        own["step"] = torch.tensor(float(own["step"] + 1), device="cpu")
+        own[name] = torch.tensor(float(value), device="cpu")

@@ -21,10 +21,11 @@ class StepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter's place: in the list of all parameters, and in a group; and what to call it in a message."""
+    """A parameter's place in the list of all parameters and in a group, how it steps, and its name in a message."""
 
     position: int
     group: int
+    kind: int
     label: str
 
 
@@ -50,10 +51,18 @@ def pick(group: Group, key: str, i: int | None) -> Any:
         raise StepError(f"param group option {key!r} must have an entry {i}, got {_brief(group[key])}") from None
 
 
-def check_member(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], required: Collection[str]) -> None:
+def check_member(
+    owner: str,
+    member: Member,
+    p: Tensor,
+    state: Mapping[str, Any],
+    required: Collection[str],
+    numbers: Collection[str],
+) -> None:
     """Whether a parameter can step, with the gradient and the state that it has.
 
-    `required` are the state entries that a parameter which has stepped before must have.
+    `required` are the state entries that a parameter which has stepped before must have, `numbers` those that are one
+    number.
     """
     _check_parameter(owner, member, p)
     if p.grad is not None:
@@ -66,8 +75,8 @@ def check_member(owner: str, member: Member, p: Tensor, state: Mapping[str, Any]
             "delete the parameter's state to begin anew, or load a whole one"
         )
     for name, s in state.items():
-        if name == "step" and s is not None:
-            _check_step(owner, member, s)
+        if name in (*numbers, "step") and s is not None:
+            _check_number(owner, member, name, s)
 
 
 def _check_parameter(owner: str, member: Member, p: Tensor) -> None:
@@ -87,9 +96,20 @@ def _check_writable(owner: str, what: str, t: Tensor) -> None:
         raise StepError(f"{owner}: {what} was made in inference mode and cannot be written outside of it; clone it")
 
 
-def _check_step(owner: str, member: Member, step: object) -> None:
-    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise StepError(f"{owner}: state 'step' of parameter {member.label} must be one number, got {_brief(step)}")
+def _check_number(owner: str, member: Member, name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise StepError(f"{owner}: state {name!r} of parameter {member.label} must be one number, got {_brief(value)}")
+
+
+def check_matrix(owner: str, member: Member, p: Tensor) -> None:
+    """A parameter whose rows and columns matter."""
+    if p.is_complex():
+        raise StepError(f"{owner} does not support complex parameters, and parameter {member.label} is {p.dtype}")
+    if p.dim() < 2:
+        raise StepError(
+            f"{owner} needs matrices, and parameter {member.label} has shape {tuple(p.shape)}; give it to another "
+            "optimizer"
+        )
 
 
 def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
@@ -112,14 +132,15 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
         raise StepError(f"{owner}: the gradient of parameter {member.label} has lost its storage; run backward() again")
 
 
-def check_state(owner: str, member: Member, p: Tensor, name: str, s: object) -> None:
+def check_state(owner: str, member: Member, p: Tensor, name: str, s: object, shape: tuple[int, ...]) -> None:
     """A state column that does not belong to its parameter."""
     what = f"state {name!r} of parameter {member.label}"
     if not isinstance(s, Tensor):
         raise StepError(f"{owner}: {what} must be a tensor, got {_brief(s)}")
-    if s.shape != p.shape:
+    if s.shape != shape:
+        belongs = "the parameter has" if shape == p.shape else f"for a parameter of {tuple(p.shape)} it must have"
         raise StepError(
-            f"{owner}: {what} has shape {tuple(s.shape)}, the parameter has {tuple(p.shape)}; delete the parameter's "
+            f"{owner}: {what} has shape {tuple(s.shape)}, {belongs} {shape}; delete the parameter's "
             "state to begin anew, or load one that fits"
         )
     if s.device != p.device:

@@ -16,10 +16,10 @@ from torch import nn
 from onepass import kernel
 from onepass.catalog import UnknownName, find_class, nearest
 from onepass.kernel.cpu import Kernel
-from onepass.kernel.ir import Node, Rank
-from onepass.kernel.program import Pass, Program, element_order
+from onepass.kernel.ir import FACTS, LOADS, Node, Rank
+from onepass.kernel.passes import Pass, Program, element_order
 from onepass.optimizer import Optimizer
-from onepass.plan import Mode, describe
+from onepass.plan import Mode, describe, make_recipe
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
@@ -34,10 +34,12 @@ REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 
 
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
-    """The finished graph of an optimizer's first param group: what its steps compute, in real numbers."""
+    """The finished graph of an optimizer's first parameter: what its steps compute, in real numbers."""
     group = optimizer.param_groups[0]
-    traced = kernel.trace(type(optimizer).rule, describe(optimizer._algorithm(), group))
-    return kernel.finish(traced, maximize=Mode.of(group).maximize)
+    algorithm = optimizer._algorithm()
+    rule = algorithm.rule_of(group["params"][0], group)
+    arguments = describe(algorithm.name, rule, group, algorithm.flags(group))
+    return make_recipe(algorithm.name, rule, arguments, maximize=Mode.of(group).maximize).graph
 
 
 def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class Explanation:
     options: dict[str, Any]
     dtype: str
     kernel: Kernel
+    source: kernel.Rule
 
     @property
     def program(self) -> Program:
@@ -110,7 +113,7 @@ class Explanation:
     def rule(self) -> str:
         """The rule as it is written."""
         try:
-            source = inspect.getsource(self.cls.rule)
+            source = inspect.getsource(self.source)
         except (OSError, TypeError):
             source = "(its source is not in a file)"
         return f"Rule\n\n{textwrap.indent(textwrap.dedent(source).strip(), '    ')}"
@@ -121,9 +124,11 @@ class Explanation:
         width = max(len(c.name) for c in self.program.columns)
         for c in self.program.columns:
             access = " and ".join(word for word, on in (("read", c.read), ("written", c.written)) if on)
-            lines.append(f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes, {access}")
+            often = "" if c.rank == Rank.ELEMENT else f" for each {c.rank.name.lower()}"
+            lines.append(f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes{often}, {access}")
         read, written = self.program.bytes_per_parameter
-        state = sum(c.format.itemsize for c in self.program.columns if c.name not in ("p", "g"))
+        kept = [c for c in self.program.columns if c.name not in ("p", "g") and c.rank == Rank.ELEMENT]
+        state = sum(c.format.itemsize for c in kept)
         count = len(self.program.passes)
         walks = f"{count} pass{'es' if count > 1 else ''} over memory"
         moved = f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"
@@ -133,9 +138,18 @@ class Explanation:
 
     def listing(self) -> str:
         """The program: what the host computes once a step, and what each pass computes for each element."""
-        return "\n\n".join(
-            Listing(one, k, len(self.program.passes)).text() for k, one in enumerate(self.program.passes)
-        )
+        parts = []
+        for k, one in enumerate(self.program.passes):
+            listing = Listing(one, k, len(self.program.passes))
+            parts.append(listing.text())
+            for call in self.program.calls:
+                if call.after == k:
+                    given = ", ".join([call.source, *(listing.host(node) for node in call.numbers)])
+                    parts.append(f"Then {call.target} = {getattr(call.function, '__name__', call.function)}({given})")
+        if self.program.scalars:
+            numbers = [f"    {name} <- {listing.host(node, top=True)}" for name, node in self.program.scalars]
+            parts.append("\n".join(["Numbers, once a step for each parameter", "", *numbers]))
+        return "\n\n".join(parts)
 
     def assembly(self) -> str:
         """The machine code of each pass, its hot loop marked."""
@@ -166,10 +180,12 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     if dtype not in kernel.FORMATS:
         raise nearest("storage format", dtype, kernel.FORMATS)
     options = parse_options(cls, words)
-    optimizer: Any = cls([nn.Parameter(torch.zeros(1))], **options)  # type: ignore[call-arg]
+    p = nn.Parameter(torch.zeros(2, 2))
+    optimizer: Any = cls([p], **options)  # type: ignore[call-arg]
     graph = graph_of(optimizer)
     formats = tuple((column, dtype) for column in ("g", "p", *graph.state))
-    return Explanation(cls, options, dtype, kernel.compile(graph, formats))
+    rule = optimizer.rule_of(p, optimizer.param_groups[0])
+    return Explanation(cls, options, dtype, kernel.compile(graph, formats), rule)
 
 
 class Listing:
@@ -183,18 +199,20 @@ class Listing:
         """The lines of the listing, with a title."""
         stored = [name for name, _ in self.one.stores]
         order = element_order(self.one.roots)
-        ends = f"writes {', '.join(stored)}" if stored else f"ends in {len(self.one.reductions)} reductions"
-        title = (
-            f"Pass {self.k + 1} of {self.passes}: reads {', '.join(self.one.loads)}; {ends}; {len(order)} operations"
-        )
+        count = len(self.one.reductions) + len(self.one.sums)
+        ends = [*([f"ends in {count} reductions"] if count else []), *([f"writes {', '.join(stored)}"] if stored else [])]
+        loads = ", ".join(str(node.attr) for node in self.one.loads)
+        over = "" if self.one.domain == Rank.ELEMENT else f" over {OVER[self.one.domain]}"
+        title = f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; {len(order)} operations"
         lines = [title, "", "    once a step, on the host, in float64:"]
         lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
-        lines += ["", "    for each element:"]
+        lines += ["", f"    for each {self.one.domain.name.lower()}:"]
         for i, node in enumerate(order):
-            if node.op != "load":
+            if node.op not in LOADS:
                 self.names[node] = f"t{i}"
         lines += [f"        {self.names[node]} = {self.spell(node)}" for node in order if node in self.names]
         lines += [f"        partial {node.op} of {self.element(node.args[0])}" for node in self.one.reductions]
+        lines += [f"        {s.into} <- {self.spell(s.node)}" for s in self.one.sums]
         lines += [f"        {name} <- {self.element(root)}" for name, root in self.one.stores]
         return "\n".join(lines)
 
@@ -202,9 +220,9 @@ class Listing:
         """A host value in full, in the names of the hyper-parameters."""
         if node.op == "cast":
             return self.host(node.args[0], top)
-        if node.op in ("hyper", "numel"):
-            return str(node.attr or "numel")
-        if node.rank == Rank.ELEMENT:
+        if node.op == "hyper" or node.op in FACTS:
+            return str(node.attr or node.op)
+        if not node.rank.on_host:
             return "..."
         args = [self.host(a) for a in node.args]
         return f"{node.attr:g}" if node.op == "const" else _spell(node.op, args, bare=top)
@@ -213,7 +231,7 @@ class Listing:
         """How an operand is called."""
         if node in self.names:
             return self.names[node]
-        return str(node.attr) if node.op == "load" else f"{node.attr:g}"
+        return str(node.attr) if node.op in LOADS else f"{node.attr:g}"
 
     def spell(self, node: Node) -> str:
         """One operation on named operands."""

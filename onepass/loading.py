@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -12,6 +12,9 @@ from typing import Any
 from torch import Tensor
 
 Group = dict[str, Any]
+# For a parameter and its group: the state that it must have once it has stepped, and the shapes of all that it may
+# have, None for what is one number.
+StateOf = Callable[[Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None]]]
 
 
 def check_state_dict(owner: str, state_dict: object) -> None:
@@ -37,38 +40,41 @@ class Match:
     parameters: dict[Any, Tensor]
     labels: dict[Any, str]
 
-    def load(
-        self, state_names: Callable[[Group], tuple[list[str], list[str]]], defaults: Mapping[str, Any]
-    ) -> tuple[dict[Any, Any], list[Group]]:
-        """The new state and groups, everything verified first; the optimizer itself is not touched.
+    def load(self, state_of: StateOf, defaults: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Group]]:
+        """The new state and groups, everything verified first; the optimizer itself is not touched."""
+        groups = self.load_groups(defaults)
+        state: dict[Any, Any] = defaultdict(dict)
+        numbers: dict[Any, set[str]] = {}
+        for group, saved in zip(groups, self.saved_groups, strict=True):
+            for key in saved["params"]:
+                if key in self.saved_state and self.saved_state[key] != {}:
+                    required, shapes = state_of(self.parameters[key], group)
+                    self._check(key, self.saved_state[key], required, shapes)
+                    numbers[key] = set() if group.get("capturable") else {n for n in shapes if shapes[n] is None}
+        for key, value in self.saved_state.items():
+            p = self.parameters.get(key)
+            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, numbers.get(key, set()))
+        return state, groups
 
-        `state_names` says for a group which state a parameter must have, and which it may have.
-        """
+    def load_groups(self, defaults: Mapping[str, Any]) -> list[Group]:
+        """The new groups: the saved options, and this optimizer's parameters and names."""
         groups = []
         for group, saved in zip(self.groups, self.saved_groups, strict=True):
             kept = {k: group[k] for k in ("param_names",) if k in group}
             options = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", *kept)}
             groups.append({**defaults, **options, **kept, "params": group["params"]})
-            required, allowed = state_names(groups[-1])
-            for key in saved["params"]:
-                if key in self.saved_state and self.saved_state[key] != {}:
-                    self._check(key, self.saved_state[key], required, allowed)
-        pairs = zip(groups, self.saved_groups, strict=True)
-        on_device = {key for group, saved in pairs if group.get("capturable") for key in saved["params"]}
-        state: dict[Any, Any] = defaultdict(dict)
-        for key, value in self.saved_state.items():
-            p = self.parameters.get(key)
-            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, key in on_device)
-        return state, groups
+        return groups
 
-    def _check(self, key: Any, value: Any, required: Sequence[str], state_names: Sequence[str]) -> None:
+    def _check(
+        self, key: Any, value: Any, required: Sequence[str], shapes: Mapping[str, tuple[int, ...] | None]
+    ) -> None:
         p, label = self.parameters[key], self.labels[key]
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
-        unknown = [name for name, entry in value.items() if name not in state_names and isinstance(entry, Tensor)]
+        unknown = [name for name, entry in value.items() if name not in shapes and isinstance(entry, Tensor)]
         # Beside ours there may be what a subclass or a wrapper keeps.
-        if unknown and not any(value.get(name) is not None for name in state_names if name != "step"):
-            known = ", ".join(state_names) or "no state"
+        if unknown and not any(value.get(name) is not None for name in shapes if name != "step"):
+            known = ", ".join(shapes) or "no state"
             raise ValueError(
                 f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which belongs to another "
                 f"optimizer; {self.owner} keeps {known}"
@@ -80,19 +86,22 @@ class Match:
                 f"{', '.join(required)}"
             )
         for name, entry in value.items():
-            if entry is None or name not in state_names:
+            if entry is None or name not in shapes:
                 continue
+            shape = shapes[name]
             what = f"{self.owner}: saved state {name!r} of parameter {label}"
-            if name == "step":
+            if shape is None:
                 if not isinstance(entry, (int, float)) and not (isinstance(entry, Tensor) and entry.numel() == 1):
                     raise ValueError(f"{what} must be one number, got {_describe(entry)}")
                 continue
             if not isinstance(entry, Tensor):
                 raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
-            if entry.shape != p.shape:
+            if entry.shape != shape:
+                belongs = (
+                    "the parameter has" if shape == p.shape else f"for a parameter of {tuple(p.shape)} it must have"
+                )
                 raise ValueError(
-                    f"{what} has shape {tuple(entry.shape)}, the parameter has {tuple(p.shape)}; load a checkpoint of "
-                    "this model"
+                    f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model"
                 )
             if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
                 raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
@@ -138,13 +147,13 @@ def _describe(value: object) -> str:
     return f"{value!r:.50}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _adopt(value: Mapping[str, Any], p: Tensor, capturable: bool) -> dict[str, Any]:
-    """A copy of a parameter's state: in its own dtype, on the parameter's device; `step` only where a graph sees it."""
+def _adopt(value: Mapping[str, Any], p: Tensor, numbers: Collection[str]) -> dict[str, Any]:
+    """A copy of a parameter's state: in its own dtype, on the parameter's device but for `numbers`."""
     copied = {}
     for name, entry in value.items():
         if not isinstance(entry, Tensor):
             copied[name] = deepcopy(entry)
-        elif name == "step" and not capturable:
+        elif name in numbers:
             copied[name] = entry.detach().clone()
         else:
             copied[name] = entry.detach().to(device=p.device, copy=True)

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, SupportsFloat
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .batch import Gathered
 from .checks import StepError
-from .kernel import Rule, signature
-from .loading import check_state_dict, match
-from .plan import MODES, Algorithm, Plan, state_columns
+from .kernel import Rank, Rule, shape_at, signature
+from .loading import Match, check_state_dict, match
+from .plan import MODES, Algorithm, Plan, describe, fill_state, make_recipe
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -29,7 +29,8 @@ class Optimizer(torch.optim.Optimizer):
     The rule's positional arguments name the columns (p, g and the states, under torch's state-dict names), its
     keyword-only arguments the param-group options; it returns the new value of each column that changes. Two keywords
     are supplied for each parameter: `step`, the number of this step from 1, and `first`, a condition that holds in the
-    step that created the state.
+    step that created the state. A state is shaped as its parameter, unless its annotation says otherwise: `Scalar` is
+    one number a parameter, `PerRow` and `PerColumn` are one for each row or column of its last two dimensions.
     """
 
     rule: Rule
@@ -43,7 +44,6 @@ class Optimizer(torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._warned: set[str] = set()
         owner = _name(self)
-        defaults.setdefault("differentiable", False)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
             raise TypeError(f"{owner}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
         if isinstance(params, set):
@@ -55,6 +55,10 @@ class Optimizer(torch.optim.Optimizer):
 
     # What a subclass may refine.
 
+    def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
+        """The rule by which a parameter steps, where one class has several; it depends on p's shape and on flags."""
+        return type(self).rule
+
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         """The rule's flags in a group: the options that are True or False by default, so that 0 and 1 will do too.
 
@@ -62,12 +66,12 @@ class Optimizer(torch.optim.Optimizer):
         """
         return {name: bool(group[name]) for name in _switches(type(self)) if name in group}
 
-    def initial_state(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """A state column before a parameter's first step: zeros, laid out as the parameter."""
-        return torch.zeros_like(p, memory_format=torch.preserve_format)
+    def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
+        return torch.zeros_like(like, memory_format=torch.preserve_format)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise where an option's value makes no sense, for the defaults and for each group."""
+        """Raise where an option's value makes no sense, for the defaults and for each group, which has `params` too."""
 
     # Stepping.
 
@@ -91,7 +95,7 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             return loss
         factor = 1.0 if scale is None else 1.0 / float(scale)
-        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             plan, gathered = self._make_ready(scale is not None)
             plan.run(gathered, factor)
         return loss
@@ -142,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{_name(self)} has no rule; write a static method `rule(p, g, *states, *, options)`")
         return Algorithm(
             _name(self),
-            cls.rule,
+            partial(cls.rule_of, self),
             partial(cls.flags, self),
             partial(cls.initial_state, self),
             partial(cls._warn_once, self),
@@ -173,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         params, names = self._read_params(param_group["params"])
         self._check_params(params, names)
         self._check_spelling(param_group)
-        self._check({**self.defaults, **param_group})
+        self._check({**self.defaults, **param_group, "params": params})
         param_group["params"] = params
         if names:
             param_group["param_names"] = names
@@ -245,6 +249,14 @@ class Optimizer(torch.optim.Optimizer):
             if meant:
                 raise ValueError(f"{_name(self)}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
 
+    def make_state(self, group: dict[str, Any]) -> None:
+        """Create the state of a group's parameters now, and not in their first step."""
+        algorithm = self._algorithm()
+        for p in group["params"]:
+            rule = algorithm.rule_of(p, group)
+            recipe = make_recipe(algorithm.name, rule, describe(algorithm.name, rule, group, self.flags(group)))
+            fill_state(algorithm, recipe, p, group, self.state[p].__setitem__, self.state[p])
+
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,18 +297,28 @@ class Optimizer(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
-        matched = match(_name(self), self.param_groups, state_dict)
-        state, groups = matched.load(self._state_names, self.defaults)
+        state, groups = self._load(match(_name(self), self.param_groups, state_dict))
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _state_names(self, group: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """The state that a parameter of this group must have once it has stepped, and all that it may have."""
+    def _load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+        """The state and groups that a state dict holds for this optimizer, everything verified first.
+
+        Override it where state does not lie beside each parameter.
+        """
+        return matched.load(self._state_of, self.defaults)
+
+    def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None]]:
+        """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
         algorithm = self._algorithm()
-        columns, keywords = signature(algorithm.rule)
-        step = ["step"] if "step" in keywords else []
-        return [*step, *state_columns(algorithm, dict(group))], [*step, *columns[2:]]
+        rule = algorithm.rule_of(p, dict(group))
+        recipe = make_recipe(algorithm.name, rule, describe(algorithm.name, rule, dict(group), self.flags(group)))
+        said = signature(rule)
+        shapes = {
+            n: shape_at(said.ranks.get(n, Rank.ELEMENT), p.shape) for n in (*recipe.numbers, *said.positional[2:])
+        }
+        return recipe.entries, shapes | dict.fromkeys(recipe.numbers)
 
     def _follow_grad_scaler(self) -> None:
         # As in torch: fused optimizers unscale in the step; for others GradScaler does it before.
@@ -321,12 +343,10 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
 
 @lru_cache(maxsize=256)
 def _switches(cls: type[Optimizer]) -> tuple[str, ...]:
-    """The rule's keywords whose default in a constructor, the class's own or an inherited one, is True or False."""
-    if not hasattr(cls, "rule"):
-        return ()
+    """The arguments whose default in a constructor, the class's own or an inherited one, is True or False."""
     constructors = [inspect.signature(base.__init__).parameters for base in cls.__mro__ if "__init__" in vars(base)]
-    _, keywords = signature(cls.rule)
-    return tuple(k for k in keywords if any(k in c and isinstance(c[k].default, bool) for c in constructors))
+    found = (name for c in constructors for name, argument in c.items() if isinstance(argument.default, bool))
+    return tuple(dict.fromkeys(name for name in found if name not in MODES))
 
 
 # These import torch's compiler when first called, which inside a compiled function has happened already.
@@ -334,14 +354,35 @@ _step_outside_graphs = torch._disable_dynamo(Optimizer._step)
 _zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)
 
 
-def check_number(owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
-    """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below)."""
+def check_number(
+    owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf, up_to: float = math.inf
+) -> None:
+    """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below) and [low, up_to]."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     if isinstance(value, (bool, str)) or not isinstance(value, (Tensor, SupportsFloat)):
         raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    if not low <= float(value.detach() if isinstance(value, Tensor) else value) < below:
-        raise ValueError(f"{owner}: {name} must lie in [{low:g}, {below:g}), got {value}")
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not low <= number < below or number > up_to:
+        allowed = f"[{low:g}, {below:g})" if up_to == math.inf else f"[{low:g}, {up_to:g}]"
+        raise ValueError(f"{owner}: {name} must lie in {allowed}, got {value}")
+
+
+def check_pair(owner: str, name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a tuple or a list, ValueError unless it is one of two numbers."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{owner}: {name} must be two numbers, got {value!r}")
+    if len(value) != 2:
+        raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
+    for i, one in enumerate(value):
+        check_number(owner, f"{name}[{i}]", one, low=-math.inf)
+
+
+def check_betas(owner: str, betas: Any) -> None:
+    """Raise ValueError unless `betas` are two numbers in [0, 1)."""
+    check_pair(owner, "betas", betas)
+    for i, beta in enumerate(betas):
+        check_number(owner, f"betas[{i}]", beta, below=1.0)
 
 
 def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -354,7 +395,7 @@ def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str])
 
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:
     """Raise RuntimeError for torch's modes where they exclude each other."""
-    if options["fused"] and options["differentiable"]:
+    if options.get("fused") and options.get("differentiable"):
         raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
-    if options["fused"] and options["foreach"]:
+    if options.get("fused") and options["foreach"]:
         raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")

@@ -12,7 +12,8 @@ plan keeps no parameter, gradient or state alive.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from .checks import Group, Member, State, StepError
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
+# Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
+MOST_ELEMENTS = 1 << 24
 _ABSENT = object()
 
 
@@ -33,26 +36,27 @@ class Algorithm(NamedTuple):
     """What a plan needs of an optimizer: its class's name and rule, and what its class may refine."""
 
     name: str
-    rule: kernel.Rule
+    rule_of: Callable[[Tensor, Group], kernel.Rule]
     flags: Callable[[Group], Mapping[str, bool]]
     initial_state: Callable[[str, Tensor, Group], Tensor]
     warn_once: Callable[[str], None]
 
 
-def describe(algorithm: Algorithm, group: Group) -> tuple[tuple[str, kernel.Argument], ...]:
-    """What the rule's keywords are in a group: numbers, which may change freely, and flags, which select a program."""
-    flags = algorithm.flags(group)
-    _, keywords = kernel.signature(algorithm.rule)
-    return tuple((name, _argument(algorithm, name, group, flags)) for name in keywords)
+Arguments = tuple[tuple[str, kernel.Argument], ...]
 
 
-def _argument(algorithm: Algorithm, name: str, group: Group, flags: Mapping[str, bool]) -> kernel.Argument:
+def describe(owner: str, rule: kernel.Rule, group: Group, flags: Mapping[str, bool]) -> Arguments:
+    """What a rule's keywords are in a group: numbers, which may change freely, and flags, which select a program."""
+    return tuple((name, _argument(owner, name, group, flags)) for name in kernel.signature(rule).keywords)
+
+
+def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) -> kernel.Argument:
     if name in SPECIAL:
         return ("float",) if name == "step" else ("condition",)
     if name in flags:
         return ("flag", bool(flags[name]))
     if name not in group:
-        raise StepError(f"{algorithm.name}: param group has no option {name!r}, which its rule needs")
+        raise StepError(f"{owner}: param group has no option {name!r}, which its rule needs")
     value = group[name]
     if isinstance(value, (tuple, list)):
         return ("tuple", len(value))
@@ -78,12 +82,30 @@ class Mode(NamedTuple):
         return cls(maximize, eager, differentiable, capturable)
 
 
-def state_columns(algorithm: Algorithm, group: Group) -> tuple[str, ...]:
-    """The state tensors that a parameter of this group has, beside its step count."""
-    return kernel.trace(algorithm.rule, describe(algorithm, group)).state
+def make_recipe(
+    owner: str, rule: kernel.Rule, arguments: Arguments, *, maximize=False, scaled=False, exact=True
+) -> Recipe:
+    """What parameters that step by a rule compute, from its keywords in their group."""
+    try:
+        traced = kernel.trace(rule, arguments)
+    except (TypeError, ValueError) as error:
+        words = {"float": "a number", "condition": "a condition"}
+        given = (f"{n} {words.get(str(a[0]), a[1:])}" for n, a in arguments if n not in SPECIAL)
+        raise kernel.RuleError(f"{owner}: {error} (given {', '.join(given)})") from None
+    graph = kernel.finish(traced, maximize=maximize, scaled=scaled, exact=exact)
+    scalars = tuple(name for name, _ in graph.scalars)
+    sources = []
+    for name in graph.hypers:
+        key, _, index = name.partition(".")
+        if key not in (*SPECIAL, *scalars, kernel.GRADIENT_FACTOR):
+            sources.append((name, key, int(index) if index else None))
+    # State that a flag adds may begin in the middle of a run, when the flag is switched on.
+    off = kernel.trace(rule, tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments))
+    counts = ("step",) if any(name == "step" for name, _ in arguments) else ()
+    return Recipe(graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars)))
 
 
-def switches(arguments: tuple[tuple[str, kernel.Argument], ...]) -> tuple[list[str], list[str]]:
+def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str], list[str]]:
     """The names of the group options that are no numbers, and of those that are."""
     flags = [name for name, argument in arguments if argument[0] == "flag"]
     numbers = [name for name, argument in arguments if argument[0] in ("float", "tuple") and name not in SPECIAL]
@@ -104,6 +126,20 @@ def new_counter(device: torch.device | str = "cpu") -> Tensor:
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
+def fill_state(
+    algorithm: Algorithm, recipe: Recipe, p: Tensor, group: Group, put: Callable[[str, Tensor], None], own: State
+) -> None:
+    """Create the entries of a parameter's state that are missing, and put each in its place."""
+    for name in (*recipe.numbers[::-1], *recipe.graph.state):
+        if own.get(name) is None:
+            shape = recipe.shape(name, p)
+            if name in recipe.numbers:
+                like = new_counter(p.device if group.get("capturable") else "cpu")
+            else:
+                like = p if shape == p.shape else p.detach().new_empty(shape)
+            put(name, like if name == "step" else algorithm.initial_state(name, like, group))
+
+
 class Plan:
     """One optimizer's parameters, in batches, ready to step."""
 
@@ -111,13 +147,7 @@ class Plan:
         """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed."""
         self.scaled = scaled
         self.sizes = [len(group["params"]) for group in groups]
-        described = [(describe(algorithm, group), Mode.of(group)) for group in groups]
-        self.recipes = [self._recipe(algorithm, *one) for one in described]
-        self.modes = [mode for _, mode in described]
-        self.switches = [switches(arguments) for arguments, _ in described]
-        self.switched = self._switched(groups, [algorithm.flags(group) for group in groups])
-        for recipe, group in zip(self.recipes, groups, strict=True):
-            recipe.read(group)
+        self._find_recipes(algorithm, groups)
         params = list(chain.from_iterable(group["params"] for group in groups))
         self.dormant: list[int] = []
         self.members = self._find_members(algorithm.name, groups, state)
@@ -148,24 +178,30 @@ class Plan:
         self._made.append((entries, key, entries.get(key, _ABSENT)))
         entries[key] = value
 
-    def _recipe(self, algorithm: Algorithm, arguments: tuple[tuple[str, kernel.Argument], ...], mode: Mode) -> Recipe:
-        try:
-            traced = kernel.trace(algorithm.rule, arguments)
-        except (TypeError, ValueError) as error:
-            words = {"float": "a number", "condition": "a condition"}
-            given = (f"{n} {words.get(str(a[0]), a[1:])}" for n, a in arguments if n not in SPECIAL)
-            raise kernel.RuleError(f"{algorithm.name}: {error} (given {', '.join(given)})") from None
-        graph = kernel.finish(traced, maximize=mode.maximize, scaled=self.scaled, exact=not mode.differentiable)
-        sources = []
-        for name in graph.hypers:
-            key, _, index = name.partition(".")
-            if key not in (*SPECIAL, kernel.GRADIENT_FACTOR):
-                sources.append((name, key, int(index) if index else None))
-        # State that a flag adds may begin in the middle of a run, when the flag is switched on.
-        off = tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments)
-        return Recipe(
-            graph, sources, any(name == "step" for name, _ in arguments), kernel.trace(algorithm.rule, off).state
-        )
+    def _find_recipes(self, algorithm: Algorithm, groups: list[Group]) -> None:
+        """How each parameter steps: one recipe for each group and each rule in it, numbered by `kind_of`."""
+        self.recipes: list[Recipe] = []
+        self.modes: list[Mode] = []
+        self.kind_of: list[int] = []
+        self.switches: list[tuple[list[str], list[str]]] = []
+        flags = [algorithm.flags(group) for group in groups]
+        for group, own in zip(groups, flags, strict=True):
+            mode = Mode.of(group)
+            known: dict[kernel.Rule, int] = {}
+            keywords: dict[str, kernel.Argument] = {}
+            for p in group["params"]:
+                rule = algorithm.rule_of(p, group)
+                if rule not in known:
+                    arguments = describe(algorithm.name, rule, group, own)
+                    keywords |= dict(arguments)
+                    how = {"maximize": mode.maximize, "scaled": self.scaled, "exact": not mode.differentiable}
+                    known[rule] = len(self.recipes)
+                    self.recipes.append(make_recipe(algorithm.name, rule, arguments, **how))
+                    self.recipes[-1].read(group)
+                    self.modes.append(mode)
+                self.kind_of.append(known[rule])
+            self.switches.append(switches(keywords.items()))
+        self.switched = self._switched(groups, flags)
 
     def _find_members(self, owner: str, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
         """The parameters that step now, checked, and those that have stepped and still could; others are dormant."""
@@ -174,7 +210,8 @@ class Plan:
         for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
-                member = Member(position, g, repr(names[i]) if names and i < len(names) else str(position))
+                label = repr(names[i]) if names and i < len(names) else str(position)
+                member = Member(position, g, self.kind_of[position], label)
                 position += 1
                 if self._is_awake(owner, member, p, state.get(p, {})):
                     members.append(member)
@@ -184,7 +221,7 @@ class Plan:
 
     def _is_awake(self, owner: str, member: Member, p: Tensor, known: Any) -> bool:
         """Whether a parameter belongs into the plan. One without a gradient may be in any condition: frozen, freed."""
-        recipe = self.recipes[member.group]
+        recipe = self.recipes[member.kind]
         if p.grad is None and (not isinstance(known, dict) or any(known.get(n) is None for n in recipe.entries)):
             return False
         if not isinstance(known, dict):
@@ -203,29 +240,25 @@ class Plan:
         self, algorithm: Algorithm, member: Member, p: Tensor, group: Group, state: dict[Any, State]
     ) -> None:
         """Create missing entries; lay dense ones that lie otherwise than their parameter as it lies."""
-        recipe = self.recipes[member.group]
+        recipe = self.recipes[member.kind]
         if not recipe.entries:
             return
         if p not in state:
             self._set(state, p, {})
         own = state[p]
-        if recipe.counts_steps and own.get("step") is None:
-            self._set(own, "step", new_counter(p.device if group.get("capturable") else "cpu"))
         if all(own.get(name) is None for name in recipe.graph.state):
             self.fresh.add(member.position)
-        for name in recipe.graph.state:
-            if own.get(name) is None:
-                self._set(own, name, algorithm.initial_state(name, p, group))
+        fill_state(algorithm, recipe, p, group, partial(self._set, own), own)
         if self._why_eager(member, p, own) is None:
-            like = kernel.as_dense(p)
             for name in recipe.graph.state:
+                like = recipe.as_dense(p) if own[name].shape == p.shape else own[name].contiguous()
                 if own[name].stride() != like.stride():
                     self._set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))
 
     def _why_eager(self, member: Member, p: Tensor, own: Mapping[str, Any]) -> str | None:
         """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
-        mode = self.modes[member.group]
-        columns = [p, *(own[name] for name in self.recipes[member.group].graph.state)]
+        mode = self.modes[member.kind]
+        columns = [p, *(own[name] for name in self.recipes[member.kind].graph.state)]
         if mode.eager or mode.differentiable or p.device.type == "meta":
             return ""
         if kernel.why_no_kernels(p.device.type):
@@ -237,7 +270,9 @@ class Plan:
                 return f"there are no kernels for {t.dtype}"
         if not kernel.is_dense(p) and p.untyped_storage().data_ptr() in self.shared:
             return "a parameter with holes shares its memory with another"
-        if isinstance(own.get("step"), Tensor) and own["step"].is_shared():
+        if any(
+            isinstance(own.get(name), Tensor) and own[name].is_shared() for name in self.recipes[member.kind].numbers
+        ):
             return "a step count is in shared memory"
         if any(t.is_conj() or t.is_neg() for t in columns):
             return "a parameter or its state is a lazily conjugated or negated view"
@@ -248,41 +283,68 @@ class Plan:
         kernels: dict[object, list[Member]] = {}
         eager: dict[tuple[kernel.Graph, Mode], list[Member]] = {}
         for member in self.members:
-            p, graph = params[member.position], self.recipes[member.group].graph
+            p, graph = params[member.position], self.recipes[member.kind].graph
             own = state.get(p, {})
             why = self._why_eager(member, p, own)
             if why is None:
                 dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, *(own[name].dtype for name in graph.state))
                 kernels.setdefault((graph, dtypes), []).append(member)
             else:
-                eager.setdefault((graph, self.modes[member.group]), []).append(member)
+                eager.setdefault((graph, self.modes[member.kind]), []).append(member)
                 if why:
                     algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
-        own_of = {member: state.get(params[member.position], {}) for of in kernels.values() for member in of}
-        self._share_steps([member for member in own_of if self.recipes[member.group].counts_steps], own_of)
+        lists = [of for together in kernels.values() for of in self._batches(together, params)]
+        own_of = {member: state.get(params[member.position], {}) for of in lists for member in of}
+        self._share_numbers(own_of)
         place = {id(p): i for i, p in enumerate(state)}
-        self.kernels: list[tuple[KernelBatch, slice]] = []
-        counted = 0
-        for of in kernels.values():
-            recipe = self.recipes[of[0].group]
+        self.kernels: list[KernelBatch] = []
+        self.slots: list[dict[str, slice]] = []
+        counted = dict.fromkeys(self.vectors, 0)
+        for of in lists:
+            recipe = self.recipes[of[0].kind]
             own = [own_of[m] for m in of]
             batch = KernelBatch(of, [params[m.position] for m in of], own, recipe, algorithm.name)
             batch.find_entries(place, params)
-            # Batches follow one another in the vector of steps.
-            self.kernels.append((batch, slice(counted, counted + len(of))))
-            counted += len(of) if recipe.counts_steps else 0
+            self.kernels.append(batch)
+            # Batches follow one another in the vectors.
+            self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers})
+            counted |= {n: slots.stop for n, slots in self.slots[-1].items()}
         self.eager = [
-            EagerBatch(of, self.recipes[of[0].group], algorithm.name, mode.differentiable, mode.capturable)
+            EagerBatch(of, self.recipes[of[0].kind], algorithm.name, mode.differentiable, mode.capturable)
             for (_, mode), of in eager.items()
         ]
 
-    def _share_steps(self, counting: list[Member], own_of: Mapping[Member, State]) -> None:
-        """Let the kernels' parameters count in one vector: each `step` is a view of it, and all advance in one add."""
-        self.counter = new_counter().new_tensor([float(own_of[member]["step"]) for member in counting])
-        for member, step in zip(counting, self.counter.unbind() if counting else (), strict=True):
-            self._set(own_of[member], "step", step)
+    def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
+        """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
+        if not self.recipes[together[0].kind].graph.has_calls:
+            return [together]
+        batches: list[list[Member]] = []
+        taken, shape = 0, None
+        for member in sorted(together, key=lambda m: tuple(params[m.position].shape)):
+            p = params[member.position]
+            if p.shape != shape or taken + p.numel() > MOST_ELEMENTS:
+                batches.append([])
+                taken, shape = 0, p.shape
+            batches[-1].append(member)
+            taken += p.numel()
+        return batches
+
+    def _share_numbers(self, own_of: Mapping[Member, State]) -> None:
+        """Let the kernels' parameters keep their numbers in one vector for each name, of which each entry is a view.
+
+        All steps then advance in one addition.
+        """
+        having: dict[str, list[Member]] = {}
+        for member in own_of:
+            for name in self.recipes[member.kind].numbers:
+                having.setdefault(name, []).append(member)
         # The array shares the vector's memory, and keeps torch from resizing it.
-        self.counts = self.counter.numpy()
+        self.vectors: dict[str, tuple[Tensor, np.ndarray]] = {}
+        for name, members in having.items():
+            vector = new_counter().new_tensor([float(own_of[member][name]) for member in members])
+            for member, entry in zip(members, vector.unbind(), strict=True):
+                self._set(own_of[member], name, entry)
+            self.vectors[name] = vector, vector.numpy()
 
     def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
         """The values of all options that select a program or a backend; of numbers only whether they still are such."""
@@ -304,8 +366,7 @@ class Plan:
             return None
         keys, entries = list(state), list(state.values())
         gathered: list[Gathered] = [params]
-        for batch, _ in self.kernels:
-            gathered.append(batch.gather(params, groups, keys, entries))  # type: ignore[arg-type]
+        gathered += (batch.gather(params, groups, keys, entries) for batch in self.kernels)  # type: ignore[arg-type]
         gathered += (batch.gather(params, groups, state) for batch in self.eager)  # type: ignore[arg-type]
         return None if any(one is None for one in gathered) else gathered
 
@@ -317,15 +378,16 @@ class Plan:
         # torch's operations may still refuse something; the kernels may not, and so come last.
         for batch, stepping in zip(self.eager, of_eager, strict=True):
             batch.run(stepping, self.fresh, factor)
-        for batch, slots in self.kernels:
-            if batch.recipe.counts_steps:
-                self.counts[slots] += batch.active
-        if len(self.counts):
-            torch.autograd.graph.increment_version(self.counter)
-        for (batch, slots), tensors in zip(self.kernels, of_kernels, strict=True):
-            steps = self.counts[slots].astype(np.float64) if batch.recipe.counts_steps else None
+        for batch, slots in zip(self.kernels, self.slots, strict=True):
+            if "step" in slots:
+                self.vectors["step"][1][slots["step"]] += batch.active
+        torch.autograd.graph.increment_version([vector for vector, _ in self.vectors.values()])
+        for batch, slots, tensors in zip(self.kernels, self.slots, of_kernels, strict=True):
+            numbers = {name: self.vectors[name][1][slot].astype(np.float64) for name, slot in slots.items()}
             first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
-            batch.run(tensors, params, steps, first, factor)
+            for name, new in batch.run(tensors, params, numbers, first, factor).items():
+                kept = self.vectors[name][1][slots[name]]
+                kept[:] = np.where(batch.active, new, kept)
             if self.fresh:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)

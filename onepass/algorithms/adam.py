@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernel.ir import lerp, maximum, sqrt, where
-from ..optimizer import Optimizer, Params, check_modes, check_number
+from ..kernel.functions import lerp, maximum, sqrt, where
+from ..optimizer import Optimizer, Params, check_betas, check_modes, check_number
 
 
 class Adam(Optimizer):
@@ -65,10 +65,7 @@ class Adam(Optimizer):
         owner = type(self).__name__
         for name in ("lr", "eps", "weight_decay"):
             check_number(owner, name, options[name])
-        if not isinstance(options["betas"], (tuple, list)) or len(options["betas"]) != 2:
-            raise ValueError(f"{owner}: betas must be two numbers, got {options['betas']!r}")
-        for i, beta in enumerate(options["betas"]):
-            check_number(owner, f"betas[{i}]", beta, below=1.0)
+        check_betas(owner, options["betas"])
         check_modes(owner, options)
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernel.ir import where
+from ..kernel.functions import where
 from ..optimizer import Optimizer, Params, check_modes, check_number
 
 

@@ -7,8 +7,8 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from .formats import FORMATS
-from .ir import RuleError
-from .memory import PLAIN, as_dense, has_storage, is_dense
+from .ir import Rank, RuleError
+from .memory import PLAIN, as_dense, has_storage, is_dense, shape_at, sizes
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "PLAIN",
     "Argument",
     "Graph",
+    "Rank",
     "Rule",
     "RuleError",
     "as_dense",
@@ -30,9 +31,12 @@ __all__ = [
     "evaluate",
     "expect",
     "finish",
+    "has_bfloat16_products",
     "has_storage",
     "is_dense",
+    "shape_at",
     "signature",
+    "sizes",
     "trace",
     "why_no_kernels",
 ]
@@ -47,6 +51,14 @@ def why_no_kernels(device_type: str) -> str:
 
     missing = native.missing_instructions()
     return f"there are no kernels for processors without {missing}" if missing else ""
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 in hardware."""
+    from . import native
+
+    return native.has_bfloat16_products()
 
 
 @lru_cache(maxsize=1024)

@@ -6,64 +6,22 @@ The launch is given addresses and trusts them: `plan` is where they are taken fr
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
-from .ir import Rank
-from .lower import NUMEL, leaf_names, lower
+from .chunks import Work, address
+from .ir import Node, Rank
+from .lower import SIZES, leaf_names, lower
 from .native import Library, openmp, run_in_threads
-from .program import Pass, Program
-from .walk import CHUNK, FIELDS
+from .passes import Call, Pass, Program
+from .temporaries import Temporaries
+from .walk import FIELDS
 
 COMPUTE = {"f32": np.float32, "f64": np.float64}
-# A tensor's fixed cost in a walk, in elements: keeps the threads' shares even among very small tensors.
-OVERHEAD = 128
 # Units of work below which another thread costs more than it saves.
 UNITS_PER_THREAD = 4
-
-
-def address(array: np.ndarray) -> int:
-    """Where an array's memory begins; `array.ctypes` says the same three times slower."""
-    return array.__array_interface__["data"][0]
-
-
-class Work:
-    """How a walk over tensors is cut: chunks of at most CHUNK elements, gathered into units that threads take.
-
-    Chunks begin at multiples of CHUNK of the tensor's own elements, so that what a chunk computes does not depend on
-    the other tensors or on the number of threads.
-    """
-
-    def __init__(self, numel: np.ndarray) -> None:
-        """`numel` holds each tensor's number of elements; 0 leaves a tensor untouched."""
-        self.numel = np.ascontiguousarray(numel, dtype=np.int64)
-        counts = -(-self.numel // CHUNK)
-        self.walked = np.flatnonzero(counts)
-        self.first = (np.cumsum(counts) - counts)[self.walked]
-        self.tensor = np.repeat(np.arange(len(numel)), counts)
-        self.start = (np.arange(len(self.tensor)) - np.repeat(self.first, counts[self.walked])) * CHUNK
-        cost = np.cumsum(np.minimum(CHUNK, self.numel[self.tensor] - self.start) + OVERHEAD)
-        unit = cost // (CHUNK + OVERHEAD)
-        starts = np.flatnonzero(np.diff(unit, prepend=-1))
-        self.unit_begin = np.append(starts, len(self.tensor)).astype(np.int64)
-        self.units = len(starts)
-        self.addresses = {
-            "unit_begin": address(self.unit_begin),
-            "chunk_tensor": address(self.tensor),
-            "chunk_start": address(self.start),
-            "numel": address(self.numel),
-        }
-
-    def combine(self, op: str, partials: np.ndarray) -> np.ndarray:
-        """One value a tensor from one a chunk: sums chunk after chunk, from 0; 0 for a tensor without elements."""
-        result = np.zeros(len(self.numel))
-        if op == "sum":
-            result += np.bincount(self.tensor, partials, len(result))
-        elif len(self.walked):
-            result[self.walked] = np.maximum.reduceat(partials, self.first)
-        return result
 
 
 class Kernel:
@@ -78,18 +36,19 @@ class Kernel:
         self.launch = [ctypes.CFUNCTYPE(*signature)(self.library.address(f"launch_{k}")) for k in passes]
         self.workers = [self.library.address(f"worker_{k}") for k in passes]
         self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
+        self.inputs = [{node: i for i, node in enumerate(one.inputs)} for one in program.passes]
 
-    @staticmethod
-    def split(numel: np.ndarray) -> Work:
-        """How to cut a walk over tensors of these sizes; good for any number of launches."""
-        return Work(numel)
+    def split(self, sizes: np.ndarray) -> Work:
+        """How to cut walks over tensors of these sizes; good for any number of launches."""
+        return Work(sizes, {one.domain for one in self.program.passes}, self.program.by_lines)
 
     def prepare(self, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> Launch:
         """Everything about a launch that may stay the same from step to step."""
         return Launch(self, pointers, work, rows, settings)
 
 
-class Walk(NamedTuple):
+@dataclass
+class Walk:
     """One pass of a launch: whether each tensor has a row of its own, and the arrays that the arguments point into."""
 
     own: bool
@@ -107,39 +66,67 @@ class Launch:
         """
         self.kernel, self.work, self.rows = kernel, work, np.ascontiguousarray(rows, np.int64)
         self.leaves = np.zeros((len(kernel.leaves), settings))
+        self._temporaries = Temporaries(kernel.program, work)
         self._walks = [self._lay_out(one, pointers) for one in kernel.program.passes]
 
     def _lay_out(self, one: Pass, pointers: np.ndarray) -> Walk:
         own = any(node.rank == Rank.TENSOR for node in one.inputs)
         settings = len(self.rows) if own else self.leaves.shape[1]
+        chunks = self.work.chunks[one.domain]
         arrays = {
             "pointers": pointers,
+            "temporaries": self._temporaries.pointers,
             "rows": np.arange(settings) if own else self.rows,
             "table": np.empty((settings, len(one.inputs)), COMPUTE[self.kernel.program.compute]),
-            "partials": np.zeros((len(self.work.tensor), len(one.reductions))),
+            "partials": np.zeros((len(chunks.tensor), len(one.reductions))),
             "leaves": np.zeros((len(self.kernel.leaves), settings)) if own else self.leaves,
         }
-        fields = {"counter": 0, "units": self.work.units, "tensors": len(self.work.numel), "settings": settings}
-        fields |= self.work.addresses | {name: address(array) for name, array in arrays.items()}
+        fields = {"counter": 0, "units": chunks.units, "tensors": len(self.work.numel), "settings": settings}
+        fields |= chunks.addresses | {name: address(array) for name, array in arrays.items()}
         return Walk(own, arrays, np.array([fields[name] for name in FIELDS], np.uint64))
 
     def run(self, threads: int) -> None:
         """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting; float64)."""
-        threads = max(1, min(threads, self.work.units // UNITS_PER_THREAD))
+        program = self.kernel.program
         known: list[np.ndarray] = []
-        for k, (walk, one) in enumerate(zip(self._walks, self.kernel.program.passes, strict=True)):
-            if walk.own:
-                self._spread(walk.arrays["leaves"], known)
-            self._walk(k, address(walk.arguments), threads)
-            for r, reduction in enumerate(one.reductions):
-                known.append(self.work.combine(reduction.op, walk.arrays["partials"][:, r]))
+        with self._temporaries.of_elements():
+            for k, (walk, one) in enumerate(zip(self._walks, program.passes, strict=True)):
+                if walk.own:
+                    self._spread(walk.arrays["leaves"], known)
+                chunks = self.work.chunks[one.domain]
+                self._walk(k, address(walk.arguments), max(1, min(threads, chunks.units // UNITS_PER_THREAD)))
+                for r, reduction in enumerate(one.reductions):
+                    known.append(chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows)))
+                self._temporaries.complete(one, chunks)
+                for call in program.calls:
+                    if call.after == k:
+                        self._temporaries.call(call, self._numbers(call))
+
+    def scalars(self) -> dict[str, np.ndarray]:
+        """Each tensor's new scalars, as the last run computed them, in the compute type."""
+        last = len(self._walks) - 1
+        return {name: self._of_tensors(last, node) for name, node in self.kernel.program.scalars}
+
+    def _numbers(self, call: Call) -> np.ndarray:
+        """The numbers that a function of matrices is called with: (tensors, numbers)."""
+        values = [self._of_tensors(call.after, node) for node in call.numbers]
+        return np.stack(values, axis=1) if values else np.zeros((len(self.rows), 0))
+
+    def _of_tensors(self, k: int, node: Node) -> np.ndarray:
+        """A host value of pass k, for each tensor."""
+        if node.op == "const":
+            return np.full(len(self.rows), node.attr)
+        arrays = self._walks[k].arrays
+        return arrays["table"][arrays["rows"], self.kernel.inputs[k][node]]
 
     def _spread(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
-        """A tensor's own row: its setting's hyper-parameters, its size, and what has been reduced so far."""
-        hypers = self.kernel.leaves[NUMEL]
+        """A tensor's own row: its setting's hyper-parameters, its sizes, and what has been reduced so far."""
+        hypers = len(self.kernel.program.hypers)
         leaves[:hypers] = self.leaves[:hypers, self.rows]
-        leaves[hypers] = self.work.numel
-        for i, values in enumerate(known, hypers + 1):
+        sizes = {"numel": self.work.numel, "rows": self.work.sizes[:, 1], "columns": self.work.sizes[:, 2]}
+        for name, leaf in SIZES.items():
+            leaves[self.kernel.leaves[leaf]] = sizes[name]
+        for i, values in enumerate(known, hypers + len(SIZES)):
             leaves[i] = values
 
     def _walk(self, k: int, arguments: int, threads: int) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ir import Node, topological
+from .ir import LOADS, Node, Rank, topological
+from .memory import shape_at
 from .program import Graph
 
 ON_TENSORS: dict[str, Callable[..., Any]] = {
@@ -39,8 +40,13 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "xor": operator.xor,
     "not": torch.logical_not,
     "where": torch.where,
-    "sum": torch.sum,
-    "amax": torch.amax,
+}
+
+FACTS: dict[str, Callable[[Tensor], float]] = {
+    "numel": Tensor.numel,
+    "rows": lambda p: p.shape[-2],
+    "columns": lambda p: p.shape[-1],
+    "epsilon": lambda p: torch.finfo(p.dtype).eps,
 }
 
 ON_NUMBERS: dict[str, Callable[..., np.ndarray]] = {
@@ -75,27 +81,37 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def run(graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Value]) -> dict[str, Tensor]:
-    """The new values of the columns that the graph writes, in the compute type, for one tensor. Writes nothing.
+    """The new values of the columns and scalars that the graph writes, in the compute type. Writes nothing.
 
-    `columns` are real tensors of one shape (complex ones are viewed as real by the caller); `hypers` are numbers, or
-    tensors of one element where autograd or a graph capture must see them.
+    `columns` are one tensor's, real (complex ones are viewed as real by the caller); `hypers` are numbers, or tensors
+    of one element where autograd or a graph capture must see them.
     """
     dtype = compute_dtype(*columns.values())
     values: dict[Node, Value] = {}
     for node in topological(graph.roots):
-        if node.op == "load":
+        if node.op in LOADS:
             values[node] = columns[str(node.attr)].to(dtype)
         elif node.op == "hyper":
             value = hypers[str(node.attr)]
             values[node] = value.reshape(()).to(_widest(value)) if isinstance(value, Tensor) else float(value)
         elif node.op == "const":
             values[node] = node.attr  # type: ignore[assignment]
-        elif node.op == "numel":
-            values[node] = float(columns["p"].numel())
+        elif node.op in FACTS:
+            values[node] = float(FACTS[node.op](columns["p"]))
+        elif node.op == "call":
+            values[node] = _call(node.attr, [values[a] for a in node.args])  # type: ignore[arg-type]
         else:
             values[node] = _apply(node, [values[a] for a in node.args])
     p = columns["p"]
-    return {name: _element(values[root], p, dtype) for name, root in graph.outputs}
+    new = {name: _at(values[root], shape_at(graph.rank(name), p.shape), p, dtype) for name, root in graph.outputs}
+    return new | {name: torch.as_tensor(values[root], dtype=torch.float64) for name, root in graph.scalars}
+
+
+def _call(function: Callable[..., Tensor], args: list[Value]) -> Tensor:
+    """A function of whole matrices, of one tensor's; numbers that are tensors stay tensors."""
+    x, *numbers = args
+    assert isinstance(x, Tensor)
+    return function(x.reshape(-1, *x.shape[-2:]), *numbers).reshape(x.shape)
 
 
 def _apply(node: Node, args: list[Value]) -> Value:
@@ -108,10 +124,8 @@ def _apply(node: Node, args: list[Value]) -> Value:
     if node.op in ("and", "or", "xor"):
         # A known condition beside a tensor of them: torch's operators take Python's bool on either side.
         return ON_TENSORS[node.op](*args)
-    if node.op in ("sum", "amax") and isinstance(args[0], Tensor) and args[0].numel() == 0:
-        return 0.0
-    if node.op == "sum" and isinstance(args[0], Tensor):
-        return args[0].sum(dtype=_widest(args[0]))
+    if node.op in ("sum", "amax") and isinstance(args[0], Tensor):
+        return _reduce(node, args[0])
     if node.op == "where" and not any(isinstance(a, Tensor) for a in args[1:]):
         # torch.where of two numbers has the default dtype, which may be too narrow for them.
         args[1] = torch.full_like(args[0], args[1], dtype=_widest(args[0]))  # type: ignore[arg-type]
@@ -119,11 +133,23 @@ def _apply(node: Node, args: list[Value]) -> Value:
     return ON_TENSORS[node.op](*args)
 
 
+def _reduce(node: Node, x: Tensor) -> Value:
+    if node.rank == Rank.TENSOR:
+        if x.numel() == 0:
+            return 0.0
+        return x.sum(dtype=_widest(x)) if node.op == "sum" else torch.amax(x)
+    dim = -1 if node.attr == "rows" else -2
+    if node.op == "sum":
+        return x.sum(dim, keepdim=True, dtype=_widest(x)).to(x.dtype)
+    return torch.amax(x, dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
+
+
 def _widest(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _element(value: Value, like: Tensor, dtype: torch.dtype) -> Tensor:
+def _at(value: Value, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value for each place of a column of this shape."""
     if isinstance(value, Tensor):
-        return value.to(dtype).expand_as(like)
-    return torch.full_like(like, value, dtype=dtype)
+        return value.to(dtype).expand(shape)
+    return torch.full(shape, value, dtype=dtype, device=like.device)

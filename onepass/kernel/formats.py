@@ -14,11 +14,13 @@ from .ir import Node, const, make, where
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a number: bytes an element, the type that is loaded and stored, and the way there and back."""
+    """One way to store a number: bytes an element, the type that is loaded and stored, the distance from 1 to the next
+    number, and the way there and back."""
 
     name: str
     itemsize: int
     stored: str
+    epsilon: float
     decode: Callable[[Node], Node]
     encode: Callable[[Node], Node]
 
@@ -48,9 +50,9 @@ def _encode_bfloat16(x: Node) -> Node:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("float64", 8, "f64", lambda x: x, lambda x: cast(x, "f64")),
-        Format("float32", 4, "f32", lambda x: x, _as_f32),
-        Format("float16", 2, "f16", _as_f32, lambda x: cast(_as_f32(x), "f16")),
-        Format("bfloat16", 2, "i16", _decode_bfloat16, _encode_bfloat16),
+        Format("float64", 8, "f64", 2.0**-52, lambda x: x, lambda x: cast(x, "f64")),
+        Format("float32", 4, "f32", 2.0**-23, lambda x: x, _as_f32),
+        Format("float16", 2, "f16", 2.0**-10, _as_f32, lambda x: cast(_as_f32(x), "f16")),
+        Format("bfloat16", 2, "i16", 2.0**-7, _decode_bfloat16, _encode_bfloat16),
     )
 }

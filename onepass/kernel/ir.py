@@ -1,4 +1,4 @@
-"""Expressions: hash-consed nodes of about thirty operations in three ranks. Standard library only.
+"""Expressions: hash-consed nodes of about thirty operations in six ranks. Standard library only.
 
 A rule is an ordinary Python function; called with nodes, it returns nodes. Two nodes with the same operation and
 arguments are the same object, so common subexpressions are computed once without a pass that looks for them.
@@ -7,24 +7,36 @@ Ranks say how often a value exists, and so where it is computed:
 
 * `UNIFORM`, once for all elements of a tensor (a learning rate, a bias correction): on the host, in float64;
 * `TENSOR`, once a tensor, after a walk over its elements (a norm): on the host, in float64, between two passes;
-* `ELEMENT`, once an element: in the kernel, in the compute type, float32 or float64.
+* `MATRIX`, `ROW`, `COLUMN`, once a matrix, a row or a column of it (a tensor of more than two dimensions is a stack of
+  matrices): in the kernel, in the compute type, float32 or float64;
+* `ELEMENT`, once an element: in the kernel, in the compute type.
 
-Host values are rounded once, to the compute type, where they meet an element.
+Host values are rounded once, to the compute type, where they meet one that is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
+from functools import reduce
+from operator import or_
 from weakref import WeakValueDictionary
 
 
 class Rank(IntEnum):
-    """How often a value exists: once a launch row, once a tensor, once an element."""
+    """How often a value exists. What is computed from two values exists as often as the union of their bits says."""
 
     UNIFORM = 0
     TENSOR = 1
-    ELEMENT = 2
+    MATRIX = 3
+    ROW = 7
+    COLUMN = 11
+    ELEMENT = 15
+
+    @property
+    def on_host(self) -> bool:
+        """Whether such values are computed on the host, in float64, and not in a walk over memory."""
+        return self <= Rank.TENSOR
 
 
 # A value's type. `real` is the rule's only number: it becomes f32 or f64 when formats are bound.
@@ -32,13 +44,26 @@ FLOATS = ("real", "f32", "f64")
 INTEGERS = ("i16", "i32")
 TYPES = (*FLOATS, "f16", *INTEGERS, "bool")
 
-LEAVES = frozenset({"const", "hyper", "numel", "load"})
+# A column's element, and what a tensor has once for each row, column or matrix.
+LOADS = {"load": Rank.ELEMENT, "load_row": Rank.ROW, "load_column": Rank.COLUMN, "load_matrix": Rank.MATRIX}
+LOAD_OF = {rank: op for op, rank in LOADS.items()}
+# Sizes of a tensor, and the machine epsilon of the parameter's own storage.
+FACTS = {"numel": Rank.TENSOR, "rows": Rank.TENSOR, "columns": Rank.TENSOR, "epsilon": Rank.UNIFORM}
+LEAVES = frozenset({"const", "hyper", *FACTS, *LOADS})
 ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
 ROUNDING = frozenset({"neg", "abs", "sqrt", "floor", "rint"})
 HOST_ONLY = frozenset({"pow", "exp", "log"})
 COMPARISONS = frozenset({"lt", "le", "eq"})
 BITWISE = frozenset({"and", "or", "xor", "shl", "shr"})
 REDUCTIONS = frozenset({"sum", "amax"})
+# Where a reduction leads from a rank: over all elements, along rows, or down columns.
+OVER = {
+    (Rank.ELEMENT, None): Rank.TENSOR,
+    (Rank.ELEMENT, "rows"): Rank.ROW,
+    (Rank.ELEMENT, "columns"): Rank.COLUMN,
+    (Rank.ROW, "columns"): Rank.MATRIX,
+    (Rank.COLUMN, "rows"): Rank.MATRIX,
+}
 OPERATIONS = (
     LEAVES
     | ARITHMETIC
@@ -47,7 +72,7 @@ OPERATIONS = (
     | COMPARISONS
     | BITWISE
     | REDUCTIONS
-    | {"not", "where", "cast", "bitcast", "spread"}
+    | {"not", "where", "cast", "bitcast", "spread", "call"}
 )
 
 
@@ -178,7 +203,7 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
 
 def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> tuple[str, Rank]:
     """The type and rank of a node, or the reason why there can be none. This is the operations' specification."""
-    rank = max((a.rank for a in args), default=Rank.UNIFORM)
+    rank = Rank(reduce(or_, (a.rank for a in args), 0))
     types = [a.type for a in args]
     first = types[0] if types else "real"
 
@@ -188,8 +213,7 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
 
     if op in LEAVES:
         require(not args, "no arguments")
-        leaf = {"numel": Rank.TENSOR, "load": Rank.ELEMENT}.get(op, Rank.UNIFORM)
-        return type or "real", leaf
+        return type or "real", (FACTS | LOADS).get(op, Rank.UNIFORM)
     if op in ARITHMETIC:
         numbers = (*FLOATS, "i32") if op in ("add", "sub") else FLOATS
         require(len(args) == 2 and first in numbers and types[1] == first, "two numbers of one type")
@@ -199,7 +223,7 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         return first, rank
     if op in HOST_ONLY:
         require(all(t in FLOATS for t in types), "floating-point numbers")
-        if rank == Rank.ELEMENT:
+        if not rank.on_host:
             raise RuleError(
                 f"{op} of an element is not offered: it would cost a library call for each element; use products, "
                 "sqrt and where, or compute it from hyper-parameters alone"
@@ -222,15 +246,21 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         return types[1], rank
     if op in REDUCTIONS:
         require(len(args) == 1 and first in FLOATS, "one floating-point number")
-        if rank != Rank.ELEMENT:
-            raise RuleError(f"{op} runs over the elements of a tensor, and this value is the same for all of them")
-        return "real", Rank.TENSOR
+        if (rank, attr) not in OVER:
+            over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
+            raise RuleError(f"{op} runs over {over}, and this value is the same for all of them")
+        return type or "real", OVER[rank, attr]
     if op in ("cast", "bitcast"):
         require(len(args) == 1 and type in TYPES, "one value and a type")
         return type or "real", rank
     if op == "spread":
-        require(len(args) == 1, "one value")
-        return first, Rank.ELEMENT
+        require(len(args) == 1 and isinstance(attr, Rank), "one value")
+        return first, Rank(attr)  # type: ignore[arg-type]
+    if op == "call":
+        require(bool(args) and all(t in FLOATS for t in types), "floating-point numbers")
+        if args[0].rank != Rank.ELEMENT or any(not a.rank.on_host for a in args[1:]):
+            raise RuleError("a function of whole matrices takes one value with elements, and numbers beside it")
+        return type or first, Rank.ELEMENT
     raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
 
 
@@ -241,9 +271,9 @@ def const(value: object, type: str = "real") -> Node:
     return make("const", attr=int(value) if type in INTEGERS else float(value), type=type)
 
 
-def load(column: str, type: str = "real") -> Node:
-    """A column's element, as it is stored."""
-    return make("load", attr=column, type=type)
+def load(column: str, type: str = "real", rank: Rank = Rank.ELEMENT) -> Node:
+    """A column's element (or, for a column that has one for each row, column or matrix, that), as it is stored."""
+    return make(LOAD_OF[rank], attr=column, type=type)
 
 
 def hyper(name: str) -> Node:
@@ -251,23 +281,18 @@ def hyper(name: str) -> Node:
     return make("hyper", attr=name)
 
 
-def numel() -> Node:
-    """The number of elements of the tensor."""
-    return make("numel")
-
-
 def divide(a: object, b: object) -> Node:
     """a / b. Elements are divided by a host value as a product with its reciprocal, taken in float64."""
     a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
-    if a.rank == Rank.ELEMENT and b.rank < Rank.ELEMENT and b.type in FLOATS:
+    if not a.rank.on_host and b.rank.on_host and b.type in FLOATS:
         return make("mul", a, make("div", 1.0, b))
     return make("div", a, b)
 
 
 def power(a: object, b: object) -> Node:
     """a ** b on the host; of an element, the square alone."""
-    if isinstance(a, Node) and a.rank == Rank.ELEMENT and not isinstance(b, Node) and b == 2:
-        return square(a)
+    if isinstance(a, Node) and not a.rank.on_host and not isinstance(b, Node) and b == 2:
+        return make("mul", a, a)
     return make("pow", a, b)
 
 
@@ -277,80 +302,6 @@ def where(condition: Node | bool, a: object, b: object) -> Node:
         chosen = a if condition else b
         return chosen if isinstance(chosen, Node) else const(chosen)
     return make("where", condition, a, b)
-
-
-def sqrt(x: object) -> Node:
-    """The square root, correctly rounded."""
-    return make("sqrt", x)
-
-
-def square(x: Node) -> Node:
-    """x * x."""
-    return make("mul", x, x)
-
-
-def exp(x: object) -> Node:
-    """The exponential of a host value."""
-    return make("exp", x)
-
-
-def log(x: object) -> Node:
-    """The natural logarithm of a host value."""
-    return make("log", x)
-
-
-def floor(x: Node) -> Node:
-    """The largest whole number that is not above x."""
-    return make("floor", x)
-
-
-def rint(x: Node) -> Node:
-    """The nearest whole number, halves to even."""
-    return make("rint", x)
-
-
-def lerp(a: Node, b: Node, weight: object) -> Node:
-    """a + weight * (b - a), as torch.lerp has it: exact at weight 0 and, taken from b's side above one half, at 1."""
-    weight = weight if isinstance(weight, Node) else const(weight)
-    near = weight < 0.5
-    return where(near, a, b) + where(near, weight, weight - 1.0) * (b - a)
-
-
-def maximum(a: object, b: object) -> Node:
-    """The larger of two values; NaN if one of them is, as in torch."""
-    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
-    return where((a > b) | (a != a), a, b)
-
-
-def minimum(a: object, b: object) -> Node:
-    """The smaller of two values; NaN if one of them is, as in torch."""
-    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
-    return where((a < b) | (a != a), a, b)
-
-
-def sign(x: Node) -> Node:
-    """-1, 0 or 1. NaN stays NaN, where torch.sign makes it 0 and hides it."""
-    return where(x > 0, 1.0, where(x < 0, -1.0, x))
-
-
-def sum(x: Node) -> Node:
-    """The sum over a tensor, accumulated in float64 in an order that depends on the tensor's size alone."""
-    return make("sum", x)
-
-
-def amax(x: Node) -> Node:
-    """The largest absolute value in a tensor; NaN if one element is."""
-    return make("amax", abs(x))
-
-
-def mean(x: Node) -> Node:
-    """The mean over a tensor."""
-    return sum(x) / numel()
-
-
-def norm(x: Node) -> Node:
-    """The Euclidean norm of a tensor."""
-    return sqrt(sum(square(x)))
 
 
 def topological(roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _: True) -> list[Node]:
@@ -380,7 +331,7 @@ def verify(roots: Sequence[Node], types: Sequence[str] = TYPES, columns: Iterabl
         inferred = _infer(node.op, node.args, node.attr, node.type)
         if inferred != (node.type, node.rank):
             raise AssertionError(f"{node!r} says {(node.type, node.rank)}, its arguments say {inferred}")
-        if node.rank == Rank.ELEMENT and node.type not in types:
+        if not node.rank.on_host and node.type not in types:
             raise AssertionError(f"{node!r} has type {node.type}; this stage allows {', '.join(types)}")
-        if node.op == "load" and known is not None and node.attr not in known:
+        if node.op in LOADS and known is not None and node.attr not in known:
             raise AssertionError(f"{node!r} loads a column that is not there; there are {', '.join(sorted(known))}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .ir import Rank
 
 # The classes whose memory means what it says. Any other class may keep its elements elsewhere.
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -30,3 +34,20 @@ def is_dense(t: Tensor) -> bool:
 def as_dense(t: Tensor) -> Tensor:
     """The tensor, detached, or a dense copy that stands for it."""
     return t.detach() if is_dense(t) else t.detach().contiguous()
+
+
+def shape_at(rank: Rank, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a column with one value for each element, row or column of a tensor, or for the tensor."""
+    if rank.on_host:
+        return ()
+    rows = (1,) if rank in (Rank.COLUMN, Rank.MATRIX) else tuple(shape[-2:-1])
+    columns = (1,) if rank in (Rank.ROW, Rank.MATRIX) else tuple(shape[-1:])
+    return (*shape[:-2], *rows, *columns)
+
+
+def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+    """A tensor as a stack of matrices: how many, their rows and their columns."""
+    matrices = 1
+    for n in shape[:-2]:
+        matrices *= n
+    return matrices, shape[-2], shape[-1]

@@ -42,6 +42,12 @@ def missing_instructions() -> str:
     return next((name for name in needed if not features.get(name)), "")
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 in hardware."""
+    features = llvm.get_host_cpu_features()
+    return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "bf16"))
+
+
 def optimize(source: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
     """LLVM IR, parsed, verified and optimized for a machine."""
     module = llvm.parse_assembly(source)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 from .formats import FORMATS, Format, cast
-from .ir import LEAVES, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
+from .ir import LEAVES, LOADS, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
+from .passes import Program, split
 
 Rule = Callable[..., Mapping[str, Node]]
 # What a keyword of a rule is while tracing: ("float",), ("tuple", n) of floats, ("condition",), or ("flag", value).
@@ -28,20 +30,26 @@ FIRST = hyper("first") > 0
 
 @dataclass(frozen=True)
 class Graph:
-    """A rule as expressions: the new value of each column that it writes, over loads of the columns that it reads."""
+    """A rule as expressions: the new value of each column that it writes, over loads of the columns that it reads.
+
+    `scalars` are the new values of state that is one number a parameter; `ranks` says which columns have one value a
+    row or a column of a matrix, all others are shaped as the parameter.
+    """
 
     name: str
     columns: tuple[str, ...]
     outputs: tuple[tuple[str, Node], ...]
+    scalars: tuple[tuple[str, Node], ...] = ()
+    ranks: tuple[tuple[str, Rank], ...] = ()
 
     @property
     def roots(self) -> list[Node]:
-        return [node for _, node in self.outputs]
+        return [node for _, node in (*self.outputs, *self.scalars)]
 
     @cached_property
     def state(self) -> tuple[str, ...]:
         """The columns beside p and g that this graph reads or writes, in the order of the rule's signature."""
-        used = {node.attr for node in topological(self.roots) if node.op == "load"} | {name for name, _ in self.outputs}
+        used = {node.attr for node in topological(self.roots) if node.op in LOADS} | {name for name, _ in self.outputs}
         return tuple(name for name in self.columns if name in used and name not in ("p", "g"))
 
     @cached_property
@@ -49,23 +57,66 @@ class Graph:
         """The hyper-parameters that reach an output, in a fixed order."""
         return _hypers(self.roots)
 
+    @cached_property
+    def has_matrices(self) -> bool:
+        """Whether it matters what the tensor's last two sizes are."""
+        matrices = (Rank.MATRIX, Rank.ROW, Rank.COLUMN)
+        return any(n.rank in matrices or n.op in ("rows", "columns", "call") for n in topological(self.roots)) or bool(
+            self.ranks
+        )
+
+    @cached_property
+    def has_calls(self) -> bool:
+        """Whether functions of whole matrices are called."""
+        return any(node.op == "call" for node in topological(self.roots))
+
+    def rank(self, column: str) -> Rank:
+        """How often a column has a value."""
+        return dict(self.ranks).get(column, Rank.ELEMENT)
+
 
 def _hypers(roots: Iterable[Node]) -> tuple[str, ...]:
     return tuple(sorted(str(node.attr) for node in topological(roots) if node.op == "hyper"))
 
 
+class Signature(NamedTuple):
+    """What a rule says of itself: its columns and scalars in order, keywords, and the ranks of unusual states."""
+
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    ranks: Mapping[str, Rank]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(name for name in self.positional if name not in self.scalars)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        return tuple(name for name, rank in self.ranks.items() if rank == Rank.UNIFORM)
+
+
 @lru_cache(maxsize=256)
-def signature(rule: Rule) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def signature(rule: Rule) -> Signature:
     """A rule's columns (positional) and its hyper-parameters (keyword-only), by name."""
     parameters = inspect.signature(rule).parameters.values()
-    columns = tuple(q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD))
+    positional = tuple(q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD))
     keywords = tuple(q.name for q in parameters if q.kind == q.KEYWORD_ONLY)
-    if columns[:2] != ("p", "g") or len(columns) + len(keywords) != len(parameters):
+    if positional[:2] != ("p", "g") or len(positional) + len(keywords) != len(parameters):
         raise RuleError(
             f"{rule.__qualname__} must be written `def rule(p, g, *states, *, hyper-parameters)`: columns by position, "
             "p and g first, hyper-parameters by keyword after `*`, and no *args or **kwargs"
         )
-    return columns, keywords
+    ranks = {q.name: _annotated_rank(q.annotation, rule) for q in parameters if q.name in positional[2:]}
+    return Signature(positional, keywords, {name: rank for name, rank in ranks.items() if rank is not None})
+
+
+def _annotated_rank(annotation: Any, rule: Rule) -> Rank | None:
+    """The rank that `Scalar`, `PerRow` or `PerColumn` stands for; other annotations mean nothing here."""
+    if isinstance(annotation, str):
+        for part in annotation.split("."):
+            annotation = getattr(rule, "__globals__", {}).get(part, annotation)
+            annotation = getattr(annotation, part, annotation)
+    return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Rank)), None)
 
 
 @lru_cache(maxsize=1024)
@@ -74,25 +125,42 @@ def trace(rule: Rule, arguments: tuple[tuple[str, Argument], ...]) -> Graph:
 
     Raises `RuleError` where the rule returns what is no column, forgets p, or writes g.
     """
-    columns, _ = signature(rule)
+    said = signature(rule)
     keywords = {name: _placeholder(name, argument) for name, argument in arguments}
-    returned = rule(*(load(name) for name in columns), **keywords)
+    given = [hyper(n) if n in said.scalars else load(n, rank=said.ranks.get(n, Rank.ELEMENT)) for n in said.positional]
+    returned = rule(*given, **keywords)
     name = rule.__qualname__.removesuffix(".rule")
     if not isinstance(returned, Mapping) or "p" not in returned:
         raise RuleError(f"{name}.rule must return a dict with the new value of 'p', got {returned!r}")
-    for key in returned:
-        if key == "g" or key not in columns:
-            allowed = ", ".join(c for c in columns if c != "g")
-            raise RuleError(f"{name}.rule returns {key!r}; it may write its columns other than g: {allowed}")
-    outputs = tuple((c, _as_node(returned[c])) for c in columns if c in returned)
-    for key, node in outputs:
-        if node.type == "bool":
-            raise RuleError(
-                f"{name}.rule returns a condition for {key!r}; columns hold numbers: where({key}, 1.0, 0.0)"
-            )
-    graph = Graph(name, columns, outputs)
-    verify(graph.roots, types=("real", "bool"), columns=columns)
-    return graph
+    for key, value in returned.items():
+        _check_output(name, said, key, _as_node(value))
+    written = {n: _as_node(returned[n]) for n in said.positional if n in returned}
+    outputs = tuple((n, node) for n, node in written.items() if n not in said.scalars)
+    scalars = tuple((n, node) for n, node in written.items() if n in said.scalars)
+    ranks = tuple((n, rank) for n, rank in said.ranks.items() if n not in said.scalars)
+    unwritten = set(_hypers([n for _, n in (*outputs, *scalars)])) & set(said.scalars) - set(written)
+    if unwritten:
+        raise RuleError(f"{name}.rule reads the Scalar {min(unwritten)!r} and must return its new value too")
+    graph = Graph(name, said.columns, outputs, scalars, ranks)
+    verify(graph.roots, types=("real", "bool"), columns=said.columns)
+    return Graph(name, said.columns, outputs, scalars, tuple((n, rank) for n, rank in ranks if n in graph.state))
+
+
+def _check_output(name: str, said: Signature, key: str, node: Node) -> None:
+    """Whether a rule may return this value under this name."""
+    if key == "g" or key not in said.positional:
+        allowed = ", ".join(c for c in said.positional if c != "g")
+        raise RuleError(f"{name}.rule returns {key!r}; it may write its columns other than g: {allowed}")
+    if node.type == "bool":
+        raise RuleError(f"{name}.rule returns a condition for {key!r}; columns hold numbers: where({key}, 1.0, 0.0)")
+    rank = said.ranks.get(key, Rank.ELEMENT)
+    if key in said.scalars and not node.rank.on_host:
+        raise RuleError(f"{name}.rule returns many values for {key!r}, which is a Scalar; reduce them with sum or mean")
+    if key not in said.scalars and node.rank | rank != rank:
+        raise RuleError(
+            f"{name}.rule returns for {key!r} a value with rank {node.rank.name}, and {key!r} is declared to have "
+            f"rank {rank.name}; reduce it with row_mean or column_mean"
+        )
 
 
 def _as_node(value: object) -> Node:
@@ -119,10 +187,12 @@ def finish(graph: Graph, *, maximize: bool = False, scaled: bool = False, exact:
     p, g = load("p"), load("g")
     gradient = g * hyper(GRADIENT_FACTOR) if scaled else g
     gradient = -gradient if maximize else gradient
-    outputs = [(name, rebuild([root], {g: gradient})[0]) for name, root in graph.outputs]
+    outputs, scalars = (
+        [(name, rebuild([root], {g: gradient})[0]) for name, root in roots] for roots in (graph.outputs, graph.scalars)
+    )
     if exact:
         outputs = [(name, _exact(root, p, "lr" in graph.hypers) if name == "p" else root) for name, root in outputs]
-    return Graph(graph.name, graph.columns, tuple(outputs))
+    return replace(graph, outputs=tuple(outputs), scalars=tuple(scalars))
 
 
 def _exact(root: Node, p: Node, has_lr: bool) -> Node:
@@ -141,48 +211,6 @@ def rebuild(roots: Iterable[Node], replaced: Mapping[Node, Node]) -> list[Node]:
     return [new[root] for root in roots]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One role across all parameters, as a kernel sees it."""
-
-    name: str
-    format: Format
-    read: bool
-    written: bool
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One walk over memory: `inputs` are the host values that it needs; it ends in reductions, or in the stores."""
-
-    inputs: tuple[Node, ...]
-    loads: tuple[str, ...]
-    reductions: tuple[Node, ...]
-    stores: tuple[tuple[str, Node], ...]
-
-    @property
-    def roots(self) -> list[Node]:
-        return [r.args[0] for r in self.reductions] + [node for _, node in self.stores]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A rule with its formats bound, in passes. `compute` is the type of its arithmetic, f32 or f64."""
-
-    name: str
-    compute: str
-    columns: tuple[Column, ...]
-    hypers: tuple[str, ...]
-    passes: tuple[Pass, ...]
-
-    @property
-    def bytes_per_parameter(self) -> tuple[int, int]:
-        """Bytes read and written for each element in a step, all passes together."""
-        sizes = {c.name: c.format.itemsize for c in self.columns}
-        read = sum(sizes[name] for one in self.passes for name in one.loads)
-        return read, sum(c.format.itemsize for c in self.columns if c.written)
-
-
 @lru_cache(maxsize=1024)
 def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
     """Put each column's decoding before the rule's nodes and its encoding after them, then split into passes.
@@ -191,73 +219,46 @@ def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
     """
     stored = {name: FORMATS[format] for name, format in formats}
     compute = "f64" if any(f.name == "float64" for f in stored.values()) else "f32"
-    replaced: dict[Node, Node] = {}
+    new: dict[Node, Node] = {}
     for node in topological(graph.roots):
-        if node.op == "load":
-            format = stored[str(node.attr)]
-            replaced[node] = cast(format.decode(load(str(node.attr), format.stored)), compute)
-        elif node.rank == Rank.ELEMENT:
-            args = [_enter(replaced[a], compute) for a in node.args]
-            replaced[node] = make(node.op, *args, attr=node.attr)
-        elif node.op in REDUCTIONS:
-            replaced[node] = make(node.op, replaced[node.args[0]])
-        else:
-            replaced[node] = node if node.op in LEAVES else make(node.op, *(replaced[a] for a in node.args))
-    stores = tuple((name, stored[name].encode(_element(replaced[root], compute))) for name, root in graph.outputs)
-    verify([node for _, node in stores], types=(compute, "f32", "f16", "i32", "i16", "bool"), columns=stored)
-    return split(graph.name, compute, stored, stores)
+        new[node] = _bind(node, [new[a] for a in node.args], stored, compute)
+    stores = tuple(
+        (name, stored[name].encode(_spread(new[root], compute, graph.rank(name)))) for name, root in graph.outputs
+    )
+    scalars = tuple((name, _enter(new[root], compute)) for name, root in graph.scalars)
+    roots = [node for _, node in (*stores, *scalars)]
+    verify(roots, types=("f64", "f32", "f16", "i32", "i16", "bool"), columns=stored)
+    return split(graph.name, compute, stored, dict(graph.ranks), stores, scalars)
+
+
+def _bind(node: Node, args: list[Node], stored: Mapping[str, Format], compute: str) -> Node:
+    if node.op in LOADS:
+        format = stored[str(node.attr)]
+        return cast(format.decode(load(str(node.attr), format.stored, node.rank)), compute)
+    if node.op == "epsilon":
+        return const(stored["p"].epsilon)
+    if node.op in LEAVES:
+        return node
+    if node.op in REDUCTIONS:
+        # Accumulated in float64, and rounded to the compute type where it is no host value.
+        if node.rank.on_host:
+            return make(node.op, args[0], attr=node.attr)
+        return cast(make(node.op, args[0], attr=node.attr, type="f64"), compute)
+    if node.op == "call":
+        return make(node.op, *(_enter(a, compute) for a in args), attr=node.attr, type=compute)
+    if not node.rank.on_host:
+        args = [_enter(a, compute) for a in args]
+    return make(node.op, *args, attr=node.attr)
 
 
 def _enter(node: Node, compute: str) -> Node:
     """A host value as an element sees it: rounded once to the compute type; a constant becomes an immediate."""
-    if node.rank == Rank.ELEMENT or node.type == "bool":
+    if not node.rank.on_host or node.type == "bool":
         return node
     return const(node.attr, compute) if node.op == "const" else cast(node, compute)
 
 
-def _element(node: Node, compute: str) -> Node:
-    """What is stored must exist for each element: a host value is written to all of them."""
+def _spread(node: Node, compute: str, rank: Rank) -> Node:
+    """What is stored must exist as often as its column: a host value is written to all elements."""
     node = _enter(node, compute)
-    return node if node.rank == Rank.ELEMENT else make("spread", node)
-
-
-def split(name: str, compute: str, stored: Mapping[str, Format], stores: tuple[tuple[str, Node], ...]) -> Program:
-    """Cut at reductions. A value's level is the number of reductions on its longest way from the columns.
-
-    Reductions of level k end pass k; the last pass stores. Values of an earlier pass that a later one needs are
-    computed again from the columns, which nothing has overwritten yet.
-    """
-    level: dict[Node, int] = {}
-    order = topological(node for _, node in stores)
-    for node in order:
-        level[node] = max((level[a] for a in node.args), default=0) + (node.op in REDUCTIONS)
-    last = max(level.values())
-    passes = []
-    for k in range(last + 1):
-        reductions = tuple(n for n in order if n.op in REDUCTIONS and level[n] == k + 1)
-        passes.append(_pass(reductions, stores if k == last else ()))
-    loaded = {c for one in passes for c in one.loads}
-    written = {c for c, _ in stores}
-    columns = tuple(Column(c, format, c in loaded, c in written) for c, format in stored.items())
-    return Program(name, compute, columns, _hypers(node for _, node in stores), tuple(passes))
-
-
-def _pass(reductions: tuple[Node, ...], stores: tuple[tuple[str, Node], ...]) -> Pass:
-    roots = [r.args[0] for r in reductions] + [node for _, node in stores]
-    elements = element_order(roots)
-    # A dict keeps the order and drops repetitions; constants are immediates, no inputs.
-    inputs = dict.fromkeys(a for n in elements for a in n.args if a.rank < Rank.ELEMENT and a.op != "const")
-    inputs |= dict.fromkeys(r for r in roots if r.rank < Rank.ELEMENT and r.op != "const")
-    loads = dict.fromkeys(str(n.attr) for n in elements if n.op == "load")
-    return Pass(tuple(inputs), tuple(loads), reductions, stores)
-
-
-def element_order(roots: Iterable[Node]) -> list[Node]:
-    """The nodes of element rank that the roots need, arguments first; host values are where the walk ends."""
-    order = topological(roots, inside=lambda node: node.rank == Rank.ELEMENT)
-    return [node for node in order if node.rank == Rank.ELEMENT]
-
-
-def host_order(inputs: Iterable[Node]) -> list[Node]:
-    """The host nodes that a pass's inputs need, arguments first; reductions are where the walk ends."""
-    return topological(inputs, inside=lambda node: node.op not in REDUCTIONS)
+    return node if node.rank == rank else make("spread", node, attr=rank)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .program import Pass, Program
+from .code import local
+from .passes import Pass, Program
 
 # Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
 CHUNK = 32768
@@ -15,9 +16,13 @@ FIELDS = (
     "unit_begin",
     "chunk_tensor",
     "chunk_start",
-    "numel",
+    "chunk_stop",
+    "chunk_offset",
+    "per",
+    "length",
     "tensors",
     "pointers",
+    "temporaries",
     "rows",
     "table",
     "partials",
@@ -53,13 +58,23 @@ def walk(program: Program, one: Pass, k: int) -> str:
 
 
 def column_names(one: Pass) -> list[str]:
-    """The columns that a pass touches, loads first."""
-    return list(dict.fromkeys([*one.loads, *(name for name, _ in one.stores)]))
+    """The columns and temporaries that a pass touches, loads first."""
+    loads = (str(node.attr) for node in one.loads)
+    return list(dict.fromkeys([*loads, *(s.into for s in one.sums), *(name for name, _ in one.stores)]))
+
+
+def body_head(one: Pass, k: int, *, by_lines: bool) -> str:
+    """The first line of `body_k`, which walks elements, or lines of `length` elements, `per` of them a matrix."""
+    columns = [f"ptr noalias {local(name)}" for name in column_names(one)]
+    lines = ["i64 %per", "i64 %length", "i64 %offset"] if by_lines else []
+    partial = ["ptr noalias %partial"] if one.reductions else []
+    arguments = ", ".join([*columns, "ptr noalias %row", "i64 %begin", "i64 %end", *lines, *partial])
+    # No builtins: a loop that only fills or copies a column must not become a call of memset or memcpy.
+    return f'define internal void @body_{k}({arguments}) noinline nounwind "no-builtins" {{'
 
 
 def _worker(program: Program, one: Pass, k: int) -> str:
     """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
-    position = {c.name: i for i, c in enumerate(program.columns)}
     names = column_names(one)
     lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-2])]
     lines += [
@@ -77,26 +92,23 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "  %c = phi i64 [ %first, %work ], [ %c_next, %chunk ]",
         *_load("tensor", "i64", "chunk_tensor", "%c"),
         *_load("start", "i64", "chunk_start", "%c"),
-        *_load("n", "i64", "numel", "%tensor"),
+        *_load("stop", "i64", "chunk_stop", "%c"),
         *_load("r", "i64", "rows", "%tensor"),
-        f"  %full = add i64 %start, {CHUNK}",
-        "  %short = icmp slt i64 %n, %full",
-        "  %stop = select i1 %short, i64 %n, i64 %full",
         f"  %row_offset = mul i64 %r, {len(one.inputs)}",
         f"  %row = getelementptr {'float' if program.compute == 'f32' else 'double'}, ptr %table, i64 %row_offset",
+        *_column_pointers(program, names),
     ]
-    for name in names:
-        k_row, k_index = (f"%{what}.{position[name]}" for what in ("row", "index"))
-        lines += [f"  {k_row} = mul i64 %tensors, {position[name]}", f"  {k_index} = add i64 {k_row}, %tensor"]
-        lines += _load(f"pointer.{position[name]}", "ptr", "pointers", k_index)
-    partial = ""
+    arguments = [*(f"ptr %pointer.{i}" for i in range(len(names))), "ptr %row", "i64 %start", "i64 %stop"]
+    if program.by_lines:
+        for name, index in (("per", "%tensor"), ("length", "%tensor"), ("chunk_offset", "%c")):
+            lines += _load(f"this_{name}", "i64", name, index)
+            arguments.append(f"i64 %this_{name}")
     if one.reductions:
         lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
         lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
-        partial = ", ptr %partial"
-    columns = ", ".join(f"ptr %pointer.{position[name]}" for name in names)
+        arguments.append("ptr %partial")
     lines += [
-        f"  call void @body_{k}({columns}, ptr %row, i64 %start, i64 %stop{partial})",
+        f"  call void @body_{k}({', '.join(arguments)})",
         "  %c_next = add i64 %c, 1",
         "  %c_more = icmp slt i64 %c_next, %last",
         "  br i1 %c_more, label %chunk, label %take",
@@ -105,6 +117,17 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "}",
     ]
     return "\n".join(lines)
+
+
+def _column_pointers(program: Program, names: Sequence[str]) -> list[str]:
+    """Where this tensor's columns and temporaries are, from two tables (column, tensor)."""
+    tables = {"pointers": [c.name for c in program.columns], "temporaries": [t.name for t in program.temporaries]}
+    lines = []
+    for i, name in enumerate(names):
+        table, known = next((table, known) for table, known in tables.items() if name in known)
+        lines += [f"  %row.{i} = mul i64 %tensors, {known.index(name)}", f"  %index.{i} = add i64 %row.{i}, %tensor"]
+        lines += _load(f"pointer.{i}", "ptr", table, f"%index.{i}")
+    return lines
 
 
 def _fields(*names: str) -> list[str]:

@@ -1,0 +1,115 @@
+"""Adafactor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernel.functions import (
+    PerColumn,
+    PerRow,
+    column_mean,
+    epsilon,
+    lerp,
+    maximum,
+    mean,
+    minimum,
+    row_mean,
+    sqrt,
+    square,
+)
+from ..optimizer import Optimizer, Params, Rule, check_modes, check_number, check_pair
+
+
+class Adafactor(Optimizer):
+    r"""Adam's scaling from the mean squares of rows and columns alone: a matrix needs state for its edges only.
+
+    $$ R_t = (1-b_t) R_{t-1} + b_t \operatorname{rowmean}(g_t^2), \quad
+       C_t = (1-b_t) C_{t-1} + b_t \operatorname{colmean}(g_t^2), \quad
+       V_t = \frac{R_t C_t}{\max(\operatorname{mean}(R_t), \epsilon_1)} $$
+
+    $$ U_t = \frac{g_t}{\max(\sqrt{V_t}, \epsilon_1)}, \quad
+       \theta_t = (1-\gamma\lambda)\,\theta_{t-1}
+       - \alpha_t \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / d)}, \quad
+       \alpha_t = \max(\epsilon_2, \operatorname{RMS}(\theta_{t-1})) \min(\gamma, 1/\sqrt t) $$
+
+    with $b_t = t^{\beta}$, $\beta$ = `beta2_decay`. Rows and columns are those of the last two dimensions; vectors and
+    scalars keep a whole $V_t$ (`variance`). Steps are relative to the size of the weights: `lr` is an upper limit, and
+    the default is good for fine-tuning; raise it for training from scratch. For models whose optimizer state does
+    not fit: n + m numbers of state for n x m weights, where Adam keeps 2nm.
+
+    Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, arXiv:1804.04235. As in
+    torch, and unlike the paper, $\epsilon_1$ (default: the machine epsilon of the parameter's type) bounds $\sqrt{V}$
+    from below instead of being added to the squares, and weight decay is decoupled.
+
+    Three walks over a matrix, no temporary of its size. State per parameter: `step`, `row_var` and `col_var`, or
+    `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes nothing. With several parameter
+    types and `eps[0]` of None, torch takes the epsilon of the first parameter of a list for all; here each has its own.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number, StepError for complex
+    parameters.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta2_decay": beta2_decay,
+            "eps": eps,
+            "d": d,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        owner, eps = type(self).__name__, options["eps"]
+        for name in ("lr", "weight_decay"):
+            check_number(owner, name, options[name])
+        check_number(owner, "d", options["d"], low=1.0)
+        check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0)
+        check_pair(owner, "eps", (0.0, eps[1]) if isinstance(eps, (tuple, list)) and eps and eps[0] is None else eps)
+        for i, value in enumerate(eps):
+            if value is not None:
+                check_number(owner, f"eps[{i}]", value)
+        check_modes(owner, options)
+
+    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        return super().flags(group) | {"has_eps": group["eps"][0] is not None}
+
+    def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
+        return Adafactor.rule if p.dim() > 1 else Adafactor.rule_of_vectors
+
+    @staticmethod
+    def rule(p, g, row_var: PerRow, col_var: PerColumn, *, lr, beta2_decay, eps, d, weight_decay, step, has_eps):
+        eps1 = eps[0] if has_eps else epsilon()
+        row = lerp(row_var, row_mean(square(g)), step**beta2_decay)
+        column = lerp(col_var, column_mean(square(g)), step**beta2_decay)
+        v = row / maximum(column_mean(row), eps1) * column
+        p = _move(p, g / sqrt(maximum(v, eps1 * eps1)), lr, eps[1], d, weight_decay, step)
+        return {"p": p, "row_var": row, "col_var": column}
+
+    @staticmethod
+    def rule_of_vectors(p, g, variance, *, lr, beta2_decay, eps, d, weight_decay, step, has_eps):
+        eps1 = eps[0] if has_eps else epsilon()
+        v = lerp(variance, square(g), step**beta2_decay)
+        return {"p": _move(p, g / sqrt(maximum(v, eps1 * eps1)), lr, eps[1], d, weight_decay, step), "variance": v}
+
+
+def _move(p, u, lr, eps2, d, weight_decay, step):
+    """A step along u, relative to the size of p and clipped by that of u."""
+    alpha = maximum(eps2, sqrt(mean(square(p)))) * minimum(lr, 1 / sqrt(step))
+    return p * (1 - lr * weight_decay) - alpha / maximum(1.0, sqrt(mean(square(u))) / d) * u

@@ -1,0 +1,83 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernel.functions import sqrt, where
+from ..optimizer import Optimizer, Params, check_modes, check_number
+
+
+class Adagrad(Optimizer):
+    r"""The gradient over the root of the sum of all its squares so far: large steps for what is seldom seen.
+
+    $$ G_t = G_{t-1} + g_t^2, \quad
+       \theta_t = \theta_{t-1} - \frac{\gamma}{1 + (t-1)\eta} \frac{g_t}{\sqrt{G_t} + \epsilon} $$
+
+    with $G_0$ = `initial_accumulator_value`, $\eta$ = `lr_decay`, and $g_t$ increased by $\lambda \theta_{t-1}$ for
+    `weight_decay`. The sum only grows, so steps only shrink: good for sparse features and convex problems; deep
+    networks do better with a running mean (`RMSprop`, `Adam`).
+
+    Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR 2011.
+
+    State per parameter: `step`, `sum`, from construction on, as in torch; also for groups that are added later, where
+    torch makes none. A sparse gradient (without `weight_decay`) updates the rows that it has. Arguments are those of
+    `torch.optim.Adagrad`; `foreach` and `fused` change nothing, except that both False select the eager backend.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
+            check_number(type(self).__name__, name, options[name])
+        check_modes(type(self).__name__, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self.make_state(self.param_groups[-1])
+
+    def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
+        value = group["initial_accumulator_value"]
+        return torch.full_like(like, complex(value, value) if like.is_complex() else value)
+
+    def share_memory(self) -> None:
+        """Move the sums into shared memory, for processes that train together."""
+        for state in self.state.values():
+            state["sum"].share_memory_()
+
+    @staticmethod
+    def rule(p, g, sum, *, lr, lr_decay, eps, weight_decay, step):
+        g = where(weight_decay != 0, g + weight_decay * p, g)
+        sum = sum + g * g
+        return {"p": p - lr / (1 + (step - 1) * lr_decay) * g / (sqrt(sum) + eps), "sum": sum}

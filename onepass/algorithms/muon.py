@@ -1,0 +1,129 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernel.functions import columns, lerp, maximum, rows, sqrt
+from ..linalg import orthogonalize
+from ..optimizer import Optimizer, Params, Rule, check_betas, check_number
+from .adam import Adam
+
+ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+class Muon(Optimizer):
+    r"""Momentum made orthogonal: a step moves all directions of a weight matrix by about the same length.
+
+    $$ B_t = \mu B_{t-1} + (1-\mu) g_t, \quad
+       O_t = \operatorname{NewtonSchulz}\left((1-\mu) g_t + \mu B_t\right), \quad
+       \theta_t = (1-\gamma\lambda)\,\theta_{t-1} - \gamma r\, O_t $$
+
+    where $O_t$ is of $B_t$ itself without `nesterov`, and $r$ follows from the n x m matrix by `adjust_lr_fn`:
+    $\sqrt{\max(1, n/m)}$ for "original" (or None), $0.2\sqrt{\max(n, m)}$ for "match_rms_adamw", with which lr and
+    weight decay that are good for AdamW are good here. See `onepass.linalg.newton_schulz` for the iteration.
+
+    For the hidden layers of a network. What is no matrix, and also embeddings and the last layer, should take AdamW:
+    give them in a group with `use_muon=False`; with `use_muon=None` every parameter of a group that is no matrix takes
+    AdamW and the others take Muon. AdamW has the group's `lr` and `weight_decay`, `betas` and `adam_eps`; where both
+    share a group, choose "match_rms_adamw". `use_muon=True`, the default, is torch's: only matrices are allowed.
+
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon; the second adjustment: Liu et al., "Muon is Scalable for LLM Training",
+    2025, arXiv:2502.16982.
+
+    State per parameter: `momentum_buffer`; with AdamW `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
+    `torch.optim.Muon`, and ours by keyword. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum
+    normalised in place; not here.
+
+    Raises ValueError for an option outside its range or a parameter that is no matrix under `use_muon=True`,
+    TypeError for an option that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        use_muon: bool | None = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "use_muon": use_muon,
+            "betas": betas,
+            "adam_eps": adam_eps,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
+        for name in ("lr", "weight_decay", "momentum", "eps", "adam_eps"):
+            check_number(owner, name, options[name])
+        check_number(owner, "ns_steps", options["ns_steps"], below=100)
+        check_betas(owner, options["betas"])
+        if not isinstance(options["ns_coefficients"], (tuple, list)) or len(options["ns_coefficients"]) != 3:
+            raise ValueError(f"{owner}: ns_coefficients must be three numbers, got {options['ns_coefficients']!r}")
+        if options["adjust_lr_fn"] not in ADJUSTMENTS:
+            raise ValueError(
+                f"{owner}: adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got {options['adjust_lr_fn']!r}"
+            )
+        for i, p in enumerate(options.get("params", ())):
+            if options["use_muon"] and p.dim() != 2:
+                raise ValueError(
+                    f"{owner} only supports 2D parameters, and parameter {i} of the group has shape {tuple(p.shape)}; "
+                    "pass use_muon=None to let what is no matrix take AdamW, or put it into a group with use_muon=False"
+                )
+
+    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        return super().flags(group) | {"is_mixed": group["use_muon"] is None}
+
+    def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
+        wanted = group["use_muon"]
+        return Muon.rule if wanted or (wanted is None and p.dim() == 2) else Muon.adamw
+
+    @staticmethod
+    def rule(
+        p,
+        g,
+        momentum_buffer,
+        *,
+        lr,
+        weight_decay,
+        momentum,
+        nesterov,
+        ns_coefficients,
+        eps,
+        ns_steps,
+        adjust_lr_fn,
+    ):
+        b = lerp(momentum_buffer, g, 1 - momentum)
+        u = orthogonalize(lerp(g, b, momentum) if nesterov else b, ns_coefficients, eps, ns_steps)
+        ratio = 0.2 * sqrt(maximum(rows(), columns())) if adjust_lr_fn == "match_rms_adamw" else None
+        ratio = sqrt(maximum(1.0, rows() / columns())) if ratio is None else ratio
+        return {"p": p * (1 - lr * weight_decay) - lr * ratio * u, "momentum_buffer": b}
+
+    @staticmethod
+    def adamw(p, g, exp_avg, exp_avg_sq, *, lr, weight_decay, betas, adam_eps, step):
+        common = {"amsgrad": False, "decoupled_weight_decay": True, "eps": adam_eps}
+        return Adam.rule(
+            p, g, exp_avg, exp_avg_sq, None, lr=lr, betas=betas, weight_decay=weight_decay, step=step, **common
+        )

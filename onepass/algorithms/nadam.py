@@ -1,0 +1,101 @@
+"""NAdam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernel.functions import Scalar, lerp, sqrt, where
+from ..optimizer import Optimizer, Params, check_betas, check_modes, check_number
+
+
+class NAdam(Optimizer):
+    r"""Adam with Nesterov momentum: a step already looks along the momentum that the next one will have.
+
+    $$ \mu_t = \beta_1 \left(1 - \tfrac12 \cdot 0.96^{t\psi}\right), \quad
+       \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1}\mu_i}
+                + \frac{(1-\mu_t) g_t}{1 - \prod_{i=1}^{t}\mu_i}, \quad
+       \theta_t = \theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
+
+    with $m_t, v_t$ as in `Adam` and $\psi$ = `momentum_decay`; `weight_decay` adds $\lambda \theta_{t-1}$ to the
+    gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. Often a little
+    faster than Adam at the same lr; use it as Adam, and decoupled decay as AdamW.
+
+    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016. As in torch, $m_t$ decays by $\beta_1$; in
+    the paper by $\mu_t$.
+
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, and the number `mu_product`. Arguments are those of
+    `torch.optim.NAdam`; `foreach` changes nothing.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay", "momentum_decay"):
+            check_number(type(self).__name__, name, options[name])
+        check_betas(type(self).__name__, options["betas"])
+        check_modes(type(self).__name__, options)
+
+    def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return torch.ones_like(like) if name == "mu_product" else super().initial_state(name, like, group)
+
+    @staticmethod
+    def rule(
+        p,
+        g,
+        exp_avg,
+        exp_avg_sq,
+        mu_product: Scalar,
+        *,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        momentum_decay,
+        step,
+        decoupled_weight_decay,
+    ):
+        beta1, beta2 = betas
+        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+        mu_product = mu_product * mu
+        if decoupled_weight_decay:
+            p = p * (1 - lr * weight_decay)
+        else:
+            g = where(weight_decay != 0, g + weight_decay * p, g)
+        m = lerp(exp_avg, g, 1 - beta1)
+        v = beta2 * exp_avg_sq + (1 - beta2) * g * g
+        root = sqrt(v) / sqrt(1 - beta2**step) + eps
+        u = lr * mu_next / (1 - mu_product * mu_next) * m + lr * (1 - mu) / (1 - mu_product) * g
+        return {"p": p - u / root, "exp_avg": m, "exp_avg_sq": v, "mu_product": mu_product}

@@ -1,0 +1,84 @@
+"""Rprop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernel.functions import maximum, minimum, where
+from ..optimizer import Optimizer, Params, check_modes, check_number, check_pair
+
+
+class Rprop(Optimizer):
+    r"""Steps by the gradient's sign alone; their sizes grow while a weight's sign stays and shrink when it turns.
+
+    $$ s_t = \operatorname{clip}\left(s_{t-1} \cdot
+       \begin{cases} \eta^+ & g_t g_{t-1} > 0 \\ \eta^- & g_t g_{t-1} < 0 \\ 1 & \text{else} \end{cases},
+       \ s_{\min},\ s_{\max}\right), \quad
+       \theta_t = \theta_{t-1} - s_t \operatorname{sign}(g_t) $$
+
+    where the gradient counts as 0, in this step and as $g_{t-1}$ in the next, if its sign has turned. `lr` is $s_0$
+    and nothing else: changing it later has no effect. For gradients of the whole data set: with mini-batches the sign
+    turns for other reasons, and steps collapse.
+
+    Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP Algorithm", 1993; in
+    the variant without weight backtracking, iRprop-, of Igel and Hüsken, 2000. As in torch, a gradient that is NaN
+    counts as 0.
+
+    State per parameter: `step`, `prev`, `step_size`. Arguments are those of `torch.optim.Rprop`; `foreach` changes
+    nothing.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
+        check_number(owner, "lr", options["lr"])
+        for name in ("etas", "step_sizes"):
+            check_pair(owner, name, options[name])
+        shrink, grow = map(float, options["etas"])
+        if not 0 < shrink < 1 < grow:
+            raise ValueError(f"{owner}: etas must be 0 < shrink < 1 < grow, got {options['etas']}")
+        check_modes(owner, options)
+
+    def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
+        if name != "step_size":
+            return super().initial_state(name, like, group)
+        lr = float(group["lr"])
+        return torch.full_like(like, complex(lr, lr) if like.is_complex() else lr)
+
+    @staticmethod
+    def rule(p, g, prev, step_size, *, etas, step_sizes, step):
+        shrink, grow = etas
+        smallest, largest = step_sizes
+        turn = g * prev
+        size = step_size * where(turn > 0, grow, where(turn < 0, shrink, 1.0))
+        size = minimum(maximum(size, smallest), largest)
+        g = where(turn < 0, 0.0, g)
+        return {"p": p - where(g > 0, size, where(g < 0, -size, 0.0)), "prev": g, "step_size": size}

@@ -1,0 +1,24 @@
+"""Steps on other tensors than an optimizer's own, under torch's name."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+__all__ = ["swap_in_optimizer_params_and_state"]
+
+
+def _not_in_this_torch(*_: Any, **__: Any) -> NoReturn:
+    """What stands in for torch's function where torch is too old to have it.
+
+    Raises NotImplementedError.
+    """
+    raise NotImplementedError(
+        f"swap_in_optimizer_params_and_state is torch's own, and torch {torch.__version__} does not have it; install a "
+        "newer torch"
+    )
+
+
+# Torch's context manager works unchanged on these optimizers: the plan sees that groups and state are others.
+swap_in_optimizer_params_and_state = getattr(torch.optim, "swap_in_optimizer_params_and_state", _not_in_this_torch)
