@@ -31,6 +31,7 @@ class Variant:
 
 # Options that change which columns a step reads and writes, so that each is a measurement of its own.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"use_muon": None, "adjust_lr_fn": "match_rms_adamw"},  # what is no matrix takes AdamW, at the same lr
     "amsgrad": {"amsgrad": True},
     "centered": {"centered": True},
     "momentum": {"momentum": 0.9},

@@ -200,9 +200,10 @@ class Listing:
         stored = [name for name, _ in self.one.stores]
         order = element_order(self.one.roots)
         count = len(self.one.reductions) + len(self.one.sums)
-        ends = [*([f"ends in {count} reductions"] if count else []), *([f"writes {', '.join(stored)}"] if stored else [])]
+        ends = [f"ends in {count} reductions"] if count else []
+        ends += [f"writes {', '.join(stored)}"] if stored else []
         loads = ", ".join(str(node.attr) for node in self.one.loads)
-        over = "" if self.one.domain == Rank.ELEMENT else f" over {OVER[self.one.domain]}"
+        over = "" if self.one.domain == Rank.ELEMENT else f" over {self.one.domain.name.lower()}s"
         title = f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; {len(order)} operations"
         lines = [title, "", "    once a step, on the host, in float64:"]
         lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]

@@ -10,6 +10,8 @@ import torch
 
 # Of the decrease that the slope at 0 promises, this part must come true; of the slope, at most that part may be left.
 DECREASE, CURVATURE = 1e-4, 0.9
+# A bracket in which no parameter changes by more is not searched further.
+SHORTEST = 1e-9
 
 
 class Point(NamedTuple):
@@ -28,15 +30,15 @@ class Point(NamedTuple):
 Evaluate = Callable[[Any, Point], Point]
 
 
-def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, tolerance: float, limit: int) -> Point:
+def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit: int) -> Point:
     r"""Search along a line for the strong Wolfe conditions, from the trial distance t on.
 
     $$ \phi(t) \le \phi(0) + c_1 t\, \phi'(0), \quad |\phi'(t)| \le c_2 |\phi'(0)| $$
 
     with $c_1 = 10^{-4}$, $c_2 = 0.9$. Trials grow until two of them enclose such a t; the bracket then shrinks around
     it. Each trial lies at the minimum of the cubic that has the two points' losses and slopes. It ends when the
-    conditions hold, when the bracket, times `reach` (the largest entry of the direction), is shorter than `tolerance`,
-    or after `limit` further trials.
+    conditions hold, when no parameter differs by $10^{-9}$ between the bracket's ends (`reach` is the direction's
+    largest entry), or after `limit` further trials.
 
     Nocedal and Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, with the safeguards of
     torch.optim.LBFGS: the same trials in the same order. Slopes are NumPy scalars: they round in their own precision,
@@ -50,7 +52,7 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, tolera
     low = _lower(ends)
     near_end = False
     while not found and trials < limit:
-        if abs(ends[1].t - ends[0].t) * reach < tolerance:
+        if abs(ends[1].t - ends[0].t) * reach < SHORTEST:
             break
         t, near_end = _inside(ends, near_end)
         trial = evaluate(t, ends[low])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .batch import Gathered
 from .checks import StepError
 from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
+from .options import check_switches
 from .plan import MODES, Algorithm, Plan, describe, fill_state, make_recipe
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -315,10 +315,9 @@ class Optimizer(torch.optim.Optimizer):
         rule = algorithm.rule_of(p, dict(group))
         recipe = make_recipe(algorithm.name, rule, describe(algorithm.name, rule, dict(group), self.flags(group)))
         said = signature(rule)
-        shapes = {
-            n: shape_at(said.ranks.get(n, Rank.ELEMENT), p.shape) for n in (*recipe.numbers, *said.positional[2:])
-        }
-        return recipe.entries, shapes | dict.fromkeys(recipe.numbers)
+        shapes = {name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]}
+        required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
+        return required, dict.fromkeys(recipe.numbers) | shapes
 
     def _follow_grad_scaler(self) -> None:
         # As in torch: fused optimizers unscale in the step; for others GradScaler does it before.
@@ -352,50 +351,3 @@ def _switches(cls: type[Optimizer]) -> tuple[str, ...]:
 # These import torch's compiler when first called, which inside a compiled function has happened already.
 _step_outside_graphs = torch._disable_dynamo(Optimizer._step)
 _zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)
-
-
-def check_number(
-    owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf, up_to: float = math.inf
-) -> None:
-    """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below) and [low, up_to]."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if isinstance(value, (bool, str)) or not isinstance(value, (Tensor, SupportsFloat)):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    number = float(value.detach() if isinstance(value, Tensor) else value)
-    if not low <= number < below or number > up_to:
-        allowed = f"[{low:g}, {below:g})" if up_to == math.inf else f"[{low:g}, {up_to:g}]"
-        raise ValueError(f"{owner}: {name} must lie in {allowed}, got {value}")
-
-
-def check_pair(owner: str, name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a tuple or a list, ValueError unless it is one of two numbers."""
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{owner}: {name} must be two numbers, got {value!r}")
-    if len(value) != 2:
-        raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
-    for i, one in enumerate(value):
-        check_number(owner, f"{name}[{i}]", one, low=-math.inf)
-
-
-def check_betas(owner: str, betas: Any) -> None:
-    """Raise ValueError unless `betas` are two numbers in [0, 1)."""
-    check_pair(owner, "betas", betas)
-    for i, beta in enumerate(betas):
-        check_number(owner, f"betas[{i}]", beta, below=1.0)
-
-
-def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise TypeError for an option that should be True or False (or None, for torch's modes) and is neither."""
-    for name in names:
-        value = options.get(name)
-        if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
-            raise TypeError(f"{owner}: {name} must be True or False, got {value!r:.60}")
-
-
-def check_modes(owner: str, options: Mapping[str, Any]) -> None:
-    """Raise RuntimeError for torch's modes where they exclude each other."""
-    if options.get("fused") and options.get("differentiable"):
-        raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
-    if options.get("fused") and options["foreach"]:
-        raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")

@@ -27,14 +27,16 @@ Columns = Mapping[str, np.ndarray]
 
 
 def interpret(program: Program, columns: Columns, hypers: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The new values of the columns that the program writes, for one tensor.
+    """The new values of the columns and scalars that the program writes, for one tensor.
 
-    `columns` hold what is stored: bfloat16 as its bits, in uint16. All arrays are flat and have one length.
+    `columns` hold what is stored: bfloat16 as its bits, in uint16. All arrays are flat and have one length. A scalar
+    comes from `hypers` and becomes one number, rounded once to the compute type.
     """
     with np.errstate(all="ignore"):
         one = _Tensor(columns, hypers)
-        stores = program.passes[-1].stores
-        return {name: np.array(np.broadcast_to(one.element(node), one.numel)) for name, node in stores}
+        new = {name: np.array(np.broadcast_to(one.element(node), one.numel)) for name, node in program.stores}
+        numbers = {name: np.asarray(one.host(node)).astype(TYPES[program.compute]) for name, node in program.scalars}
+        return new | {name: number.reshape(1) for name, number in numbers.items()}
 
 
 class _Tensor:

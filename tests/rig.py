@@ -10,10 +10,10 @@ import torch
 from interpreter import interpret
 from table import Row
 
-from onepass.kernel import Graph, bind, cpu, finish, trace
+from onepass import explain
+from onepass.kernel import Graph, bind, cpu
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.program import Program
-from onepass.plan import describe
 
 # How NumPy sees what is stored: bfloat16 as its bits.
 STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -26,13 +26,13 @@ SPECIAL = (
     *(5.960464e-08, -6.0e-05, 65504.0, -65519.0, 65520.0, 9.2e-41, 3.3895314e38, 3.3961775e38),
 )
 
+# States that are sums, means or maxima of squares or sizes.
+NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size")
+
 
 def graph_of(row: Row) -> Graph:
     """A row's rule as the optimizer has it traced and finished."""
-    optimizer = row.make([torch.zeros(1)])
-    group = optimizer.param_groups[0]
-    traced = trace(type(optimizer).rule, describe(optimizer, group))
-    return finish(traced, maximize=bool(group["maximize"]))
+    return explain.graph_of(row.make([torch.zeros(1)]))
 
 
 def program_of(graph: Graph, p: str, g: str, state: str) -> Program:
@@ -42,8 +42,11 @@ def program_of(graph: Graph, p: str, g: str, state: str) -> Program:
 
 
 def hypers_of(row: Row, graph: Graph, step: float = 1, first: bool = False, **changed: Any) -> dict[str, float]:
-    """A row's options as the numbers that its graph asks for, and this step's."""
-    group = row.make([torch.zeros(1)]).param_groups[0] | changed | {"step": step, "first": float(first)}
+    """A row's options as the numbers that its graph asks for, and this step's; of scalars, what they begin with."""
+    optimizer = row.make([torch.zeros(1)])
+    group = optimizer.param_groups[0]
+    begin = {name: optimizer.initial_state(name, torch.zeros(()), group) for name, _ in graph.scalars}
+    group = group | begin | changed | {"step": step, "first": float(first)}
     values = {}
     for name in graph.hypers:
         key, _, index = name.partition(".")
@@ -62,12 +65,12 @@ def encode(values: np.ndarray, format: str) -> np.ndarray:
 def random_columns(
     rng: np.random.Generator, program: Program, size: int, special: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """A tensor's columns: ordinary numbers, with special ones among them. Running squares are not negative."""
+    """A tensor's columns: ordinary numbers, with special ones among them; squares and sizes are not negative."""
     columns = {}
     for column in program.columns:
         values = rng.standard_normal(size) * 10.0 ** rng.integers(-3, 2, size)
         values = np.where(rng.random(size) < special, rng.choice(SPECIAL, size), values)
-        columns[column.name] = encode(np.abs(values) if "_sq" in column.name else values, column.format.name)
+        columns[column.name] = encode(np.abs(values) if column.name in NOT_NEGATIVE else values, column.format.name)
     return columns
 
 
@@ -116,7 +119,7 @@ def launch(
     threads: int = 2,
     misaligned: int = 0,
 ) -> list[dict[str, np.ndarray]]:
-    """All columns of all tensors after one launch; what only is read must not have changed."""
+    """All columns and scalars of all tensors after one launch; what only is read must not have changed."""
     columns = kernel.program.columns
     numel = np.array([len(t["p"]) for t in tensors], np.int64)
     memory = Memory([t[c.name] for c in columns for t in tensors], misaligned)
@@ -132,6 +135,9 @@ def launch(
     for before, now in zip(tensors, after, strict=True):
         for c in columns:
             assert c.written or before[c.name].tobytes() == now[c.name].tobytes(), f"{c.name} is read only"
+    for name, numbers in prepared.scalars().items():
+        for i in range(n):
+            after[i][name] = np.asarray(numbers[i : i + 1], cpu.COMPUTE[kernel.program.compute])
     return after
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from onepass.kernel import bind, finish, trace
-from onepass.kernel.ir import amax, exp, floor, log, mean, norm, numel, rint, sqrt, where
-from onepass.kernel.ir import sum as total
+from onepass.kernel.functions import amax, exp, floor, log, mean, norm, numel, rint, sqrt, where
+from onepass.kernel.functions import sum as total
 from onepass.kernel.program import Program
 
 Rule = Callable[..., Mapping[str, Any]]

@@ -24,6 +24,15 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 0.05, "weight_decay": 0.1}),
     "adamw": ("AdamW", {"lr": 0.05}),
     "amsgrad": ("AdamW", {"lr": 0.05, "amsgrad": True, "maximize": True}),
+    "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.05, "initial_accumulator_value": 0.1}),
+    "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.05}),
+    "centered": ("RMSprop", {"lr": 0.01, "alpha": 0.9, "momentum": 0.8, "centered": True}),
+    "adadelta": ("Adadelta", {"lr": 1.0, "eps": 1e-3, "weight_decay": 0.05}),
+    "adamax": ("Adamax", {"lr": 0.05, "weight_decay": 0.1}),
+    "nadam": ("NAdam", {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": ("RAdam", {"lr": 0.05, "weight_decay": 0.1}),
+    "asgd": ("ASGD", {"lr": 0.1, "lambd": 0.5, "t0": 1, "weight_decay": 0.05}),
+    "rprop": ("Rprop", {"lr": 0.05, "maximize": True}),
 }
 
 

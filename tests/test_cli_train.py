@@ -211,7 +211,7 @@ def make_nothing() -> None:
     [
         (make_nothing, "--task digit", "did you mean digits?"),
         (make_nothing, "--task mnist", "choose one of digits, text, cifar10"),
-        (make_nothing, "--optimizer adamx", "there is no optimizer 'adamx': did you mean Adam"),
+        (make_nothing, "--optimizer adamx", "there is no optimizer 'adamx': did you mean adam"),
         (make_nothing, "--lr 0", "lr must be a positive finite number, got 0.0"),
         (make_nothing, "--lr=-1e-3", "lr must be a positive finite number, got -0.001"),
         (make_nothing, "--lr nan", "lr must be a positive finite number, got nan"),

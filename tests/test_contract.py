@@ -15,6 +15,7 @@ import pytest
 import torch
 from processes import run_script
 from sides import ALGORITHMS, CLOSE, assert_same, both, make_side, on_both, snapshot
+from table import on_eager_backend
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import onepass
 
 NAMES = ("SGD", "Adam", "AdamW")
+CLASSES = sorted({name for name, _ in ALGORITHMS.values()})
 LIBRARIES = pytest.mark.parametrize("library", [torch.optim, onepass], ids=["torch", "onepass"])
 EVERY = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -50,19 +52,7 @@ def ends(run: Callable[[Any], Any]) -> tuple[Any, Any]:
     return run(onepass), run(torch.optim)
 
 
-# The class and its signature.
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_subclass_and_signature(name):
-    ours, theirs = getattr(onepass, name), getattr(torch.optim, name)
-    assert issubclass(ours, torch.optim.Optimizer)
-    mine, yours = (list(inspect.signature(cls.__init__).parameters.values()) for cls in (ours, theirs))
-    assert [(q.name, q.kind, q.default) for q in mine] == [(q.name, q.kind, q.default) for q in yours]
-    assert ours.__name__ == name
-    for method in ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"):
-        mine, yours = (inspect.signature(getattr(cls, method)).parameters.values() for cls in (ours, theirs))
-        assert [(q.name, q.kind, q.default) for q in mine] == [(q.name, q.kind, q.default) for q in yours], method
+# Arguments.
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,53 +65,6 @@ def test_positional_arguments_and_defaults(name):
     ours, theirs = ends(lambda library: getattr(library, name)([nn.Parameter(torch.ones(2))]))
     assert ours.defaults == theirs.defaults
     assert repr(ours) == repr(theirs)
-
-
-BAD = [
-    ("SGD", {"lr": -0.1}),
-    ("SGD", {"momentum": -1.0}),
-    ("SGD", {"weight_decay": -0.1}),
-    ("SGD", {"nesterov": True}),
-    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
-    ("SGD", {"lr": "0.1"}),
-    ("SGD", {"lr": None}),
-    ("SGD", {"lr": torch.ones(2)}),
-    ("SGD", {"fused": True, "foreach": True}),
-    ("SGD", {"fused": True, "differentiable": True}),
-    ("SGD", {"learning_rate": 0.1}),
-    *[
-        (name, bad)
-        for name in ("Adam", "AdamW")
-        for bad in (
-            {"lr": -0.1},
-            {"lr": "0.1"},
-            {"lr": None},
-            {"lr": float("nan")},
-            {"lr": torch.ones(2)},
-            {"eps": -1.0},
-            {"eps": float("nan")},
-            {"weight_decay": -1.0},
-            {"weight_decay": "x"},
-            {"betas": (1.0, 0.9)},
-            {"betas": (0.9, 1.0)},
-            {"betas": (-0.1, 0.9)},
-            {"betas": (0.9, float("nan"))},
-            {"fused": True, "foreach": True},
-            {"fused": True, "differentiable": True},
-            {"beta": (0.9, 0.99)},
-        )
-    ],
-]
-
-
-@pytest.mark.parametrize(("name", "bad"), BAD, ids=str)
-def test_errors_are_of_the_types_that_torch_raises(name, bad):
-    kinds = []
-    for library in (onepass, torch.optim):
-        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
-            getattr(library, name)([nn.Parameter(torch.ones(2))], **bad)
-        kinds.append(caught.type)
-    assert issubclass(*kinds)
 
 
 BAD_PARAMETERS = [
@@ -139,7 +82,7 @@ BAD_PARAMETERS = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("make", BAD_PARAMETERS, ids=range(len(BAD_PARAMETERS)))
 def test_errors_for_parameters_are_of_the_types_that_torch_raises(name, make):
     kinds = []
@@ -154,8 +97,8 @@ def test_errors_for_parameters_are_of_the_types_that_torch_raises(name, make):
 @pytest.mark.parametrize("mode", ["foreach", "fused", "capturable", "maximize"])
 @pytest.mark.parametrize("value", [True, False])
 def test_modes_are_accepted(algorithm, mode, value):
-    if mode == "capturable" and ALGORITHMS[algorithm][0] == "SGD":
-        pytest.skip("SGD has no such option in torch")
+    if mode not in inspect.signature(getattr(torch.optim, ALGORITHMS[algorithm][0])).parameters:
+        pytest.skip("there is no such option in torch")
     plain = make_side(onepass, algorithm, **({"maximize": value} if mode == "maximize" else {}))
     side = make_side(onepass, algorithm, **{mode: value})
     for s in (plain, side):
@@ -167,7 +110,8 @@ def test_modes_are_accepted(algorithm, mode, value):
 
 @EVERY
 def test_eager_backend_agrees(algorithm):
-    sides = make_side(onepass, algorithm, foreach=False, fused=False), make_side(torch.optim, algorithm)
+    sides = both(algorithm)
+    on_eager_backend(sides[0].opt)
     on_both(sides, lambda side: [side.step() for _ in range(4)])
     assert_same(sides)
 
@@ -585,7 +529,7 @@ def test_state_has_torchs_names_types_and_places(algorithm):
             assert not mine.requires_grad
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in CLASSES if name != "Adagrad"])
 def test_state_dict_of_an_empty_state(name):
     model = make_model()
     opt = getattr(onepass, name)(model.parameters(), lr=0.1)
@@ -597,6 +541,28 @@ def test_state_dict_of_an_empty_state(name):
     reference = make_model()
     train(reference, getattr(onepass, name)(reference.parameters(), lr=0.1), 2)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(reference), strict=True))
+
+
+def test_state_that_is_there_from_the_beginning():
+    """Adagrad's: saved and loaded before any step, and made for groups that come later where they first step."""
+    sides = both("adagrad")
+    assert_same(sides)
+    assert all(len(side.opt.state) == len(side.params) for side in sides)
+    fresh = both("adagrad", initial_accumulator_value=3.0)
+    for side, other in zip(sides, fresh, strict=True):
+        other.opt.load_state_dict(copy.deepcopy(side.opt.state_dict()))
+    assert_same(fresh)
+
+    def grow(side):
+        side.step()
+        side.params.append(nn.Parameter(side.randn(3)))
+        side.opt.add_param_group({"params": side.params[-1]})
+        side.step()
+        side.step()
+
+    for pair in (sides, fresh):
+        on_both(pair, grow)
+        assert_same(pair)
 
 
 @EVERY
@@ -693,6 +659,45 @@ def test_checkpoints_in_the_middle_of_a_run(algorithm, saver, loader, tensor_lr)
     tolerance = {"rtol": 0, "atol": 0} if saver is loader else CLOSE
     torch.testing.assert_close(weights(resumed), weights(model), **tolerance)
     assert float(other.param_groups[0]["lr"]) == pytest.approx(float(opt.param_groups[0]["lr"]))
+
+
+def crossing(algorithm: str, library_at: Callable[[int], Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Twenty steps with a changing lr and parameters that freeze and thaw; libraries hand on their state."""
+    name, options = ALGORITHMS[algorithm]
+    model, random = make_model(), torch.Generator().manual_seed(1)
+    opt = library = None
+    for k in range(20):
+        if library_at(k) is not library:
+            saved = None if opt is None else through_a_file(opt.state_dict())
+            library = library_at(k)
+            opt = getattr(library, name)(model.parameters(), **options)
+            if saved is not None:
+                opt.load_state_dict(saved)
+        model[0].requires_grad_(k >= 4)
+        model[2].bias.requires_grad_(k not in (9, 10, 15))
+        opt.param_groups[0]["lr"] = options["lr"] * (0.5 + 0.1 * (k % 7))
+        opt.zero_grad()
+        model(torch.randn(5, 4, generator=random)).square().mean().backward()
+        opt.step()
+    return weights(model), opt.state_dict()
+
+
+@EVERY
+@pytest.mark.parametrize("inner", [onepass, torch.optim], ids=["onepass inside", "torch inside"])
+def test_runs_that_cross_between_the_libraries(algorithm, inner):
+    """The state dict goes over after seven steps and back after thirteen, and the run is torch's own."""
+    outer = torch.optim if inner is onepass else onepass
+    crossed, state_dict = crossing(algorithm, lambda k: inner if 7 <= k < 13 else outer)
+    alone, expected = crossing(algorithm, lambda k: torch.optim)
+    torch.testing.assert_close(crossed, alone, **CLOSE)
+    assert [list(group) for group in state_dict["param_groups"]] == [list(group) for group in expected["param_groups"]]
+    assert list(state_dict["state"]) == list(expected["state"])
+    for key, entry in expected["state"].items():
+        assert set(state_dict["state"][key]) == set(entry)
+        for name, value in entry.items():
+            mine = state_dict["state"][key][name]
+            assert (mine.dtype, mine.shape) == (value.dtype, value.shape)
+            torch.testing.assert_close(mine, value, msg=lambda m, at=(key, name): f"{at}: {m}", **CLOSE)
 
 
 def test_old_checkpoints():
@@ -921,12 +926,14 @@ def test_pickles_and_copies(algorithm, how):
 def test_grad_scaler(algorithm, fused, unscale_first):
     """A step with an infinite gradient changes nothing at all; others divide by the scale, once."""
     name, options = ALGORITHMS[algorithm]
+    if fused and "fused" not in inspect.signature(getattr(torch.optim, name)).parameters:
+        pytest.skip("there is no such option in torch")
 
     def run(library):
         model = make_model()
         # torch's fused SGD forgets to make its momentum where the first step is skipped.
-        mode = fused if library is onepass else None
-        opt = getattr(library, name)(model.parameters(), **options, fused=mode)
+        mode = {"fused": True} if fused and library is onepass else {}
+        opt = getattr(library, name)(model.parameters(), **options, **mode)
         scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=2)
         random = torch.Generator().manual_seed(1)
         scales = []
@@ -1014,6 +1021,28 @@ def test_differentiable(algorithm):
     torch.testing.assert_close(ours, textbook, rtol=1e-9, atol=1e-11)
     if algorithm in ("adam", "adamw"):
         torch.testing.assert_close(ours, run(getattr(torch.optim, name)), rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_derivatives_are_slopes(algorithm):
+    """Through three steps, along a direction in the first weights: what autograd says is what differences say."""
+    name, options = ALGORITHMS[algorithm]
+    x, first, direction = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 4), (4, 3), (4, 3)))
+
+    def loss(t):
+        p = first + t * direction
+        opt = getattr(onepass, name)([p], **options, differentiable=True)
+        for _ in range(3):
+            p.grad = torch.autograd.grad((x @ p).tanh().square().sum(), p, create_graph=True)[0]
+            opt.step()
+        return (x @ p).square().sum()
+
+    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(loss(t), t)[0]
+    # The error of a central difference: h^2 from the curve, 2^-52 / h from rounding.
+    h = 1e-5
+    ahead, behind = (loss(torch.tensor(s * h, dtype=torch.float64, requires_grad=True)).detach() for s in (1, -1))
+    torch.testing.assert_close(slope, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
 
 
 @LIBRARIES
@@ -1199,7 +1228,14 @@ def run(library, name, options, reload=False):
             set_optimizer_state_dict(net, opt, saved)
     return net, opt
 
-CASES = (("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.1, "amsgrad": True}), ("Adam", {"lr": 0.1}))
+CASES = (
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    ("AdamW", {"lr": 0.1, "amsgrad": True}),
+    ("Adam", {"lr": 0.1}),
+    ("Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.1}),
+    ("NAdam", {"lr": 0.1}),
+    ("ASGD", {"lr": 0.1, "t0": 1}),
+)
 for name, options in CASES:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -1217,7 +1253,7 @@ for name, options in CASES:
                 assert mine.placements == p.placements and mine.device_mesh == p.device_mesh
                 torch.testing.assert_close(mine.full_tensor(), value.full_tensor(), rtol=2e-5, atol=2e-6)
             else:
-                assert float(mine) == float(value)
+                torch.testing.assert_close(mine, value)
     again, _ = run(onepass, name, options, reload=True)
     for p, q in zip(net.parameters(), again.parameters()):
         assert torch.equal(p.full_tensor(), q.full_tensor())

@@ -15,20 +15,20 @@ import torch
 from interpreter import interpret
 from rig import NAN, compiled, graph_of, hypers_of, is_same, launch, program_of, random_columns
 from rules import everything, program
-from table import TABLE, UNIT, Row, tolerance, walk
+from table import TABLE, Row, on_eager_backend, results, tolerance, walk
 
 import onepass
-from onepass.kernel import cpu, finish, ir, trace
+from onepass.kernel import cpu, finish, functions, trace
 from onepass.kernel.cpu import Kernel
-from onepass.kernel.ir import amax
-from onepass.kernel.ir import sum as total
+from onepass.kernel.functions import amax
+from onepass.kernel.functions import sum as total
 from onepass.kernel.program import Program
 
 # Rules.
 
 
 CHOICES = ("where", "maximum", "minimum", "lerp")
-FLAGS = ("amsgrad", "nesterov", "decoupled_weight_decay", "has_momentum", "first")
+FLAGS = ("amsgrad", "centered", "nesterov", "decoupled_weight_decay", "has_momentum", "first")
 SWAPPED = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -76,14 +76,24 @@ def replacements(node: ast.AST, numbers: list[str], values: list[str]) -> Iterat
             yield from (ast.Constant(True), ast.Constant(False))
 
 
+def unpacks(statement: ast.stmt) -> bool:
+    """Whether this names the entries of an option that is a tuple."""
+    return (
+        isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Tuple)
+        and isinstance(statement.value, ast.Name)
+    )
+
+
 def mutants(rule) -> Iterator[tuple[str, object]]:
     """The rule with one mistake each, and what the mistake is."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(rule)))
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
     function.decorator_list = []
-    numbers = [a.arg for a in function.args.kwonlyargs]
-    numbers = [n for n in numbers if n not in (*FLAGS, "betas")] + ["beta1", "beta2"] * ("betas" in numbers)
+    unpacked = {s.value.id: s.targets[0].elts for s in function.body if unpacks(s)}
+    numbers = [a.arg for a in function.args.kwonlyargs if a.arg not in (*FLAGS, *unpacked)]
+    numbers += [element.id for elements in unpacked.values() for element in elements]
     values = [a.arg for a in function.args.args]
     places = [n for statement in function.body for n in ast.walk(statement)]
     for place, node in enumerate(places):
@@ -107,7 +117,7 @@ class Replace(ast.NodeTransformer):
 
 
 def build(rule, tree: ast.Module, what: str) -> tuple[str, object]:
-    space = dict(rule.__globals__) | {"maximum": ir.maximum, "minimum": ir.minimum}
+    space = dict(rule.__globals__) | {"maximum": functions.maximum, "minimum": functions.minimum}
     exec(compile(tree, "<mutant>", "exec"), space)
     return what, space[rule.__name__]
 
@@ -124,25 +134,30 @@ def is_right(row: Row, rule) -> bool:
     plain = getattr(onepass, row.name)
     mutant = type(row.name, (plain,), {"rule": staticmethod(rule)})
     p = torch.from_numpy(start.copy())
-    optimizer = mutant([p], **row.options, foreach=False, fused=False)
+    optimizer = on_eager_backend(mutant([p], **row.options))
     for g, lr in zip(gradients, lrs, strict=True):
         p.grad = torch.from_numpy(g)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    error = np.abs(p.numpy() - path[-1]).max()
-    return bool(error <= tolerance(path, UNIT[torch.float64])) and spreads_as_torch(row, mutant)
+    error = np.abs(results(row, optimizer, p) - path[-1]).max()
+    return bool(error <= tolerance(row, path, torch.float64)) and spreads_as_torch(row, mutant)
 
 
 def spreads_as_torch(row: Row, mutant: type) -> bool:
+    """Whether NaN and infinity get to where they get in torch, and the state has the same names."""
     values = torch.tensor([1.0, float("inf"), NAN])
-    ours, theirs = values.repeat(3), values.repeat(3)
     g = values.repeat_interleave(3)
-    optimizers = (mutant([ours], **row.options, foreach=False, fused=False), row.make_torch([theirs], foreach=False))
-    for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+    ends, names = [], []
+    for make in (lambda p: on_eager_backend(mutant([p], **row.options)), lambda p: row.make_torch([p], foreach=False)):
+        p = values.repeat(3)
+        optimizer = make(p)
         for _ in range(2):
             p.grad = g.clone()
             optimizer.step()
-    return torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+        ends.append(results(row, optimizer, p))
+        names.append({name for name, value in optimizer.state[p].items() if value is not None})
+    same = (f(ends[0]) == f(ends[1]) for f in (np.isnan, np.isposinf, np.isneginf))
+    return all(one.all() for one in same) and names[0] == names[1]
 
 
 def rules() -> dict[str, tuple[object, list[Row]]]:

@@ -25,8 +25,9 @@ from table import TABLE, UNIT, Row
 
 import onepass
 from onepass.kernel import bind, cpu, evaluate, finish, signature, trace
-from onepass.kernel.ir import RuleError, amax, const, mean, norm
-from onepass.kernel.ir import sum as total
+from onepass.kernel.functions import amax, mean, norm
+from onepass.kernel.functions import sum as total
+from onepass.kernel.ir import RuleError, const
 from onepass.kernel.lower import LANES
 from onepass.kernel.walk import CHUNK
 

@@ -174,7 +174,7 @@ class Machine(RuleBasedStateMachine):
     def change_momentum(self, momentum):
         def change(side):
             for group in side.opt.param_groups:
-                if "momentum" in group:
+                if "nesterov" in group:
                     group.update(momentum=momentum, nesterov=False)
 
         self.both(change)

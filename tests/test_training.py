@@ -211,8 +211,8 @@ def test_a_checkpoint_of_something_else(missing: str, tmp_path: Path, short_digi
         ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
         ({"seed": -1}, "seed must lie in"),
         ({"schedule": "cosin"}, "there is no schedule 'cosin': choose one of cosine, step, none"),
-        ({"optimizer": "adamv"}, "there is no optimizer 'adamv': did you mean Adam"),
-        ({"optimizer": "zzz"}, "there is no optimizer 'zzz': choose one of .*SGD"),
+        ({"optimizer": "adamv"}, "there is no optimizer 'adamv': did you mean adam"),
+        ({"optimizer": "zzz"}, "there is no optimizer 'zzz': choose one of .*sgd-momentum"),
         ({"task": "digit"}, "there is no task 'digit': did you mean digits?"),
         ({"task": "zzz"}, "there is no task 'zzz': choose one of digits, text, cifar10"),
     ],
@@ -228,6 +228,9 @@ def test_optimizers_are_found_in_any_case() -> None:
         for spelling in (name, name.lower(), name.upper()):
             assert loop.find_optimizer(spelling) is getattr(onepass, name)
     assert make_settings(optimizer="adamw") == make_settings(optimizer="AdamW")
+    momentum = make_settings(optimizer="SGD-Momentum", lr=0.1)
+    assert momentum == make_settings(optimizer="sgd-momentum", lr=0.1)
+    assert Run(momentum, Path()).optimizer.defaults["momentum"] == 0.9
 
 
 def test_an_optimizer_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

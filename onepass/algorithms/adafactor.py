@@ -20,7 +20,8 @@ from ..kernel.functions import (
     sqrt,
     square,
 )
-from ..optimizer import Optimizer, Params, Rule, check_modes, check_number, check_pair
+from ..optimizer import Optimizer, Params, Rule
+from ..options import check_modes, check_number, check_pair
 
 
 class Adafactor(Optimizer):

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..kernel.functions import lerp, maximum, sqrt, where
-from ..optimizer import Optimizer, Params, check_betas, check_modes, check_number
+from ..optimizer import Optimizer, Params
+from ..options import check_betas, check_modes, check_number
 
 
 class Adam(Optimizer):

@@ -15,7 +15,8 @@ from ..checks import StepError
 from ..flat import Flat, largest, scalar
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
-from ..optimizer import Optimizer, Params, check_number
+from ..optimizer import Optimizer, Params
+from ..options import check_number
 
 # What one iteration leaves to the next, beside the counts: vectors as long as all parameters together, and numbers.
 VECTORS, HISTORY = ("d", "prev_flat_grad"), ("old_dirs", "old_stps")
@@ -162,6 +163,7 @@ class _Descent:
         self.origin: Tensor | None = None
         self.spare_pair: tuple[Tensor, Tensor] | None = None
         self.alphas: list[np.floating] = []
+        self.parts: dict[int, list[Tensor]] = {}
         self.evaluations = 0
         self.numpy_errors = np.geterr()
         if self.state.get("d") is not None:
@@ -222,7 +224,7 @@ class _Descent:
             return None
         reach = largest(d)
         if group["line_search_fn"] is None:
-            self.flat.move(None, float(t), self.flat.split(d))
+            self.flat.move(None, float(t), self._parts(d))
             # Where gradients are noisy, one more evaluation would be of no use.
             if last:
                 return None
@@ -255,7 +257,7 @@ class _Descent:
             del ro[0], rates[0]
         dirs.append(y)
         steps.append(s)
-        ro.append(1.0 / curvature)
+        ro.append(curvature.reciprocal())
         rates.append(scalar(ro[-1]))
         state["H_diag"] = curvature / y.dot(y)
 
@@ -277,7 +279,7 @@ class _Descent:
         flat, state = self.flat, self.state
         self.origin = flat.new() if self.origin is None else self.origin
         flat.read(self.origin)
-        origin, direction = flat.split(self.origin), flat.split(d)
+        origin, direction = self._parts(self.origin), self._parts(d)
 
         def evaluate(t: Any, kept: Point) -> Point:
             flat.move(origin, float(t), direction)
@@ -285,7 +287,7 @@ class _Descent:
 
         limit = int(self.group["max_eval"]) - self.evaluations
         try:
-            there = strong_wolfe(evaluate, here, t, reach=reach, tolerance=self.tolerance_change, limit=limit)
+            there = strong_wolfe(evaluate, here, t, reach=reach, limit=limit)
         except BaseException:
             flat.write(self.origin)
             state["t"] = 0.0
@@ -303,6 +305,12 @@ class _Descent:
         self.state["func_evals"] += 1
         gradient = self._gradient(*kept)
         return Point(t, loss, scalar(gradient.dot(d)), gradient)
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        """The views of a vector that this descent holds on to: made once."""
+        if id(vector) not in self.parts:
+            self.parts[id(vector)] = self.flat.split(vector)
+        return self.parts[id(vector)]
 
     def _evaluate_loss(self) -> tuple[Any, float]:
         with torch.enable_grad(), np.errstate(**self.numpy_errors):

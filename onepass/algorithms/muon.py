@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
-from ..optimizer import Optimizer, Params, Rule, check_betas, check_number
+from ..optimizer import Optimizer, Params, Rule
+from ..options import check_betas, check_number
 from .adam import Adam
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernel.functions import Scalar, lerp, sqrt, where
-from ..optimizer import Optimizer, Params, check_betas, check_modes, check_number
+from ..optimizer import Optimizer, Params
+from ..options import check_betas, check_modes, check_number
 
 
 class NAdam(Optimizer):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernel.functions import maximum, minimum, where
-from ..optimizer import Optimizer, Params, check_modes, check_number, check_pair
+from ..optimizer import Optimizer, Params
+from ..options import check_modes, check_number, check_pair
 
 
 class Rprop(Optimizer):

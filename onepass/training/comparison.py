@@ -59,7 +59,8 @@ def _make_contenders(optimizer: torch.optim.Optimizer, parameters: list[Tensor])
     theirs = getattr(torch.optim, name, None)
     if theirs is None:
         return contenders
-    contenders[f"torch {name}"] = _make(theirs, parameters, hyper)
+    with suppress(ValueError):  # torch's answer where it does not take such parameters
+        contenders[f"torch {name}"] = _make(theirs, parameters, hyper)
     if "fused" in inspect.signature(theirs).parameters:
         with suppress(RuntimeError):  # torch's answer where it has no fused kernel for this device or dtype
             contenders[f"torch {name} fused"] = _make(theirs, parameters, hyper, fused=True)

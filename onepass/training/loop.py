@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from onepass import checkpoint
-from onepass.catalog import UnknownName, find_class
+from onepass.catalog import UnknownName, find_variant
 from onepass.tasks import Data, Examples, Task, find_task
 
 __all__ = [
@@ -100,18 +101,19 @@ def make_settings(
     return settings
 
 
-def find_optimizer(name: str) -> type[Any]:
-    """The optimizer class of that name, in any case, or of `module:Class`; `SettingsError` if there is none."""
+def find_optimizer(name: str) -> Callable[..., Any]:
+    """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else `SettingsError`."""
     try:
-        return find_class(name)
+        found = find_variant(name)
     except UnknownName as error:
         raise SettingsError(str(error)) from None
+    return partial(found.cls, **found.options) if found.options else found.cls
 
 
 def _spell(name: str) -> str:
     """An optimizer's name as a run remembers it."""
     found = find_optimizer(name)
-    return name if ":" in name else found.__name__
+    return name if ":" in name else getattr(found, "__name__", name.lower())
 
 
 def _default_lr(task: Task, optimizer: str) -> float:
@@ -278,13 +280,13 @@ def _misfit(path: Path, error: Exception) -> checkpoint.CheckpointError:
 
 def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer on the model's parameters, once it has shown that it can make a step with dense gradients."""
-    cls = find_optimizer(settings.optimizer)
+    make = find_optimizer(settings.optimizer)
     try:
         trial = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
         for p in trial:
             p.grad = torch.zeros_like(p)
-        cls(trial, lr=settings.lr).step()
-        return cls(model.parameters(), lr=settings.lr)
+        make(trial, lr=settings.lr).step()
+        return make(model.parameters(), lr=settings.lr)
     except (RuntimeError, TypeError, ValueError) as error:
         raise SettingsError(
             f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr {settings.lr}: "
