@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train bench test test-frameworks test-slow lint format clean
+.PHONY: help train bench curves docs test test-frameworks test-slow lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -22,7 +22,13 @@ train: .venv/.train ## train a model: onepass train $(ARGS)
 bench: .venv/.train ## time the optimizers: onepass bench $(ARGS)
 	@$(BIN)/onepass bench $(ARGS)
 
-test: lint ## format, lint, types and all quick tests: pytest $(ARGS)
+curves: .venv/.train ## measure what docs/how-to-choose.md shows: every algorithm on two tasks, about 20 minutes
+	@$(BIN)/python benchmarks/curves.py $(ARGS)
+
+docs: .venv/.dev ## build the documentation: site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: lint docs ## format, lint, types, documentation and all quick tests: pytest $(ARGS)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning and transformers
@@ -41,7 +47,7 @@ format: .venv/.dev ## format the code and mend what ruff can
 	@$(BIN)/ruff format
 
 clean: ## remove caches and built packages; .venv and runs stay
-	@rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	@find . \( -name .venv -o -name .git \) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.train: EXTRAS := train

@@ -14,6 +14,7 @@ from .algorithms.radam import RAdam
 from .algorithms.rmsprop import RMSprop
 from .algorithms.rprop import Rprop
 from .algorithms.sgd import SGD
+from .algorithms.sparse_adam import SparseAdam
 from .checks import StepError
 from .kernel.functions import (
     PerColumn,
@@ -55,6 +56,7 @@ __all__ = [
     "Rprop",
     "RuleError",
     "Scalar",
+    "SparseAdam",
     "StepError",
     "column_mean",
     "lerp",

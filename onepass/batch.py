@@ -13,57 +13,11 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .checks import Group, Member, State, check_gradient, check_matrix, check_member, check_state, number, pick
+from .checks import Group, Member, State, check_gradient, check_matrix, check_member, check_state, pick
+from .recipes import Recipe
 
 # What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
 Gathered = list[Any]
-
-
-@dataclass
-class Recipe:
-    """What a batch computes: a finished graph, where its hyper-parameters are found, and which numbers it keeps.
-
-    `numbers` are the state entries that are one number a parameter: the rule's scalars, and `step` where it counts.
-    `required` are the entries that a parameter which has stepped before must have.
-    """
-
-    graph: kernel.Graph
-    sources: list[tuple[str, str, int | None]]
-    numbers: tuple[str, ...]
-    required: tuple[str, ...]
-
-    @property
-    def counts_steps(self) -> bool:
-        return "step" in self.numbers
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.graph.scalars)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return ("g", "p", *self.graph.state)
-
-    @property
-    def entries(self) -> tuple[str, ...]:
-        """The keys of a parameter's state."""
-        return (*self.graph.state, *self.numbers)
-
-    def read(self, group: Group) -> list[float]:
-        """A group's numbers, in the order of `sources`."""
-        return [number(pick(group, key, i), key) for _, key, i in self.sources]
-
-    def shape(self, name: str, p: Tensor) -> tuple[int, ...]:
-        """The shape of a state entry."""
-        return () if name in self.numbers else kernel.shape_at(self.graph.rank(name), p.shape)
-
-    def fits(self, p: Tensor) -> bool:
-        """Whether a parameter's memory can be walked as it is: dense, and row after row where there are matrices."""
-        return p.is_contiguous() if self.graph.has_matrices else kernel.is_dense(p)
-
-    def as_dense(self, p: Tensor) -> Tensor:
-        """The parameter, detached, or a dense copy that stands for it."""
-        return p.detach() if self.fits(p) else p.detach().contiguous()
 
 
 def check(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], recipe: Recipe) -> None:
@@ -121,6 +75,7 @@ class KernelBatch:
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
         self._work: Any = None
+        self._threads = 1
         self._placed = b""
         self._overlapping = False
 
@@ -200,21 +155,18 @@ class KernelBatch:
             g, p = tensors[i], tensors[self.count + i]
             if g is None:
                 continue
+            if not self.members[i].takes(g):
+                return False
             check_gradient(self.owner, self.members[i], p, g)
             if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
                 return False
-            tensors[i] = torch.empty_like(self.recipe.as_dense(p), dtype=g.dtype).copy_(g.detach())
+            filled, like = as_filled(g.detach()), self.recipe.as_dense(p)
+            fits = g.layout != torch.strided and filled.stride() == like.stride()
+            tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
-    def run(
-        self,
-        tensors: Gathered,
-        params: Sequence[Tensor],
-        numbers: Mapping[str, np.ndarray],
-        first: np.ndarray | None,
-        factor: float,
-    ) -> dict[str, np.ndarray]:
-        """Launch on what was gathered, and return each parameter's new scalars.
+    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, factor: float) -> None:
+        """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
 
         `numbers` hold each parameter's scalars and step number; `first` says whose step is the first.
         """
@@ -226,7 +178,17 @@ class KernelBatch:
         for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
-        self.launch.run(1 if self._overlap() else torch.get_num_threads())
+        self._threads = 1 if self._overlap() else torch.get_num_threads()
+        self.launch.begin(self._threads)
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        if self.launch is not None:
+            self.launch.cancel()
+
+    def finish(self, tensors: Gathered, params: Sequence[Tensor]) -> dict[str, np.ndarray]:
+        """Store what was begun, with the gathered tensors in hand, and return each parameter's new scalars."""
+        self.launch.finish(self._threads)
         columns = len(self.recipe.columns)
         written = tensors[self.count : columns * self.count]
         if self.strided:
@@ -286,6 +248,11 @@ def _gradient_dtype(p: Tensor) -> torch.dtype:
     return p.dtype if p.grad is None else p.grad.dtype
 
 
+def as_filled(g: Tensor) -> Tensor:
+    """A gradient, with zeros where a sparse one has no values."""
+    return g if g.layout == torch.strided else g.to_dense()
+
+
 def format_name(dtype: torch.dtype) -> str:
     """The storage format of a dtype; complex numbers are pairs of real ones."""
     real = dtype.to_real() if dtype.is_complex else dtype
@@ -314,6 +281,8 @@ class EagerBatch:
             own = state.get(p, {})
             if not isinstance(own, dict) or any(own.get(name) is None for name in self.recipe.entries):
                 return None
+            if not member.takes(p.grad):
+                return None
             check(self.owner, member, p, own, self.recipe)
             stepping.append((member, p, own, self._read(groups[member.group])))
         return stepping
@@ -336,19 +305,28 @@ class EagerBatch:
 
     def _update(self, p: Tensor, own: State, hypers: dict[str, Any]) -> None:
         """Compute everything, then write."""
-        columns: dict[str, Any] = {"p": p, "g": p.grad, **{name: own[name] for name in self.recipe.graph.state}}
+        columns: dict[str, Any] = self._columns(p, {name: own[name] for name in self.recipe.graph.state})
         if p.is_complex():
             columns = {name: torch.view_as_real(t.resolve_conj()) for name, t in columns.items()}
         # Autograd keeps what it has read; what is written in place must be another tensor.
         read = {name: t.clone() for name, t in columns.items()} if self.differentiable else columns
         new = kernel.evaluate(self.recipe.graph, read, hypers)
         if self.recipe.counts_steps:
-            _write(own, "step", hypers["step"])
+            write_number(own, "step", hypers["step"])
         for name in self.recipe.scalars:
-            _write(own, name, new.pop(name))
+            write_number(own, name, new.pop(name))
         for name, value in new.items():
             target = p if name == "p" else own[name]
-            target.copy_(torch.view_as_complex(value.contiguous()) if p.is_complex() else value)
+            self._store(target, torch.view_as_complex(value.contiguous()) if p.is_complex() else value)
+
+    def _columns(self, p: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the rule is given."""
+        assert p.grad is not None
+        return {"p": p, "g": as_filled(p.grad), **states}
+
+    def _store(self, target: Tensor, value: Tensor) -> None:
+        """Put a column's new value in its place."""
+        target.copy_(value)
 
 
 def _read(value: Tensor | float, capturable: bool) -> Tensor | float:
@@ -358,9 +336,13 @@ def _read(value: Tensor | float, capturable: bool) -> Tensor | float:
     return value
 
 
-def _write(own: State, name: str, value: Tensor | float) -> None:
-    if isinstance(own[name], Tensor):
+def write_number(own: State, name: str, value: Tensor | float) -> None:
+    """Set a number of a parameter's state in place, where it is kept in a tensor."""
+    kept = own[name]
+    if isinstance(kept, Tensor) and not kept.is_inference():
         with torch.no_grad():
-            own[name].copy_(value) if isinstance(value, Tensor) else own[name].fill_(value)
+            kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
+    elif name == "step" and type(kept) is int:
+        own[name] = int(value)
     else:
         own[name] = torch.tensor(float(value), device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,19 @@ from typing import Any
 import onepass
 from onepass.optimizer import Optimizer
 
-__all__ = ["UnknownName", "Variant", "find_class", "find_variant", "nearest", "optimizers"]
+__all__ = [
+    "CLOSURE",
+    "SPARSE",
+    "UnknownName",
+    "Variant",
+    "find_class",
+    "find_trainable",
+    "find_variant",
+    "nearest",
+    "optimizers",
+]
+
+CLOSURE, SPARSE = "a closure", "sparse gradients"
 
 
 class UnknownName(ValueError):
@@ -28,21 +41,32 @@ class Variant:
     cls: type[Optimizer]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def demand(self) -> str:
+        """What a step needs that is no dense gradient; empty for most."""
+        if not hasattr(self.cls, "rule"):
+            return CLOSURE
+        return SPARSE if self.cls.gradients == "sparse" else ""
 
-# Options that change which columns a step reads and writes, so that each is a measurement of its own.
+
+# Options that change what a step computes, so that each is a measurement of its own. A class has such a variant where
+# each of the options is one of its arguments, and off by default where it is on here, or on where it is off.
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"use_muon": None, "adjust_lr_fn": "match_rms_adamw"},  # what is no matrix takes AdamW, at the same lr
     "amsgrad": {"amsgrad": True},
     "centered": {"centered": True},
+    "centered-momentum": {"centered": True, "momentum": 0.9},
     "momentum": {"momentum": 0.9},
     "nesterov": {"momentum": 0.9, "nesterov": True},
+    "wolfe": {"line_search_fn": "strong_wolfe"},
 }
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
-    """The package's optimizers that have a rule, by their public names."""
+    """The package's optimizers, by their public names."""
     public = {name: getattr(onepass, name) for name in onepass.__all__}
-    return {name: cls for name, cls in public.items() if isinstance(cls, type) and hasattr(cls, "rule")}
+    classes = {name: cls for name, cls in public.items() if isinstance(cls, type)}
+    return {name: cls for name, cls in classes.items() if issubclass(cls, Optimizer) and cls is not Optimizer}
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
@@ -57,7 +81,7 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
 def find_class(name: str) -> type[Optimizer]:
     """The optimizer class of that name, in any case, or the class that `module:Class` names.
 
-    Raises `UnknownName` where there is none, or where it is no `onepass.Optimizer` with a rule.
+    Raises `UnknownName` where there is none, and for a `module:Class` that is no `onepass.Optimizer` with a rule.
     """
     if ":" in name:
         return _import_class(name)
@@ -96,12 +120,23 @@ def find_variant(name: str) -> Variant:
     return variants[name.lower()]
 
 
+def find_trainable(name: str) -> Variant:
+    """As `find_variant`, but raises `UnknownName` also for an optimizer that needs more than dense gradients."""
+    found = find_variant(name)
+    if found.demand:
+        raise UnknownName(
+            f"{found.cls.__name__} needs {found.demand}, which no task has: choose another, as AdamW or SGD."
+        )
+    return found
+
+
 def _variants() -> dict[str, Variant]:
     found = {}
     for public, cls in optimizers().items():
         found[public.lower()] = Variant(public.lower(), cls)
+        defaults = {q.name: q.default for q in inspect.signature(cls).parameters.values()}
         for suffix, options in OPTIONS.items():
-            if options.keys() <= cls.__init__.__annotations__.keys():
+            if all(name in defaults and bool(defaults[name]) != bool(value) for name, value in options.items()):
                 name = f"{public.lower()}-{suffix}"
                 found[name] = Variant(name, cls, options)
     return found

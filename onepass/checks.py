@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,55 @@ Group = dict[str, Any]
 State = dict[str, Any]
 
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 class StepError(RuntimeError):
     """A step that cannot be taken; nothing has been changed."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter's place in the list of all parameters and in a group, how it steps, and its name in a message."""
+    """A parameter's place in the list of all parameters and in a group, how it steps, and its name in a message.
+
+    `sparse` says what becomes of sparse gradients: the rule steps their "rows" alone, or they are "filled" up with
+    zeros; nothing where the gradient has not been sparse.
+    """
 
     position: int
     group: int
     kind: int
     label: str
+    sparse: str = ""
+
+    def takes(self, g: Tensor) -> bool:
+        """Whether a gradient has the layout that the parameter's batch was made for."""
+        return self.sparse != "rows" if g.layout == torch.strided else self.sparse != ""
+
+
+def sparse_kind(owner: str, label: str, g: Tensor | None, gradients: str, steps_rows: Callable[[], bool]) -> str:
+    """What becomes of a parameter's sparse gradients, see `Member`; raises where a class refuses the layout of `g`.
+
+    `gradients` and `steps_rows` are those of `Optimizer`.
+    """
+    if g is None or g.layout == torch.strided:
+        if g is not None and gradients == "sparse":
+            raise StepError(
+                f"{owner} does not support dense gradients, please consider Adam instead, or make the embedding with "
+                f"sparse=True (parameter {label})"
+            )
+        return "rows" if gradients == "sparse" else ""
+    if g.layout in SPARSE and gradients == "dense":
+        raise StepError(
+            f"{owner} does not support sparse gradients, please consider SparseAdam instead, or SGD or Adagrad "
+            f"(parameter {label})"
+        )
+    if g.layout != torch.sparse_coo:
+        remedy = "to_sparse_coo" if g.layout in SPARSE else "to_dense"
+        raise StepError(
+            f"{owner}: the gradient of parameter {label} has the layout {g.layout}; convert it with .{remedy}()"
+        )
+    return "rows" if steps_rows() else "filled"
 
 
 def number(value: object, name: str) -> float:
@@ -80,7 +117,9 @@ def check_member(
 
 
 def _check_parameter(owner: str, member: Member, p: Tensor) -> None:
-    if type(p) in kernel.PLAIN and p.layout == torch.strided:
+    if type(p) in kernel.PLAIN:
+        if p.layout != torch.strided:
+            raise StepError(f"{owner}: parameter {member.label} has the layout {p.layout}; make it dense")
         if not kernel.has_storage(p):
             raise StepError(
                 f"{owner}: parameter {member.label} of shape {tuple(p.shape)} has no storage (it was freed, as by "
@@ -114,9 +153,6 @@ def check_matrix(owner: str, member: Member, p: Tensor) -> None:
 
 def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
     """A gradient that no step can use."""
-    if g.layout != torch.strided:
-        advice = ", please consider SparseAdam instead" if owner.startswith("Adam") else ": use torch.optim.SGD here"
-        raise StepError(f"{owner} does not support sparse gradients{advice} (parameter {member.label})")
     if g.shape != p.shape:
         raise StepError(
             f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, "
@@ -128,8 +164,31 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
         )
     if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
         raise StepError(f"{owner}: parameter {member.label} is {p.dtype} and its gradient {g.dtype}")
-    if type(g) in kernel.PLAIN and not kernel.has_storage(g):
+    sparse = g.layout == torch.sparse_coo
+    parts = (g._indices(), g._values()) if sparse else (g,)
+    if type(g) in kernel.PLAIN and not all(map(kernel.has_storage, parts)):
         raise StepError(f"{owner}: the gradient of parameter {member.label} has lost its storage; run backward() again")
+    if sparse:
+        _check_sparse(f"{owner}: the sparse gradient of parameter {member.label}", g.shape, *parts)
+
+
+def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> None:
+    """Indices and values as they should be, within a shape: torch takes them as they come."""
+    k = len(indices)
+    if indices.dtype != torch.int64 or indices.shape[1:] != values.shape[:1] or values.shape[1:] != shape[k:]:
+        raise StepError(
+            f"{what} has {indices.dtype} indices of shape {tuple(indices.shape)} and values of shape "
+            f"{tuple(values.shape)}, which do not fit together; run backward() again"
+        )
+    if not indices.numel() or indices.is_meta:
+        return
+    low, high = (bound.tolist() for bound in torch.aminmax(indices, dim=1))
+    for d in range(k):
+        if low[d] < 0 or high[d] >= shape[d]:
+            raise StepError(
+                f"{what} has the index {low[d] if low[d] < 0 else high[d]} in dimension {d}, where the parameter's "
+                f"size is {shape[d]}; look where it comes from"
+            )
 
 
 def check_state(owner: str, member: Member, p: Tensor, name: str, s: object, shape: tuple[int, ...]) -> None:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from onepass.bench import measure
-from onepass.bench.report import WIDTH, list_facts, make_fresh_table, make_step_table, plot
+from onepass.bench import measure, suite
+from onepass.bench.report import WIDTH, list_facts, list_goals, make_fresh_table, make_step_table, plot
 from onepass.bench.shapes import MODELS
 from onepass.catalog import UnknownName
 from onepass.checkpoint import CheckpointError
@@ -34,7 +34,7 @@ class UsageError(ValueError):
 
 # Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
 USER_ERRORS = (
-    measure.BenchError,
+    suite.BenchError,
     CheckpointError,
     Diverged,
     RuleError,
@@ -188,32 +188,39 @@ def _report(job: Run, path: Path, console: Console) -> None:
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Option(help=f"Among {', '.join(MODELS)}; commas between.", show_default="the suite")
+        str | None, typer.Option(help=f"Among {', '.join(MODELS)}; commas between.", show_default="those that suit")
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="As adamw,adam-amsgrad,sgd,sgd-momentum or module:Class.", show_default="these four"),
+        typer.Option(
+            help="As adamw, adam-amsgrad, lbfgs-wolfe or module:Class; commas between.",
+            show_default=", ".join(suite.SUITE),
+        ),
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Measure every algorithm, in about 20 minutes.")] = False,
     seconds: Annotated[float, typer.Option(help="Time for the steps of each optimizer on each model.")] = 8.0,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure first steps and peaks of memory, in fresh processes.")] = True,
 ) -> None:
-    """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory allows."""
+    """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory allows.
+
+    Without arguments a suite of typical algorithms is measured, in less than 10 minutes.
+    """
     for path in (json, plot_file):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first.")
     if plot_file is not None:
         _require("matplotlib")
-    models, variants = measure.choose(model, optimizer)
+    cells = suite.choose(model, optimizer, every)
     console = Console()
     with console.status("measuring ...") as status:
-        report = measure.run(models, variants, seconds=seconds, fresh=fresh, tell=status.update)
+        report = measure.run(cells, seconds=seconds, fresh=fresh, tell=status.update)
     tables = Console(width=max(WIDTH, console.width))
     tables.print(make_step_table(report["results"]))
-    if fresh:
+    if fresh and any(cell.fresh for cell in cells):
         tables.print(make_fresh_table(report["results"]))
-    for line in list_facts(report):
+    for line in [*list_goals(report["results"]), *list_facts(report)]:
         say(console, line)
     if json is not None:
         measure.save(report, json)

@@ -19,7 +19,7 @@ from onepass.kernel.cpu import Kernel
 from onepass.kernel.ir import FACTS, LOADS, Node, Rank
 from onepass.kernel.passes import Pass, Program, element_order
 from onepass.optimizer import Optimizer
-from onepass.plan import Mode, describe, make_recipe
+from onepass.recipes import Mode, describe, make_recipe
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
@@ -129,9 +129,10 @@ class Explanation:
         read, written = self.program.bytes_per_parameter
         kept = [c for c in self.program.columns if c.name not in ("p", "g") and c.rank == Rank.ELEMENT]
         state = sum(c.format.itemsize for c in kept)
-        count = len(self.program.passes)
+        count = sum(one.domain == Rank.ELEMENT for one in self.program.passes)
         walks = f"{count} pass{'es' if count > 1 else ''} over memory"
         moved = f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"
+        moved += ", in the rows that the gradient has" if self.cls.gradients == "sparse" else ""
         kept = f"{state} bytes of state per parameter, arithmetic in {self.program.compute}, {walks}"
         lines += ["", f"    {moved}", f"    {kept}"]
         return "\n".join(lines)
@@ -147,6 +148,7 @@ class Explanation:
                     given = ", ".join([call.source, *(listing.host(node) for node in call.numbers)])
                     parts.append(f"Then {call.target} = {getattr(call.function, '__name__', call.function)}({given})")
         if self.program.scalars:
+            listing = Listing(self.program.passes[-1], len(self.program.passes) - 1, len(self.program.passes))
             numbers = [f"    {name} <- {listing.host(node, top=True)}" for name, node in self.program.scalars]
             parts.append("\n".join(["Numbers, once a step for each parameter", "", *numbers]))
         return "\n\n".join(parts)
@@ -174,9 +176,15 @@ class Explanation:
 def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Explanation:
     """Explain an optimizer (a name or `module:Class`) with options as on the command line, columns stored as `dtype`.
 
-    Raises `UnknownName` for names that mean nothing, and what the class raises for impossible options.
+    Raises `UnknownName` for names that mean nothing and for a class without a rule, and what the class raises for
+    impossible options.
     """
     cls = find_class(name)
+    if not hasattr(cls, "rule"):
+        raise UnknownName(
+            f"{cls.__name__} has no rule to explain: it sees all parameters as one vector, and its docstring has the "
+            "mathematics; choose another, as AdamW or SGD."
+        )
     if dtype not in kernel.FORMATS:
         raise nearest("storage format", dtype, kernel.FORMATS)
     options = parse_options(cls, words)
@@ -186,6 +194,10 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     formats = tuple((column, dtype) for column in ("g", "p", *graph.state))
     rule = optimizer.rule_of(p, optimizer.param_groups[0])
     return Explanation(cls, options, dtype, kernel.compile(graph, formats), rule)
+
+
+PLURAL = {Rank.ROW: "row values", Rank.COLUMN: "column values", Rank.MATRIX: "matrices"}
+ALONG: dict[object, str] = {"rows": "row", "columns": "column"}
 
 
 class Listing:
@@ -203,7 +215,7 @@ class Listing:
         ends = [f"ends in {count} reductions"] if count else []
         ends += [f"writes {', '.join(stored)}"] if stored else []
         loads = ", ".join(str(node.attr) for node in self.one.loads)
-        over = "" if self.one.domain == Rank.ELEMENT else f" over {self.one.domain.name.lower()}s"
+        over = "" if self.one.domain == Rank.ELEMENT else f" over {PLURAL[self.one.domain]}"
         title = f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; {len(order)} operations"
         lines = [title, "", "    once a step, on the host, in float64:"]
         lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
@@ -213,7 +225,7 @@ class Listing:
                 self.names[node] = f"t{i}"
         lines += [f"        {self.names[node]} = {self.spell(node)}" for node in order if node in self.names]
         lines += [f"        partial {node.op} of {self.element(node.args[0])}" for node in self.one.reductions]
-        lines += [f"        {s.into} <- {self.spell(s.node)}" for s in self.one.sums]
+        lines += [f"        {s.into} <- {self.spell(s.node)} over each {ALONG[s.node.attr]}" for s in self.one.sums]
         lines += [f"        {name} <- {self.element(root)}" for name, root in self.one.stores]
         return "\n".join(lines)
 

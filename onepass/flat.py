@@ -16,9 +16,14 @@ from .checks import Member, StepError, check_member
 _SCALARS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64, torch.float16: np.float16}
 
 
+def precision(dtype: torch.dtype) -> type[np.floating]:
+    """The NumPy scalar that rounds as a dtype does; float32 for bfloat16, which NumPy lacks."""
+    return _SCALARS.get(dtype, np.float32)
+
+
 def scalar(x: Tensor) -> np.floating:
-    """A tensor of one element as a NumPy scalar of its dtype; bfloat16, which NumPy lacks, as float32."""
-    return _SCALARS.get(x.dtype, np.float32)(x.item())
+    """A tensor of one element as a NumPy scalar of its precision."""
+    return precision(x.dtype)(x.item())
 
 
 def largest(vector: Tensor) -> np.floating:
@@ -80,16 +85,22 @@ class Flat:
 
     def move(self, origin: Sequence[Tensor] | None, t: float, direction: Sequence[Tensor]) -> None:
         """Set the parameters to origin + t * direction, both as `split` gives them; without an origin, add to them."""
+        # Rounded first: torch refuses a t that is too large for the dtype, where it should be infinite.
+        t = float(precision(self.dtype)(t))
         for i, (p, part) in enumerate(zip(self._params, direction, strict=True)):
             p = _real(p)
             torch.add(p if origin is None else origin[i], part, alpha=t, out=p)
 
-    def place(self, value: Any) -> Any:
-        """A copy of a tensor, or of each of a list, on the parameters' device, in the wider of both dtypes."""
-        if isinstance(value, (list, tuple)):
-            return [self.place(entry) for entry in value]
+    def place(self, value: Any, params: Sequence[Tensor] | None = None) -> Any:
+        """A copy of a vector, or of each of a list, on the parameters' device, in the wider of both dtypes.
+
+        Its parts are put in the order of `params`, where given: the same parameters.
+        """
         if not isinstance(value, Tensor):
-            return value
+            return [self.place(vector, params) for vector in value]
+        if params is not None and any(p is not q for p, q in zip(params, self._params, strict=True)):
+            parts = {id(p): part.reshape(-1) for p, part in zip(self._params, self.split(value), strict=True)}
+            value = torch.cat([parts[id(p)] for p in params])
         dtype = torch.promote_types(value.dtype, self.dtype)
         return value.detach().to(device=self.device, dtype=dtype, copy=True)
 

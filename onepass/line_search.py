@@ -44,10 +44,8 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit:
     torch.optim.LBFGS: the same trials in the same order. Slopes are NumPy scalars: they round in their own precision,
     as one-element tensors do in torch, and a division by zero is infinite.
 
-    Returns the best point found, which is `start` where nothing is lower or t is 0.
+    Returns the best point found, which is `start` where nothing is lower.
     """
-    if t == 0:
-        return start
     ends, found, trials = _bracket(evaluate, start, evaluate(t, start), limit)
     low = _lower(ends)
     near_end = False

@@ -156,5 +156,7 @@ def _adopt(value: Mapping[str, Any], p: Tensor, numbers: Collection[str]) -> dic
         elif name in numbers:
             copied[name] = entry.detach().clone()
         else:
-            copied[name] = entry.detach().to(device=p.device, copy=True)
+            # torch's SGD keeps sparse momentum where gradients are sparse.
+            dense = entry.to_dense() if entry.is_sparse else entry
+            copied[name] = dense.detach().to(device=p.device, copy=True)
     return copied

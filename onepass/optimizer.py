@@ -18,7 +18,8 @@ from .checks import StepError
 from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
 from .options import check_switches
-from .plan import MODES, Algorithm, Plan, describe, fill_state, make_recipe
+from .plan import Plan
+from .recipes import MODES, Algorithm, describe, fill_state, make_recipe
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -31,9 +32,15 @@ class Optimizer(torch.optim.Optimizer):
     are supplied for each parameter: `step`, the number of this step from 1, and `first`, a condition that holds in the
     step that created the state. A state is shaped as its parameter, unless its annotation says otherwise: `Scalar` is
     one number a parameter, `PerRow` and `PerColumn` are one for each row or column of its last two dimensions.
+
+    A class that sets `gradients = "any"` takes sparse gradients, too: its rule steps the rows, slices of p and of the
+    states, for which they have values, and leaves all others as they are; `step` and `first` remain the parameter's.
+    With "sparse" it refuses dense ones.
     """
 
     rule: Rule
+    # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
+    gradients = "dense"
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         """Begin with param groups, each with `defaults` where it names no options of its own.
@@ -70,6 +77,14 @@ class Optimizer(torch.optim.Optimizer):
         """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
         return torch.zeros_like(like, memory_format=torch.preserve_format)
 
+    def steps_rows(self, group: Mapping[str, Any]) -> bool:
+        """Whether a group's rule, given a sparse gradient, steps the rows that it has values for, and those alone.
+
+        Else the gradient is filled up with zeros. It is asked where a class whose `gradients` are "any" or "sparse"
+        meets a sparse one, depends on flags, and may raise `StepError`.
+        """
+        return True
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise where an option's value makes no sense, for the defaults and for each group, which has `params` too."""
 
@@ -78,8 +93,8 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, and return what `closure`, if given, returned.
 
-        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients, state that does not fit,
-        memory that is gone. Nothing has been changed then.
+        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the class does not take,
+        state that does not fit, memory that is gone. Nothing has been changed then.
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
@@ -150,6 +165,8 @@ class Optimizer(torch.optim.Optimizer):
             partial(cls.flags, self),
             partial(cls.initial_state, self),
             partial(cls._warn_once, self),
+            cls.gradients,
+            partial(cls.steps_rows, self),
         )
 
     def _check(self, options: Mapping[str, Any]) -> None:

@@ -23,21 +23,19 @@ def check_number(
         raise ValueError(f"{owner}: {name} must lie in {allowed}, got {value}")
 
 
-def check_pair(owner: str, name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a tuple or a list, ValueError unless it is one of two numbers."""
+def check_pair(owner: str, name: str, value: Any, low: float = -math.inf, below: float = math.inf) -> None:
+    """Raise TypeError unless `value` is a tuple or a list, ValueError unless it holds two numbers in [low, below)."""
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{owner}: {name} must be two numbers, got {value!r}")
     if len(value) != 2:
         raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
     for i, one in enumerate(value):
-        check_number(owner, f"{name}[{i}]", one, low=-math.inf)
+        check_number(owner, f"{name}[{i}]", one, low, below)
 
 
 def check_betas(owner: str, betas: Any) -> None:
     """Raise ValueError unless `betas` are two numbers in [0, 1)."""
-    check_pair(owner, "betas", betas)
-    for i, beta in enumerate(betas):
-        check_number(owner, f"betas[{i}]", beta, below=1.0)
+    check_pair(owner, "betas", betas, 0.0, 1.0)
 
 
 def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:

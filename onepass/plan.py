@@ -12,132 +12,28 @@ plan keeps no parameter, gradient or state alive.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Gathered, KernelBatch, Recipe, check, format_name
-from .checks import Group, Member, State, StepError
+from .batch import EagerBatch, Gathered, KernelBatch, check, format_name
+from .checks import Group, Member, State, StepError, sparse_kind
+from .recipes import Algorithm, Mode, Recipe, describe, fill_state, make_recipe, new_counter, switches
+from .rows import EagerRows, RowsBatch
 
-# Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
-SPECIAL = ("step", "first")
 # Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
 MOST_ELEMENTS = 1 << 24
 _ABSENT = object()
 
 
-class Algorithm(NamedTuple):
-    """What a plan needs of an optimizer: its class's name and rule, and what its class may refine."""
-
-    name: str
-    rule_of: Callable[[Tensor, Group], kernel.Rule]
-    flags: Callable[[Group], Mapping[str, bool]]
-    initial_state: Callable[[str, Tensor, Group], Tensor]
-    warn_once: Callable[[str], None]
-
-
-Arguments = tuple[tuple[str, kernel.Argument], ...]
-
-
-def describe(owner: str, rule: kernel.Rule, group: Group, flags: Mapping[str, bool]) -> Arguments:
-    """What a rule's keywords are in a group: numbers, which may change freely, and flags, which select a program."""
-    return tuple((name, _argument(owner, name, group, flags)) for name in kernel.signature(rule).keywords)
-
-
-def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) -> kernel.Argument:
-    if name in SPECIAL:
-        return ("float",) if name == "step" else ("condition",)
-    if name in flags:
-        return ("flag", bool(flags[name]))
-    if name not in group:
-        raise StepError(f"{owner}: param group has no option {name!r}, which its rule needs")
-    value = group[name]
-    if isinstance(value, (tuple, list)):
-        return ("tuple", len(value))
-    return ("flag", value) if value is None or isinstance(value, (bool, str)) else ("float",)
-
-
-MODES = ("maximize", "foreach", "fused", "differentiable", "capturable")
-
-
-class Mode(NamedTuple):
-    """The options that choose a program or a backend, whatever the algorithm."""
-
-    maximize: bool
-    eager: bool
-    differentiable: bool
-    capturable: bool
-
-    @classmethod
-    def of(cls, group: Group) -> Mode:
-        eager = group.get("foreach") is False and group.get("fused") is False
-        flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable"))
-        maximize, differentiable, capturable = flags
-        return cls(maximize, eager, differentiable, capturable)
-
-
-def make_recipe(
-    owner: str, rule: kernel.Rule, arguments: Arguments, *, maximize=False, scaled=False, exact=True
-) -> Recipe:
-    """What parameters that step by a rule compute, from its keywords in their group."""
-    try:
-        traced = kernel.trace(rule, arguments)
-    except (TypeError, ValueError) as error:
-        words = {"float": "a number", "condition": "a condition"}
-        given = (f"{n} {words.get(str(a[0]), a[1:])}" for n, a in arguments if n not in SPECIAL)
-        raise kernel.RuleError(f"{owner}: {error} (given {', '.join(given)})") from None
-    graph = kernel.finish(traced, maximize=maximize, scaled=scaled, exact=exact)
-    scalars = tuple(name for name, _ in graph.scalars)
-    sources = []
-    for name in graph.hypers:
-        key, _, index = name.partition(".")
-        if key not in (*SPECIAL, *scalars, kernel.GRADIENT_FACTOR):
-            sources.append((name, key, int(index) if index else None))
-    # State that a flag adds may begin in the middle of a run, when the flag is switched on.
-    off = kernel.trace(rule, tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments))
-    counts = ("step",) if any(name == "step" for name, _ in arguments) else ()
-    return Recipe(graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars)))
-
-
-def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str], list[str]]:
-    """The names of the group options that are no numbers, and of those that are."""
-    flags = [name for name, argument in arguments if argument[0] == "flag"]
-    numbers = [name for name, argument in arguments if argument[0] in ("float", "tuple") and name not in SPECIAL]
-    return [*MODES, *flags], numbers
-
-
 def _kind(value: object) -> int:
     return len(value) if type(value) in (tuple, list) else -1 if value is None else -2  # type: ignore[arg-type]
-
-
-def _is_strided(p: Tensor) -> bool:
-    return p.layout == torch.strided
-
-
-def new_counter(device: torch.device | str = "cpu") -> Tensor:
-    """A parameter's step count before its first step, of the dtype that torch gives it."""
-    wide = torch.get_default_dtype() == torch.float64
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-
-
-def fill_state(
-    algorithm: Algorithm, recipe: Recipe, p: Tensor, group: Group, put: Callable[[str, Tensor], None], own: State
-) -> None:
-    """Create the entries of a parameter's state that are missing, and put each in its place."""
-    for name in (*recipe.numbers[::-1], *recipe.graph.state):
-        if own.get(name) is None:
-            shape = recipe.shape(name, p)
-            if name in recipe.numbers:
-                like = new_counter(p.device if group.get("capturable") else "cpu")
-            else:
-                like = p if shape == p.shape else p.detach().new_empty(shape)
-            put(name, like if name == "step" else algorithm.initial_state(name, like, group))
 
 
 class Plan:
@@ -150,11 +46,12 @@ class Plan:
         self._find_recipes(algorithm, groups)
         params = list(chain.from_iterable(group["params"] for group in groups))
         self.dormant: list[int] = []
-        self.members = self._find_members(algorithm.name, groups, state)
+        self.members = self._find_members(algorithm, groups, state)
         # Positions of the parameters whose state is made now, and what to take back if a step does not come of it.
         self.fresh: set[int] = set()
-        self._made: list[tuple[dict[Any, Any], Any, Any]] = []
-        storages = Counter(p.untyped_storage().data_ptr() for p in params if type(p) in kernel.PLAIN and _is_strided(p))
+        self._made: list[tuple[Any, Any, Any]] = []
+        plain = [p for p in params if type(p) in kernel.PLAIN and p.layout == torch.strided]
+        storages = Counter(p.untyped_storage().data_ptr() for p in plain)
         self.shared = {address for address, count in storages.items() if count > 1}
         try:
             for member in self.members:
@@ -168,7 +65,9 @@ class Plan:
     def undo(self) -> None:
         """Take back the state that building this plan has made, where no step came of it."""
         for entries, key, before in reversed(self._made):
-            if before is _ABSENT:
+            if isinstance(entries, Tensor):
+                entries.data = before
+            elif before is _ABSENT:
                 entries.pop(key, None)
             else:
                 entries[key] = before
@@ -203,15 +102,16 @@ class Plan:
             self.switches.append(switches(keywords.items()))
         self.switched = self._switched(groups, flags)
 
-    def _find_members(self, owner: str, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
+    def _find_members(self, algorithm: Algorithm, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
         """The parameters that step now, checked, and those that have stepped and still could; others are dormant."""
         members: list[Member] = []
-        position = 0
+        owner, position = algorithm.name, 0
         for g, group in enumerate(groups):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 label = repr(names[i]) if names and i < len(names) else str(position)
-                member = Member(position, g, self.kind_of[position], label)
+                sparse = sparse_kind(owner, label, p.grad, algorithm.gradients, partial(algorithm.steps_rows, group))
+                member = Member(position, g, self.kind_of[position], label, sparse)
                 position += 1
                 if self._is_awake(owner, member, p, state.get(p, {})):
                     members.append(member)
@@ -281,16 +181,17 @@ class Plan:
     def _make_batches(self, algorithm: Algorithm, params: list[Tensor], state: dict[Any, State]) -> None:
         """Group members by program and dtypes: each kernel batch is one launch."""
         kernels: dict[object, list[Member]] = {}
-        eager: dict[tuple[kernel.Graph, Mode], list[Member]] = {}
+        by_rows: dict[object, list[Member]] = {}
+        eager: dict[tuple[kernel.Graph, Mode, bool], list[Member]] = {}
         for member in self.members:
             p, graph = params[member.position], self.recipes[member.kind].graph
             own = state.get(p, {})
             why = self._why_eager(member, p, own)
             if why is None:
                 dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, *(own[name].dtype for name in graph.state))
-                kernels.setdefault((graph, dtypes), []).append(member)
+                (by_rows if member.sparse == "rows" else kernels).setdefault((graph, dtypes), []).append(member)
             else:
-                eager.setdefault((graph, self.modes[member.kind]), []).append(member)
+                eager.setdefault((graph, self.modes[member.kind], member.sparse == "rows"), []).append(member)
                 if why:
                     algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
         lists = [of for together in kernels.values() for of in self._batches(together, params)]
@@ -310,9 +211,12 @@ class Plan:
             self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers})
             counted |= {n: slots.stop for n, slots in self.slots[-1].items()}
         self.eager = [
-            EagerBatch(of, self.recipes[of[0].kind], algorithm.name, mode.differentiable, mode.capturable)
-            for (_, mode), of in eager.items()
+            (EagerRows if rows else EagerBatch)(
+                of, self.recipes[of[0].kind], algorithm.name, mode.differentiable, mode.capturable
+            )
+            for (_, mode, rows), of in eager.items()
         ]
+        self.rows = [RowsBatch(of, params, state, self.recipes[of[0].kind], algorithm.name) for of in by_rows.values()]
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
         """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
@@ -340,11 +244,24 @@ class Plan:
                 having.setdefault(name, []).append(member)
         # The array shares the vector's memory, and keeps torch from resizing it.
         self.vectors: dict[str, tuple[Tensor, np.ndarray]] = {}
+        self._shared_numbers: set[int] = set()
         for name, members in having.items():
             vector = new_counter().new_tensor([float(own_of[member][name]) for member in members])
             for member, entry in zip(members, vector.unbind(), strict=True):
-                self._set(own_of[member], name, entry)
+                self._share_number(own_of[member], name, entry)
             self.vectors[name] = vector, vector.numpy()
+
+    def _share_number(self, own: State, name: str, entry: Tensor) -> None:
+        """Let a parameter's number lie in the vector: the same tensor as before, where others may hold it."""
+        now = own[name]
+        fits = type(now) is Tensor and now.dtype == entry.dtype and now.shape == () and now.device == entry.device
+        # A tensor that several parameters have as theirs must not become one number for all.
+        if fits and not now.is_inference() and id(now) not in self._shared_numbers:
+            self._shared_numbers.add(id(now))
+            self._made.append((now, None, now.data))
+            now.data = entry
+        else:
+            self._set(own, name, entry)
 
     def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
         """The values of all options that select a program or a backend; of numbers only whether they still are such."""
@@ -367,27 +284,49 @@ class Plan:
         keys, entries = list(state), list(state.values())
         gathered: list[Gathered] = [params]
         gathered += (batch.gather(params, groups, keys, entries) for batch in self.kernels)  # type: ignore[arg-type]
-        gathered += (batch.gather(params, groups, state) for batch in self.eager)  # type: ignore[arg-type]
+        gathered += (batch.gather(params, groups, state) for batch in (*self.eager, *self.rows))  # type: ignore[arg-type]
         return None if any(one is None for one in gathered) else gathered
 
     def run(self, gathered: list[Gathered], factor: float) -> None:
         """Step with what `ready` returned; `factor` multiplies every gradient where the plan was built `scaled`."""
         params, *of_batches = gathered
-        self._made.clear()
-        of_kernels, of_eager = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
-        # torch's operations may still refuse something; the kernels may not, and so come last.
-        for batch, stepping in zip(self.eager, of_eager, strict=True):
-            batch.run(stepping, self.fresh, factor)
+        of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
+        calling = [i for i, batch in enumerate(self.kernels) if batch.recipe.graph.has_calls]
+        try:
+            # Functions of matrices may fail, so all are called before anything changes; those that take the most
+            # memory first, while there are no others' results.
+            for i in sorted(calling, key=lambda i: -int(self.kernels[i].work.numel.sum())):
+                self._begin(i, factor)
+            self._made.clear()
+            # torch's operations may still refuse something; the kernels may not, and so come last.
+            for batch, stepping in zip((*self.eager, *self.rows), of_others, strict=True):
+                batch.run(stepping, self.fresh, factor)
+        except BaseException:
+            for i in calling:
+                self.kernels[i].cancel()
+            self.undo()
+            raise
+        for i in range(len(self.kernels)):
+            if i not in calling:
+                self._begin(i, factor)
         for batch, slots in zip(self.kernels, self.slots, strict=True):
             if "step" in slots:
                 self.vectors["step"][1][slots["step"]] += batch.active
         torch.autograd.graph.increment_version([vector for vector, _ in self.vectors.values()])
         for batch, slots, tensors in zip(self.kernels, self.slots, of_kernels, strict=True):
-            numbers = {name: self.vectors[name][1][slot].astype(np.float64) for name, slot in slots.items()}
-            first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
-            for name, new in batch.run(tensors, params, numbers, first, factor).items():
+            for name, new in batch.finish(tensors, params).items():
                 kept = self.vectors[name][1][slots[name]]
                 kept[:] = np.where(batch.active, new, kept)
             if self.fresh:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
+
+    def _begin(self, i: int, factor: float) -> None:
+        """Begin a batch's step, with the numbers that its parameters have in it."""
+        batch = self.kernels[i]
+        kept = {name: self.vectors[name][1][slot] for name, slot in self.slots[i].items()}
+        numbers = {name: values.astype(np.float64) for name, values in kept.items()}
+        if "step" in kept:
+            numbers["step"] = (kept["step"] + batch.active).astype(kept["step"].dtype).astype(np.float64)
+        first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
+        batch.begin(numbers, first, factor)

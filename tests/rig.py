@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from interpreter import interpret
 from table import Row
 
 from onepass import explain
-from onepass.kernel import Graph, bind, cpu
+from onepass.kernel import Graph, bind, cpu, shape_at
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.program import Program
 
@@ -28,6 +29,9 @@ SPECIAL = (
 
 # States that are sums, means or maxima of squares or sizes.
 NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size")
+NOT_NEGATIVE += ("row_var", "col_var", "variance")
+# A tensor's number of elements, or its numbers of matrices, rows and columns.
+Size = int | tuple[int, int, int]
 
 
 def graph_of(row: Row) -> Graph:
@@ -63,13 +67,14 @@ def encode(values: np.ndarray, format: str) -> np.ndarray:
 
 
 def random_columns(
-    rng: np.random.Generator, program: Program, size: int, special: float = 0.5
+    rng: np.random.Generator, program: Program, size: Size, special: float = 0.5
 ) -> dict[str, np.ndarray]:
     """A tensor's columns: ordinary numbers, with special ones among them; squares and sizes are not negative."""
     columns = {}
     for column in program.columns:
-        values = rng.standard_normal(size) * 10.0 ** rng.integers(-3, 2, size)
-        values = np.where(rng.random(size) < special, rng.choice(SPECIAL, size), values)
+        n = size if isinstance(size, int) else math.prod(shape_at(column.rank, size))
+        values = rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2, n)
+        values = np.where(rng.random(n) < special, rng.choice(SPECIAL, n), values)
         columns[column.name] = encode(np.abs(values) if column.name in NOT_NEGATIVE else values, column.format.name)
     return columns
 
@@ -118,10 +123,11 @@ def launch(
     rows: Sequence[int] | None = None,
     threads: int = 2,
     misaligned: int = 0,
+    sizes: Sequence[Size] | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """All columns and scalars of all tensors after one launch; what only is read must not have changed."""
     columns = kernel.program.columns
-    numel = np.array([len(t["p"]) for t in tensors], np.int64)
+    numel = np.array([len(t["p"]) for t in tensors] if sizes is None else sizes, np.int64)
     memory = Memory([t[c.name] for c in columns for t in tensors], misaligned)
     pointers = np.array(memory.addresses, np.uint64).reshape(len(columns), len(tensors))
     which = np.zeros(len(tensors), np.int64) if rows is None else np.array(rows, np.int64)
@@ -151,14 +157,16 @@ def check_oracle(
     tensors: Sequence[Mapping[str, np.ndarray]],
     hypers: Sequence[Mapping[str, float]],
     rows: Sequence[int] | None = None,
+    sizes: Sequence[tuple[int, int, int]] | None = None,
     **how: Any,
 ) -> list[dict[str, np.ndarray]]:
     """Launch, and compare every stored bit with the interpreter's."""
-    after = launch(kernel, tensors, hypers, rows, **how)
+    after = launch(kernel, tensors, hypers, rows, sizes=sizes, **how)
     for i, (before, now) in enumerate(zip(tensors, after, strict=True)):
-        wanted = interpret(kernel.program, before, hypers[0 if rows is None else rows[i]])
+        size = sizes[i] if sizes else None
+        wanted = interpret(kernel.program, before, hypers[0 if rows is None else rows[i]], size)
         for name, want in wanted.items():
-            assert_same_bits(now[name], want, f"{kernel.program.name}: {name} of a tensor of {len(want)}")
+            assert_same_bits(now[name], want, f"{kernel.program.name}: {name} of a tensor of {size or len(want)}")
     return after
 
 

@@ -5,9 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from onepass.kernel import bind, finish, trace
-from onepass.kernel.functions import amax, exp, floor, log, mean, norm, numel, rint, sqrt, where
+from onepass.kernel.functions import (
+    PerColumn,
+    PerRow,
+    amax,
+    call,
+    column_mean,
+    columns,
+    exp,
+    floor,
+    lerp,
+    log,
+    maximum,
+    mean,
+    norm,
+    numel,
+    rint,
+    row_mean,
+    rows,
+    sqrt,
+    square,
+    where,
+)
 from onepass.kernel.functions import sum as total
+from onepass.kernel.ir import make
 from onepass.kernel.program import Program
 
 Rule = Callable[..., Mapping[str, Any]]
@@ -63,3 +87,69 @@ def only_reductions(p, g, s, *, lr):
 
 
 RULES = (host_values_stored, everything, copies, lars, lamb, centred, only_reductions)
+
+
+# Rules for which a tensor is a stack of matrices.
+
+
+def backwards(matrices: Tensor) -> Tensor:
+    """Rows and columns from the last to the first."""
+    return matrices.flip(-2, -1)
+
+
+def rolled(matrices: Tensor, a: float, b: float) -> Tensor:
+    """Each matrix beside itself, one column further; elementwise, so that company cannot matter."""
+    return matrices * a + matrices.roll(1, -1) * b
+
+
+def factored(p, g, row: PerRow, column: PerColumn, *, lr):
+    """Adafactor's way: values of rows, columns and matrices together make one of elements, whose mean is taken."""
+    row = lerp(row, row_mean(square(g)), lr)
+    column = lerp(column, column_mean(square(g)), lr)
+    u = g / sqrt(maximum(row / maximum(column_mean(row), 1e-3) * column, 1e-6))
+    return {"p": p - lr / maximum(1.0, sqrt(mean(square(u)))) * u, "row": row, "column": column}
+
+
+def edges(p, g, row: PerRow, column: PerColumn, *, lr):
+    """Old values of rows and columns, each used more than once and then overwritten; conditions and means of them."""
+    u = p * row + g * row - where(row > 0, column * p, p - column) * lr
+    u = where((column < row) & (row_mean(column) > 0.1), u, -u) * (1 + column_mean(row))
+    return {"p": p - lr * u, "row": row_mean(g), "column": column * 0.5 + column_mean(row) * column_mean(g)}
+
+
+def largest(p, g, row: PerRow, column: PerColumn, *, lr):
+    """Largest numbers of rows, of columns and of matrices; a value of matrices kept for each row, a host value for
+    each column."""
+    tall, flat = (make("amax", abs(g), attr=over) for over in ("rows", "columns"))
+    whole = make("amax", tall * row, attr="columns") + make("amax", flat, attr="rows") * 0.25
+    return {"p": p - lr * (g / (tall + 1) + p / (flat + 1)), "row": whole, "column": amax(p) + rows() / columns()}
+
+
+def nested(p, g, *, lr):
+    """Means of what is left of means, three deep, and norms between them."""
+    x = g - row_mean(g)
+    x = x - column_mean(x)
+    y = x * norm(x) + column_mean(row_mean(square(x))) - row_mean(x * norm(g))
+    return {"p": p - lr * y + row_mean(column_mean(p * y))}
+
+
+def turned(p, g, row: PerRow, momentum, *, lr):
+    """A function of matrices in the middle, with numbers of all kinds, of which one is a norm of a later pass."""
+    m = lerp(momentum, g, lr)
+    u = call(rolled, m / (row_mean(abs(m)) + 1), lr, 1 / columns())
+    v = call(rolled, m, norm(u - mean(u)), 0.5)
+    return {"p": p - u * v + row, "row": lerp(row, row_mean(u), 0.25), "momentum": m}
+
+
+def in_a_row(p, g, *, lr):
+    """Functions of what other functions return, and of the same matrices."""
+    u = call(backwards, call(rolled, g, lr, 3.0))
+    return {"p": p - lr * call(backwards, u) + call(rolled, u, 0.5, lr) * u + call(rolled, u, lr, 0.5)}
+
+
+def only_a_call(p, g, s, *, lr):
+    """No value of rows or columns: walked element after element."""
+    return {"p": p - lr * call(backwards, g + s) * norm(g), "s": g}
+
+
+MATRIX_RULES = (factored, edges, largest, nested, turned, in_a_row, only_a_call)

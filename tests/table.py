@@ -367,7 +367,7 @@ def tolerance(row: Row, path: np.ndarray, dtype: torch.dtype) -> float:
     forget, they do not amplify: the step errs by ROUNDINGS * t * unit * |step|. Over T steps that is at most
     unit * (T * |p| + ROUNDINGS * T^2 / 2 * |step|). The largest step of any element stands for |step|, because an
     element whose m happens to cancel has a small step and the error of a large one. A rule's scalars are factors of the
-    step and are rounded in each: products of betas, whose distance from 1 errs by less than they do, and rates.
+    step and are rounded in each: rates, and products P of momenta, of which 1 - P errs less than P, as P is below 1/2.
     """
     steps = len(path) - 1
     unit = UNIT[dtype]

@@ -32,33 +32,57 @@ def naming(x: object) -> str:
 
 NAN = math.nan
 TWO = torch.ones(2)
+NON_NEGATIVE = {
+    "SGD": ("lr", "momentum", "weight_decay"),
+    "Adam": ("lr", "eps", "weight_decay"),
+    "AdamW": ("lr", "eps", "weight_decay"),
+    "Adagrad": ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum"),
+    "Adadelta": ("lr", "rho", "eps", "weight_decay"),
+    "Adamax": ("lr", "eps", "weight_decay"),
+    "NAdam": ("lr", "eps", "weight_decay", "momentum_decay"),
+    "RAdam": ("lr", "eps", "weight_decay"),
+    "ASGD": ("lr", "weight_decay"),
+    "Rprop": ("lr",),
+}
+# Of either sign, as in torch, but numbers.
+ANY_NUMBER = {"SGD": ("dampening",), "ASGD": ("lambd", "alpha", "t0")}
 # name, options, the error, words of the sentence: the option's name, and what was passed.
 OPTIONS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     *[
         (name, {option: bad}, ValueError, (name, option, str(bad)))
-        for name, options in (
-            ("SGD", ("lr", "momentum", "weight_decay")),
-            ("Adam", ("lr", "eps", "weight_decay")),
-            ("AdamW", ("lr", "eps", "weight_decay")),
-        )
+        for name, options in NON_NEGATIVE.items()
         for option in options
         for bad in (-0.5, NAN, -math.inf)
     ],
     *[
         (name, {option: bad}, TypeError, (name, option, repr(bad)))
-        for name, options in (
-            ("SGD", ("lr", "momentum", "weight_decay", "dampening")),
-            ("AdamW", ("lr", "eps", "weight_decay")),
-        )
-        for option in options
+        for name, options in NON_NEGATIVE.items()
+        for option in (*options, *ANY_NUMBER.get(name, ()))
         for bad in ("0.1", None, True, [0.1], 1j)
     ],
-    *[(name, {"lr": TWO}, ValueError, (name, "lr", "1-element", "(2,)")) for name in ("SGD", "Adam", "AdamW")],
-    ("SGD", {"dampening": NAN}, ValueError, ("SGD", "dampening", "nan")),
+    *[
+        (name, {option: NAN}, ValueError, (name, option, "nan"))
+        for name, options in ANY_NUMBER.items()
+        for option in options
+    ],
+    *[(name, {"lr": TWO}, ValueError, (name, "lr", "1-element", "(2,)")) for name in NON_NEGATIVE],
     ("SGD", {"nesterov": True}, ValueError, ("SGD", "Nesterov", "momentum=0")),
     ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, ("SGD", "dampening=0.1")),
+    ("Adadelta", {"rho": 1.5}, ValueError, ("Adadelta", "rho", "[0, 1]", "1.5")),
     *[
-        ("AdamW", {"betas": betas}, ValueError, ("AdamW", "betas[", "[0, 1)"))
+        ("Rprop", {"etas": etas}, ValueError, ("Rprop", "etas", str(etas[0])))
+        for etas in ((1.0, 1.2), (0.5, 1.0), (0.0, 1.2), (-0.5, 1.2), (NAN, 1.2))
+    ],
+    ("Rprop", {"etas": (0.5, NAN)}, ValueError, ("Rprop", "etas[1]", "nan")),
+    *[
+        ("Rprop", {option: bad}, (ValueError, TypeError), ("Rprop", option))
+        for option in ("etas", "step_sizes")
+        for bad in (0.5, (0.5,), (0.5, 1.2, 2.0), None, "ab", ("a", 1.2), (True, 1.2), (TWO, 1.2), {0.5, 1.2})
+    ],
+    *[
+        (name, {"betas": betas}, ValueError, (name, "betas[", "[0, 1)"))
+        for name in ("AdamW", "Adamax", "NAdam", "RAdam")
         for betas in ((1.0, 0.9), (0.9, 1.0), (0.9, 1.2), (-0.1, 0.9), (NAN, 0.9), (0.9, math.inf))
     ],
     *[
@@ -76,10 +100,10 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
             {0.9, 0.99},
         )
     ],
-    *[(name, {"fused": True, "foreach": True}, RuntimeError, (name, "fused", "foreach")) for name in ("SGD", "AdamW")],
     *[
-        (name, {"fused": True, "differentiable": True}, RuntimeError, (name, "fused", "differentiable"))
-        for name in ("SGD", "AdamW")
+        (name, {"fused": True, other: True}, RuntimeError, (name, "fused", other))
+        for name in ("SGD", "AdamW", "Adagrad")
+        for other in ("foreach", "differentiable")
     ],
 ]
 
@@ -223,7 +247,7 @@ def test_misspelt_options(misspelt, meant):
 )
 def test_other_keys_are_welcome(key):
     """Schedulers and frameworks keep their own in a group."""
-    for name in ("SGD", "Adam", "AdamW"):
+    for name in NON_NEGATIVE:
         opt = getattr(onepass, name)([{"params": [parameter()], key: 0.5}])
         assert opt.param_groups[0][key] == 0.5
 

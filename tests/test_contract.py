@@ -353,6 +353,11 @@ def test_state_dict_hooks(library):
 
 # Schedulers.
 
+
+def has_momentum(opt: Any) -> bool:
+    return bool({"momentum", "betas"} & set(opt.defaults))
+
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda k: 0.9**k),
     "step": lambda opt: lr_scheduler.StepLR(opt, 2, 0.5),
@@ -360,15 +365,15 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "warm": lambda opt: lr_scheduler.SequentialLR(
         opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.8)], [2]
     ),
-    "one cycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=10),
-    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=2),
+    "one cycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=10, cycle_momentum=has_momentum(opt)),
+    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=2, cycle_momentum=has_momentum(opt)),
     "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0),
 }
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("algorithm", ["momentum", "adamw"])
+@EVERY
 def test_schedulers(algorithm, scheduler, tensor_lr):
     """No warning of the wrong order, and the same weights and options."""
 
@@ -476,9 +481,10 @@ def test_groups_with_options_of_their_own(algorithm):
 
 
 @LIBRARIES
-def test_named_parameters(library):
+@pytest.mark.parametrize("name", CLASSES)
+def test_named_parameters(library, name):
     model = make_model()
-    opt = library.AdamW(model.named_parameters(), lr=0.1)
+    opt = getattr(library, name)(model.named_parameters(), lr=0.1)
     names = [name for name, _ in model.named_parameters()]
     assert opt.param_groups[0]["param_names"] == names
     assert opt.param_groups[0]["params"] == list(model.parameters())
@@ -1024,25 +1030,32 @@ def test_differentiable(algorithm):
 
 
 @EVERY
-def test_derivatives_are_slopes(algorithm):
-    """Through three steps, along a direction in the first weights: what autograd says is what differences say."""
+@pytest.mark.parametrize("by", ["weights", "lr"])
+def test_derivatives_are_slopes(algorithm, by):
+    """Through three steps, by lr and along a direction in the first weights: autograd says what differences say."""
     name, options = ALGORITHMS[algorithm]
+    if by == "lr" and name in ("ASGD", "Rprop"):
+        pytest.skip("the state holds lr, as a number")
     x, first, direction = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 4), (4, 3), (4, 3)))
 
     def loss(t):
-        p = first + t * direction
-        opt = getattr(onepass, name)([p], **options, differentiable=True)
+        p = first + (t * direction if by == "weights" else 0.0 * t)
+        lr = torch.tensor(options["lr"], dtype=torch.float64) + (t if by == "lr" else 0.0)
+        opt = getattr(onepass, name)([p], **options | {"lr": lr}, differentiable=True)
         for _ in range(3):
             p.grad = torch.autograd.grad((x @ p).tanh().square().sum(), p, create_graph=True)[0]
             opt.step()
         return (x @ p).square().sum()
 
-    t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    def at(t):
+        return torch.tensor(t, dtype=torch.float64, requires_grad=True)
+
+    t = at(0.0)
     slope = torch.autograd.grad(loss(t), t)[0]
     # The error of a central difference: h^2 from the curve, 2^-52 / h from rounding.
     h = 1e-5
-    ahead, behind = (loss(torch.tensor(s * h, dtype=torch.float64, requires_grad=True)).detach() for s in (1, -1))
-    torch.testing.assert_close(slope, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
+    difference = loss(at(h)).detach() - loss(at(-h)).detach()
+    torch.testing.assert_close(slope, difference / (2 * h), rtol=1e-6, atol=1e-6)
 
 
 @LIBRARIES

@@ -10,7 +10,7 @@ import pytest
 
 import onepass
 from onepass import cli
-from onepass.catalog import UnknownName, find_class
+from onepass.catalog import UnknownName, find_class, optimizers
 from onepass.explain import explain, function_lines, hot_loop, parse_options, vector_bits
 
 BYTES = [
@@ -21,6 +21,16 @@ BYTES = [
     ("AdamW", [], 28, 8),
     ("adamw", ["--amsgrad"], 36, 12),
     ("adamw", ["--amsgrad", "--no-amsgrad"], 28, 8),
+    ("adagrad", [], 20, 4),
+    ("rmsprop", [], 20, 4),
+    ("rmsprop", ["--centered", "--momentum", "0.9"], 36, 12),
+    ("adadelta", [], 28, 8),
+    ("adamax", [], 28, 8),
+    ("nadam", [], 28, 8),
+    ("radam", [], 28, 8),
+    ("asgd", [], 20, 4),
+    ("rprop", [], 28, 8),
+    ("sparseadam", [], 28, 8),
 ]
 
 X86 = """
@@ -56,6 +66,36 @@ def test_bytes_in_other_formats(dtype: str, moved: int, compute: str) -> None:
     text = explain("adamw", dtype=dtype).text()
     assert f"= {moved} bytes per parameter and step" in text
     assert f"arithmetic in {compute}" in text
+
+
+def test_several_passes_over_matrices() -> None:
+    text = explain("adafactor").text(llvm=True, assembly=True)
+    assert "4 bytes for each row, read and written" in text
+    assert "0 bytes of state per parameter, arithmetic in f32, 3 passes over memory" in text
+    assert "def rule(p, g, row_var" in text
+    assert "over matrices: reads" in text
+    assert text.count("Assembly of pass") == text.count("\nPass ") > 3
+    text = explain("muon", ["--no-nesterov"]).text()
+    assert "Then ~1 = newton_schulz(~0, ns_coefficients.0" in text
+    assert "4 bytes of state per parameter, arithmetic in f32, 2 passes over memory" in text
+
+
+def test_numbers_of_a_parameter_and_rows_of_a_gradient() -> None:
+    assert "mu_product <- mu_product * " in explain("nadam").text()
+    text = explain("asgd").text()
+    assert "eta <- lr / " in text
+    assert "mu <- 1 / " in text
+    assert "bytes per parameter and step, in the rows that the gradient has" in explain("sparseadam").text()
+
+
+@pytest.mark.parametrize("name", sorted(optimizers()))
+def test_every_optimizer_is_found(name: str) -> None:
+    assert find_class(name.upper()) is optimizers()[name] is getattr(onepass, name)
+    if name == "LBFGS":
+        with pytest.raises(UnknownName, match=r"LBFGS has no rule to explain: .* choose another"):
+            explain(name)
+    else:
+        assert explain(name).text().startswith(f"{name}(): ")
 
 
 def test_rule_is_the_real_source() -> None:

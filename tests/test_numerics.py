@@ -29,7 +29,7 @@ from rig import (
 from table import TABLE, Row, results, tolerance, walk
 from torch import Tensor
 
-from onepass import SGD, Adam, AdamW
+from onepass import ASGD, SGD, Adadelta, Adam, AdamW, NAdam, RAdam, RMSprop
 from onepass.kernel import cpu
 from onepass.kernel.native import Library
 
@@ -297,6 +297,13 @@ LIMITS = [
     (lambda p: SGD(p, momentum=1e-300, nesterov=True), lambda p: SGD(p)),
     (lambda p: SGD(p, momentum=0.9, dampening=0.0), lambda p: SGD(p, momentum=0.9)),
     (lambda p: SGD(p, weight_decay=0.0, momentum=0.9), lambda p: SGD(p, momentum=0.9)),
+    (lambda p: RMSprop(p, momentum=1e-300), lambda p: RMSprop(p)),
+    (lambda p: NAdam(p, decoupled_weight_decay=True), lambda p: NAdam(p)),
+    (lambda p: RAdam(p, decoupled_weight_decay=True), lambda p: RAdam(p)),
+    # No rectification, no momentum; a scale that begins as one and stays; no decay, and an lr that float32 holds.
+    (lambda p: RAdam(p, betas=(0.0, 0.5)), lambda p: SGD(p)),
+    (lambda p: Adadelta(p, lr=1e-3, rho=1.0), lambda p: SGD(p)),
+    (lambda p: ASGD(p, lr=2**-7, lambd=0.0), lambda p: SGD(p, lr=2**-7)),
     # The largest v so far is v itself where nothing is forgotten.
     (lambda p: Adam(p, amsgrad=True, betas=(0.9, 0.999999)), lambda p: Adam(p, betas=(0.9, 0.999999))),
 ]

@@ -129,6 +129,14 @@ BYTES = {
     "Adam": (16, 12),
     "AdamW": (16, 12),
     "Adam-amsgrad=True-betas=(0.9, 0.7)": (20, 16),
+    "Adagrad": (12, 8),
+    "RMSprop": (12, 8),
+    "Adadelta": (16, 12),
+    "Adamax": (16, 12),
+    "NAdam": (16, 12),
+    "RAdam": (16, 12),
+    "ASGD": (12, 8),
+    "Rprop": (16, 12),
 }
 
 

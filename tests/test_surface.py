@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -92,7 +93,11 @@ def test_public_attributes(name: str) -> None:
         assert hasattr(cls, attribute), attribute
         theirs = getattr(TORCH[name], attribute)
         if inspect.isfunction(theirs):
-            assert parameters_of(getattr(cls, attribute)) == parameters_of(theirs), attribute
+            pairs = zip(parameters_of(getattr(cls, attribute)), parameters_of(theirs), strict=True)
+            for (mine, kind, default), (yours, expected, theirs_default) in pairs:
+                assert (mine, kind) == (yours, expected), attribute
+                # What torch demands may have a default here, so that its absence is told in a sentence.
+                assert theirs_default in (default, inspect.Parameter.empty), attribute
 
 
 def make(library: Any, name: str, params: Any, **options: Any) -> Any:
@@ -281,6 +286,35 @@ def test_what_torch_refuses_for_want_of_an_implementation_works(name: str) -> No
     for options in ({"lr": torch.tensor(0.1), "foreach": True}, {"lr": 0.1}):
         params = [parameter()]
         ends.append(drive(make(onepass, name, params, **options), params))
+    torch.testing.assert_close(*ends, **CLOSE)
+
+
+def test_a_closure_that_is_needed() -> None:
+    for library in BOTH:
+        with pytest.raises(TypeError, match="closure"):
+            make(library, "LBFGS", [parameter()]).step()
+
+
+@pytest.mark.skipif("swap_in_optimizer_params_and_state" not in TORCH, reason="this torch does not have it")
+@pytest.mark.parametrize(
+    "name", ["AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
+)
+def test_steps_on_other_parameters_and_state(name: str) -> None:
+    """They change what was given, in place, and nothing of the optimizer's own."""
+    ends = []
+    for library in BOTH:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+        opt = make(library, name, params)
+        drive(opt, params, 2)
+        own = copy.deepcopy([p.detach() for p in params]), copy.deepcopy(opt.state_dict()["state"])
+        others = {str(i): nn.Parameter(p.detach() + 1) for i, p in enumerate(params)}
+        state_dict = copy.deepcopy(opt.state_dict())
+        with library.swap_in_optimizer_params_and_state(opt, others, state_dict):
+            drive(opt, list(others.values()), 2, seed=2)
+        ends.append(([p.detach() for p in others.values()], state_dict["state"]))
+        torch.testing.assert_close(([p.detach() for p in params], opt.state_dict()["state"]), own, rtol=0, atol=0)
+        drive(opt, params, 1)
     torch.testing.assert_close(*ends, **CLOSE)
 
 

@@ -19,6 +19,7 @@ from ..kernel.functions import (
     row_mean,
     sqrt,
     square,
+    where,
 )
 from ..optimizer import Optimizer, Params, Rule
 from ..options import check_modes, check_number, check_pair
@@ -82,7 +83,8 @@ class Adafactor(Optimizer):
             check_number(owner, name, options[name])
         check_number(owner, "d", options["d"], low=1.0)
         check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0)
-        check_pair(owner, "eps", (0.0, eps[1]) if isinstance(eps, (tuple, list)) and eps and eps[0] is None else eps)
+        has_none = isinstance(eps, (tuple, list)) and len(eps) > 0 and eps[0] is None
+        check_pair(owner, "eps", (0.0, *eps[1:]) if has_none else eps)
         for i, value in enumerate(eps):
             if value is not None:
                 check_number(owner, f"eps[{i}]", value)
@@ -92,7 +94,8 @@ class Adafactor(Optimizer):
         return super().flags(group) | {"has_eps": group["eps"][0] is not None}
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
-        return Adafactor.rule if p.dim() > 1 else Adafactor.rule_of_vectors
+        # Complex numbers have no rows: the rule of matrices refuses them, whatever their shape.
+        return Adafactor.rule if p.dim() > 1 or p.is_complex() else Adafactor.rule_of_vectors
 
     @staticmethod
     def rule(p, g, row_var: PerRow, col_var: PerColumn, *, lr, beta2_decay, eps, d, weight_decay, step, has_eps):
@@ -112,5 +115,7 @@ class Adafactor(Optimizer):
 
 def _move(p, u, lr, eps2, d, weight_decay, step):
     """A step along u, relative to the size of p and clipped by that of u."""
-    alpha = maximum(eps2, sqrt(mean(square(p)))) * minimum(lr, 1 / sqrt(step))
-    return p * (1 - lr * weight_decay) - alpha / maximum(1.0, sqrt(mean(square(u))) / d) * u
+    size, clip = sqrt(mean(square(p))), sqrt(mean(square(u))) / d
+    # Not maximum: as in torch, one NaN among many numbers does not make all of them NaN.
+    alpha = where(size > eps2, size, eps2) * minimum(lr, 1 / sqrt(step))
+    return p * (1 - lr * weight_decay) - alpha / where(clip > 1.0, clip, 1.0) * u

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernel.functions import sqrt, where
-from ..optimizer import Optimizer, Params
+from ..optimizer import Optimizer, Params, StepError
 from ..options import check_modes, check_number
 
 
@@ -26,11 +26,18 @@ class Adagrad(Optimizer):
     Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR 2011.
 
     State per parameter: `step`, `sum`, from construction on, as in torch; also for groups that are added later, where
-    torch makes none. A sparse gradient (without `weight_decay`) updates the rows that it has. Arguments are those of
-    `torch.optim.Adagrad`; `foreach` and `fused` change nothing, except that both False select the eager backend.
+    torch makes none. Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change nothing, except that
+    both False select the eager backend.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    A sparse gradient steps the rows that it has values for, which is what a dense one with zeros elsewhere does; of
+    complex parameters, too, the real and imaginary parts step as two numbers, where torch's sparse form squares the
+    complex ones.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number; the step raises `StepError`
+    for a sparse gradient where `weight_decay` is not 0.
     """
+
+    gradients = "any"
 
     def __init__(
         self,
@@ -71,6 +78,17 @@ class Adagrad(Optimizer):
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         value = group["initial_accumulator_value"]
         return torch.full_like(like, complex(value, value) if like.is_complex() else value)
+
+    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
+        return super().flags(group) | {"has_decay": bool(group.get("weight_decay", 0) != 0)}
+
+    def steps_rows(self, group: Mapping[str, Any]) -> bool:
+        if group["weight_decay"] != 0:
+            raise StepError(
+                f"{type(self).__name__}: the weight_decay option is not compatible with sparse gradients, got "
+                f"{group['weight_decay']}; set it to 0, or make the gradients dense"
+            )
+        return True
 
     def share_memory(self) -> None:
         """Move the sums into shared memory, for processes that train together."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import StepError
-from ..flat import Flat, largest, scalar
+from ..flat import Flat, largest, precision, scalar
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
 from ..optimizer import Optimizer, Params
@@ -27,37 +27,40 @@ LEAST_CURVATURE = 1e-10
 
 
 class LBFGS(Optimizer):
-    r"""A quasi-Newton method: the inverse Hessian, as the last `history_size` steps have shown it, times the gradient.
+    r"""A quasi-Newton method: the gradient times the inverse Hessian that the last `history_size` steps have shown.
 
-    With the steps $s_i = \theta_{i+1} - \theta_i$, the changes of the gradient $y_i = g_{i+1} - g_i$, and
-    $\rho_i = 1 / y_i^\top s_i$, the direction is $d = -H g$, where BFGS's inverse Hessian
+    With the steps $s_i = \theta_{i+1} - \theta_i$, the gradient's changes $y_i = g_{i+1} - g_i$ and
+    $\rho_i = 1 / y_i^\top s_i$, the inverse Hessian of BFGS is, over the pairs from the oldest to the newest,
 
     $$ H \leftarrow (I - \rho_i s_i y_i^\top)\, H\, (I - \rho_i y_i s_i^\top) + \rho_i s_i s_i^\top, \quad
-       H_0 = \frac{s_k^\top y_k}{y_k^\top y_k} I $$
+       H_0 = \frac{s_k^\top y_k}{y_k^\top y_k} I. $$
 
-    is never formed, but applied in two loops over the pairs: with $q = -g$, backwards
-    $\alpha_i = \rho_i s_i^\top q,\; q \leftarrow q - \alpha_i y_i$; then with $d = H_0 q$, forwards
-    $d \leftarrow d + (\alpha_i - \rho_i y_i^\top d)\, s_i$. A pair enters only if $y_i^\top s_i > 10^{-10}$. Then
-    $\theta \leftarrow \theta + t d$ with $t = \gamma$ (in the very first iteration $\gamma \min(1, 1/\|g\|_1)$), or with
-    `line_search_fn="strong_wolfe"` a t that satisfies the strong Wolfe conditions, searched from there.
+    It is never formed: the direction $d = -H g$ comes from two loops over the pairs,
+
+    $$ q = -g; \quad \alpha_i = \rho_i s_i^\top q, \; q \leftarrow q - \alpha_i y_i \;\text{ (newest first)}; \quad
+       d = H_0 q; \quad d \leftarrow d + (\alpha_i - \rho_i y_i^\top d)\, s_i \;\text{ (oldest first)}. $$
+
+    H stays positive definite, as a pair enters only with the curvature $y_i^\top s_i > 10^{-10}$. Then
+    $\theta \leftarrow \theta + t d$, where t is $\gamma$, in the very first iteration $\gamma \min(1, 1/\|g\|_1)$; or,
+    with `line_search_fn="strong_wolfe"`, what a search from there on finds to satisfy the strong Wolfe conditions.
 
     Liu and Nocedal, "On the limited memory BFGS method for large scale optimization", 1989; Nocedal and Wright,
     "Numerical Optimization", 2nd edition, 2006, algorithms 7.4 and 7.5.
 
     For small problems whose loss is computed over all data at once, without noise (fits, inverse problems, physics):
-    there it needs far fewer evaluations than first-order methods. Take `line_search_fn="strong_wolfe"` and leave
-    `lr=1`: without it steps may diverge. The history takes `2 * history_size` times the memory of the parameters, once
-    that many steps were made.
+    there it needs far fewer evaluations than first-order methods. Take `line_search_fn="strong_wolfe"` with `lr=1`;
+    without a line search, steps may diverge. Once as many steps were made, the history takes `2 * history_size` times
+    the memory of the parameters.
 
-    `step(closure)` makes up to `max_iter` iterations, of up to `max_eval` evaluations (1.25 `max_iter` by default); it
-    ends before where the gradient's largest entry is at most `tolerance_grad`, or the step's or the loss's change at
-    most `tolerance_change`. State, all of it beside the first parameter, under torch's names: `func_evals`, `n_iter`,
-    `d`, `t`, `old_dirs` (the y), `old_stps` (the s), `ro`, `H_diag`, `prev_flat_grad`, `prev_loss`, `al`. The values
-    are torch's: vector operations and their order are the same, numbers round in the vectors' precision.
+    One `step(closure)` makes up to `max_iter` iterations with up to `max_eval` evaluations (1.25 `max_iter` by
+    default). It ends sooner where the gradient's largest entry is at most `tolerance_grad`, or where the parameters or
+    the loss change by no more than `tolerance_change`. State, all of it beside the first parameter, under torch's
+    names: `func_evals`, `n_iter`, `d`, `t`, `old_dirs` (the y), `old_stps` (the s), `ro`, `H_diag`, `prev_flat_grad`,
+    `prev_loss`, `al`. Arguments are those of `torch.optim.LBFGS`, and so are the values, to the last bit on CPU: the
+    same operations in the same order.
 
-    Differences: a step on which `closure` raises leaves the parameters where the last whole iteration ended, with the
-    state that belongs to them. A state dict whose named parameters are in another order is brought into this one.
-    Gradients may lie in memory in any order.
+    Deviations: where `closure` raises, the parameters are left where the last whole iteration ended, with the state
+    that belongs to them. Loading matches parameters by name where both sides have names, and the history follows them.
 
     Raises ValueError for an option outside its range and for more than one param group, TypeError for an option that
     is no number, RuntimeError for an unknown `line_search_fn`.
@@ -128,47 +131,47 @@ class LBFGS(Optimizer):
         type(self).check_options(self, group)
         if not group["params"]:
             raise StepError(f"{owner}: there are no parameters to optimize; put some into the param group")
+        descent = _Descent(owner, group, self.state, closure)
         with torch.no_grad(), np.errstate(all="ignore"):
-            return _Descent(owner, group, self.state, closure).run()
+            return descent.run()
 
     def _load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-        groups = matched.load_groups(self.defaults)
-        params, keys = groups[0]["params"], list(matched.saved_groups[0]["params"])
-        saved = Flat(matched.owner, [matched.parameters[key] for key in keys])
-        order = [keys.index(key) for p in params for key in keys if matched.parameters[key] is p]
+        owner, groups = matched.owner, matched.load_groups(self.defaults)
+        params, keys = groups[0]["params"], matched.saved_groups[0]["params"]
+        saved = Flat(owner, [matched.parameters[key] for key in keys])
         state: dict[Any, Any] = defaultdict(dict)
         for key, value in matched.saved_state.items():
             if key not in matched.parameters:
                 state[key] = deepcopy(value)
-            elif value:
-                check_memory(matched.owner, matched.labels[key], value, saved.size)
-                state[params[0]] = {
-                    name: _reorder(saved, order, saved.place(entry))
-                    if name in (*VECTORS, *HISTORY)
-                    else saved.place(entry)
-                    for name, entry in value.items()
-                }
+            elif value != {}:
+                check_memory(f"{owner}: the saved state of parameter {matched.labels[key]}", value, saved.size)
+                if key != keys[0]:
+                    raise ValueError(f"{owner} keeps all state beside the first parameter, not beside {key!r}")
+                vectors = {name: saved.place(value[name], params) for name in (*VECTORS, *HISTORY) if name in value}
+                state[params[0]] = {name: vectors.get(name, deepcopy(entry)) for name, entry in value.items()}
         return state, groups
 
 
 class _Descent:
-    """One call of `step`: the iterations, and the vectors they need beside the state."""
+    """One call of `step`: its iterations, and the vectors that they need beside the state."""
 
     def __init__(self, owner: str, group: dict[str, Any], states: Any, closure: Callable[[], Any]) -> None:
         self.owner, self.group, self.states, self.closure = owner, group, states, closure
         self.tolerance_grad, self.tolerance_change = float(group["tolerance_grad"]), float(group["tolerance_change"])
         self.flat = Flat(owner, group["params"], group.get("param_names", ()))
         self.state: dict[str, Any] = states.get(group["params"][0], {})
-        self.vectors: list[Tensor] = []
-        self.origin: Tensor | None = None
+        self.first = self.state.get("d") is None
+        self.gradients: list[Tensor] = []
+        if not self.first:
+            self._fit_state()
+        self.d = self.flat.new() if self.first else self.state["d"]
+        self.direction = self.flat.split(self.d)
+        self.origin: tuple[Tensor, list[Tensor]] | None = None
         self.spare_pair: tuple[Tensor, Tensor] | None = None
-        self.alphas: list[np.floating] = []
-        self.parts: dict[int, list[Tensor]] = {}
+        self.rates = [scalar(torch.as_tensor(rate)) for rate in self.state.get("ro") or ()]
+        self.alphas: list[Any] | None = None
         self.evaluations = 0
         self.numpy_errors = np.geterr()
-        if self.state.get("d") is not None:
-            self._fit_state()
-        self.rates = [scalar(rate) for rate in self.state.get("ro") or ()]
 
     def _fit_state(self) -> None:
         """See that the state belongs to these parameters, and bring it to their device and the widest dtype."""
@@ -182,15 +185,15 @@ class _Descent:
                 )
             flat.dtype = torch.promote_types(flat.dtype, v.dtype)
         if any(v.dtype != flat.dtype or v.device != flat.device for v in vectors):
-            state.update({name: flat.place(state[name]) for name in MEMORY})
-        self.vectors.append(state["prev_flat_grad"])
+            state.update({name: flat.place(state[name]) for name in (*VECTORS, *HISTORY)})
+        self.gradients.append(state["prev_flat_grad"])
 
     def run(self) -> Any:
         returned, loss = self._evaluate_loss()
         self.flat.check()
-        gradient = self._gradient()
+        gradient = self._read_gradient(self.state.get("prev_flat_grad"))
         self.state = state = self.states[self.group["params"][0]]
-        state["func_evals"] = state.get("func_evals", 0) + self.evaluations
+        state["func_evals"] = state.get("func_evals", 0) + 1
         state.setdefault("n_iter", 0)
         if largest(gradient) <= self.tolerance_grad:
             return returned
@@ -199,55 +202,47 @@ class _Descent:
         while here is not None:
             iterations += 1
             here = self._iterate(here, last=iterations >= self.group["max_iter"])
-        if self.alphas:
-            alphas = torch.tensor(self.alphas[::-1], dtype=state["d"].dtype, device=state["d"].device).unbind()
-            state["al"] = [*alphas, *[None] * (int(self.group["history_size"]) - len(alphas))]
+        if self.alphas is not None:
+            alphas = torch.tensor([float(a) for a in reversed(self.alphas)], dtype=self.d.dtype, device=self.d.device)
+            state["al"] = [*alphas.unbind(), *[None] * (int(self.group["history_size"]) - len(alphas))]
         return returned
 
     def _iterate(self, here: Point, last: bool) -> Point | None:
         """One step from here: where it led, or None where the descent ends."""
-        state, group = self.state, self.group
-        first = state.get("d") is None
-        if first:
-            state.update(d=here.gradient.neg(), old_dirs=[], old_stps=[], ro=[], H_diag=1)
+        state, lr = self.state, self.group["lr"]
+        t = scalar(lr.detach()) if isinstance(lr, Tensor) else float(lr)
+        if self.first:
+            torch.neg(here.gradient, out=self.d)
+            state.update(d=self.d, old_dirs=[], old_stps=[], ro=[], H_diag=1)
+            t = min(1.0, 1.0 / scalar(here.gradient.abs().sum())) * t
         else:
             self._remember(here.gradient)
             self._aim(here.gradient)
-        state["n_iter"] += 1
-        t = scalar(group["lr"].detach()) if isinstance(group["lr"], Tensor) else float(group["lr"])
-        if first:
-            t = min(1.0, 1.0 / scalar(here.gradient.abs().sum())) * t
-        d: Tensor = state["d"]
-        state.update(t=float(t), prev_flat_grad=here.gradient, prev_loss=here.loss)
-        here = here._replace(slope=scalar(here.gradient.dot(d)))
+        here = here._replace(t=0, slope=scalar(here.gradient.dot(self.d)))
+        # Until a step is made it has length 0: it will then leave no trace in the history, whatever happens now.
+        state.update(t=0.0, prev_flat_grad=here.gradient, prev_loss=here.loss, n_iter=state["n_iter"] + 1)
         if here.slope > -self.tolerance_change:
+            state["t"] = float(t)
             return None
-        reach = largest(d)
-        if group["line_search_fn"] is None:
-            self.flat.move(None, float(t), self._parts(d))
-            # Where gradients are noisy, one more evaluation would be of no use.
-            if last:
-                return None
-            there = self._evaluate(t, d, here)
-        else:
-            there = self._search(here, t, d, reach, first)
+        reach = largest(self.d)
+        there = self._search(here, t, reach) if self.group["line_search_fn"] else self._move(here, t, last)
+        self.first = False
         arrived = (
             last
-            or self.evaluations >= group["max_eval"]
+            or self.evaluations >= self.group["max_eval"]
             or largest(there.gradient) <= self.tolerance_grad
             or reach * abs(there.t) <= self.tolerance_change
             or abs(there.loss - here.loss) < self.tolerance_change
         )
-        return None if arrived else there._replace(t=0)
+        return None if arrived else there
 
     def _remember(self, gradient: Tensor) -> None:
         """Enter the last step and the change of the gradient into the history, in the place of the oldest if full."""
-        state = self.state
-        dirs, steps, rates, ro = state["old_dirs"], state["old_stps"], self.rates, state["ro"]
-        y, s = self.spare_pair or (torch.empty_like(gradient), torch.empty_like(gradient))
-        self.spare_pair = y, s
+        state, rates = self.state, self.rates
+        dirs, steps, ro = (state[name] for name in (*HISTORY, "ro"))
+        y, s = self.spare_pair = self.spare_pair or (self.flat.new(), self.flat.new())
         torch.sub(gradient, state["prev_flat_grad"], out=y)
-        torch.mul(state["d"], state["t"], out=s)
+        torch.mul(self.d, float(state["t"]), out=s)
         curvature = y.dot(s)
         if not scalar(curvature) > LEAST_CURVATURE:
             return
@@ -262,55 +257,62 @@ class _Descent:
         state["H_diag"] = curvature / y.dot(y)
 
     def _aim(self, gradient: Tensor) -> None:
-        """The inverse Hessian times the negative gradient, by two loops over the pairs, into `d`."""
-        state, d = self.state, torch.neg(gradient, out=self.state["d"])
-        dirs, steps, rates, alphas = state["old_dirs"], state["old_stps"], self.rates, []
+        """The inverse Hessian times the negative gradient, by two loops over the pairs."""
+        state, rates, d, alphas = self.state, self.rates, self.d, []
+        # The old direction is gone from here on, and with it the last step.
+        state["t"] = 0.0
+        dirs, steps, rounded = state["old_dirs"], state["old_stps"], precision(d.dtype)
+        torch.neg(gradient, out=d)
         for y, s, rate in zip(reversed(dirs), reversed(steps), reversed(rates), strict=True):
-            alpha = scalar(s.dot(d)) * rate
+            alpha = rounded(s.dot(d).item()) * rate
             d.add_(y, alpha=-float(alpha))
             alphas.append(alpha)
         d.mul_(float(state["H_diag"]))
         for y, s, rate, alpha in zip(dirs, steps, rates, reversed(alphas), strict=True):
-            d.add_(s, alpha=float(alpha - scalar(y.dot(d)) * rate))
+            d.add_(s, alpha=float(alpha - rounded(y.dot(d).item()) * rate))
         self.alphas = alphas
 
-    def _search(self, here: Point, t: Any, d: Tensor, reach: Any, first: bool) -> Point:
-        """Move along d by the line search. Where the closure raises, the step is one of length 0."""
+    def _move(self, here: Point, t: Any, last: bool) -> Point:
+        """Make a step of length t. The last is not evaluated: where gradients are noisy that would be of no use."""
+        self.flat.move(None, float(t), self.direction)
+        self.state["t"] = float(t)
+        return here if last else self._evaluate(t, here)
+
+    def _search(self, here: Point, t: Any, reach: Any) -> Point:
+        """Make a step whose length the line search finds. None is made where the closure raises, or lr is 0."""
         flat, state = self.flat, self.state
-        self.origin = flat.new() if self.origin is None else self.origin
-        flat.read(self.origin)
-        origin, direction = self._parts(self.origin), self._parts(d)
+        if self.group["lr"] == 0:
+            return here
+        if self.origin is None:
+            origin = flat.new()
+            self.origin = origin, flat.split(origin)
+        origin, parts = self.origin
+        flat.read(origin)
 
         def evaluate(t: Any, kept: Point) -> Point:
-            flat.move(origin, float(t), direction)
-            return self._evaluate(t, d, here, kept)
+            flat.move(parts, float(t), self.direction)
+            return self._evaluate(t, here, kept)
 
-        limit = int(self.group["max_eval"]) - self.evaluations
         try:
+            limit = int(self.group["max_eval"]) - self.evaluations
             there = strong_wolfe(evaluate, here, t, reach=reach, limit=limit)
         except BaseException:
-            flat.write(self.origin)
-            state["t"] = 0.0
-            if first:
+            flat.write(origin)
+            if self.first:
                 state["n_iter"] -= 1
                 for name in MEMORY:
                     del state[name]
             raise
-        flat.move(origin, float(there.t), direction)
+        flat.move(parts, float(there.t), self.direction)
         state["t"] = float(there.t)
         return there
 
-    def _evaluate(self, t: Any, d: Tensor, *kept: Point) -> Point:
+    def _evaluate(self, t: Any, *kept: Point) -> Point:
+        """The loss and its slope where the parameters are now; the gradients of `kept` are not overwritten."""
         _, loss = self._evaluate_loss()
         self.state["func_evals"] += 1
-        gradient = self._gradient(*kept)
-        return Point(t, loss, scalar(gradient.dot(d)), gradient)
-
-    def _parts(self, vector: Tensor) -> list[Tensor]:
-        """The views of a vector that this descent holds on to: made once."""
-        if id(vector) not in self.parts:
-            self.parts[id(vector)] = self.flat.split(vector)
-        return self.parts[id(vector)]
+        gradient = self._read_gradient(*(point.gradient for point in kept))
+        return Point(t, loss, scalar(gradient.dot(self.d)), gradient)
 
     def _evaluate_loss(self) -> tuple[Any, float]:
         with torch.enable_grad(), np.errstate(**self.numpy_errors):
@@ -324,13 +326,12 @@ class _Descent:
         self.evaluations += 1
         return returned, loss
 
-    def _gradient(self, *kept: Point) -> Tensor:
-        """The gradient, in a vector that neither these points nor the state need."""
-        used = [point.gradient for point in kept] or [self.state.get("prev_flat_grad")]
-        free = next((v for v in self.vectors if all(v is not u for u in used)), None)
+    def _read_gradient(self, *used: Tensor | None) -> Tensor:
+        """The gradient, in a vector other than these."""
+        free = next((v for v in self.gradients if all(v is not u for u in used)), None)
         if free is None:
             free = self.flat.new()
-            self.vectors.append(free)
+            self.gradients.append(free)
         self.flat.read_gradient(free)
         return free
 
@@ -342,40 +343,31 @@ def check_count(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{owner}: {name} must be a whole number, got {value}")
 
 
-def check_memory(owner: str, label: str, value: Any, size: int) -> None:
+def check_memory(what: str, value: Any, size: int) -> None:
     """Raise ValueError for a saved state that is none of LBFGS, not whole, or of other parameters."""
-    what = f"{owner}: the saved state of parameter {label}"
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be a dict, got {type(value).__name__}")
-    present = [name for name in MEMORY if value.get(name) is not None]
-    if not present and not {"func_evals", "n_iter"} & set(value):
-        raise ValueError(
-            f"{what} belongs to another optimizer: it has {', '.join(map(str, value))}, not 'd' and 'n_iter'"
-        )
-    if not present:
+    if not isinstance(value, Mapping) or not {*MEMORY, "func_evals", "n_iter"} & value.keys():
+        got = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        raise ValueError(f"{what} belongs to another optimizer: it must have 'd', 'n_iter' and others, got {got}")
+    lost = [name for name in MEMORY if value.get(name) is None]
+    if len(lost) == len(MEMORY):
         return
-    if lost := [name for name in MEMORY if name not in present]:
+    if lost:
         raise ValueError(f"{what} has no {lost[0]!r}; a whole state has {', '.join(MEMORY)}")
-    lists = [value[name] for name in (*HISTORY, "ro")]
-    if not all(isinstance(entry, (list, tuple)) for entry in lists) or len({len(entry) for entry in lists}) != 1:
-        raise ValueError(f"{what} must have {', '.join(HISTORY)} and ro as lists of one length")
-    for vector in (*(value[name] for name in VECTORS), *lists[0], *lists[1]):
+    dirs, steps, ro = (value[name] for name in (*HISTORY, "ro"))
+    if not all(isinstance(entry, (list, tuple)) for entry in (dirs, steps, ro)) or not len(dirs) == len(steps) == len(
+        ro
+    ):
+        raise ValueError(f"{what} must have old_dirs, old_stps and ro as lists of one length")
+    for number in (*(value[name] for name in NUMBERS), *ro):
+        if not (number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, (int, float))):
+            raise ValueError(f"{what} must have numbers for {', '.join(NUMBERS)} and in ro, got {number!r:.60}")
+    for vector in (*(value[name] for name in VECTORS), *dirs, *steps):
         if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.shape != (size,):
             got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else f"a {type(vector).__name__}"
             raise ValueError(
                 f"{what} must consist of vectors of {size} numbers, as many as the parameters have, got {got}; load a "
                 "checkpoint of this model"
             )
-
-
-def _reorder(flat: Flat, order: list[int], value: Any) -> Any:
-    """A vector, or each of a list, with its parts in another order."""
-    if order == sorted(order):
-        return value
-    if isinstance(value, list):
-        return [_reorder(flat, order, vector) for vector in value]
-    parts = flat.split(value)
-    return torch.cat([parts[i].reshape(-1) for i in order])
 
 
 # Imports torch's compiler when first called, which inside a compiled function has happened already.

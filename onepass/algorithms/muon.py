@@ -80,25 +80,30 @@ class Muon(Optimizer):
         for name in ("lr", "weight_decay", "momentum", "eps", "adam_eps"):
             check_number(owner, name, options[name])
         check_number(owner, "ns_steps", options["ns_steps"], below=100)
+        if float(options["ns_steps"]) % 1:
+            raise ValueError(f"{owner}: ns_steps must be a whole number, got {options['ns_steps']}")
         check_betas(owner, options["betas"])
         if not isinstance(options["ns_coefficients"], (tuple, list)) or len(options["ns_coefficients"]) != 3:
             raise ValueError(f"{owner}: ns_coefficients must be three numbers, got {options['ns_coefficients']!r}")
+        for i, value in enumerate(options["ns_coefficients"]):
+            check_number(owner, f"ns_coefficients[{i}]", value, low=float("-inf"))
         if options["adjust_lr_fn"] not in ADJUSTMENTS:
             raise ValueError(
                 f"{owner}: adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got {options['adjust_lr_fn']!r}"
             )
-        for i, p in enumerate(options.get("params", ())):
-            if options["use_muon"] and p.dim() != 2:
-                raise ValueError(
-                    f"{owner} only supports 2D parameters, and parameter {i} of the group has shape {tuple(p.shape)}; "
-                    "pass use_muon=None to let what is no matrix take AdamW, or put it into a group with use_muon=False"
-                )
+        for p in options.get("params", ()):
+            self.rule_of(p, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         return super().flags(group) | {"is_mixed": group["use_muon"] is None}
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
         wanted = group["use_muon"]
+        if wanted and p.dim() != 2:
+            raise ValueError(
+                f"{type(self).__name__} only supports 2D parameters, and one has shape {tuple(p.shape)}; pass "
+                "use_muon=None to let what is no matrix take AdamW, or put it into a group with use_muon=False"
+            )
         return Muon.rule if wanted or (wanted is None and p.dim() == 2) else Muon.adamw
 
     @staticmethod

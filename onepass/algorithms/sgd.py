@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernel.functions import where
-from ..optimizer import Optimizer, Params
+from ..optimizer import Optimizer, Params, StepError
 from ..options import check_modes, check_number
 
 
@@ -28,8 +28,15 @@ class SGD(Optimizer):
     `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the eager backend and
     `fused=True` lets GradScaler leave the unscaling to the step.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    A sparse gradient steps the rows that it has values for. With momentum every row moves, whether it has a value now
+    or had one before: the gradient is filled up with zeros, and a step costs what a dense one does. The results are
+    torch's, whose buffers are sparse then; here they are dense, and sparse ones that are loaded become so.
+
+    Raises ValueError for an option outside its range, TypeError for one that is no number; the step raises `StepError`
+    for a sparse gradient where `weight_decay` is not 0.
     """
+
+    gradients = "any"
 
     def __init__(
         self,
@@ -71,7 +78,16 @@ class SGD(Optimizer):
         check_modes(owner, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_momentum": bool(group.get("momentum", 0) != 0)}
+        numbers = {"has_momentum": "momentum", "has_decay": "weight_decay"}
+        return super().flags(group) | {flag: bool(group.get(name, 0) != 0) for flag, name in numbers.items()}
+
+    def steps_rows(self, group: Mapping[str, Any]) -> bool:
+        if group["weight_decay"] != 0:
+            raise StepError(
+                f"{type(self).__name__}: the weight_decay option is not compatible with sparse gradients, got "
+                f"{group['weight_decay']}; set it to 0, or make the gradients dense"
+            )
+        return group["momentum"] == 0
 
     @staticmethod
     def rule(p, g, momentum_buffer, *, lr, momentum, dampening, weight_decay, nesterov, first, has_momentum):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,16 @@ from onepass import kernel
 from onepass.bench.shapes import Model
 from onepass.catalog import Variant
 from onepass.explain import graph_of
-from onepass.kernel.ir import hyper, load
+from onepass.kernel.functions import mean
+from onepass.kernel.ir import Node, Rank, hyper, load
 from onepass.kernel.program import Program, bind
 from onepass.optimizer import Optimizer
 
-__all__ = ["LIMIT", "OURS", "TORCH", "Limit", "Missing", "Workload", "make_ours", "make_torch", "program_of"]
+__all__ = ["LIMIT", "OURS", "TORCH", "Limit", "Missing", "Workload", "make_ours", "make_torch", "program_of", "seat"]
 
 OURS, LIMIT = "onepass", "memory limit"
+# On CPU torch's default is a loop over the parameters.
 TORCH: dict[str, dict[str, bool]] = {
-    "for-loop": {"foreach": False},
     "default": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
@@ -43,11 +46,24 @@ class Workload:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        generator = torch.Generator().manual_seed(0)
         self.params = [nn.Parameter(torch.full(shape, 0.5)) for shape in model.shapes]
-        for p in self.params:
-            p.grad = torch.empty_like(p).normal_(std=1e-2, generator=generator)
+        self._add_gradients(self.params)
         self.columns: dict[str, list[Tensor]] = {}
+
+    def _add_gradients(self, params: list[nn.Parameter]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for p in params:
+            # A sparse gradient as backward leaves it: rows in any order, and not yet coalesced.
+            rows = torch.randperm(len(p), generator=generator)[: self.model.rows]
+            shape = (len(rows), *p.shape[1:]) if self.model.rows else p.shape
+            g = torch.empty(shape).normal_(std=1e-2, generator=generator)
+            p.grad = torch.sparse_coo_tensor(rows[None], g, p.shape, check_invariants=True) if self.model.rows else g
+
+    def sample(self) -> nn.Parameter:
+        """A small parameter with a gradient such as all have here."""
+        p = nn.Parameter(torch.ones(2, 3))
+        self._add_gradients([p])
+        return p
 
     def groups(self) -> list[Any]:
         """Fresh param groups, or the parameters themselves where one group is all."""
@@ -77,12 +93,12 @@ class Workload:
                 optimizer.state[p] = own
 
 
-def make_ours(variant: Variant, params: list[Any]) -> Optimizer:
-    """Our optimizer of this variant."""
-    return variant.cls(params, **variant.options)  # type: ignore[call-arg]
+def make_ours(variant: Variant, params: list[Any], **options: Any) -> Optimizer:
+    """Our optimizer of this variant, with further options."""
+    return variant.cls(params, **variant.options, **options)  # type: ignore[call-arg]
 
 
-def make_torch(variant: Variant, params: list[Any], mode: str) -> torch.optim.Optimizer:
+def make_torch(variant: Variant, params: list[Any], mode: str, **options: Any) -> torch.optim.Optimizer:
     """torch's optimizer of the same name in one of its modes; raises `Missing` where there is none."""
     name = variant.cls.__name__
     theirs = getattr(torch.optim, name, None)
@@ -93,45 +109,48 @@ def make_torch(variant: Variant, params: list[Any], mode: str) -> torch.optim.Op
         if key not in known:
             raise Missing(f"torch's {name} has no {key}")
     try:
-        return theirs(params, **variant.options, **TORCH[mode])
-    except RuntimeError as error:
+        return theirs(params, **variant.options, **options, **TORCH[mode])
+    except (RuntimeError, ValueError) as error:
         raise Missing(f"torch's {name}: {error}") from error
 
 
 def seat(workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """An optimizer of the workload's parameters that keeps its state in the shared tensors."""
-    like = nn.Parameter(torch.ones(2, 3))
-    like.grad = torch.ones_like(like)
+    """An optimizer of the workload's parameters that keeps its state in the shared tensors.
+
+    Raises `Missing` where it does not take such gradients.
+    """
+    like = workload.sample()
     sample = make([like])
-    sample.step()
+    try:
+        sample.step()
+    except RuntimeError as error:
+        raise Missing(f"{type(sample).__name__}: {error}") from error
     optimizer = make(workload.groups())
     workload.share_state(optimizer, dict(sample.state.get(like, {})), like)
     return optimizer
 
 
-def program_of(variant: Variant) -> Program:
-    """The program that our optimizer runs on float32 tensors."""
-    graph = graph_of(make_ours(variant, [nn.Parameter(torch.zeros(1))]))
+def program_of(variant: Variant, dimensions: int = 2) -> Program:
+    """The program that our optimizer runs on float32 tensors of so many dimensions."""
+    graph = graph_of(make_ours(variant, [nn.Parameter(torch.zeros([1] * dimensions))]))
     return bind(graph, tuple((name, "float32") for name in ("g", "p", *graph.state)))
 
 
 class Limit:
-    """One pass over the same memory with almost no arithmetic: each written column becomes itself plus zero times g.
+    """The same walks over the same memory with almost no arithmetic.
 
-    It goes through the same compiler and the same launch as the optimizer's own program, and reads and writes the same
-    columns. What it does not do is the work of a step outside of the kernel: no checks, no hyper-parameters.
+    A pass that writes makes each written column itself plus zero times the others; one that only reads adds up what it
+    reads. They go through the same compiler and the same launch as the optimizer's own program. What they do not do is
+    the work of a step outside of the kernel, checks and hyper-parameters, and what has one value a row or a column.
     """
 
     def __init__(self, program: Program) -> None:
-        nothing = load("g") * hyper("zero")
-        for column in program.columns:
-            if column.read and not column.written and column.name != "g":
-                nothing = nothing + load(column.name) * hyper("zero")
-        written = [c.name for c in program.columns if c.written]
-        outputs = tuple((name, load(name) + nothing) for name in written)
-        names = tuple(c.name for c in program.columns)
-        graph = kernel.Graph("limit", names, outputs)
-        self.kernel = kernel.compile(graph, tuple((c.name, c.format.name) for c in program.columns))
+        """Raises `Missing` where functions of whole matrices take most of the time."""
+        if program.calls:
+            raise Missing("a step is bound by products of matrices, not by memory")
+        graph = _streams(program)
+        formats = {c.name: c.format.name for c in program.columns}
+        self.kernel = kernel.compile(graph, tuple((name, formats[name]) for name in graph.columns))
         self.program = self.kernel.program
 
     def place(self, workload: Workload) -> Callable[[], None]:
@@ -144,3 +163,23 @@ class Limit:
         launch = self.kernel.prepare(pointers, work, np.zeros(len(workload.params), np.int64), 1)
         launch.leaves[:] = 0.0
         return lambda: launch.run(torch.get_num_threads())
+
+
+def _streams(program: Program) -> kernel.Graph:
+    """What only reads and writes the elements that a program's passes read and write, pass after pass."""
+    before: Node | None = None
+    outputs: list[tuple[str, Node]] = []
+    for one in program.passes:
+        if one.domain != Rank.ELEMENT:
+            continue
+        written = [name for name, _ in one.stores]
+        read = [load(str(n.attr)) for n in one.loads if n.rank == Rank.ELEMENT and n.attr not in written]
+        # Each pass needs what the one before it has summed up, so that they remain as many.
+        values = [*([] if before is None else [before]), *read]
+        if written:
+            nothing = reduce(add, (value * hyper("zero") for value in values))
+            outputs += [(name, load(name) + nothing) for name in written]
+        else:
+            before = mean(reduce(add, values))
+    names = tuple(c.name for c in program.columns if c.rank == Rank.ELEMENT)
+    return kernel.Graph("limit", names, tuple(outputs))

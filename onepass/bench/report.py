@@ -13,21 +13,26 @@ from rich.table import Table
 
 from onepass.bench.contenders import LIMIT, OURS, TORCH
 
-__all__ = ["WIDTH", "list_facts", "make_fresh_table", "make_step_table", "plot"]
+__all__ = ["WIDTH", "list_facts", "list_goals", "make_fresh_table", "make_step_table", "plot"]
 
 # Columns of text that the tables need: in a narrower terminal, wrapped lines say more than cut numbers.
-WIDTH = 112
+WIDTH = 124
 
 Report = dict[str, Any]
 Result = dict[str, Any]
 
+WORDS = {
+    "times_default": "times torch's default",
+    "times_best": "times torch's best mode",
+    "share_of_limit": "of the memory limit",
+    "times_shorter_table": "times as long as in the table of 10,000 rows",
+}
+
+# Of the models that were measured the picture shows two, the first of these.
+PANELS = ("gpt2", "small", "big", "resnet50", "llama-1b", "tiny", "groups")
+
 # Okabe and Ito's colours: told apart by colour-blind readers, and in print by their lightness.
-BARS = (
-    ("onepass", "#0072b2"),
-    ("memory limit", "#b3b3b3"),
-    ("torch, best mode", "#e69f00"),
-    ("torch, default", "#d55e00"),
-)
+BARS = (("onepass", "#0072b2"), ("torch, best mode", "#e69f00"), ("torch, default", "#d55e00"))
 
 
 def list_facts(report: Report) -> list[str]:
@@ -40,6 +45,8 @@ def list_facts(report: Report) -> list[str]:
         f"torch {machine['torch']}, numpy {machine['numpy']}, llvmlite {machine['llvmlite']}",
         f"torch's copy moves {copy:.1f} GB/s, its update in place {update:.1f} GB/s",
     ]
+    if any(result["class"] == "LBFGS" for result in report["results"]):
+        lines.append("LBFGS: a step is 20 iterations with a history of 10; the time of its closure is left out")
     if report["import_ms"] is not None:
         lines.append(f"import onepass: {report['import_ms']:.0f} ms after import torch")
     if load and load[0] > 0.5:
@@ -48,23 +55,56 @@ def list_facts(report: Report) -> list[str]:
 
 
 def make_step_table(results: Sequence[Result]) -> Table:
-    """Milliseconds a step for each contender, and what follows: ratios above 1 mean that ours is faster."""
-    ratios = ("times\ndefault", "times\nbest", "of the\nlimit", "GB/s", "us per\ntensor")
-    headings = ("optimizer", OURS, *TORCH, LIMIT.replace(" ", "\n"), *ratios)
-    table = _table("One step: median ms (torch in each of its modes)", headings)
-    for result in results:
-        s = result["summary"]
+    """Milliseconds a step for each contender, and what follows, each beside its goal; above 1 ours is faster."""
+    headings = ("optimizer", OURS, *TORCH, LIMIT.replace(" ", "\n"))
+    table = _table("One step: median ms (torch in each of its modes), and the goals for what follows", headings)
+    for heading in ("times\ndefault", "times\nbest", "of the\nlimit"):
+        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("goal", justify="left", no_wrap=True)
+    for result, following in zip(results, [*results[1:], None], strict=True):
         table.add_row(
             result["model"],
             result["optimizer"],
             *(_milliseconds(result["contenders"][name]) for name in (OURS, *TORCH, LIMIT)),
-            _number(s["times_default"], "{:.1f}"),
-            _number(s["times_best"], "{:.2f}"),
-            f"{100 * s['share_of_limit']:.0f} %",
-            f"{s['gigabytes_per_second']:.1f}",
-            f"{s['us_per_tensor']:.2f}",
+            *_beside_goal(result, "times_default"),
+            *_beside_goal(result, "times_best"),
+            *_beside_goal(result, "share_of_limit"),
+            end_section=following is not None and following["model"] != result["model"],
         )
     return table
+
+
+def _show(what: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if what == "share_of_limit" else f"{value:.{1 if value >= 10 else 2}f}"
+
+
+def _beside_goal(result: Result, what: str) -> tuple[str, str]:
+    """A ratio, and how it compares with its goal; both empty or the second where there is none."""
+    value = result["summary"][what]
+    if value is None:
+        return "-", ""
+    for goal in result["goals"]:
+        if goal["what"] == what:
+            style = "green" if goal["met"] else "red"
+            return f"[{style}]{_show(what, value)}", f"[{style}]{_compare(goal)}"
+    return _show(what, value), ""
+
+
+def _compare(goal: dict[str, Any]) -> str:
+    bound = f"{100 * goal['bound']:g} %" if goal["what"] == "share_of_limit" else f"{goal['bound']:g}"
+    return f"{('<=' if goal['met'] else '>') if goal['at_most'] else ('>=' if goal['met'] else '<')} {bound}"
+
+
+def list_goals(results: Sequence[Result]) -> list[str]:
+    """How many goals are met, which are not, and what no table has, in lines."""
+    judged = [(result, goal) for result in results for goal in result["goals"]]
+    met = [goal for _, goal in judged if goal["met"]]
+    lines = [f"goals: {len(met)} of {len(judged)} are met{'' if len(met) == len(judged) else ', but not'}"]
+    told = [(r, goal) for r, goal in judged if not goal["met"] or goal["what"] == "times_shorter_table"]
+    for result, goal in sorted(told, key=lambda one: one[1]["met"]):
+        value = f"{_show(goal['what'], goal['value'])} {WORDS[goal['what']]}"
+        lines.append(f"    {result['model']}, {result['optimizer']}: {value} ({_compare(goal)})")
+    return lines if judged else []
 
 
 def make_fresh_table(results: Sequence[Result]) -> Table:
@@ -122,60 +162,67 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw a panel for each model to the PNG file `path`: a bar for each contender, times on a logarithmic axis."""
+    """Draw the times of all algorithms on two models to the PNG file `path`, sorted by our time on the first.
+
+    Where one was measured there is one panel; where there are more, tables have the others.
+    """
     # Takes a second to import, and only pictures need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    results = report["results"]
-    models = list(dict.fromkeys(result["model"] for result in results))
-    columns = min(2, len(models))
-    rows = -(-len(models) // columns)
-    most = max(sum(result["model"] == model for result in results) for model in models)
-    figure = Figure(figsize=(6.4 * columns, 0.9 + rows * (0.9 + 0.92 * most)), layout="constrained")
+    panels = _choose_panels(report["results"])
+    names = list(dict.fromkeys(result["optimizer"] for results in panels for result in results))
+    figure = Figure(figsize=(1.3 + 4.8 * len(panels), 1.3 + 0.44 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, model in zip(panels, models, strict=False):
-        _draw(axes, [result for result in results if result["model"] == model])
-    for axes in panels[len(models) :]:
-        axes.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
-    if len(models) < len(panels):
-        panels[-1].legend(handles, labels, loc="center", frameon=False, fontsize=11)
-    else:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(BARS), frameon=False)
+    for axes, results in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        _draw(axes, results, names)
+    figure.axes[0].set_yticks(range(len(names)), [_wrap(name) for name in names])
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    handles: list[Any] = [figure.axes[0].barh(0, 0, color=colour) for _, colour in BARS]
+    handles += figure.axes[0].plot([], [], "|", color="black", markersize=10, markeredgewidth=1.5)
+    labels = [*(name for name, _ in BARS), LIMIT]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     machine = report["machine"]
-    figure.suptitle(f"One optimizer step: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    title = f"One optimizer step: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    figure.suptitle(title, fontsize=11)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
+    figure.savefig(temporary, format="png", dpi=130)
     os.replace(temporary, path)
 
 
-def _draw(axes: Any, results: Sequence[Result]) -> None:
-    height = 0.8 / len(BARS)
+def _choose_panels(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of at most two models, those with a memory limit first, each sorted by our time."""
+    of: dict[str, list[Result]] = {}
+    for result in results:
+        of.setdefault(result["model"], []).append(result)
+
+    def place(model: str) -> tuple[bool, int]:
+        limited = any("missing" not in result["contenders"][LIMIT] for result in of[model])
+        return not limited, PANELS.index(model) if model in PANELS else len(PANELS)
+
+    chosen = sorted(of, key=place)[:2]
+    return [sorted(of[model], key=lambda r: r["contenders"][OURS]["median_ms"]) for model in chosen]
+
+
+def _draw(axes: Any, results: Sequence[Result], names: Sequence[str]) -> None:
+    """One panel: for each algorithm a bar for each contender, on an axis from 0, and a mark at the limit."""
+    height = 0.86 / len(BARS)
     longest = 0.0
-    for i, (name, colour) in enumerate(BARS):
-        for y, result in enumerate(results):
-            value = _pick(result, name)
-            if value is None:
-                continue
+    for result in results:
+        y = names.index(result["optimizer"])
+        bars = [(name, colour, value) for name, colour in BARS if (value := _pick(result, name)) is not None]
+        for i, (name, colour, value) in enumerate(bars):
+            at = y + (i - (len(bars) - 1) / 2) * height
+            axes.barh(at, value, height=0.92 * height, color=colour)
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
+            axes.annotate(_caption(result, name, value), (value, at), **place)
             longest = max(longest, value)
-            at = y + (i - (len(BARS) - 1) / 2) * height
-            axes.barh(at, value, height=0.9 * height, color=colour, label=name if y == 0 else None)
-            axes.annotate(
-                _caption(result, name, value),
-                (value, at),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-    axes.set_yticks(range(len(results)), [result["optimizer"] for result in results])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    shortest = min(c["median_ms"] for result in results for c in result["contenders"].values() if "median_ms" in c)
+        limit = result["contenders"][LIMIT].get("median_ms")
+        if limit is not None:
+            at = y - (len(bars) - 1) / 2 * height
+            axes.plot([limit, limit], [at - height / 2, at + height / 2], color="black", linewidth=1.5)
     # Room at the end of the longest bar for its caption.
-    axes.set_xlim(shortest / 2, longest * (longest / shortest) ** 0.3 * 1.6)
+    axes.set_xlim(0, 1.4 * longest)
     axes.set_title(results[0]["title"], fontsize=11)
     axes.set_xlabel("ms a step")
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
@@ -184,19 +231,26 @@ def _draw(axes: Any, results: Sequence[Result]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
+def _wrap(name: str) -> str:
+    """A long name in two lines."""
+    return name.replace("-", "\n", 1) if len(name) > 16 else name
+
+
 def _pick(result: Result, bar: str) -> float | None:
-    mode = {"onepass": OURS, "memory limit": LIMIT, "torch, default": "default"}.get(
-        bar, result["summary"]["best_mode"]
-    )
-    return None if mode is None else result["contenders"][mode].get("median_ms")
+    """The time that a bar shows; None where there is none, or where torch's default is its best mode."""
+    best = result["summary"]["best_mode"]
+    if bar == "torch, best mode" and best in (None, "default"):
+        return None
+    mode = {"onepass": OURS, "torch, default": "default", "torch, best mode": best}[bar]
+    return result["contenders"][mode].get("median_ms")
 
 
 def _caption(result: Result, bar: str, value: float) -> str:
     time = f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
-    ours = result["contenders"][OURS]["median_ms"]
+    summary = result["summary"]
     if bar == "onepass":
-        return time
-    if bar == "memory limit":
-        return f"{time}, onepass reaches {100 * value / ours:.0f} %"
-    mode = f" ({result['summary']['best_mode']})" if bar == "torch, best mode" else ""
-    return f"{time}, {value / ours:.3g}x{mode}"
+        share = summary["share_of_limit"]
+        return time if share is None else f"{time}, {100 * share:.0f} % of the limit"
+    times = value / result["contenders"][OURS]["median_ms"]
+    mode = f" ({summary['best_mode']})" if bar == "torch, best mode" else ""
+    return f"{time}, {times:.{1 if times < 10 else 0}f}x{mode}"

@@ -13,12 +13,16 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Model:
-    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of different lr."""
+    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of different lr.
+
+    Where `rows` is not 0, gradients are sparse, with so many rows each.
+    """
 
     name: str
     title: str
     list_shapes: Callable[[], list[Shape]]
     groups: int = 1
+    rows: int = 0
 
     @property
     def shapes(self) -> list[Shape]:
@@ -28,6 +32,11 @@ class Model:
     def parameters(self) -> int:
         """How many numbers all tensors hold."""
         return sum(map(math.prod, self.shapes))
+
+
+def _gpt2_matrices(layers: int) -> list[Shape]:
+    width, hidden = 768, 3072
+    return [(width, 3 * width), (width, width), (width, hidden), (hidden, width)] * layers
 
 
 def _gpt2() -> list[Shape]:
@@ -70,5 +79,9 @@ MODELS: dict[str, Model] = {
         Model("small", "1000 tensors of 64x64", lambda: [(64, 64)] * 1000),
         Model("tiny", "1000 tensors of 16", lambda: [(16,)] * 1000),
         Model("groups", "1000 tensors of 64x64 in 400 param groups", lambda: [(64, 64)] * 1000, groups=400),
+        Model("matrices", "the matrices of 2 of GPT-2's layers", lambda: _gpt2_matrices(2)),
+        Model("million", "10 tensors of 100,000", lambda: [(100_000,)] * 10),
+        Model("embedding-1m", "an embedding of 1,000,000 x 64, 1000 rows a step", lambda: [(10**6, 64)], rows=1000),
+        Model("embedding-10k", "an embedding of 10,000 x 64, 1000 rows a step", lambda: [(10**4, 64)], rows=1000),
     )
 }

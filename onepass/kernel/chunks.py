@@ -36,7 +36,9 @@ class Chunks:
         span = np.maximum(np.where(whole, lines, per), 1)
         parts = -(-span // np.maximum(block, 1))
         counts = lines // span * parts
-        self.parts, self.length, self.per = parts, np.ascontiguousarray(length), np.ascontiguousarray(per)
+        self.length, self.per = np.ascontiguousarray(length), np.ascontiguousarray(per)
+        # Chunks of one matrix, each of which keeps its own sums down the columns.
+        self.parts = np.where(whole, 1, parts)
         self.walked = np.flatnonzero(counts)
         self.first = (np.cumsum(counts) - counts)[self.walked]
         self.tensor = np.repeat(np.arange(len(sizes)), counts)
@@ -45,7 +47,7 @@ class Chunks:
         part = own % parts[self.tensor]
         self.start = begin + part * block[self.tensor]
         self.stop = np.minimum(self.start + block[self.tensor], begin + span[self.tensor])
-        self.offset = part * (sizes[:, 0] * sizes[:, 2])[self.tensor]
+        self.offset = np.where(whole, 0, sizes[:, 0] * sizes[:, 2])[self.tensor] * part
         cost = np.cumsum((self.stop - self.start) * length[self.tensor] + OVERHEAD)
         unit = cost // (CHUNK + OVERHEAD)
         starts = np.flatnonzero(np.diff(unit, prepend=-1))

@@ -54,6 +54,7 @@ class Walk:
     own: bool
     arrays: dict[str, np.ndarray]
     arguments: np.ndarray
+    address: int
 
 
 class Launch:
@@ -68,6 +69,9 @@ class Launch:
         self.leaves = np.zeros((len(kernel.leaves), settings))
         self._temporaries = Temporaries(kernel.program, work)
         self._walks = [self._lay_out(one, pointers) for one in kernel.program.passes]
+        # Up to the last function of matrices nothing is stored.
+        self._first_to_store = max((call.after + 1 for call in kernel.program.calls), default=0)
+        self._known: list[np.ndarray] = []
 
     def _lay_out(self, one: Pass, pointers: np.ndarray) -> Walk:
         own = any(node.rank == Rank.TENSOR for node in one.inputs)
@@ -83,24 +87,52 @@ class Launch:
         }
         fields = {"counter": 0, "units": chunks.units, "tensors": len(self.work.numel), "settings": settings}
         fields |= chunks.addresses | {name: address(array) for name, array in arrays.items()}
-        return Walk(own, arrays, np.array([fields[name] for name in FIELDS], np.uint64))
+        arguments = np.array([fields[name] for name in FIELDS], np.uint64)
+        return Walk(own, arrays, arguments, address(arguments))
 
     def run(self, threads: int) -> None:
         """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting; float64)."""
-        program = self.kernel.program
-        known: list[np.ndarray] = []
-        with self._temporaries.of_elements():
-            for k, (walk, one) in enumerate(zip(self._walks, program.passes, strict=True)):
-                if walk.own:
-                    self._spread(walk.arrays["leaves"], known)
-                chunks = self.work.chunks[one.domain]
-                self._walk(k, address(walk.arguments), max(1, min(threads, chunks.units // UNITS_PER_THREAD)))
-                for r, reduction in enumerate(one.reductions):
-                    known.append(chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows)))
-                self._temporaries.complete(one, chunks)
-                for call in program.calls:
-                    if call.after == k:
-                        self._temporaries.call(call, self._numbers(call))
+        self.begin(threads)
+        self.finish(threads)
+
+    def begin(self, threads: int) -> None:
+        """Do what may fail, the functions of matrices and what they are given; to be finished, or cancelled."""
+        self._known.clear()
+        if not self._first_to_store:
+            return
+        try:
+            self._temporaries.allocate()
+            for k in range(self._first_to_store):
+                self._run_pass(k, threads)
+        except BaseException:
+            self.cancel()
+            raise
+        self._temporaries.release_sources()
+
+    def finish(self, threads: int) -> None:
+        """Do the rest, which stores."""
+        for k in range(self._first_to_store, len(self._walks)):
+            self._run_pass(k, threads)
+        self._temporaries.release()
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        self._temporaries.release()
+
+    def _run_pass(self, k: int, threads: int) -> None:
+        """One walk and what follows it."""
+        walk, one = self._walks[k], self.kernel.program.passes[k]
+        if walk.own:
+            self._spread(walk.arrays["leaves"], self._known)
+        chunks = self.work.chunks[one.domain]
+        self._walk(k, walk.address, max(1, min(threads, chunks.units // UNITS_PER_THREAD)))
+        for r, reduction in enumerate(one.reductions):
+            self._known.append(chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows)))
+        if one.sums:
+            self._temporaries.complete(one, chunks)
+        for call in self.kernel.program.calls:
+            if call.after == k:
+                self._temporaries.call(call, self._numbers(call))
 
     def scalars(self) -> dict[str, np.ndarray]:
         """Each tensor's new scalars, as the last run computed them, in the compute type."""

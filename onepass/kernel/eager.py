@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .ir import LOADS, Node, Rank, topological
-from .memory import shape_at
+from .memory import call_function, shape_at
 from .program import Graph
 
 ON_TENSORS: dict[str, Callable[..., Any]] = {
@@ -111,7 +111,9 @@ def _call(function: Callable[..., Tensor], args: list[Value]) -> Tensor:
     """A function of whole matrices, of one tensor's; numbers that are tensors stay tensors."""
     x, *numbers = args
     assert isinstance(x, Tensor)
-    return function(x.reshape(-1, *x.shape[-2:]), *numbers).reshape(x.shape)
+    if not x.numel():
+        return x
+    return call_function(function, x.reshape(-1, *x.shape[-2:]), *numbers).reshape(x.shape)
 
 
 def _apply(node: Node, args: list[Value]) -> Value:

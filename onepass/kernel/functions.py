@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from .ir import Node, Rank, const, make, where
+from .ir import Node, Rank, RuleError, const, make, where
 
 __all__ = [
     "PerColumn",
@@ -128,9 +128,12 @@ def column_mean(x: Node) -> Node:
 def call(function: Callable[..., object], x: Node, *numbers: object) -> Node:
     """What `function(matrices, *numbers)` makes of whole matrices, between two passes.
 
-    `matrices` is a tensor (k, rows, columns) of k matrices of one shape; so is what it returns, of the same type.
-    Numbers are hyper-parameters or constants. `function` must be the same object at each trace.
+    `matrices` is a tensor (k, rows, columns) of k matrices of one shape, of one or of several parameters, and must stay
+    as it is; so is what the function returns, of the same type. Numbers are host values. `function` must be the same
+    object at each trace.
     """
+    if not callable(function):
+        raise RuleError(f"call takes a function of whole matrices first, got {function!r:.60}")
     return make("call", x, *numbers, attr=function)
 
 

@@ -248,7 +248,9 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         require(len(args) == 1 and first in FLOATS, "one floating-point number")
         if (rank, attr) not in OVER:
             over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
-            raise RuleError(f"{op} runs over {over}, and this value is the same for all of them")
+            once = "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
+            further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(rank, "")
+            raise RuleError(f"{op} runs over {over}, and this value {once}{further}")
         return type or "real", OVER[rank, attr]
     if op in ("cast", "bitcast"):
         require(len(args) == 1 and type in TYPES, "one value and a type")

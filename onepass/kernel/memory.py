@@ -1,13 +1,14 @@
-"""How a tensor lies in memory."""
+"""How a tensor lies in memory, and what functions of whole matrices make of one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from .ir import Rank
+from .ir import Rank, RuleError
 
 # The classes whose memory means what it says. Any other class may keep its elements elsewhere.
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -51,3 +52,21 @@ def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     for n in shape[:-2]:
         matrices *= n
     return matrices, shape[-2], shape[-1]
+
+
+def call_function(function: Callable[..., object], matrices: Tensor, *numbers: float) -> Tensor:
+    """What a function of whole matrices returns, in full precision also under autocast.
+
+    Raises `RuleError` where that is no tensor of the shape, type and place of `matrices`.
+    """
+    device = matrices.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        result = function(matrices, *numbers)
+    facts = [getattr(result, name, None) for name in ("shape", "dtype", "device", "layout")]
+    if facts != [matrices.shape, matrices.dtype, matrices.device, matrices.layout]:
+        shown = f"a tensor {tuple(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else f"{result!r:.60}"
+        raise RuleError(
+            f"{getattr(function, '__qualname__', function)} must return a strided tensor {tuple(matrices.shape)} of "
+            f"{matrices.dtype} on {matrices.device}, as the matrices that it was given, got {shown}"
+        )
+    return result  # type: ignore[return-value]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .formats import Format
-from .ir import LOADS, REDUCTIONS, Node, Rank, load, make, topological
+from .ir import LOADS, REDUCTIONS, Node, Rank, const, load, make, topological
 
 ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "i16": 2}
 
@@ -136,7 +136,7 @@ def split(
         rank = ranks.get(column, Rank.ELEMENT)
         last[rank] = max(last.get(rank, 0), cut.level[root])
     # A function of matrices may fail (memory): nothing is stored before the last one has returned.
-    least = max((level + 1 for level, _ in cut.calls), default=0)
+    least = max((level + 1 for _, level, _ in cut.calls), default=0)
     # Scalars are read off the last pass's rows.
     last[Rank.ELEMENT] = max([last.get(Rank.ELEMENT, 0), *(cut.level[node] for _, node in scalars)])
     for column, root in stores:
@@ -169,9 +169,10 @@ class _Cut:
         self.new: dict[Node, Node] = {}
         self.temporaries: list[Temporary] = []
         self.last: dict[Rank, int] = {}
-        self.calls: list[tuple[int, Call]] = []
+        # With the levels of their numbers, and of all that they take.
+        self.calls: list[tuple[int, int, Call]] = []
         self._jobs: dict[tuple[int, Rank], _Job] = {}
-        self._kept: dict[Node, Node] = {}
+        self._kept: dict[Node, tuple[int, Node]] = {}
 
     def job(self, level: int, rank: Rank) -> _Job:
         self.last[rank] = max(self.last.get(rank, 0), level)
@@ -199,30 +200,38 @@ class _Cut:
         else:
             into = self._temporary(node.type, node.rank)
             self.job(level, source.rank).sums.append(Reduction(str(into.attr), reduced))
-            self.new[node] = self._kept[node] = into
+            self.new[node] = into
+            self._kept[node] = level + 1, into
         self.level[node] = level + 1
 
     def _add_call(self, node: Node) -> None:
         source, *numbers = node.args
-        kept = self._keep(source)
+        _, kept = self._keep(source)
         level = max([self.level[source], *(self.level[n] for n in numbers)])
         target = self._temporary(node.type, Rank.ELEMENT)
         given = tuple(self.new[n] for n in numbers)
-        self.calls.append((level, Call(0, node.attr, str(kept.attr), str(target.attr), given)))
-        self.new[node] = self._kept[node] = target
+        least = max((self.level[n] for n in numbers), default=0)
+        self.calls.append((least, level, Call(0, node.attr, str(kept.attr), str(target.attr), given)))
+        self.new[node] = target
         self.level[node] = level + 1
+        self._kept[node] = level + 1, target
 
     def _seen(self, a: Node, rank: Rank) -> tuple[int, Node]:
         """An argument's level and form for a value of this rank: a temporary's where it has another rank."""
-        if a.rank.on_host or a.rank == rank or a in self._kept:
+        if a.rank.on_host or a.rank == rank:
             return self.level[a], self.new[a]
-        return self.level[a] + 1, self._keep(a)
+        return self._keep(a)
 
-    def _keep(self, node: Node) -> Node:
-        """The temporary that holds a value for other passes."""
+    def _keep(self, node: Node) -> tuple[int, Node]:
+        """The temporary that holds a value for other passes, and the first level that can read it."""
         if node not in self._kept:
-            kept = self._kept[node] = self._temporary(node.type, node.rank)
-            self.job(self.level[node], node.rank).stores.append((str(kept.attr), self.new[node]))
+            value = self.new[node]
+            if node.type == "bool":
+                # A condition is kept as a number.
+                value = make("where", value, const(1.0, "f32"), const(0.0, "f32"))
+            kept = self._temporary(value.type, node.rank)
+            self.job(self.level[node], node.rank).stores.append((str(kept.attr), value))
+            self._kept[node] = self.level[node] + 1, kept != 0 if node.type == "bool" else kept
         return self._kept[node]
 
     def _temporary(self, type: str, rank: Rank) -> Node:
@@ -234,6 +243,10 @@ class _Cut:
         """All passes in order, and the calls between them; their numbers, and the scalars, are in passes' rows too."""
         passes: list[Pass] = []
         after: dict[int, int] = {}
+        for least, level, _ in self.calls:
+            if not any(least <= k <= level for k, _ in self._jobs):
+                # A number that the last reductions make needs a pass in whose rows it is; this one walks nothing.
+                self._jobs[level, Rank.ELEMENT] = _Job()
         for level, rank in sorted(self._jobs):
             job = self._jobs[level, rank]
             if job.reductions and job.stores:
@@ -243,7 +256,7 @@ class _Cut:
             after[level] = len(passes) - 1
         calls = tuple(
             Call(max(after[k] for k in after if k <= level), c.function, c.source, c.target, c.numbers)
-            for level, c in self.calls
+            for _, level, c in self.calls
         )
         for k, nodes in ((len(passes) - 1, scalars), *((c.after, c.numbers) for c in calls)):
             inputs = dict.fromkeys([*passes[k].inputs, *(node for node in nodes if node.op != "const")])

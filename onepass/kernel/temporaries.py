@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .chunks import Chunks, Work, address
-from .ir import Rank, RuleError
+from .ir import Rank
+from .memory import call_function
 from .passes import Call, Pass, Program, Temporary
 
 NUMPY = {"f64": np.float64, "f32": np.float32}
@@ -47,22 +47,27 @@ class Temporaries:
     def _allocate(self, one: Temporary) -> np.ndarray:
         return np.empty(int(self._counts(one).sum()), NUMPY[one.type])
 
-    @contextmanager
-    def of_elements(self) -> Iterator[None]:
+    def allocate(self) -> None:
         """Memory for temporaries of elements that passes write, until the step is over."""
         sources = {call.source for call in self.program.calls}
         for one in self.program.temporaries:
             if one.name in sources:
                 numel = self.work.numel[self._order]
-                memory = torch.empty(int(numel.sum()), dtype=TORCH[one.type])
+                memory = torch.empty(int(numel.sum()), dtype=TORCH[one.type], device="cpu")
                 self._memory[one.name] = memory
                 starts = (np.cumsum(numel) - numel) * memory.itemsize
                 self.pointers[self.place[one.name], self._order] = memory.data_ptr() + starts.astype(np.uint64)
-        try:
-            yield
-        finally:
-            self._memory.clear()
-            self._results.clear()
+
+    def release_sources(self) -> None:
+        """Give back what only functions have read."""
+        targets = {call.target for call in self.program.calls}
+        for name in self._memory.keys() - targets:
+            del self._memory[name]
+
+    def release(self) -> None:
+        """Give back what `allocate` and the functions have taken."""
+        self._memory.clear()
+        self._results.clear()
 
     def complete(self, one: Pass, chunks: Chunks) -> None:
         """Add up the sums down the columns of matrices that several chunks have walked, chunk after chunk."""
@@ -71,26 +76,28 @@ class Temporaries:
                 for t in np.flatnonzero(chunks.parts > 1):
                     parts = self._kept[reduction.into][t].reshape(chunks.parts[t], -1)
                     of = np.add if reduction.node.op == "sum" else np.maximum
-                    parts[0] = of.accumulate(parts, axis=0)[-1]
+                    # Infinities of both signs are no news.
+                    with np.errstate(all="ignore"):
+                        for part in parts[1:]:
+                            of(parts[0], part, out=parts[0])
 
     def call(self, call: Call, numbers: np.ndarray) -> None:
         """Let a function of whole matrices make one temporary of another: once for each shape and set of numbers."""
         source, target = (self.pointers[self.place[name]] for name in (call.source, call.target))
-        memory = self._memory[call.source]
+        memory, kept = self._memory[call.source], self._memory.get(call.target)
         for group in self._groups(numbers):
-            matrices, rows, columns = self.work.sizes[group].T
+            numel = self.work.numel[group]
             begin = int(source[group[0]] - np.uint64(memory.data_ptr())) // memory.itemsize
-            stack = memory[begin : begin + int(self.work.numel[group].sum())].view(-1, int(rows[0]), int(columns[0]))
-            result = call.function(stack, *numbers[group[0]].tolist())  # type: ignore[operator]
-            if not isinstance(result, Tensor) or result.shape != stack.shape or result.dtype != memory.dtype:
-                raise RuleError(
-                    f"{call.function!r} must return a tensor of shape {tuple(stack.shape)} and {memory.dtype} for "
-                    f"matrices of that shape, got {result!r:.80}"
-                )
-            result = result.contiguous()
-            self._results.append(result)
-            sizes = matrices * rows * columns * result.itemsize
-            target[group] = result.data_ptr() + (np.cumsum(sizes) - sizes).astype(np.uint64)
+            place = slice(begin, begin + int(numel.sum()))
+            stack = memory[place].view(-1, *self.work.sizes[group[0], 1:].tolist())
+            result = call_function(call.function, stack, *numbers[group[0]].tolist()).contiguous()
+            if kept is not None:
+                # Another function takes it, with its own groups of matrices.
+                kept[place] = result.view(-1)
+            else:
+                self._results.append(result)
+                starts = (np.cumsum(numel) - numel) * result.itemsize
+                target[group] = result.data_ptr() + starts.astype(np.uint64)
 
     def _groups(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
         """Tensors that follow one another in memory and have one shape and one set of numbers."""

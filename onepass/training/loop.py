@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from onepass import checkpoint
-from onepass.catalog import UnknownName, find_variant
+from onepass.catalog import UnknownName, find_trainable
 from onepass.tasks import Data, Examples, Task, find_task
 
 __all__ = [
@@ -104,7 +104,7 @@ def make_settings(
 def find_optimizer(name: str) -> Callable[..., Any]:
     """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else `SettingsError`."""
     try:
-        found = find_variant(name)
+        found = find_trainable(name)
     except UnknownName as error:
         raise SettingsError(str(error)) from None
     return partial(found.cls, **found.options) if found.options else found.cls

@@ -1,0 +1,66 @@
+"""SparseAdam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernel.functions import lerp, sqrt
+from ..optimizer import Optimizer, Params
+from ..options import check_betas, check_number
+
+
+class SparseAdam(Optimizer):
+    r"""Adam for sparse gradients: a step moves the rows that they have values for, and touches no others.
+
+    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
+       \theta_t = \theta_{t-1} - \gamma \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon} $$
+
+    for the rows of $\theta$, $m$ and $v$ that $g_t$ has; all others stay as they are, moments included. $t$ counts the
+    parameter's steps, not a row's, so that a row that is seen late for the first time makes a larger step. For
+    embeddings with `sparse=True`: a step costs what its rows cost, however many the table has. Where most rows occur in
+    every batch, take `Adam` and dense gradients, whose moments decay for all rows alike.
+
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980: the form at the end of its
+    section 2, in which $\epsilon$ is added before the bias is corrected; `Adam` adds it after.
+
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, under torch's names; `step` is an int, as there. Arguments are
+    those of `torch.optim.SparseAdam`. Parameters may lie in memory in any order.
+
+    Raises ValueError for an option outside its range and for parameters that are sparse or complex, TypeError for an
+    option that is no number; the step raises `StepError` for dense gradients.
+    """
+
+    gradients = "sparse"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize})
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
+        for name in ("lr", "eps"):
+            check_number(owner, name, options[name])
+            if float(options[name]) == 0:
+                raise ValueError(f"{owner}: {name} must be positive, got {options[name]}")
+        check_betas(owner, options["betas"])
+        for p in options.get("params", ()):
+            if p.is_sparse or p.is_complex():
+                kind = "sparse" if p.is_sparse else "complex"
+                raise ValueError(f"{owner}: parameters must be dense and real, one of shape {tuple(p.shape)} is {kind}")
+
+    @staticmethod
+    def rule(p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, step):
+        beta1, beta2 = betas
+        m = lerp(exp_avg, g, 1 - beta1)
+        v = lerp(exp_avg_sq, g * g, 1 - beta2)
+        size = lr * sqrt(1 - beta2**step) / (1 - beta1**step)
+        return {"p": p - size * (m / (sqrt(v) + eps)), "exp_avg": m, "exp_avg_sq": v}
