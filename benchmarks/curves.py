@@ -84,9 +84,9 @@ CONTENDERS = (
     Contender("AdamW", "adamw", {"digits": 3e-3, "text": 1e-3}, RED, "--"),
     Contender("Adamax", "adamax", {"digits": 1e-2, "text": 3e-3}, ORANGE),
     Contender("NAdam", "nadam", {"digits": 1e-2, "text": 1e-3}, PINK),
-    Contender("RAdam", "radam", {"digits": 1e-2, "text": 1e-3}, WINE),
-    Contender("Adafactor", "adafactor", {"digits": 0.1, "text": 0.03}, VIOLET),
-    Contender("Muon + AdamW", "muon-adamw", {"digits": 1e-2, "text": 1e-2}, BLACK),
+    Contender("RAdam", "radam", {"digits": 1e-2, "text": 1e-2}, WINE),
+    Contender("Adafactor", "adafactor", {"digits": 0.1, "text": 0.1}, VIOLET),
+    Contender("Muon + AdamW", "muon-adamw", {"digits": 1e-2, "text": 3e-2}, BLACK),
 )
 
 
@@ -219,6 +219,26 @@ def tabulate(summaries: Sequence[Summary], task: str) -> str:
     return "\n".join(lines)
 
 
+def tabulate_sensitivity(results: Sequence[RunResult]) -> str:
+    """What a rate costs that is about three times too small or too large: the rise of the held-out loss, in percent."""
+    found = {task: {one.contender.label: one for one in summarize(results, task)} for task in PLANS}
+    titles = [f"{task}, lr {side}" for task in PLANS for side in ("/ 3", "x 3")]
+    lines = [f"| algorithm | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    for contender in CONTENDERS:
+        cells = []
+        for task in PLANS:
+            one = found[task].get(contender.label)
+            rates = list(one.final) if one else []
+            for side in (-1, 1):
+                place = rates.index(one.best) + side if one else -1
+                loss = one.final[rates[place]] if one and 0 <= place < len(rates) else math.nan
+                rise = loss / one.final[one.best] - 1 if one else math.nan
+                cells.append("" if math.isnan(rise) else "diverged" if math.isinf(rise) else f"+{100 * rise:.0f} %")
+        if any(cells):
+            lines.append(f"| {contender.label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +273,7 @@ def _draw_curves(axes: Axes, summaries: Sequence[Summary], *, by_step: bool) -> 
         axes.plot(x, y, linewidth=1.7, **style)
         ends.append((y[-1], x[-1], one.contender))
     axes.set_yscale("log")
-    _plain_numbers(axes.yaxis)
+    _plain_numbers(axes.yaxis, *axes.get_ylim())
     axes.set_xlabel("optimizer step" if by_step else "epoch")
     axes.set_xlim(left=0)
     _label_ends(axes, ends)
@@ -306,14 +326,14 @@ def _draw_rates(axes: Axes, summaries: Sequence[Summary]) -> None:
     axes.set_yticks(range(len(summaries)), [f"{one.contender.label}  {one.best:g}" for one in summaries], fontsize=9)
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.xaxis, *axes.get_xlim())
     axes.set_xlabel(
         "filled: the best rate, beside the name; hollow: lower\nand higher rates; cross: diverged or off the scale"
     )
 
 
-def _plain_numbers(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _plain_numbers(axis: Any, low: float, high: float) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -360,6 +380,7 @@ def main() -> None:
         if summaries := summarize(results, task):
             draw(summaries, task, asked.pictures / f"curves-{task}.png")
             print(f"\n{task}\n\n{tabulate(summaries, task)}")
+    print(f"\nsensitivity\n\n{tabulate_sensitivity(results)}")
 
 
 if __name__ == "__main__":

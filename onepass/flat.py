@@ -58,7 +58,7 @@ class Flat:
     def check(self) -> None:
         """Raise `StepError` for parameters that cannot be written, and gradients that do not fit."""
         for i, (p, label) in enumerate(zip(self._params, self._labels, strict=True)):
-            if p.grad is None or p.grad.layout == torch.strided:
+            if p.grad is None or p.grad.layout in (torch.strided, torch.sparse_coo):
                 check_member(self._owner, Member(i, 0, 0, label), p, {}, (), ())
 
     def new(self) -> Tensor:

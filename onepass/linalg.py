@@ -20,7 +20,8 @@ def newton_schulz(matrices: Tensor, a: float, b: float, c: float, eps: float, st
 
     $$ X_0 = X / \max(\|X\|_F, \epsilon), \quad X_{k+1} = a X_k + (b A_k + c A_k^2) X_k, \quad A_k = X_k X_k^\top $$
 
-    With the coefficients of Muon the singular values end between about 0.7 and 1.2, whatever they were, and not at 1.
+    With the coefficients and steps of Muon, singular values from about a 500th of the norm on end between 0.68 and 1.2,
+    not at 1; smaller ones have then grown by $a$ in each step.
 
     `matrices` has shape (k, rows, columns) and stays as it is; the result has its shape and type. Products are in
     bfloat16, as in torch, but for float64 matrices and for processors that would be slower at it: there in the type of

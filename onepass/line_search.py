@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,18 +43,24 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit:
 
     Nocedal and Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, with the safeguards of
     torch.optim.LBFGS: the same trials in the same order. Slopes are NumPy scalars: they round in their own precision,
-    as one-element tensors do in torch, and a division by zero is infinite.
+    as one-element tensors do in torch, and a division by zero is infinite. Unlike in torch, a trial whose loss or slope
+    is no number counts as infinitely high, and the search turns back from it: there the function is not defined.
 
     Returns the best point found, which is `start` where nothing is lower.
     """
-    ends, found, trials = _bracket(evaluate, start, evaluate(t, start), limit)
+
+    def attempt(t: Any, kept: Point) -> Point:
+        trial = evaluate(t, kept)
+        return trial._replace(loss=math.inf) if math.isnan(trial.loss) or math.isnan(trial.slope) else trial
+
+    ends, found, trials = _bracket(attempt, start, attempt(t, start), limit)
     low = _lower(ends)
     near_end = False
     while not found and trials < limit:
         if abs(ends[1].t - ends[0].t) * reach < SHORTEST:
             break
         t, near_end = _inside(ends, near_end)
-        trial = evaluate(t, ends[low])
+        trial = attempt(t, ends[low])
         trials += 1
         if _too_high(start, trial) or trial.loss >= ends[low].loss:
             ends[1 - low] = trial
@@ -66,7 +73,7 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit:
     return ends[low]
 
 
-def _bracket(evaluate: Evaluate, start: Point, trial: Point, limit: int) -> tuple[list[Point], bool, int]:
+def _bracket(attempt: Evaluate, start: Point, trial: Point, limit: int) -> tuple[list[Point], bool, int]:
     """Two points that enclose an acceptable one, or such a point itself (then True), and the trials that it took."""
     previous = start
     for trials in range(limit):
@@ -77,7 +84,7 @@ def _bracket(evaluate: Evaluate, start: Point, trial: Point, limit: int) -> tupl
         if trial.slope >= 0:
             return [previous, trial], False, trials
         t = minimum_of_cubic(previous, trial, trial.t + 0.01 * (trial.t - previous.t), trial.t * 10)
-        previous, trial = trial, evaluate(t, trial)
+        previous, trial = trial, attempt(t, trial)
     return [start, trial], False, limit
 
 
@@ -108,7 +115,7 @@ def _inside(ends: list[Point], near_end: bool) -> tuple[Any, bool]:
 def minimum_of_cubic(a: Point, b: Point, low: Any, high: Any) -> Any:
     """Where the cubic through two points with their slopes has its minimum, held within [low, high].
 
-    The middle of [low, high] where it has none.
+    The middle of [low, high] where it has none, or where a loss is infinite.
     """
     width, rise = a.t - b.t, 3 * (a.loss - b.loss)
     if width == 0:
@@ -118,7 +125,7 @@ def minimum_of_cubic(a: Point, b: Point, low: Any, high: Any) -> Any:
     # nearest number, and it divides a number by a tensor by way of the tensor's reciprocal.
     d1 = a.slope + b.slope - (rise * (1 / width) if isinstance(width, np.floating) else rise / width)
     square = d1 * d1 - a.slope * b.slope
-    if not square >= 0:
+    if not 0 <= square < math.inf:
         return (low + high) / 2.0
     d2 = type(square)(torch.tensor(square).sqrt().item())
     fraction = (second.slope + d2 - d1) / (second.slope - first.slope + 2 * d2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernel
 from .batch import EagerBatch, Gathered, format_name, write_number
-from .checks import Group, Member, State, check_gradient
+from .checks import Group, Member, State
 from .kernel.ir import Rank, RuleError, topological
 from .recipes import Recipe
 
@@ -38,92 +38,99 @@ def check_rule(owner: str, recipe: Recipe) -> None:
         )
 
 
-def in_order(g: Tensor) -> Tensor:
-    """A sparse gradient with each index once and in order, which it may claim without its being so."""
-    if g.is_coalesced() and g._nnz() > 1:
-        indices = g._indices()
-        flat = torch.zeros_like(indices[0]) if len(indices) else torch.zeros(g._nnz())
-        for index, n in zip(indices, g.shape, strict=False):
-            flat = flat * n + index
-        if not bool((flat[1:] > flat[:-1]).all()):
-            g = torch.sparse_coo_tensor(indices, g._values(), g.shape, check_invariants=False)
+def coalesced(g: Tensor) -> Tensor:
+    """A sparse gradient with each index once, the values of equal ones added up: whatever it says of itself."""
+    if g.is_coalesced():
+        g = torch.sparse_coo_tensor(g._indices(), g._values(), g.shape, check_invariants=False)
     return g.coalesce()
+
+
+def read(g: Tensor, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
+    """A sparse gradient's indices (dimensions, rows), each once but in any order, the rows' numbers, and its values.
+
+    None where it is not what it should be; `check_gradient` says in what.
+    """
+    indices, values = g._indices(), g._values()
+    if not (g.is_cpu and kernel.has_storage(indices) and kernel.has_storage(values)):
+        return None
+    at = indices.numpy()
+    k, count = at.shape
+    if at.dtype != np.int64 or values.shape != (count, *shape[k:]):
+        return None
+    if count and any(index.min() < 0 or index.max() >= n for index, n in zip(at, shape, strict=False)):
+        return None
+    rows = _numbers(at, shape)
+    ordered = np.sort(rows)
+    if (ordered[1:] == ordered[:-1]).any():
+        g = coalesced(g)
+        at, values = g._indices().numpy(), g._values()
+        rows = _numbers(at, shape)
+    return at, rows, values.resolve_conj().resolve_neg().contiguous()
+
+
+def _numbers(at: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The numbers of rows, counted through the first dimensions."""
+    if len(at) == 1:
+        return at[0]
+    rows = np.zeros(at.shape[1], np.int64)
+    for index, n in zip(at, shape, strict=False):
+        rows *= n
+        rows += index
+    return rows
 
 
 @dataclass
 class Rows:
-    """A parameter's rows in one step: its columns, where in them the rows are, and their gradient.
+    """A parameter's rows in one step: its columns and where they begin, which rows they are, and their gradient.
 
-    To a launch they are `count` tensors of `length` real numbers. Where the columns' memory does not consist of such
-    rows, `indices` are left out and the rows are one tensor, of copies.
+    To a launch they are `count` tensors of `length` real numbers. Where the columns' memory is not row after row they
+    are `copied`, and one tensor.
     """
 
     member: Member
     own: State
     step: float
     columns: list[Tensor]
-    at: tuple[Tensor, ...]
+    starts: list[int]
+    at: np.ndarray
+    rows: np.ndarray
     values: Tensor
-    count: int
-    length: int
-    indices: np.ndarray | None
+    copied: bool
 
-    @classmethod
-    def of(cls, member: Member, own: State, step: float, columns: list[Tensor]) -> Rows:
-        """Those that the gradient of a parameter, the first of its columns, has values for."""
-        p = columns[0]
-        assert p.grad is not None
-        g = in_order(p.grad)
-        indices, values = g._indices(), g._values().resolve_conj().resolve_neg().contiguous()
-        k, count = indices.shape
-        length = prod(p.shape[k:]) * (2 if p.is_complex() else 1)
-        rows = cls(member, own, step, columns, tuple(indices), values, count if length else 0, length, indices.numpy())
-        if rows.count and not all(_has_rows(t, k) for t in columns):
-            rows.count, rows.length, rows.indices = 1, count * length, None
-        return rows
+    def __post_init__(self) -> None:
+        p = self.columns[0]
+        length = prod(p.shape[len(self.at) :]) * (2 if p.is_complex() else 1)
+        count = len(self.rows) if length else 0
+        self.copied = self.copied and count > 0
+        self.count, self.length = (1, count * length) if self.copied else (count, length)
+        # For how many further rows a launch leaves room.
+        self.spare = 0 if self.copied or length > WIDE else count // 8 + 8
 
     @property
-    def spare(self) -> int:
-        """For how many further rows a launch leaves room."""
-        return 0 if self.indices is None or self.length > WIDE else self.count // 8 + 8
+    def where(self) -> Any:
+        """What picks the rows out of a tensor."""
+        return tuple(map(torch.from_numpy, self.at)) or ...
 
-    def find(self, table: np.ndarray) -> list[Tensor]:
-        """Enter the rows' addresses, those of the gradient first; returns the copies whose addresses they are."""
-        if self.indices is None:
-            copies = [t.detach()[self.at or ...].contiguous() for t in self.columns]
-            table[:, 0] = [t.data_ptr() for t in (self.values, *copies)]
-            return copies
+    def find(self, table: np.ndarray, sizes: Sequence[int]) -> list[Tensor]:
+        """Enter the rows' addresses, those of the gradient first; returns the copies whose addresses they are.
+
+        `sizes` are those of the columns' numbers, in bytes.
+        """
         first, size = self.values.data_ptr(), self.values.nbytes
+        if self.copied:
+            copies = [t.detach()[self.where].contiguous() for t in self.columns]
+            table[:, 0] = [first, *(t.data_ptr() for t in copies)]
+            return copies
         table[0] = np.arange(first, first + size, size // self.count)
-        known: dict[tuple[int, ...], np.ndarray] = {}
-        for row, t in zip(table[1:], self.columns, strict=True):
-            strides = tuple(stride * t.itemsize for stride in t.stride()[: len(self.at)])
-            if strides not in known:
-                offsets = known[strides] = np.zeros(self.count, np.int64)
-                for index, stride in zip(self.indices, strides, strict=True):
-                    offsets += index * stride
-            np.add(known[strides], t.data_ptr(), out=row)
+        offsets = {size: self.rows * (size * self.length) for size in set(sizes)}
+        for row, start, size in zip(table[1:], self.starts, sizes, strict=True):
+            np.add(offsets[size], start, out=row)
         return []
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Where the memory of the columns and of the gradient begins and ends."""
-        found = []
-        for t in (*self.columns, self.values):
-            last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-            found.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize))
-        return found
 
 
 def _are_unfit(columns: list[Tensor]) -> bool:
     """Whether tensors of the expected shapes and strides may not be read: lazy, or with holes and freed memory."""
-    return any(t.is_conj() or t.is_neg() for t in columns) or not all(
-        t.is_contiguous() or kernel.has_storage(t) for t in columns
-    )
-
-
-def _has_rows(t: Tensor, k: int) -> bool:
-    """Whether memory consists of the slices over the first k dimensions, each in one piece and in order."""
-    return t.is_contiguous() or (kernel.is_dense(t) and t.detach()[(0,) * k].is_contiguous())
+    return any(t.is_conj() or t.is_neg() or not kernel.has_storage(t) for t in columns)
 
 
 class RowsBatch:
@@ -137,12 +144,17 @@ class RowsBatch:
         self, members: list[Member], params: Sequence[Tensor], state: Mapping[Any, State], recipe: Recipe, owner: str
     ) -> None:
         check_rule(owner, recipe)
-        self.members, self.recipe, self.owner = members, recipe, owner
+        self.members, self.recipe = members, recipe
         own = [params[m.position] for m in members]
         columns = [own, *([state[p][name] for p in own] for name in recipe.graph.state)]
         self.expected = kernel.expect([*chain.from_iterable(columns)])
+        each = list(zip(*columns, strict=True))
+        self.copied = [not all(t.is_contiguous() for t in of) for of in each]
+        # Those that may be lazy, see `KernelBatch`, or have holes.
+        self.odd = [on or of[0].is_complex() or of[0].numel() == 1 for on, of in zip(self.copied, each, strict=True)]
         g = own[0] if own[0].grad is None else own[0].grad
         self.dtypes = [g.dtype, *(column[0].dtype for column in columns)]
+        self.sizes = [column[0].element_size() // (2 if own[0].is_complex() else 1) for column in columns]
         formats = zip(recipe.columns, map(format_name, self.dtypes), strict=True)
         self.kernel = kernel.compile(recipe.graph, tuple(formats))
         self.written = [column.written for column in self.kernel.program.columns[1:]]
@@ -151,7 +163,7 @@ class RowsBatch:
         self._room: list[tuple[int, int]] = []
 
     def gather(self, params: Sequence[Tensor], groups: Sequence[Group], state: Mapping[Any, State]) -> Gathered | None:
-        """Who steps now, and options; None where the plan no longer fits. Raises `StepError` where no plan could."""
+        """Who steps now, and options; None where the plan no longer fits, or a new one will say what is wrong."""
         options = {g: self.recipe.read(groups[g]) for g in {m.group for m in self.members}}
         own = [params[m.position] for m in self.members]
         states = [state.get(p, {}) for p in own]
@@ -162,18 +174,22 @@ class RowsBatch:
             return None
         self.expected.compare([*chain.from_iterable(columns)])
         changed = self.expected.changed.reshape(len(columns), -1).max(axis=0).tolist()
+        starts = self.expected.pointers.reshape(len(columns), -1).T.tolist()
         stepping: list[Rows] = []
         for i, (member, p) in enumerate(zip(self.members, own, strict=True)):
-            if p.grad is None:
-                continue
-            tensors = [column[i] for column in columns]
-            if changed[i] or _are_unfit(tensors):
-                return None
-            if type(p.grad) not in kernel.PLAIN or not member.takes(p.grad) or p.grad.dtype != self.dtypes[0]:
-                return None
-            check_gradient(self.owner, member, p, p.grad)
-            stepping.append(Rows.of(member, states[i], steps[i], tensors))
+            if p.grad is not None:
+                of = [column[i] for column in columns]
+                found = None if changed[i] or (self.odd[i] and _are_unfit(of)) else self._read(member, p, p.grad)
+                if found is None:
+                    return None
+                stepping.append(Rows(member, states[i], steps[i], of, starts[i], *found, self.copied[i]))
         return [stepping, options]
+
+    def _read(self, member: Member, p: Tensor, g: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
+        """A parameter's gradient, see `read`, where it is of the kind that the kernel was compiled for."""
+        if type(g) not in kernel.PLAIN or not member.takes(g) or g.dtype != self.dtypes[0] or g.shape != p.shape:
+            return None
+        return read(g, p.shape)
 
     def run(self, gathered: Gathered, fresh: set[int], factor: float) -> None:
         """Step what was gathered; `fresh`, the positions of those whose state is new, loses them."""
@@ -200,7 +216,7 @@ class RowsBatch:
         begin = 0
         copies = []
         for i, (one, (room, _)) in enumerate(zip(stepping, self._room, strict=True)):
-            copies.append(one.find(self._table[:, begin : begin + one.count]))
+            copies.append(one.find(self._table[:, begin : begin + one.count], self.sizes))
             self._table[:, begin + one.count : begin + room] = self._nowhere
             begin += room
             self._set_leaves(i, one, options[one.member.group], one.member.position in fresh, factor)
@@ -208,7 +224,7 @@ class RowsBatch:
         for one, copied in zip(stepping, copies, strict=True):
             for t, copy, written in zip(one.columns, copied, self.written, strict=False):
                 if written:
-                    t.detach()[one.at or ...] = copy
+                    t.detach()[one.where] = copy
         columns = (t for one in stepping for t, on in zip(one.columns, self.written, strict=True) if on)
         torch.autograd.graph.increment_version(list(columns))
 
@@ -241,8 +257,12 @@ class RowsBatch:
 
 
 def _overlap(stepping: list[Rows]) -> bool:
-    """Whether memory that is written occurs twice."""
-    ranges = sorted(pair for one in stepping if one.count for pair in one.ranges())
+    """Whether memory that is written occurs twice; parameters with holes in a shared memory have no kernels."""
+    ranges = []
+    for one in stepping:
+        for start, t in zip((*one.starts, one.values.data_ptr()), (*one.columns, one.values), strict=True):
+            ranges.append((start, start + t.nbytes))
+    ranges.sort()
     return any(after[0] < before[1] for before, after in pairwise(ranges))
 
 
@@ -263,7 +283,7 @@ class EagerRows(EagerBatch):
 
     def _columns(self, p: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert p.grad is not None
-        g = in_order(p.grad)
+        g = coalesced(p.grad)
         # Without sparse dimensions the parameter is one row.
         self._at: Any = tuple(g._indices()) or (None,)
         return {name: t[self._at] for name, t in {"p": p, **states}.items()} | {"g": g._values()}

@@ -25,6 +25,7 @@ from onepass.kernel.ir import Rank
 from onepass.kernel.program import Program
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+UNIFORM = tuple((f, f, f) for f in ("float32", "float64", "bfloat16", "float16"))
 MIXED = (
     ("bfloat16", "bfloat16", "float32"),
     ("float32", "bfloat16", "float32"),
@@ -54,6 +55,12 @@ def adafactor(
     clipped = u / max(1.0, np.sqrt((u**2).mean()) / d)
     alpha = max(eps[1], np.sqrt((p**2).mean())) * min(lr, 1 / np.sqrt(step))
     return p - lr * weight_decay * p - alpha * clipped
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """More would wait for each other: the parameters are small; launches are told how many to take."""
+    torch.set_num_threads(1)
 
 
 def row(**options: Any) -> Row:
@@ -89,30 +96,45 @@ def hypers_of(one: Row, graph: Graph, step: float, **changed: Any) -> dict[str, 
     return {name: float(group[key][int(i)] if i else group[key]) for name, (key, _, i) in parts.items()}
 
 
-MATRICES = ((1, 1, 1), (1, 1, 9), (1, 17, 1), (0, 3, 3), (3, 15, 17), (2, 3, 0), (500, 3, 3), (1, 65, 1001), (12, 60, 70))
+MATRICES = ((1, 1, 1), (1, 1, 9), (1, 17, 1), (0, 3, 3), (3, 15, 17), (2, 3, 0), (500, 3, 3))
 VECTORS = ((1, 1, 0), (1, 1, 1), (1, 1, 17), (1, 1, 1000), (1, 1, 32771))
+LARGE = ((1, 65, 1001), (12, 60, 70), (4000, 3, 3), (2, 70, 900), (1, 1, 50001), (1, 50001, 1))
 
 
-@pytest.mark.parametrize("is_matrix", [True, False], ids=["matrices", "vectors"])
-@pytest.mark.parametrize(
-    "formats", [*MIXED, *((f, f, f) for f in ("float32", "float64", "bfloat16", "float16"))], ids="-".join
-)
-def test_kernel_is_the_oracle(formats: tuple[str, str, str], is_matrix: bool, rng: np.random.Generator) -> None:
-    """At awkward sizes and places, with special numbers too; nothing beside the tensors is touched."""
-    sizes = MATRICES if is_matrix else VECTORS
-    for one in (ROWS[0], ROWS[4]):
-        graph = graph_of(one, (2, 2) if is_matrix else (2,))
-        kernel = compiled(bound(graph, *formats))
-        hypers = [hypers_of(one, graph, 1), hypers_of(one, graph, 7), hypers_of(one, graph, 400, lr=3.0)]
-        rows = [i % 3 for i in range(len(sizes))]
-        for special in (0.0, 0.005):
-            tensors = [random_columns(rng, kernel.program, size, special) for size in sizes]
-            aligned = check_oracle(kernel, tensors, hypers, rows, sizes=sizes)
-        for misaligned, threads in ((1, 2), (2, 1), (4, 3)):
-            again = launch(kernel, tensors, hypers, rows, threads, misaligned, sizes)
-            for now, want in zip(again, aligned, strict=True):
-                for name in want:
-                    assert_same_bits(now[name], want[name], f"{name}, {misaligned} bytes off")
+def check_formats(
+    formats: tuple[str, str, str], sizes: Sequence[tuple[int, int, int]], rng: np.random.Generator
+) -> None:
+    """The kernel has the oracle's bits, at awkward sizes and places, with special numbers; guards are whole."""
+    one = ROWS[4]
+    graph = graph_of(one, (2,) if sizes is VECTORS else (2, 2))
+    kernel = compiled(bound(graph, *formats))
+    hypers = [hypers_of(one, graph, 1), hypers_of(one, graph, 7), hypers_of(one, graph, 400, lr=3.0)]
+    rows = [i % 3 for i in range(len(sizes))]
+    for special in (0.0, 0.005):
+        tensors = [random_columns(rng, kernel.program, size, special) for size in sizes]
+        aligned = check_oracle(kernel, tensors, hypers, rows, sizes=sizes)
+    for misaligned, threads in ((1, 2), (2, 1), (4, 3)):
+        again = launch(kernel, tensors, hypers, rows, threads, misaligned, sizes)
+        for now, want in zip(again, aligned, strict=True):
+            for name in want:
+                assert_same_bits(now[name], want[name], f"{name}, {misaligned} bytes off")
+
+
+@pytest.mark.parametrize("sizes", [MATRICES, VECTORS], ids=["matrices", "vectors"])
+@pytest.mark.parametrize("formats", [*UNIFORM, MIXED[0], MIXED[2]], ids="-".join)
+def test_kernel_is_the_oracle(formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator) -> None:
+    check_formats(formats, sizes, rng)
+
+
+def test_kernel_is_the_oracle_across_chunks(rng: np.random.Generator) -> None:
+    check_formats(UNIFORM[0], LARGE[:3], rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [MATRICES, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("formats", [*UNIFORM, *MIXED], ids="-".join)
+def test_kernel_is_the_oracle_everywhere(formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator) -> None:
+    check_formats(formats, sizes, rng)
 
 
 def laid_out(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -131,10 +153,11 @@ def sizes_of(p: Tensor) -> tuple[int, int, int]:
     return (p[..., 0, 0].numel(), p.shape[-2], p.shape[-1]) if p.dim() > 1 else (1, 1, p.numel())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_is_the_oracle(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("one", "dtype"), [(ROWS[3], torch.float32), (ROWS[4], torch.float64), (ROWS[4], torch.bfloat16)], ids=str
+)
+def test_step_is_the_oracle(one: Row, dtype: torch.dtype) -> None:
     """Through the whole optimizer, states included, with a change of lr: parameters of all layouts at once."""
-    one = ROWS[3]
     params = laid_out(SHAPES, dtype)
     optimizer = one.make(params)
     states: list[dict[str, np.ndarray]] = [{} for _ in params]
@@ -198,12 +221,15 @@ def path_of(one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence
     return walk(machine, start, gradients, learning_rates())[:, 0]
 
 
-@over_rows
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("one", "dtype"),
+    [(one, dtype) for dtype in DTYPES[:2] for one in ROWS] + [(ROWS[4], dtype) for dtype in DTYPES[2:]],
+    ids=str,
+)
 def test_reference(one: Row, dtype: torch.dtype, eager: bool, rng: np.random.Generator) -> None:
     """Twenty steps end where the paper's do, in float64, within what rounding explains."""
-    for i, shape in enumerate(SHAPES[:8]):
+    for i, shape in enumerate(SHAPES if dtype == torch.float64 and not eager else SHAPES[:4]):
         start, gradients = problem(rng, dtype, shape, frozen=bool(i % 2))
         path = path_of(one, dtype, start, gradients)
         p = torch.from_numpy(start.copy()).to(dtype)
@@ -216,7 +242,7 @@ def test_reference(one: Row, dtype: torch.dtype, eager: bool, rng: np.random.Gen
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_torch(one: Row, dtype: torch.dtype, rng: np.random.Generator) -> None:
     """Where torch.optim ends, with parameters that freeze and thaw: both round."""
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(SHAPES if dtype == torch.float32 else SHAPES[:4]):
         start, gradients = problem(rng, dtype, shape, frozen=not i % 2)
         path = path_of(one, dtype, start, gradients)
         ours, theirs = (torch.from_numpy(start.copy()).to(dtype) for _ in range(2))

@@ -1095,15 +1095,6 @@ def test_sparse_gradients(name):
     assert messages[1].split(" ", 1)[1] in messages[0]
 
 
-def test_sparse_gradients_with_sgd():
-    """torch's SGD steps with them; here it says what to do."""
-    embedding = nn.Embedding(5, 3, sparse=True)
-    opt = onepass.SGD(embedding.parameters(), lr=0.1)
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*torch\.optim\.SGD"):
-        opt.step()
-
-
 class Tagged(torch.Tensor):
     """A tensor subclass that keeps its class through all operations."""
 

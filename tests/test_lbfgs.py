@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import onepass
 from onepass import checkpoint, line_search
 from onepass.algorithms import lbfgs
+from onepass.flat import Flat
 from onepass.line_search import Point, strong_wolfe
 
 LIBRARIES = (torch.optim, onepass)
@@ -194,16 +195,55 @@ def test_signature_and_layout() -> None:
 def test_divergence_goes_where_it_goes_in_torch(search: str | None) -> None:
     """Infinite and missing losses and gradients: no exception, no warning, the same numbers."""
     start, options = [torch.tensor([3.0, -2.0, 0.5])], {"line_search_fn": search, "max_iter": 6}
-    for loss in (
-        lambda p: (p[0] ** 4).sum().exp(),
+    endless: list[Loss] = [
         lambda p: -(p[0] ** 2).sum(),
+        lambda p: (p[0] ** 4).sum().exp(),
         lambda p: (p[0] ** 2).sum() * math.inf,
-    ):
+        lambda p: p[0].log().sum(),
+    ]
+    for loss in endless[: 1 if search else 4]:
         assert_same(*(Run(library, start, loss, options).step(3) for library in (onepass, torch.optim)))
-    # Here torch raises an IndexError, or fails to convert a step length.
-    Run(onepass, start, lambda p: p[0].log().sum(), options).step(3)
-    Run(onepass, start, lambda p: (p[0] * 1e25).abs().sum() - (p[0] ** 2).sum(), options).step(3)
-    Run(onepass, [p.half() for p in start], lambda p: p[0].sum() / 100, options | {"tolerance_change": 0}).step(3)
+    # With a search, torch raises an IndexError on some of these.
+    for loss in endless:
+        assert Run(onepass, start, loss, options).step(3).evaluations <= 3 * 8
+
+
+@DTYPES
+def test_a_search_stays_where_the_loss_is_defined(dtype: torch.dtype) -> None:
+    """A trial beyond, where the logarithm is no number, ends the run in torch; its neighbour, an infinite loss, too."""
+    start = [torch.tensor([5.0, 0.1, 30.0], dtype=dtype)]
+
+    def barrier(p: Sequence[Tensor]) -> Tensor:
+        return (p[0] - p[0].log()).sum()
+
+    def wall(p: Sequence[Tensor]) -> Tensor:
+        return barrier(p) if bool((p[0] > 0).all()) else p[0].sum() * math.inf
+
+    for loss in (barrier, wall):
+        run = Run(onepass, start, loss, {"line_search_fn": "strong_wolfe", "max_iter": 60}).step()
+        torch.testing.assert_close(run.values(), torch.ones(3, dtype=dtype), rtol=1e-3, atol=0)
+
+
+def test_a_step_longer_than_the_dtype_s_largest_number() -> None:
+    """It leads to infinity; torch fails to convert the length."""
+    p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    with torch.no_grad(), np.errstate(over="ignore"):
+        Flat("LBFGS", [p]).move(None, 1e5, [torch.tensor([1.0, -1.0], dtype=torch.float16)])
+    assert p.tolist() == [math.inf, -math.inf]
+
+
+def test_searches_that_end_before_their_last_trial() -> None:
+    """At a kink no slope is flat: a bracket shrinks to nothing, and the gradient of an earlier trial is needed."""
+    weights = torch.linspace(1, 3, 5, dtype=torch.float64)
+
+    def loss(p: Sequence[Tensor]) -> Tensor:
+        return (weights * p[0].abs()).sum() + ((p[0] - 0.1 * weights) ** 2).sum()
+
+    for seed in range(6):
+        torch.manual_seed(seed)
+        start = [torch.randn(5, dtype=torch.float64)]
+        options = {"line_search_fn": "strong_wolfe", "max_iter": 12, "max_eval": 300}
+        assert_same(*(Run(library, start, loss, options).step(2) for library in (onepass, torch.optim)))
 
 
 def test_a_mutation_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,21 +325,24 @@ FUNCTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_search_satisfies_the_strong_wolfe_conditions(name: str, first: float) -> None:
     function, trials = FUNCTIONS[name], []
+    overwritten: set[int] = set()
 
     def evaluate(t: Any, kept: Point) -> Point:
-        assert kept.gradient is not None
+        assert kept.gradient not in overwritten
+        overwritten.update({*range(len(trials))} - {kept.gradient})
         loss, slope = function(float(t))
         trials.append(float(t))
-        return Point(t, loss, np.float64(slope), object())
+        return Point(t, loss, np.float64(slope), len(trials) - 1)
 
     loss, slope = function(0.0)
     if slope >= 0:
         function = lambda t: (FUNCTIONS[name](-t)[0], -FUNCTIONS[name](-t)[1])  # noqa: E731
         loss, slope = function(0.0)
-    start = Point(0, loss, np.float64(slope), object())
+    start = Point(0, loss, np.float64(slope), -1)
     with np.errstate(all="ignore"):
         found = strong_wolfe(evaluate, start, first, reach=1.0, limit=25)
     assert len(trials) <= 26
+    assert found.gradient not in overwritten
     assert found is start or float(found.t) in trials
     if name in ("parabola", "steep", "flat", "waves"):
         assert found.loss <= start.loss + 1e-4 * found.t * start.slope
@@ -314,6 +357,21 @@ def test_a_search_of_no_length_evaluates_nothing() -> None:
     run.step(2)
     assert run.evaluations == 2
     assert torch.equal(run.values(), before)
+
+
+def test_the_cubic_s_minimum() -> None:
+    def point(t: float) -> Point:
+        return Point(t, t**3 - 3 * t, np.float64(3 * t * t - 3), None)
+
+    for a, b in ((0.5, 3.0), (3.0, 0.5), (-0.9, 0.3)):
+        found = line_search.minimum_of_cubic(point(a), point(b), -5.0, 5.0)
+        assert found == pytest.approx(1.0, abs=1e-12)
+    assert line_search.minimum_of_cubic(point(0.5), point(3.0), 1.5, 5.0) == 1.5
+    assert line_search.minimum_of_cubic(point(0.5), point(3.0), -5.0, 0.5) == 0.5
+    assert line_search.minimum_of_cubic(point(0.5), point(0.5), 1.0, 2.0) == 1.5
+    rising = Point(0.0, 0.0, np.float64(1.0), None), Point(1.0, 1.0, np.float64(1.0), None)
+    with np.errstate(all="ignore"):
+        assert line_search.minimum_of_cubic(*rising, 0.0, 1.0) in (0.0, 0.5, 1.0)
 
 
 # State dicts.
@@ -516,6 +574,34 @@ def test_parameters_in_any_layout() -> None:
     assert torch.equal(run.step().values(), Run(onepass, start, loss, options).step(3).values())
 
 
+def test_a_gradient_that_is_lazily_conjugate() -> None:
+    ends = []
+    for lazy in (False, True):
+        p = nn.Parameter(torch.tensor([1 + 1j, 2 - 3j]))
+        optimizer = onepass.LBFGS([p], lr=0.1, max_iter=3)
+
+        def closure(p: Tensor = p, lazy: bool = lazy) -> float:
+            p.grad = p.detach().conj() if lazy else p.detach().conj().resolve_conj()
+            return p.detach().abs().square().sum().item()
+
+        optimizer.step(closure)
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_model_that_changes_its_precision() -> None:
+    """The history follows."""
+    run = Run(onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe", "max_iter": 3}).step(2)
+    loss = network(torch.float64)[1]
+    run.loss = loss
+    for p in run.params:
+        p.grad = None
+        p.data = p.data.double()
+    run.step(2)
+    assert {v.dtype for name in ("old_dirs", "old_stps") for v in run.state[name]} == {torch.float64}
+    assert run.returned[-1] < run.returned[-2]
+
+
 def test_bfloat16_descends() -> None:
     start, loss = network(torch.float32)
     run = Run(onepass, [p.bfloat16() for p in start], lambda p: loss([q.float() for q in p]))
@@ -571,6 +657,22 @@ def test_a_closure_that_raises(fail_at: int, search: str | None) -> None:
         side.step(15)
     assert_same(run, other, state=False)
     assert run.returned[-1] < 1e-6
+
+
+def test_an_interrupted_step_does_not_enter_the_history() -> None:
+    """Not even where the gradient has changed meanwhile, as with other data."""
+    start, loss = rosenbrock(torch.float64)
+    run = Run(onepass, start, loss, {"line_search_fn": "strong_wolfe", "max_iter": 5}, fail_at=6)
+    with pytest.raises(ArithmeticError):
+        run.step()
+    pairs = [v.clone() for v in run.state["old_stps"]]
+    assert pairs
+    direction = run.state["d"].clone()
+    run.loss, run.fail_at = lambda p: loss(p) + 1000 * direction @ p[0], -1
+    run.optimizer.param_groups[0]["max_iter"] = 1
+    run.step()
+    assert len(run.state["old_stps"]) == len(pairs)
+    assert all(torch.equal(s, pair) for s, pair in zip(run.state["old_stps"], pairs, strict=True))
 
 
 def test_an_interruption_in_the_first_iteration_leaves_no_trace() -> None:

@@ -52,10 +52,16 @@ SMALL: tuple[Sizes, ...] = (
 )
 LARGE: tuple[Sizes, ...] = (
     *((1, FEWEST_LINES, CHUNK // FEWEST_LINES), (1, FEWEST_LINES + 1, CHUNK // FEWEST_LINES), (2, FEWEST_LINES, 1100)),
-    *((2, 2 * FEWEST_LINES + 1, 1100), (1, 300, 200), (3, 181, 182), (9, 100, 100), (4000, 3, 3), (1, 40000, 2)),
-    *((2, 1, CHUNK), (1, 1, 100003), (1, 50003, 1)),
+    *((2, 2 * FEWEST_LINES + 1, 1100), (9, 61, 61), (4000, 3, 3), (1, 20000, 2), (1, 1, 100003), (1, 40003, 1)),
 )
+LARGER: tuple[Sizes, ...] = (*LARGE, (1, 700, 300), (3, 181, 182), (2, 1, CHUNK), (40, 100, 100), (1, 100003, 2))
 HYPERS = [{"lr": 0.25}, {"lr": 1e-3}]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """For functions of matrices, which are small; launches are told how many threads to take."""
+    torch.set_num_threads(1)
 
 
 def check(rule: Rule, sizes: Sequence[Sizes], rng: np.random.Generator, *formats: str) -> None:
@@ -68,26 +74,29 @@ def check(rule: Rule, sizes: Sequence[Sizes], rng: np.random.Generator, *formats
 
 
 @over_rules
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["float32", "float64"])
 def test_kernel_is_the_oracle(rule: Rule, format: str, rng: np.random.Generator) -> None:
     check(rule, SMALL, rng, format)
 
 
 @over_rules
 def test_kernel_is_the_oracle_across_chunks(rule: Rule, rng: np.random.Generator) -> None:
-    check(rule, LARGE, rng, "float32")
+    # In float64, where the order of a sum shows.
+    check(rule, LARGE, rng, "float64")
 
 
 @pytest.mark.slow
 @over_rules
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", FORMATS)
 def test_kernel_is_the_oracle_everywhere(rule: Rule, format: str, rng: np.random.Generator) -> None:
-    check(rule, LARGE, rng, format)
+    check(rule, (*SMALL, *LARGER), rng, format)
 
 
-@over_rules
-@pytest.mark.parametrize("formats", [("bfloat16", "float32"), ("float32", "float64")], ids="-".join)
-def test_kernel_is_the_oracle_with_other_states(rule: Rule, formats: tuple[str, str], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("rule", [edges, turned], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "formats", [("bfloat16",), ("float16",), ("bfloat16", "float32"), ("float32", "float64")], ids="-".join
+)
+def test_kernel_is_the_oracle_in_other_formats(rule: Rule, formats: Sequence[str], rng: np.random.Generator) -> None:
     check(rule, SMALL, rng, *formats)
 
 
@@ -629,7 +638,7 @@ LAYOUTS = ((5, 4), (2, 3, 4, 5), (1, 7), (7, 1), (1, 1), (40, 33))
 
 
 @pytest.mark.parametrize("cls", [Factored, Turned])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_steps_are_the_oracle(cls: type, dtype: torch.dtype) -> None:
     """Parameters of all layouts, among them transposed ones, slices and channels last: each step has the oracle's
     bits, whatever the gradient's layout."""

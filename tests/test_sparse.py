@@ -14,6 +14,7 @@ from sides import CLOSE, quietly, refuses, snapshot
 from torch import Tensor, nn
 
 import onepass
+from onepass import checkpoint
 from onepass.kernel.cpu import Kernel, Launch
 
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -519,6 +520,22 @@ def test_copies_and_pickles_go_on_as_the_original_does(algorithm):
     assert_bits(ends[1], ends[2], "a pickle")
 
 
+def test_files_keep_counts_and_moments(tmp_path):
+    p = nn.Parameter(torch.ones(10, 4))
+    opt = make("sparse_adam", [p])
+    p.grad = random_gradient((10, 4), 1, 6)
+    opt.step()
+    checkpoint.save(tmp_path / "x", {"optimizer": opt.state_dict()})
+    q = nn.Parameter(p.detach().clone())
+    other = make("sparse_adam", [q])
+    other.load_state_dict(checkpoint.load(tmp_path / "x")["optimizer"])
+    for one, param in ((opt, p), (other, q)):
+        param.grad = random_gradient((10, 4), 1, 6, 1)
+        one.step()
+    assert_bits(q, p, "loaded")
+    assert opt.state[p]["step"] == other.state[q]["step"] == 2
+
+
 def test_a_group_that_is_added_later():
     p, q = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(4, 8))
     opt = onepass.SparseAdam([p], lr=0.5)
@@ -695,13 +712,13 @@ def test_a_rule_that_sees_the_whole_tensor_steps_on_filled_gradients(eager):
 
 @pytest.mark.parametrize("algorithm", BY_ROWS)
 def test_values_in_the_parameters_own_memory(algorithm):
-    """The rows that are read as gradients are those that are written."""
+    """Rows that are read as gradients are written as others' parameters."""
     ends = []
     for shares in (True, False):
         memory = torch.linspace(-1, 1, 12 * 9).view(12, 9)
         p = nn.Parameter(memory[:8])
         values = memory[2:6] if shares else memory[2:6].clone()
-        p.grad = coo([[0, 3, 4, 5]], values, (8, 9), claims=True)
+        p.grad = coo([[3, 4, 5, 6]], values, (8, 9))
         make(algorithm, [p]).step()
         ends.append(p)
     assert_bits(*ends, "shared")
@@ -931,6 +948,20 @@ def crash_many_gradients_of_changing_size():
         opt.step()
     for p, guard in zip(tables, guards, strict=True):
         assert torch.equal(p.detach(), guard)
+
+
+def crash_lbfgs_with_indices_out_of_range():
+    """It fills gradients up with zeros, which torch does without looking."""
+    p = nn.Parameter(torch.ones(20, 9))
+    opt = onepass.LBFGS([p])
+
+    def closure():
+        p.grad = coo([[1 << 40]], torch.ones(1, 9), (20, 9))
+        return p.sum()
+
+    with pytest.raises(RuntimeError, match="gradient of parameter 0 has the index"):
+        opt.step(closure)
+    assert bool((p == 1).all())
 
 
 CASES = [name for name in globals() if name.startswith("crash_")]

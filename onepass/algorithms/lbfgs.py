@@ -59,8 +59,9 @@ class LBFGS(Optimizer):
     `prev_loss`, `al`. Arguments are those of `torch.optim.LBFGS`, and so are the values, to the last bit on CPU: the
     same operations in the same order.
 
-    Deviations: where `closure` raises, the parameters are left where the last whole iteration ended, with the state
-    that belongs to them. Loading matches parameters by name where both sides have names, and the history follows them.
+    Deviations: the line search turns back from where the loss is no number or infinite, on which torch goes astray.
+    Where `closure` raises, the parameters are left where the last whole iteration ended, with the state that belongs to
+    them. Loading matches parameters by name where both sides have names, and the history follows them.
 
     Raises ValueError for an option outside its range and for more than one param group, TypeError for an option that
     is no number, RuntimeError for an unknown `line_search_fn`.
@@ -213,14 +214,13 @@ class _Descent:
         t = scalar(lr.detach()) if isinstance(lr, Tensor) else float(lr)
         if self.first:
             torch.neg(here.gradient, out=self.d)
-            state.update(d=self.d, old_dirs=[], old_stps=[], ro=[], H_diag=1)
+            state.update(d=self.d, t=0.0, old_dirs=[], old_stps=[], ro=[], H_diag=1)
             t = min(1.0, 1.0 / scalar(here.gradient.abs().sum())) * t
         else:
             self._remember(here.gradient)
             self._aim(here.gradient)
         here = here._replace(t=0, slope=scalar(here.gradient.dot(self.d)))
-        # Until a step is made it has length 0: it will then leave no trace in the history, whatever happens now.
-        state.update(t=0.0, prev_flat_grad=here.gradient, prev_loss=here.loss, n_iter=state["n_iter"] + 1)
+        state.update(prev_flat_grad=here.gradient, prev_loss=here.loss, n_iter=state["n_iter"] + 1)
         if here.slope > -self.tolerance_change:
             state["t"] = float(t)
             return None
@@ -259,7 +259,7 @@ class _Descent:
     def _aim(self, gradient: Tensor) -> None:
         """The inverse Hessian times the negative gradient, by two loops over the pairs."""
         state, rates, d, alphas = self.state, self.rates, self.d, []
-        # The old direction is gone from here on, and with it the last step.
+        # A step of length 0 until one is made: whatever interrupts it, none enters the history.
         state["t"] = 0.0
         dirs, steps, rounded = state["old_dirs"], state["old_stps"], precision(d.dtype)
         torch.neg(gradient, out=d)

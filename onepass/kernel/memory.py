@@ -54,7 +54,7 @@ def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     return matrices, shape[-2], shape[-1]
 
 
-def call_function(function: Callable[..., object], matrices: Tensor, *numbers: float) -> Tensor:
+def call_function(function: Callable[..., object], matrices: Tensor, *numbers: float | Tensor) -> Tensor:
     """What a function of whole matrices returns, in full precision also under autocast.
 
     Raises `RuleError` where that is no tensor of the shape, type and place of `matrices`.

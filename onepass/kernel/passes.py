@@ -7,7 +7,7 @@ temporaries, one value a row, a column or a matrix; only a function of whole mat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -70,7 +70,7 @@ class Call:
     """A function of whole matrices, called after pass `after`: it makes temporary `target` of temporary `source`."""
 
     after: int
-    function: object
+    function: Callable[..., object]
     source: str
     target: str
     numbers: tuple[Node, ...]
