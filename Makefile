@@ -29,7 +29,7 @@ docs: .venv/.dev ## build the documentation: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: lint docs ## format, lint, types, documentation and all quick tests: pytest $(ARGS)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning and transformers
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)

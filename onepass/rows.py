@@ -60,8 +60,8 @@ def read(g: Tensor, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray, Tenso
     if count and any(index.min() < 0 or index.max() >= n for index, n in zip(at, shape, strict=False)):
         return None
     rows = _numbers(at, shape)
-    ordered = np.sort(rows)
-    if (ordered[1:] == ordered[:-1]).any():
+    ordered = rows if g.is_coalesced() else np.sort(rows)
+    if not (ordered[1:] > ordered[:-1]).all():
         g = coalesced(g)
         at, values = g._indices().numpy(), g._values()
         rows = _numbers(at, shape)

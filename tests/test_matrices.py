@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import PerColumn, PerRow, StepError
-from onepass.kernel import cpu, evaluate, finish, shape_at, trace
+from onepass.kernel import cpu, evaluate, finish, shape_at, signature, trace
 from onepass.kernel.chunks import FEWEST_LINES
 from onepass.kernel.functions import amax, call, column_mean, exp, mean, norm, row_mean
 from onepass.kernel.ir import Rank, RuleError
@@ -266,11 +266,14 @@ def test_eager_agrees(rule: Rule, rng: np.random.Generator) -> None:
 
 
 def test_tensors_without_elements_stay_as_they_are() -> None:
-    """Their rows and columns have values; there is nothing to make new ones from."""
+    """Their rows and columns have values; there is nothing to make new ones from, on either backend."""
     columns = {"p": np.zeros(0, np.float32), "g": np.zeros(0, np.float32)}
     columns |= {"row": np.arange(3, dtype=np.float32), "column": np.zeros(0, np.float32)}
     after = launch(compiled(program(factored)), [columns], HYPERS[:1], sizes=[(1, 3, 0)])[0]
     assert after["row"].tolist() == [0, 1, 2]
+    tensors = {"p": torch.zeros(3, 0), "g": torch.zeros(3, 0), "row": torch.arange(3.0)[:, None]}
+    after = evaluate(finish(trace(factored, ONE_NUMBER)), tensors | {"column": torch.zeros(1, 0)}, {"lr": 0.25})
+    assert after["row"].tolist() == [[0], [1], [2]]
 
 
 # Programs.
@@ -373,6 +376,20 @@ def test_rules_that_cannot_be_raise_a_sentence(rule: Rule, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_annotations_must_be_known_where_the_rule_is() -> None:
+    """As text, which Python makes of them on request, they are names of the rule's module."""
+    text = "from __future__ import annotations\n{}\ndef rule(p, g, row: {}, *, lr):\n    return {{'p': p, 'row': 0.5}}"
+    for first, name in (("import onepass", "onepass.PerRow"), ("from onepass import PerRow as R", "R")):
+        space: dict[str, Any] = {}
+        exec(text.format(first, name), space)
+        assert signature(space["rule"]).ranks == {"row": Rank.ROW}
+    for name in ("PerRow", "onepass.PerColumn"):
+        space = {}
+        exec(text.format("", name), space)
+        with pytest.raises(RuleError, match=f"annotates a state with '{name}', which is no name of its module; import"):
+            signature(space["rule"])
+
+
 # Functions of whole matrices.
 
 
@@ -406,7 +423,7 @@ def record() -> Iterator[Recorded]:
 
 def halved(p, g, m, *, lr, third, step):
     m = 0.5 * m + g
-    return {"p": p - lr * call(recorded, m, lr, third, 7.0) * step, "m": m}
+    return {"p": p - lr * call(recorded, m, lr, third, 0.1) * step, "m": m}
 
 
 def plainly(p, g, m, *, lr, third, step):
@@ -451,10 +468,10 @@ def test_a_function_takes_all_matrices_of_a_shape_at_once(record: Recorded) -> N
     opt = Halved(groups_of(params))
     set_gradients(params, 1)
     opt.step()
-    third = float(np.float32(1 / 3))
-    given = [((k, *shape), (lr, third, 7.0)) for k, shape, lr in ((2, (3, 4), 0.5), (1, (3, 4), 0.25))]
     # Those of three dimensions come by themselves: a batch has one shape.
-    given += [((1, 6, 5), (0.5, third, 7.0)), ((2, 3, 4), (0.5, third, 7.0))]
+    shapes = ((2, (3, 4), 0.5), (1, (3, 4), 0.25), (1, (6, 5), 0.5), (2, (3, 4), 0.5))
+    third, tenth = float(np.float32(1 / 3)), float(np.float32(0.1))
+    given = [((k, *shape), (lr, third, tenth)) for k, shape, lr in shapes]
     assert sorted(record.given) == sorted(given)
     assert all(ref() is None for ref in record.alive)
 

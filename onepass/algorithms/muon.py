@@ -36,6 +36,10 @@ class Muon(Optimizer):
     https://kellerjordan.github.io/posts/muon; the second adjustment: Liu et al., "Muon is Scalable for LLM Training",
     2025, arXiv:2502.16982.
 
+    All updates are computed before the first is applied: where a product fails, nothing has changed, and a step takes
+    memory for them, 4 bytes for each weight of a matrix. How matrices are stacked for a product may change its
+    rounding, so here alone bits may depend on which parameters step together.
+
     State per parameter: `momentum_buffer`; with AdamW `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
     `torch.optim.Muon`, and ours by keyword. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum
     normalised in place; not here.

@@ -147,7 +147,7 @@ class Launch:
     def _of_tensors(self, k: int, node: Node) -> np.ndarray:
         """A host value of pass k, for each tensor."""
         if node.op == "const":
-            return np.full(len(self.rows), node.attr)
+            return np.full(len(self.rows), node.attr, COMPUTE[self.kernel.program.compute])
         arrays = self._walks[k].arrays
         return arrays["table"][arrays["rows"], self.kernel.inputs[k][node]]
 

@@ -104,6 +104,8 @@ def run(graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Value]
             values[node] = _apply(node, [values[a] for a in node.args])
     p = columns["p"]
     new = {name: _at(values[root], shape_at(graph.rank(name), p.shape), p, dtype) for name, root in graph.outputs}
+    # The means of no elements are no news: a tensor without any keeps what it has for its rows and columns.
+    new = new if p.numel() else {name: columns[name] for name in new}
     return new | {name: torch.as_tensor(values[root], dtype=torch.float64) for name, root in graph.scalars}
 
 

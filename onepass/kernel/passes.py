@@ -206,6 +206,7 @@ class _Cut:
 
     def _add_call(self, node: Node) -> None:
         source, *numbers = node.args
+        assert callable(node.attr)
         _, kept = self._keep(source)
         level = max([self.level[source], *(self.level[n] for n in numbers)])
         target = self._temporary(node.type, Rank.ELEMENT)

@@ -116,6 +116,11 @@ def _annotated_rank(annotation: Any, rule: Rule) -> Rank | None:
         for part in annotation.split("."):
             annotation = getattr(rule, "__globals__", {}).get(part, annotation)
             annotation = getattr(annotation, part, annotation)
+        if isinstance(annotation, str) and annotation.rpartition(".")[2] in ("Scalar", "PerRow", "PerColumn"):
+            raise RuleError(
+                f"{rule.__qualname__} annotates a state with {annotation!r}, which is no name of its module; import it "
+                "at the top of the module"
+            )
     return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Rank)), None)
 
 
