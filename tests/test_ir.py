@@ -122,7 +122,10 @@ BRANCH = "cannot branch on a value that is known only while stepping: use where"
         (lambda: 2**g, "pow of an element is not offered"),
         (lambda: functions.exp(g), "exp of an element is not offered.*use products"),
         (lambda: functions.log(g), "log of an element is not offered"),
-        (lambda: functions.sum(lr), "sum runs over the elements of a tensor, and this value is the same for all of them"),
+        (
+            lambda: functions.sum(lr),
+            "sum runs over the elements of a tensor, and this value is the same for all of them",
+        ),
         (lambda: functions.norm(functions.norm(g)), "sum runs over the elements"),
         (lambda: p + (g > 0), r"add takes two numbers of one type, got \(real, bool\)"),
         (lambda: (p > 0) == (g > 0), r"eq takes two numbers of one type, got \(bool, bool\)"),
