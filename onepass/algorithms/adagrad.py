@@ -20,14 +20,12 @@ class Adagrad(Optimizer):
        \theta_t = \theta_{t-1} - \frac{\gamma}{1 + (t-1)\eta} \frac{g_t}{\sqrt{G_t} + \epsilon} $$
 
     with $G_0$ = `initial_accumulator_value`, $\eta$ = `lr_decay`, and $g_t$ increased by $\lambda \theta_{t-1}$ for
-    `weight_decay`. The sum only grows, so steps only shrink: good for sparse features and convex problems; deep
-    networks do better with a running mean (`RMSprop`, `Adam`).
+    `weight_decay`. The sum only grows, so steps only shrink: for sparse features and convex problems, not deep nets.
 
     Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR 2011.
 
-    State per parameter: `step`, `sum`, from construction on, as in torch; also for groups that are added later, where
-    torch makes none. Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change nothing, except that
-    both False select the eager backend.
+    State per parameter: `step`, `sum`, from construction on, as in torch; in later groups too, where torch has none.
+    Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change nothing, but both False: eager backend.
 
     A sparse gradient steps the rows that it has values for, which is what a dense one with zeros elsewhere does; of
     complex parameters, too, the real and imaginary parts step as two numbers, where torch's sparse form squares the

@@ -22,14 +22,12 @@ class NAdam(Optimizer):
        \theta_t = \theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
 
     with $m_t, v_t$ as in `Adam` and $\psi$ = `momentum_decay`; `weight_decay` adds $\lambda \theta_{t-1}$ to the
-    gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. Often a little
-    faster than Adam at the same lr; use it as Adam, and decoupled decay as AdamW.
+    gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. Use it as Adam(W).
 
-    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016. As in torch, $m_t$ decays by $\beta_1$; in
-    the paper by $\mu_t$.
+    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop; there $m_t$ decays by $\mu_t$, in torch by
+    $\beta_1$, and so here.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, and the number `mu_product`. Arguments are those of
-    `torch.optim.NAdam`; `foreach` changes nothing.
+    State: `step`, `exp_avg`, `exp_avg_sq`, the number `mu_product`. Arguments: `torch.optim.NAdam`'s; `foreach` is idle.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
