@@ -27,7 +27,7 @@ class NAdam(Optimizer):
     Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop; there $m_t$ decays by $\mu_t$, in torch by
     $\beta_1$, and so here.
 
-    State: `step`, `exp_avg`, `exp_avg_sq`, the number `mu_product`. Arguments: `torch.optim.NAdam`'s; `foreach` idle.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `mu_product` (one number). `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
