@@ -19,7 +19,7 @@ from onepass.kernel.cpu import Kernel
 from onepass.kernel.ir import FACTS, LOADS, Node, Rank
 from onepass.kernel.passes import Pass, Program, element_order
 from onepass.optimizer import Optimizer
-from onepass.recipes import Mode, describe, make_recipe
+from onepass.recipes import recipe_of
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
@@ -36,10 +36,7 @@ REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
     """The finished graph of an optimizer's first parameter: what its steps compute, in real numbers."""
     group = optimizer.param_groups[0]
-    algorithm = optimizer._algorithm()
-    rule = algorithm.rule_of(group["params"][0], group)
-    arguments = describe(algorithm.name, rule, group, algorithm.flags(group))
-    return make_recipe(algorithm.name, rule, arguments, maximize=Mode.of(group).maximize).graph
+    return recipe_of(optimizer._algorithm(), group["params"][0], group).graph
 
 
 def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:

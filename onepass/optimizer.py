@@ -19,7 +19,7 @@ from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
 from .options import check_switches
 from .plan import Plan
-from .recipes import MODES, Algorithm, describe, fill_state, make_recipe
+from .recipes import MODES, Algorithm, fill_state, recipe_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -270,9 +270,7 @@ class Optimizer(torch.optim.Optimizer):
         """Create the state of a group's parameters now, and not in their first step."""
         algorithm = self._algorithm()
         for p in group["params"]:
-            rule = algorithm.rule_of(p, group)
-            recipe = make_recipe(algorithm.name, rule, describe(algorithm.name, rule, group, self.flags(group)))
-            fill_state(algorithm, recipe, p, group, self.state[p].__setitem__, self.state[p])
+            fill_state(algorithm, recipe_of(algorithm, p, group), p, group, self.state[p].__setitem__, self.state[p])
 
     # Checkpoints.
 
@@ -329,9 +327,8 @@ class Optimizer(torch.optim.Optimizer):
     def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None]]:
         """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
         algorithm = self._algorithm()
-        rule = algorithm.rule_of(p, dict(group))
-        recipe = make_recipe(algorithm.name, rule, describe(algorithm.name, rule, dict(group), self.flags(group)))
-        said = signature(rule)
+        recipe = recipe_of(algorithm, p, dict(group))
+        said = signature(algorithm.rule_of(p, dict(group)))
         shapes = {name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]}
         required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
         return required, dict.fromkeys(recipe.numbers) | shapes

@@ -138,6 +138,13 @@ def make_recipe(
     return Recipe(graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars)))
 
 
+def recipe_of(algorithm: Algorithm, p: Tensor, group: Group) -> Recipe:
+    """How one parameter steps."""
+    rule = algorithm.rule_of(p, group)
+    arguments = describe(algorithm.name, rule, group, algorithm.flags(group))
+    return make_recipe(algorithm.name, rule, arguments, maximize=Mode.of(group).maximize)
+
+
 def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str], list[str]]:
     """The names of the group options that are no numbers, and of those that are."""
     flags = [name for name, argument in arguments if argument[0] == "flag"]

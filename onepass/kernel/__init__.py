@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .formats import FORMATS
 from .ir import Rank, RuleError
-from .memory import PLAIN, as_dense, has_storage, is_dense, shape_at, sizes
+from .memory import PLAIN, has_storage, is_dense, shape_at, sizes
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ __all__ = [
     "Rank",
     "Rule",
     "RuleError",
-    "as_dense",
     "compile",
     "evaluate",
     "expect",

@@ -98,4 +98,3 @@ class Work:
         self.sizes = sizes
         self.numel = sizes.prod(axis=1)
         self.chunks = {domain: Chunks(sizes, domain, by_lines) for domain in domains}
-        self.units = max(chunks.units for chunks in self.chunks.values())

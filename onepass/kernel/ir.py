@@ -244,26 +244,31 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
     if op == "where":
         require(len(args) == 3 and first == "bool" and types[1] == types[2], "a condition and two values of one type")
         return types[1], rank
-    if op in REDUCTIONS:
-        require(len(args) == 1 and first in FLOATS, "one floating-point number")
-        if (rank, attr) not in OVER:
-            over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
-            once = "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
-            further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(rank, "")
-            raise RuleError(f"{op} runs over {over}, and this value {once}{further}")
-        return type or "real", OVER[rank, attr]
     if op in ("cast", "bitcast"):
         require(len(args) == 1 and type in TYPES, "one value and a type")
         return type or "real", rank
-    if op == "spread":
-        require(len(args) == 1 and isinstance(attr, Rank), "one value")
-        return first, Rank(attr)  # type: ignore[arg-type]
-    if op == "call":
+    if op in REDUCTIONS or op in ("spread", "call"):
         require(bool(args) and all(t in FLOATS for t in types), "floating-point numbers")
+        return type or ("real" if op in REDUCTIONS else first), _infer_rank(op, args, rank, attr)
+    raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
+
+
+def _infer_rank(op: str, args: tuple[Node, ...], rank: Rank, attr: object) -> Rank:
+    """The rank of what exists more often or more seldom than its arguments."""
+    if op == "spread" and len(args) == 1 and isinstance(attr, Rank):
+        return attr
+    if op == "call":
         if args[0].rank != Rank.ELEMENT or any(not a.rank.on_host for a in args[1:]):
             raise RuleError("a function of whole matrices takes one value with elements, and numbers beside it")
-        return type or first, Rank.ELEMENT
-    raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
+        return Rank.ELEMENT
+    if len(args) != 1:
+        raise RuleError(f"{op} takes one floating-point number, got {len(args)}")
+    if (rank, attr) not in OVER:
+        over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
+        once = "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
+        further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(rank, "")
+        raise RuleError(f"{op} runs over {over}, and this value {once}{further}")
+    return OVER[rank, attr]
 
 
 def const(value: object, type: str = "real") -> Node:

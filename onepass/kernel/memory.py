@@ -32,11 +32,6 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def as_dense(t: Tensor) -> Tensor:
-    """The tensor, detached, or a dense copy that stands for it."""
-    return t.detach() if is_dense(t) else t.detach().contiguous()
-
-
 def shape_at(rank: Rank, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a column with one value for each element, row or column of a tensor, or for the tensor."""
     if rank.on_host:

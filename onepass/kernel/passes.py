@@ -96,8 +96,7 @@ class Program:
     @cached_property
     def hypers(self) -> tuple[str, ...]:
         """The hyper-parameters that it needs, in a fixed order."""
-        nodes = topological(node for _, node in (*self.stores, *self.scalars))
-        return tuple(sorted(str(node.attr) for node in nodes if node.op == "hyper"))
+        return hyper_names(node for _, node in (*self.stores, *self.scalars))
 
     @cached_property
     def by_lines(self) -> bool:
@@ -275,6 +274,11 @@ def _pass(
     inputs |= dict.fromkeys(r for r in roots if r.rank.on_host and r.op != "const")
     loads = dict.fromkeys(n for n in elements if n.op in LOADS)
     return Pass(rank, tuple(inputs), tuple(loads), reductions, sums, stores)
+
+
+def hyper_names(roots: Iterable[Node]) -> tuple[str, ...]:
+    """The hyper-parameters that reach a root, in a fixed order."""
+    return tuple(sorted(str(node.attr) for node in topological(roots) if node.op == "hyper"))
 
 
 def element_order(roots: Iterable[Node]) -> list[Node]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .formats import FORMATS, Format, cast
 from .ir import LEAVES, LOADS, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
-from .passes import Program, split
+from .passes import Program, hyper_names, split
 
 Rule = Callable[..., Mapping[str, Node]]
 # What a keyword of a rule is while tracing: ("float",), ("tuple", n) of floats, ("condition",), or ("flag", value).
@@ -55,7 +55,7 @@ class Graph:
     @cached_property
     def hypers(self) -> tuple[str, ...]:
         """The hyper-parameters that reach an output, in a fixed order."""
-        return _hypers(self.roots)
+        return hyper_names(self.roots)
 
     @cached_property
     def has_matrices(self) -> bool:
@@ -73,10 +73,6 @@ class Graph:
     def rank(self, column: str) -> Rank:
         """How often a column has a value."""
         return dict(self.ranks).get(column, Rank.ELEMENT)
-
-
-def _hypers(roots: Iterable[Node]) -> tuple[str, ...]:
-    return tuple(sorted(str(node.attr) for node in topological(roots) if node.op == "hyper"))
 
 
 class Signature(NamedTuple):
@@ -143,7 +139,7 @@ def trace(rule: Rule, arguments: tuple[tuple[str, Argument], ...]) -> Graph:
     outputs = tuple((n, node) for n, node in written.items() if n not in said.scalars)
     scalars = tuple((n, node) for n, node in written.items() if n in said.scalars)
     ranks = tuple((n, rank) for n, rank in said.ranks.items() if n not in said.scalars)
-    unwritten = set(_hypers([n for _, n in (*outputs, *scalars)])) & set(said.scalars) - set(written)
+    unwritten = set(hyper_names([n for _, n in (*outputs, *scalars)])) & set(said.scalars) - set(written)
     if unwritten:
         raise RuleError(f"{name}.rule reads the Scalar {min(unwritten)!r} and must return its new value too")
     graph = Graph(name, said.columns, outputs, scalars, ranks)
