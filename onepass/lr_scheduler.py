@@ -1,43 +1,360 @@
-"""Learning-rate schedules, under torch's names.
+r"""Learning-rate schedulers under torch's names: thin classes over formulas in the step.
 
-torch's schedulers work unchanged on these optimizers: they set `lr`, and some `momentum` or `betas`, in the param
-groups, which every step reads anew. A number that changes never recompiles a kernel.
+Each is a subclass of torch's class of its name, with torch's arguments, attributes, warnings and checkpoints, and works
+on any optimizer of torch.optim. $\eta_0$ is a group's initial lr, $\eta_t$ its lr after $t$ scheduler steps. What is in
+closed form is computed from $t$, so that nothing drifts and a run can resume anywhere; a change of the lr from outside,
+by another scheduler or by hand, stays and is carried on (`onepass.scheduler.ClosedLR`). Errors are ValueError,
+TypeError and KeyError as in torch.
 """
 
-from torch.optim.lr_scheduler import (
-    ChainedScheduler,
-    ConstantLR,
-    CosineAnnealingLR,
-    CosineAnnealingWarmRestarts,
-    CyclicLR,
-    ExponentialLR,
-    LambdaLR,
-    LinearLR,
-    LRScheduler,
-    MultiplicativeLR,
-    MultiStepLR,
-    OneCycleLR,
-    PolynomialLR,
-    ReduceLROnPlateau,
-    SequentialLR,
-    StepLR,
-)
+from __future__ import annotations
 
-__all__ = [
-    "ChainedScheduler",
-    "ConstantLR",
-    "CosineAnnealingLR",
-    "CosineAnnealingWarmRestarts",
-    "CyclicLR",
-    "ExponentialLR",
-    "LRScheduler",
-    "LambdaLR",
-    "LinearLR",
-    "MultiStepLR",
-    "MultiplicativeLR",
-    "OneCycleLR",
-    "PolynomialLR",
-    "ReduceLROnPlateau",
-    "SequentialLR",
-    "StepLR",
-]
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, SupportsFloat
+
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as torch_schedulers
+from torch.optim import swa_utils as torch_swa_utils
+
+from .composites import ChainedScheduler, SequentialLR, increasing
+from .cycles import CyclicLR, OneCycleLR, check_count, check_strategy
+from .schedule import anneal, find_cycle, half_cosine
+from .scheduler import LR, ClosedLR, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes
+
+__all__ = ["ChainedScheduler", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"]
+__all__ += ["ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "OneCycleLR"]
+__all__ += ["SWALR", "PolynomialLR", "ReduceLROnPlateau", "SequentialLR", "StepLR"]
+
+Lambda = Callable[[int], float]
+
+
+class _LambdaFrame(LRScheduler):
+    """One function of the step for each group. Functions are not saved, but the attributes of callable objects are."""
+
+    options = ("lr_lambdas",)
+    lr_lambdas: list[Lambda]
+
+    def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
+        check_optimizer(self, optimizer)
+        self._shared = not isinstance(lr_lambda, (list, tuple))
+        self.lr_lambdas = per_group("lr_lambda", optimizer, lr_lambda)
+        for function in self.lr_lambdas:
+            if not callable(function):
+                raise TypeError(f"lr_lambda should be a function of the step, got {function!r:.80}.")
+        super().__init__(optimizer, last_epoch)
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        if self._shared:
+            self.lr_lambdas += self.lr_lambdas[:1] * (len(self.base_lrs) - len(self.lr_lambdas))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"lr_lambdas": [saved_attributes(function) for function in self.lr_lambdas]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for function, saved in zip(self.lr_lambdas, state.pop("lr_lambdas"), strict=False):
+            vars(function).update(saved or {})
+        super()._restore(state)
+
+
+class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
+    r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\, \lambda(t)$."""
+
+    def get_lr(self) -> list[Any]:
+        if self._shared:
+            scale = self.lr_lambdas[0](self.last_epoch)
+            return [base * scale for base in self.base_lrs]
+        return [base * scale(self.last_epoch) for base, scale in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+
+
+class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR):
+    r"""The last lr times a function of the step: $\eta_t = \eta_{t-1}\, \lambda(t)$."""
+
+    def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
+        self._products: tuple[int, list[float]] = (0, [])
+        super().__init__(optimizer, lr_lambda, last_epoch)
+
+    def _closed(self, lrs: Iterable[Any], step: int) -> list[Any]:
+        functions = self.lr_lambdas[:1] if self._shared else self.lr_lambdas
+        done, products = self._products
+        if step < done or len(products) != len(functions):
+            done, products = 0, [1.0] * len(functions)
+        for t in range(done + 1, step + 1):
+            products = [product * function(t) for product, function in zip(products, functions, strict=True)]
+        self._products = step, products
+        spread = products * len(self.lr_lambdas) if self._shared else products
+        return [lr * product for lr, product in zip(lrs, spread, strict=True)]
+
+    def _carry(self, index: int, lr: Any, step: int) -> Any:
+        return lr * self.lr_lambdas[index](step) if step > 0 else lr
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if epoch is None:
+            return super()._update_lr()
+        lrs = map(LR, self.optimizer.param_groups)
+        values = [lr * function(epoch) for lr, function in zip(lrs, self.lr_lambdas, strict=True)]
+        self._settle(epoch, values, [False] * len(values))
+
+
+class StepLR(ClosedLR, torch_schedulers.StepLR):
+    r"""Times `gamma` every `step_size` steps: $\eta_t = \eta_0\, \gamma^{\lfloor t / n \rfloor}$."""
+
+    options = ("step_size", "gamma")
+
+    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1) -> None:
+        if step_size <= 0:
+            raise ValueError(f"StepLR: step_size must be a positive number of steps, got {step_size}.")
+        self.step_size, self.gamma = step_size, gamma
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        return self.gamma ** (step // self.step_size)
+
+
+class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
+    r"""Times `gamma` at each of `milestones`, which increase: $\eta_t = \eta_0\, \gamma^{|\{m \le t\}|}$."""
+
+    options = ("milestones", "gamma")
+
+    def __init__(
+        self, optimizer: Optimizer, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1
+    ) -> None:
+        self.milestones = Counter(increasing("MultiStepLR", milestones))
+        self.gamma = gamma
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        return self.gamma ** bisect_right(sorted(self.milestones.elements()), step)
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} expected to be between 0 and 1, got {value}.")
+    return value
+
+
+class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
+    r"""Times `factor` for the first `total_iters` steps: $\eta_t = \eta_0\, c$ for $t < T$, then $\eta_0$."""
+
+    options = ("factor", "total_iters")
+
+    def __init__(
+        self, optimizer: Optimizer, factor: float = 1.0 / 3, total_iters: int = 5, last_epoch: int = -1
+    ) -> None:
+        self.factor = _fraction("ConstantLR: factor", factor)
+        self.total_iters = total_iters
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        return self.factor if step < self.total_iters else 1.0
+
+
+class LinearLR(ClosedLR, torch_schedulers.LinearLR):
+    r"""A line of factors: $\eta_t = \eta_0\,(a + (b - a) \min(t, T) / T)$, `start_factor` $a$ and `end_factor` $b$."""
+
+    options = ("start_factor", "end_factor", "total_iters")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        start_factor: float = 1.0 / 3,
+        end_factor: float = 1.0,
+        total_iters: int = 5,
+        last_epoch: int = -1,
+    ) -> None:
+        if start_factor == 0:
+            raise ValueError(
+                "LinearLR: start_factor must be greater than 0, which no later factor could scale up again."
+            )
+        self.start_factor = _fraction("LinearLR: start_factor", start_factor)
+        self.end_factor = _fraction("LinearLR: end_factor", end_factor)
+        self.total_iters = total_iters
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        if step >= self.total_iters:
+            return self.end_factor if self.total_iters else self.start_factor
+        return anneal(self.start_factor, self.end_factor, step / self.total_iters, "linear")
+
+
+class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
+    r"""Times `gamma` at every step: $\eta_t = \eta_0\, \gamma^t$."""
+
+    options = ("gamma",)
+
+    def __init__(self, optimizer: Optimizer, gamma: float, last_epoch: int = -1) -> None:
+        self.gamma = gamma
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        return self.gamma**step
+
+
+class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
+    r"""Down to 0 with a power of what is left: $\eta_t = \eta_0\,(1 - \min(t, T) / T)^k$, `total_iters` $T$."""
+
+    options = ("total_iters", "power")
+
+    def __init__(self, optimizer: Optimizer, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1) -> None:
+        self.total_iters, self.power = total_iters, power
+        super().__init__(optimizer, last_epoch)
+
+    def scale(self, step: int) -> float:
+        return (1.0 - min(step, self.total_iters) / self.total_iters) ** self.power
+
+
+class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
+    r"""Half a cosine wave down to `eta_min`, and up again: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi t / T)) / 2$.
+
+    `T_max` $T$ is the number of steps on the way down. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+    """
+
+    options = ("T_max", "eta_min")
+
+    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:
+        if T_max <= 0:
+            raise ValueError(f"CosineAnnealingLR: T_max must be a positive number of steps, got {T_max}.")
+        self.T_max, self.eta_min = T_max, eta_min
+        super().__init__(optimizer, last_epoch)
+
+    def floors(self) -> Sequence[Any]:
+        return [self.eta_min] * len(self.base_lrs) if self.eta_min else ()
+
+    def scale(self, step: int) -> float:
+        return half_cosine(step, self.T_max)
+
+
+class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
+    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i)) / 2$.
+
+    The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)` takes fractions of
+    an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+    """
+
+    options = ("T_0", "T_mult", "eta_min")
+
+    def __init__(
+        self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
+    ) -> None:
+        check_count("T_0", T_0)
+        check_count("T_mult", T_mult)
+        if not isinstance(eta_min, (float, int)):
+            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}.")
+        self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = T_0, T_0, T_mult, eta_min, float(last_epoch)
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        scale = half_cosine(self.T_cur, self.T_i)
+        return [self.eta_min + (base - self.eta_min) * scale for base in self.base_lrs]
+
+    def step(self, epoch: float | None = None) -> None:
+        if epoch is not None and epoch < 0:
+            raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
+        self._step_count += 1
+        self._update_lr(epoch)
+
+    def _update_lr(self, epoch: float | None = None) -> None:
+        epoch = self.last_epoch + 1 if epoch is None else epoch
+        _, self.T_cur, self.T_i = find_cycle(epoch, self.T_0, self.T_mult)
+        super()._update_lr(math.floor(epoch))
+
+
+class SWALR(ClosedLR, torch_swa_utils.SWALR):
+    r"""From whatever the lr is to `swa_lr` in `anneal_epochs` steps, and there it stays, for weight averaging.
+
+    $\eta_t = s + (\eta_0 - s)\,(1 - \alpha(t))$; $\alpha$ goes from 0 to 1 on half a cosine wave or on a line.
+    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, arXiv:1803.05407.
+    """
+
+    options = ("anneal_epochs",)
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        swa_lr: float | list[float],
+        anneal_epochs: int = 10,
+        anneal_strategy: Literal["cos", "linear"] = "cos",
+        last_epoch: int = -1,
+    ) -> None:
+        check_optimizer(self, optimizer)
+        lrs = per_group("swa_lr", optimizer, swa_lr)
+        self._anneal_strategy = check_strategy(anneal_strategy)
+        if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
+            raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}.")
+        self.anneal_epochs = anneal_epochs
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["swa_lr"] = lr
+        super().__init__(optimizer, last_epoch)
+
+    def floors(self) -> Sequence[Any]:
+        return [group["swa_lr"] for group in self.optimizer.param_groups]
+
+    def scale(self, step: int) -> float:
+        fraction = min(1.0, max(step, not self.anneal_epochs) / max(1, self.anneal_epochs))
+        return anneal(1.0, 0.0, fraction, "cosine" if self._anneal_strategy == "cos" else "linear")
+
+    def _carry(self, index: int, lr: Any, step: int) -> Any:
+        return self.floors()[index] if self.scale(step) == 0 else super()._carry(index, lr, step)
+
+
+class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
+    r"""Times `factor` when a metric has not improved for more than `patience` steps, which `step(metric)` is given.
+
+    Better than the best so far is, for `mode` "min", less than best * (1 - `threshold`), or best - `threshold` with
+    `threshold_mode` "abs"; for "max" the other way. After a reduction, `cooldown` steps are not counted. No lr goes
+    below `min_lr`; a change of at most `eps` is left out.
+    """
+
+    options = ("factor", "patience", "threshold", "threshold_mode", "mode", "cooldown", "best", "num_bad_epochs")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: Literal["rel", "abs"] = "rel",
+        cooldown: int = 0,
+        min_lr: list[float] | float = 0,
+        eps: float = 1e-8,
+    ) -> None:
+        if factor >= 1.0:
+            raise ValueError(f"Factor should be < 1.0, got {factor}.")
+        check_optimizer(self, optimizer)
+        self._init_is_better(mode, threshold, threshold_mode)
+        self.min_lrs = per_group("min_lr", optimizer, min_lr)
+        self.default_min_lr = None if isinstance(min_lr, (list, tuple)) else min_lr
+        self.optimizer, self.factor, self.patience, self.cooldown, self.eps = optimizer, factor, patience, cooldown, eps
+        self.last_epoch, self._resumed = 0, False
+        self._reset()
+        self._last_lr = list(map(copied, map(LR, optimizer.param_groups)))
+
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
+        current = float(metrics)
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        better = self._is_better(current, self.best)
+        self.best = current if better else self.best
+        self.num_bad_epochs = 0 if better or self.in_cooldown else self.num_bad_epochs + 1
+        self.cooldown_counter -= self.in_cooldown
+        if self.num_bad_epochs > self.patience:
+            self._reduce_lr(self.last_epoch)
+            self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
+        self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
+
+    def _reduce_lr(self, epoch: int) -> None:
+        groups = self.optimizer.param_groups
+        if self.default_min_lr is not None:
+            self.min_lrs = [self.default_min_lr] * len(groups)
+        if len(groups) != len(self.min_lrs):
+            raise RuntimeError(
+                f"min_lr has {len(self.min_lrs)} values for {len(groups)} param groups: set min_lrs anew."
+            )
+        for group, lowest in zip(groups, self.min_lrs, strict=True):
+            old = float(group["lr"])
+            new = max(old * self.factor, lowest)
+            if old - new > self.eps:
+                assign(group, "lr", new)

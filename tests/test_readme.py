@@ -63,6 +63,7 @@ def test_the_example_runs():
 def test_what_it_links_to_is_there():
     for page in (
         ROOT / "README.md",
+        ROOT / "README.zh-CN.md",
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").glob("*.md"),
         ROOT / "benchmarks/README.md",

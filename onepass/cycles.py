@@ -1,0 +1,258 @@
+"""Cyclic schedulers, which move momentum against the lr: CyclicLR and OneCycleLR."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim import lr_scheduler as torch_schedulers
+
+from .schedule import anneal
+from .scheduler import LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
+
+__all__ = ["CyclicLR", "OneCycleLR", "check_count", "check_strategy"]
+
+
+class _CycleLR(LRScheduler):
+    """Schedules that move momentum, or the first of the betas, against the lr: `momenta` gives one for each group."""
+
+    def momenta(self) -> list[float]:
+        """The momentum of each group at `last_epoch`."""
+        raise NotImplementedError
+
+    def _check_momenta(self, optimizer: Optimizer, cycle: bool, base: Any, top: Any) -> None:
+        check_optimizer(self, optimizer)
+        if cycle and not {"momentum", "betas"} & optimizer.defaults.keys():
+            raise ValueError(
+                "optimizer must support momentum or beta1 with `cycle_momentum` option enabled: "
+                f"{type(optimizer).__name__} has neither momentum nor betas, pass cycle_momentum=False."
+            )
+        self.cycle_momentum, self.use_beta1 = cycle, "betas" in optimizer.defaults
+        self.base_momentums = per_group("base_momentum", optimizer, base)
+        self.max_momentums = per_group("max_momentum", optimizer, top)
+
+    def _prepare(self) -> None:
+        bounds = zip(self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True)
+        for group, low, high in bounds if self.cycle_momentum else ():
+            group["base_momentum"], group["max_momentum"] = low, high
+
+    def _write(self, values: list[Any], plain: bool) -> None:
+        momenta = self.momenta() if self.cycle_momentum else ()
+        super()._write(values, plain)
+        for group, momentum in zip(self.optimizer.param_groups, momenta, strict=False):
+            if not self.use_beta1:
+                group["momentum"] = momentum
+            else:
+                group["betas"] = (momentum, *group["betas"][1:])
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError for what is no positive integer."""
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"Expected positive integer {name}, but got {value}.")
+
+
+def check_strategy(strategy: str) -> Any:
+    """Raise ValueError for what is no way to anneal."""
+    if strategy not in ("cos", "linear"):
+        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}.")
+    return strategy
+
+
+class _Triangles(_CycleLR):
+    """The frame of `CyclicLR`: where in a triangle a step is."""
+
+    mode: str
+    gamma: float
+    scale_mode: str
+    total_size: float
+    step_ratio: float
+    max_lrs: list[Any]
+    _lowest: list[Any]
+    _scale_fn_custom: Callable[[float], float] | None
+
+    def scale_fn(self, x: float) -> float:
+        """What multiplies the height, in cycle or at step `x`."""
+        if self._scale_fn_custom is not None:
+            return self._scale_fn_custom(x)
+        return {"triangular": 1.0, "triangular2": 2.0 ** (1 - x)}.get(self.mode, self.gamma**x)
+
+    def height(self) -> float:
+        """How far up, from 0 to 1, the step is."""
+        cycle = math.floor(1 + self.last_epoch / self.total_size)
+        x = 1.0 + self.last_epoch / self.total_size - cycle
+        height = x / self.step_ratio if x <= self.step_ratio else (x - 1) / (self.step_ratio - 1)
+        return height * self.scale_fn(cycle if self.scale_mode == "cycle" else self.last_epoch)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for group, low in zip(self.optimizer.param_groups, self._lowest, strict=True):
+            assign(group, "lr", low)
+
+    def _initial_step(self) -> None:
+        self.base_lrs = list(map(copied, self._lowest))
+        super()._initial_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict() | {"_scale_fn_custom": saved_attributes(self._scale_fn_custom)}
+        return {key: value for key, value in state.items() if key != "_lowest"}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        attributes = state.pop("_scale_fn_custom", None)
+        if attributes and self._scale_fn_custom is not None:
+            vars(self._scale_fn_custom).update(attributes)
+        super()._restore(state)
+
+    def _adopt(self) -> None:
+        super()._adopt()
+        for name in ("max_lrs", "base_momentums", "max_momentums"):
+            values = getattr(self, name)
+            values += [shared(name, values) for _ in self.base_lrs[len(values) :]]
+
+
+class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
+    r"""Up from `base_lr` to `max_lr` in `step_size_up` steps, down in `step_size_down`, again and again.
+
+    The height is multiplied by 1 (`mode` "triangular"), in cycle $c$ by $2^{1-c}$ ("triangular2"), at step $t$ by
+    $\gamma^t$ ("exp_range"), or by `scale_fn` of $c$ or $t$ (`scale_mode` "cycle" or "iterations"). Momentum goes the
+    other way. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186.
+    """
+
+    options = ("max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "cycle_momentum")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base_lr: float | list[float],
+        max_lr: float | list[float],
+        step_size_up: int = 2000,
+        step_size_down: int | None = None,
+        mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+        gamma: float = 1.0,
+        scale_fn: Callable[[float], float] | None = None,
+        scale_mode: Literal["cycle", "iterations"] = "cycle",
+        cycle_momentum: bool = True,
+        base_momentum: float = 0.8,
+        max_momentum: float = 0.9,
+        last_epoch: int = -1,
+    ) -> None:
+        self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        self._lowest, self.max_lrs = per_group("base_lr", optimizer, base_lr), per_group("max_lr", optimizer, max_lr)
+        up, down = step_size_up, step_size_up if step_size_down is None else step_size_down
+        if up <= 0 or down < 0:
+            raise ValueError(
+                f"CyclicLR: step_size_up must be positive and step_size_down not negative, got {up}, {down}."
+            )
+        if mode not in ("triangular", "triangular2", "exp_range") and scale_fn is None:
+            raise ValueError(
+                f"mode is invalid and scale_fn is None: {mode!r} is no triangular, triangular2 or exp_range."
+            )
+        self.total_size, self.step_ratio = float(up + down), float(up) / (up + down)
+        self.mode, self.gamma, self._scale_fn_custom = mode, gamma, scale_fn
+        self.scale_mode = scale_mode if scale_fn is not None else "iterations" if mode == "exp_range" else "cycle"
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        height = self.height()
+        return [low + (high - low) * height for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
+
+    def momenta(self) -> list[float]:
+        height = self.height()
+        return [top - (top - low) * height for low, top in zip(self.base_momentums, self.max_momentums, strict=True)]
+
+
+class _Phases(_CycleLR):
+    """The frame of `OneCycleLR`: phases, each from one of a group's numbers to another."""
+
+    total_steps: int
+    _anneal_func_type: str
+
+    def _set_phases(self, rise: float, three: bool) -> None:
+        total, names = self.total_steps, ("start_lr", "end_lr", "start_momentum", "end_momentum")
+        up = ("initial_lr", "max_lr", "max_momentum", "base_momentum")
+        down = ("max_lr", "initial_lr" if three else "min_lr", "base_momentum", "max_momentum")
+        ends: list[tuple[float, tuple[str, ...]]] = [(rise * total - 1, up), (total - 1, down)]
+        if three:
+            last = ("initial_lr", "min_lr", "max_momentum", "max_momentum")
+            ends = [ends[0], (2 * rise * total - 2, down), (total - 1, last)]
+        self._schedule_phases: list[Any] = [
+            {"end_step": float(end), **dict(zip(names, row, strict=True))} for end, row in ends
+        ]
+
+    def _values(self, what: str) -> list[Any]:
+        if self.last_epoch > self.total_steps:
+            raise ValueError(f"Tried to step {self.last_epoch} times. The number of total steps is {self.total_steps}.")
+        phases = self._schedule_phases
+        at = next((i for i, phase in enumerate(phases[:-1]) if self.last_epoch <= phase["end_step"]), len(phases) - 1)
+        start, end = phases[at - 1]["end_step"] if at else 0.0, phases[at]["end_step"]
+        fraction = (self.last_epoch - start) / (end - start) if end != start else 1.0
+        left = anneal(1.0, 0.0, fraction, "cosine" if self._anneal_func_type == "cos" else "linear")
+        first, last = phases[at][f"start_{what}"], phases[at][f"end_{what}"]
+        return [group[last] + (group[first] - group[last]) * left for group in self.optimizer.param_groups]
+
+    def _adopt(self) -> None:
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :] if self.base_lrs else ():
+            for name in ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"):
+                if name in groups[0] and name not in group:
+                    group[name] = shared(name, [other[name] for other in groups[: len(self.base_lrs)]])
+        super()._adopt()
+
+
+class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
+    r"""Up to `max_lr` in the fraction `pct_start` of the steps, and down to far below where it began.
+
+    From `max_lr` / `div_factor` up, and down to 1 / `final_div_factor` of that; with `three_phase`, down to the start
+    first. Momentum goes the other way. Smith and Topin, "Super-Convergence", 2018, arXiv:1708.07120.
+    """
+
+    options = ("total_steps", "cycle_momentum")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        max_lr: float | list[float],
+        total_steps: int | None = None,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        pct_start: float = 0.3,
+        anneal_strategy: Literal["cos", "linear"] = "cos",
+        cycle_momentum: bool = True,
+        base_momentum: float | list[float] = 0.85,
+        max_momentum: float | list[float] = 0.95,
+        div_factor: float = 25.0,
+        final_div_factor: float = 1e4,
+        three_phase: bool = False,
+        last_epoch: int = -1,
+    ) -> None:
+        self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        self.total_steps = _count_steps(total_steps, epochs, steps_per_epoch)
+        if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
+            raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}.")
+        self._anneal_func_type = check_strategy(anneal_strategy)
+        self._set_phases(pct_start, three_phase)
+        self._max_lrs, self._divisors = per_group("max_lr", optimizer, max_lr), (div_factor, final_div_factor)
+        super().__init__(optimizer, last_epoch)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for group, top in zip(self.optimizer.param_groups, self._max_lrs, strict=True):
+            first = top / self._divisors[0]
+            group["initial_lr"], group["max_lr"], group["min_lr"] = first, top, first / self._divisors[1]
+
+    def get_lr(self) -> list[Any]:
+        return self._values("lr")
+
+    def momenta(self) -> list[float]:
+        return self._values("momentum")
+
+
+def _count_steps(total: int | None, epochs: int | None, per_epoch: int | None) -> int:
+    if total is None and (epochs is None or per_epoch is None):
+        raise ValueError("You must define either total_steps OR (epochs AND steps_per_epoch).")
+    for name, value in (("total_steps", total), ("epochs", epochs), ("steps_per_epoch", per_epoch)):
+        if value is not None and (total is None or name == "total_steps"):
+            check_count(name, value)
+    return total if total is not None else (epochs or 0) * (per_epoch or 0)
