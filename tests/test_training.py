@@ -19,7 +19,7 @@ from onepass.checkpoint import CheckpointError
 from onepass.tasks import Data, Examples, TaskError, text
 from onepass.training import loop
 from onepass.training.comparison import compare_steps
-from onepass.training.loop import Diverged, Run, Settings, SettingsError, fit, make_settings, scheduled_lr
+from onepass.training.loop import Diverged, Run, Settings, SettingsError, fit, make_schedule, make_settings
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_what_is_measured(tmp_path: Path, short_digits: None) -> None:
     assert run.total_steps == 8
     assert len(history.lr) == len(history.train_loss) == len(history.train_metric) == 8
     assert len(history.held_out_loss) == len(history.held_out_metric) == 2
-    assert history.lr == [scheduled_lr("cosine", 3e-3, step, 8) for step in range(8)]
+    assert history.lr == list(map(make_schedule("cosine", 3e-3, 8), range(8)))
     assert min(run.seconds.forward, run.seconds.backward, run.seconds.optimizer, run.seconds.evaluation) > 0
     run.model.eval()
     inputs, targets = run.data.held_out.batch(torch.arange(len(run.data.held_out)))
@@ -255,9 +255,9 @@ def test_an_optimizer_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 def test_schedules(total: int, warmup: int) -> None:
     rates = {
-        name: [scheduled_lr(name, 0.5, step, total, warmup) for step in range(total)] for name in ("step", "cosine")
+        name: list(map(make_schedule(name, 0.5, total, warmup), range(total))) for name in ("step", "cosine", "none")
     }
-    assert [scheduled_lr("none", 0.5, step, total, warmup) for step in range(total)] == [0.5] * total
+    assert rates.pop("none") == [0.5] * total
     for values in rates.values():
         assert all(0 < value <= 0.5 for value in values)
         rise, fall = values[:warmup], values[warmup:]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from onepass import checkpoint
 from onepass.catalog import UnknownName, find_trainable
+from onepass.schedule import Schedule, constant, cosine, linear, piecewise
 from onepass.tasks import Data, Examples, Task, find_task
 
 __all__ = [
@@ -34,8 +35,8 @@ __all__ = [
     "SettingsError",
     "find_optimizer",
     "fit",
+    "make_schedule",
     "make_settings",
-    "scheduled_lr",
 ]
 
 CHECKPOINT = "last.safetensors"  # the file in a run's folder that holds its last finished epoch
@@ -128,19 +129,18 @@ def _default_lr(task: Task, optimizer: str) -> float:
     return own if isinstance(own, float) and own > 0 else task.lr[task.optimizer]
 
 
-def scheduled_lr(schedule: str, lr: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
-    """The learning rate of the 0-based `step` of `total_steps`: a pure function, so that no state can be lost.
+def make_schedule(name: str, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
+    """The learning rate as a function of the step, counted from 0.
 
     `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a tenth after half of
     the steps and to a hundredth after three quarters. Both first rise in a line over `warmup_steps`.
     """
-    if schedule == "none":
-        return lr
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "step":
-        return lr * (1.0 if 2 * step < total_steps else 0.1 if 4 * step < 3 * total_steps else 0.01)
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    if name == "none":
+        return constant(lr)
+    falls = {max(0, share * total_steps - warmup_steps): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))}
+    after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total_steps - warmup_steps))
+    rise = lr / max(1, warmup_steps)
+    return linear(rise, rise + lr, steps=warmup_steps).then(after) if warmup_steps else after
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -350,11 +350,12 @@ def _own_rng(run: Run) -> Iterator[None]:
 
 def _train_epoch(run: Run, observer: Observer) -> None:
     run.model.train()
+    settings, warmup_steps = run.settings, round(run.task.warmup * run.total_steps)
+    schedule = make_schedule(settings.schedule, settings.lr, run.total_steps, warmup_steps)
     order = torch.randperm(len(run.data.train), generator=run.shuffle)[: run.examples_per_epoch]
-    for indices in order.split(run.settings.batch_size):
+    for indices in order.split(settings.batch_size):
         step = len(run.history.train_loss)
-        warmup_steps = round(run.task.warmup * run.total_steps)
-        lr = scheduled_lr(run.settings.schedule, run.settings.lr, step, run.total_steps, warmup_steps)
+        lr = schedule(step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         inputs, targets = run.data.train.batch(indices)
@@ -362,7 +363,7 @@ def _train_epoch(run: Run, observer: Observer) -> None:
         if not math.isfinite(loss):
             raise Diverged(
                 f"the loss became {loss} in epoch {run.epoch + 1}, step {step + 1} of {run.total_steps}: "
-                f"try a smaller lr than {run.settings.lr:g}."
+                f"try a smaller lr than {settings.lr:g}."
             )
         run.history.lr.append(lr)
         run.history.train_loss.append(loss)
