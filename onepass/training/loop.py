@@ -129,18 +129,17 @@ def _default_lr(task: Task, optimizer: str) -> float:
     return own if isinstance(own, float) and own > 0 else task.lr[task.optimizer]
 
 
-def make_schedule(name: str, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
+def make_schedule(name: str, lr: float, total: int, warmup: int = 0) -> Schedule:
     """The learning rate as a function of the step, counted from 0.
 
     `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a tenth after half of
-    the steps and to a hundredth after three quarters. Both first rise in a line over `warmup_steps`.
+    the steps and to a hundredth after three quarters. Both first rise in a line over `warmup` of the `total` steps.
     """
     if name == "none":
         return constant(lr)
-    falls = {max(0, share * total_steps - warmup_steps): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))}
-    after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total_steps - warmup_steps))
-    rise = lr / max(1, warmup_steps)
-    return linear(rise, rise + lr, steps=warmup_steps).then(after) if warmup_steps else after
+    falls = {max(0, share * total - warmup): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))}
+    after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total - warmup))
+    return linear(lr / warmup, lr / warmup + lr, steps=warmup).then(after) if warmup else after
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -350,8 +349,8 @@ def _own_rng(run: Run) -> Iterator[None]:
 
 def _train_epoch(run: Run, observer: Observer) -> None:
     run.model.train()
-    settings, warmup_steps = run.settings, round(run.task.warmup * run.total_steps)
-    schedule = make_schedule(settings.schedule, settings.lr, run.total_steps, warmup_steps)
+    settings, total = run.settings, run.total_steps
+    schedule = make_schedule(settings.schedule, settings.lr, total, round(run.task.warmup * total))
     order = torch.randperm(len(run.data.train), generator=run.shuffle)[: run.examples_per_epoch]
     for indices in order.split(settings.batch_size):
         step = len(run.history.train_loss)
@@ -362,7 +361,7 @@ def _train_epoch(run: Run, observer: Observer) -> None:
         loss, metric = _train_step(run, inputs, targets)
         if not math.isfinite(loss):
             raise Diverged(
-                f"the loss became {loss} in epoch {run.epoch + 1}, step {step + 1} of {run.total_steps}: "
+                f"the loss became {loss} in epoch {run.epoch + 1}, step {step + 1} of {total}: "
                 f"try a smaller lr than {settings.lr:g}."
             )
         run.history.lr.append(lr)
