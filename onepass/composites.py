@@ -28,9 +28,12 @@ class _Composite(LRScheduler):
     options = ("_schedulers",)
     _schedulers: Sequence[torch_schedulers.LRScheduler]
 
-    def _take(self, optimizer: Optimizer, schedulers: Sequence[torch_schedulers.LRScheduler]) -> None:
+    def _take(self, optimizer: Optimizer | None, schedulers: Sequence[Any]) -> None:
         """Check that the members are schedulers of one optimizer, and keep them."""
         name = type(self).__name__
+        if len(schedulers) < 1:
+            raise ValueError(f"{name} expects at least one scheduler, but got no scheduler.")
+        optimizer = optimizer or getattr(schedulers[0], "optimizer", None)
         for index, member in enumerate(schedulers):
             if not hasattr(member, "optimizer"):
                 raise TypeError(f"{name}: what stands at index {index} is no scheduler, got {member!r:.80}.")
@@ -42,13 +45,8 @@ class _Composite(LRScheduler):
                 raise ValueError(
                     f"{name}: the scheduler at index {index} belongs to another optimizer; give all the same."
                 )
-        self.optimizer, self._schedulers, self._resumed, self._own, self._step_count = (
-            optimizer,
-            schedulers,
-            False,
-            [],
-            0,
-        )
+        self.optimizer: Optimizer = schedulers[0].optimizer
+        self._schedulers, self._resumed = schedulers, False
 
     def _note(self) -> None:
         self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
@@ -78,21 +76,14 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
     def __init__(
         self, optimizer: Optimizer, schedulers: list[Any], milestones: list[int], last_epoch: int = -1
     ) -> None:
-        if len(schedulers) < 1:
-            raise ValueError("SequentialLR expects at least one scheduler, but got no scheduler.")
-        if len(milestones) != len(schedulers) - 1:
-            raise ValueError(
-                f"SequentialLR needs one scheduler more than milestones, got {len(schedulers)} and {len(milestones)}."
-            )
-        increasing("SequentialLR", milestones)
         self._take(optimizer, schedulers)
+        if len(milestones) != len(schedulers) - 1:
+            raise ValueError(f"SequentialLR: {len(schedulers)} schedulers do not go with {len(milestones)} milestones.")
+        increasing("SequentialLR", milestones)
         self._milestones, self.last_epoch = milestones, last_epoch + 1
         for group in optimizer.param_groups:
             assign(group, "lr", group["initial_lr"])
-        if last_epoch < 0:
-            self._initial_step()
-        else:
-            self._update_lr(last_epoch + 1)
+        self._initial_step() if last_epoch < 0 else self._update_lr(last_epoch + 1)
 
     def _initial_step(self) -> None:
         _rewind(self._schedulers)
@@ -132,9 +123,7 @@ class ChainedScheduler(_Composite, torch_schedulers.ChainedScheduler):
     """Several schedulers at once: each step is a step of all, in their order, and their changes of the lr add up."""
 
     def __init__(self, schedulers: Sequence[Any], optimizer: Optimizer | None = None) -> None:
-        if len(schedulers) < 1:
-            raise ValueError("ChainedScheduler expects at least one scheduler to be chained, but got no scheduler.")
-        self._take(optimizer or schedulers[0].optimizer, schedulers)
+        self._take(optimizer, schedulers)
         self._note()
 
     def _initial_step(self) -> None:

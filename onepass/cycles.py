@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from .schedule import anneal
-from .scheduler import LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
+from .scheduler import Group, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
 
 __all__ = ["CyclicLR", "OneCycleLR", "check_count", "check_strategy"]
 
@@ -39,13 +39,25 @@ class _CycleLR(LRScheduler):
             group["base_momentum"], group["max_momentum"] = low, high
 
     def _write(self, values: list[Any], plain: bool) -> None:
-        momenta = self.momenta() if self.cycle_momentum else ()
+        momenta = self.momenta() if self.cycle_momentum else []
         super()._write(values, plain)
-        for group, momentum in zip(self.optimizer.param_groups, momenta, strict=False):
+        self._put_momenta(self.optimizer.param_groups, momenta)
+        self._last_momenta = momenta
+
+    def _put_momenta(self, groups: Iterable[Group], momenta: list[float]) -> None:
+        for group, momentum in zip(groups, momenta, strict=False):
             if not self.use_beta1:
                 group["momentum"] = momentum
             else:
                 group["betas"] = (momentum, *group["betas"][1:])
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        left, groups = self._last_momenta, self.optimizer.param_groups
+        super()._restore(state)
+        if self.cycle_momentum and self.last_epoch >= 0:
+            found = [group["betas"][0] if self.use_beta1 else group["momentum"] for group in groups]
+            momenta = zip(found, left, self.momenta(), strict=False)
+            self._put_momenta(groups, [new if now == mine else now for now, mine, new in momenta])
 
 
 def check_count(name: str, value: object) -> None:
@@ -72,6 +84,17 @@ class _Triangles(_CycleLR):
     max_lrs: list[Any]
     _lowest: list[Any]
     _scale_fn_custom: Callable[[float], float] | None
+
+    def _set_triangle(self, up: int, down: int, mode: str, gamma: float, scale_fn: Any, scale_mode: str) -> None:
+        if up <= 0 or down < 0:
+            raise ValueError(f"step_size_up must be positive and step_size_down not negative, got {up} and {down}.")
+        if mode not in ("triangular", "triangular2", "exp_range") and scale_fn is None:
+            raise ValueError(
+                f"mode is invalid and scale_fn is None: choose triangular, triangular2 or exp_range, got {mode!r}."
+            )
+        self.total_size, self.step_ratio = float(up + down), float(up) / (up + down)
+        self.mode, self.gamma, self._scale_fn_custom = mode, gamma, scale_fn
+        self.scale_mode = scale_mode if scale_fn is not None else "iterations" if mode == "exp_range" else "cycle"
 
     def scale_fn(self, x: float) -> float:
         """What multiplies the height, in cycle or at step `x`."""
@@ -140,18 +163,8 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
     ) -> None:
         self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
         self._lowest, self.max_lrs = per_group("base_lr", optimizer, base_lr), per_group("max_lr", optimizer, max_lr)
-        up, down = step_size_up, step_size_up if step_size_down is None else step_size_down
-        if up <= 0 or down < 0:
-            raise ValueError(
-                f"CyclicLR: step_size_up must be positive and step_size_down not negative, got {up}, {down}."
-            )
-        if mode not in ("triangular", "triangular2", "exp_range") and scale_fn is None:
-            raise ValueError(
-                f"mode is invalid and scale_fn is None: {mode!r} is no triangular, triangular2 or exp_range."
-            )
-        self.total_size, self.step_ratio = float(up + down), float(up) / (up + down)
-        self.mode, self.gamma, self._scale_fn_custom = mode, gamma, scale_fn
-        self.scale_mode = scale_mode if scale_fn is not None else "iterations" if mode == "exp_range" else "cycle"
+        down = step_size_up if step_size_down is None else step_size_down
+        self._set_triangle(step_size_up, down, mode, gamma, scale_fn, scale_mode)
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
@@ -180,6 +193,12 @@ class _Phases(_CycleLR):
         self._schedule_phases: list[Any] = [
             {"end_step": float(end), **dict(zip(names, row, strict=True))} for end, row in ends
         ]
+
+    def get_lr(self) -> list[Any]:
+        return self._values("lr")
+
+    def momenta(self) -> list[float]:
+        return self._values("momentum")
 
     def _values(self, what: str) -> list[Any]:
         if self.last_epoch > self.total_steps:
@@ -241,12 +260,6 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         for group, top in zip(self.optimizer.param_groups, self._max_lrs, strict=True):
             first = top / self._divisors[0]
             group["initial_lr"], group["max_lr"], group["min_lr"] = first, top, first / self._divisors[1]
-
-    def get_lr(self) -> list[Any]:
-        return self._values("lr")
-
-    def momenta(self) -> list[float]:
-        return self._values("momentum")
 
 
 def _count_steps(total: int | None, epochs: int | None, per_epoch: int | None) -> int:

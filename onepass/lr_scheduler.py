@@ -22,7 +22,7 @@ from torch.optim import swa_utils as torch_swa_utils
 from .composites import ChainedScheduler, SequentialLR, increasing
 from .cycles import CyclicLR, OneCycleLR, check_count, check_strategy
 from .schedule import anneal, find_cycle, half_cosine
-from .scheduler import LR, ClosedLR, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes
+from .scheduler import LR, ClosedLR, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
 
 __all__ = ["ChainedScheduler", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"]
 __all__ += ["ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "OneCycleLR"]
@@ -176,7 +176,7 @@ class LinearLR(ClosedLR, torch_schedulers.LinearLR):
 
     def scale(self, step: int) -> float:
         if step >= self.total_iters:
-            return self.end_factor if self.total_iters else self.start_factor
+            return self.end_factor if self.total_iters > 0 else self.start_factor
         return anneal(self.start_factor, self.end_factor, step / self.total_iters, "linear")
 
 
@@ -203,6 +203,8 @@ class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
         super().__init__(optimizer, last_epoch)
 
     def scale(self, step: int) -> float:
+        if self.total_iters <= 0:
+            return 1.0
         return (1.0 - min(step, self.total_iters) / self.total_iters) ** self.power
 
 
@@ -250,14 +252,14 @@ class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingW
         scale = half_cosine(self.T_cur, self.T_i)
         return [self.eta_min + (base - self.eta_min) * scale for base in self.base_lrs]
 
-    def step(self, epoch: float | None = None) -> None:
+    def _step(self, epoch: float | None = None) -> None:
         if epoch is not None and epoch < 0:
             raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
         self._step_count += 1
         self._update_lr(epoch)
 
     def _update_lr(self, epoch: float | None = None) -> None:
-        epoch = self.last_epoch + 1 if epoch is None else epoch
+        epoch = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
         _, self.T_cur, self.T_i = find_cycle(epoch, self.T_0, self.T_mult)
         super()._update_lr(math.floor(epoch))
 
@@ -280,14 +282,25 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         last_epoch: int = -1,
     ) -> None:
         check_optimizer(self, optimizer)
-        lrs = per_group("swa_lr", optimizer, swa_lr)
+        self._swa_lrs = per_group("swa_lr", optimizer, swa_lr)
         self._anneal_strategy = check_strategy(anneal_strategy)
         if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
             raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}.")
         self.anneal_epochs = anneal_epochs
-        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["swa_lr"] = lr
         super().__init__(optimizer, last_epoch)
+
+    def _adopt(self) -> None:
+        known, groups = len(self.base_lrs), self.optimizer.param_groups
+        for group in groups[known:] if known else ():
+            if "swa_lr" not in group:
+                group["swa_lr"] = shared("swa_lr", [other["swa_lr"] for other in groups[:known]])
+        super()._adopt()
+        for group, lr in zip(groups, self._swa_lrs, strict=False):
+            group["swa_lr"] = lr
+        self._swa_lrs = []
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        super()._update_lr() if epoch is None else self._enter(epoch)
 
     def floors(self) -> Sequence[Any]:
         return [group["swa_lr"] for group in self.optimizer.param_groups]
@@ -300,7 +313,7 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         return self.floors()[index] if self.scale(step) == 0 else super()._carry(index, lr, step)
 
 
-class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
+class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
     r"""Times `factor` when a metric has not improved for more than `patience` steps, which `step(metric)` is given.
 
     Better than the best so far is, for `mode` "min", less than best * (1 - `threshold`), or best - `threshold` with
@@ -310,39 +323,11 @@ class ReduceLROnPlateau(LRScheduler, torch_schedulers.ReduceLROnPlateau):
 
     options = ("factor", "patience", "threshold", "threshold_mode", "mode", "cooldown", "best", "num_bad_epochs")
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        mode: Literal["min", "max"] = "min",
-        factor: float = 0.1,
-        patience: int = 10,
-        threshold: float = 1e-4,
-        threshold_mode: Literal["rel", "abs"] = "rel",
-        cooldown: int = 0,
-        min_lr: list[float] | float = 0,
-        eps: float = 1e-8,
-    ) -> None:
-        if factor >= 1.0:
-            raise ValueError(f"Factor should be < 1.0, got {factor}.")
-        check_optimizer(self, optimizer)
-        self._init_is_better(mode, threshold, threshold_mode)
-        self.min_lrs = per_group("min_lr", optimizer, min_lr)
-        self.default_min_lr = None if isinstance(min_lr, (list, tuple)) else min_lr
-        self.optimizer, self.factor, self.patience, self.cooldown, self.eps = optimizer, factor, patience, cooldown, eps
-        self.last_epoch, self._resumed = 0, False
-        self._reset()
-        self._last_lr = list(map(copied, map(LR, optimizer.param_groups)))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        LRScheduler.load_state_dict(self, state_dict)
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
-        current = float(metrics)
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        better = self._is_better(current, self.best)
-        self.best = current if better else self.best
-        self.num_bad_epochs = 0 if better or self.in_cooldown else self.num_bad_epochs + 1
-        self.cooldown_counter -= self.in_cooldown
-        if self.num_bad_epochs > self.patience:
-            self._reduce_lr(self.last_epoch)
-            self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
+        super().step(metrics, epoch)
         self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
 
     def _reduce_lr(self, epoch: int) -> None:

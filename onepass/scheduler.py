@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from .schedule import Schedule
 
-__all__ = ["LR", "ClosedLR", "LRScheduler", "Scheduler", "assign", "check_optimizer", "copied", "per_group"]
+__all__ = ["LR", "ClosedLR", "Group", "LRScheduler", "Scheduler", "assign", "check_optimizer", "copied", "per_group"]
 __all__ += ["saved_attributes", "shared"]
 
 Group = dict[str, Any]
@@ -116,19 +117,24 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next step; with `epoch`, which torch deprecates, to that one."""
+        if torch.compiler.is_compiling():
+            return _step_outside_graphs(self, epoch)
+        return self._step(epoch)
+
+    def _step(self, epoch: int | None = None) -> None:
         if self._step_count == 1 and not vars(self.optimizer).get("_opt_called", True):
             warnings.warn(
                 "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: "
                 "otherwise the first value of the schedule is skipped.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         if epoch is not None:
             warnings.warn(
                 "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. "
                 "Please use `scheduler.step()` to step the scheduler.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
             if epoch < 0:
                 raise ValueError(f"{type(self).__name__}: expected a step from 0 on, got {epoch}.")
@@ -186,10 +192,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs, in torch's form: numbers and lists of them, no function."""
         state = {key: value for key, value in vars(self).items() if key not in ("optimizer", "_resumed", "_versions")}
-        state["_group_lrs"] = list(map(LR, self.optimizer.param_groups))
+        # Beside what this scheduler has left: torch's carries both along, and moves only the other on.
+        state["_group_lrs"] = [*self._last_lr, *map(LR, self.optimizer.param_groups)]
         return {key: list(map(copied, value)) if isinstance(value, list) else value for key, value in state.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a scheduler of this class stood, or torch's; KeyError for a state dict of another class.
 
         A group whose lr is the one that this scheduler has left there gets the lr of the checkpoint: whether the
@@ -197,10 +204,15 @@ class LRScheduler(torch_schedulers.LRScheduler):
         """
         self._check(state_dict)
         state = {key: list(map(copied, v)) if isinstance(v, list) else v for key, v in state_dict.items()}
-        lrs, left = state.pop("_group_lrs", state.get("_last_lr", ())), self._last_lr
+        lrs, both, groups = state.get("_last_lr", []), state.pop("_group_lrs", []), self.optimizer.param_groups
+        if lrs and both[: len(lrs)] == lrs:
+            lrs = both[len(lrs) :]
+        else:  # torch's
+            state.pop("_own", None)
+        untouched = [equals(group["lr"], mine) for group, mine in zip(groups, self._last_lr, strict=False)]
         self._restore(state)
-        for group, mine, lr in zip(self.optimizer.param_groups, left, lrs, strict=False):
-            if equals(group["lr"], mine):
+        for group, still, lr in zip(groups, untouched, lrs, strict=False):
+            if still:
                 assign(group, "lr", lr)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -214,6 +226,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if missing or foreign:
             what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(foreign)}"
             raise KeyError(f"the state dict {what}: it is none of a {type(self).__name__}; load that of its own class.")
+
+
+# It imports torch's compiler when first called, which inside a compiled function has happened already.
+_step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: scheduler._step(epoch))
 
 
 class ClosedLR(LRScheduler):
@@ -288,6 +304,12 @@ class ClosedLR(LRScheduler):
         self._adopt()
         lrs = list(map(LR, self.optimizer.param_groups))
         self._settle(step, self._closed(lrs, step), [False] * len(lrs))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
+            pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
+            self._own = [math.isclose(lr, value, rel_tol=1e-6) for lr, value in pairs]
 
     def _is_own(self, index: int, lr: Value) -> bool:
         """Whether a group's lr is the closed form, which this scheduler has left there."""
