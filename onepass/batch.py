@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import kernel
 from .checks import Group, Member, State, check_gradient, check_matrix, check_member, check_state, pick
+from .columns import Columns, find_lazy, picker
 from .recipes import Recipe
 
 # What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
@@ -30,7 +30,7 @@ def check(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], recip
             check_state(owner, member, p, name, state[name], recipe.shape(name, p))
 
 
-class KernelBatch:
+class KernelBatch(Columns):
     """Dense tensors of one device and one set of dtypes, stepped by one launch.
 
     What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key must be its
@@ -43,32 +43,21 @@ class KernelBatch:
 
     def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
         self.members, self.recipe, self.owner = members, recipe, owner
-        self.count = len(members)
-        self.pick = _picker([m.position for m in members])
+        self.pick = picker([m.position for m in members])
         groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy.
         self.strided = [i for i, p in enumerate(params) if not recipe.fits(p)]
-        # Complex tensors, and those of one element, may be lazy conjugates or negations with the expected strides;
-        # torch's public functions make no other ones.
-        self.lazy = [i for i, p in enumerate(params) if p.numel() == 1 or p.is_complex()]
+        self.lazy = find_lazy(params)
         like = [recipe.as_dense(p) for p in params]
         gradients = [
             t if t.dtype == _gradient_dtype(p) else torch.empty_like(t, dtype=_gradient_dtype(p))
             for t, p in zip(like, params, strict=True)
         ]
-        columns = [[state[name] for state in states] for name in recipe.entries]
-        self.expected = kernel.expect([*gradients, *like, *chain.from_iterable(columns)])
-        self.numbers_at = np.array([state[n].data_ptr() for n in recipe.numbers for state in states], np.uint64)
-        if recipe.graph.has_matrices:
-            self.sizes = np.array([kernel.sizes(p.shape) for p in params], dtype=np.int64)
-        else:
-            scale = 2 if params[0].is_complex() else 1
-            self.sizes = np.array([(1, 1, scale * p.numel()) for p in params], dtype=np.int64)
-        first = [gradients[0], like[0], *(states[0][name] for name in recipe.graph.state)]
-        formats = tuple((c, format_name(t.dtype)) for c, t in zip(recipe.columns, first, strict=True))
-        self.kernel = kernel.compile(recipe.graph, formats)
-        self.work = self.kernel.split(self.sizes)
+        columns = [[state[name] for state in states] for name in recipe.graph.state]
+        numbers = [state[name] for name in recipe.numbers for state in states]
+        super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers)
+        self.numbers_at = np.array([number.data_ptr() for number in numbers], np.uint64)
         self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
         self.launch: Any = None
         self.inactive: list[int] = []
@@ -76,12 +65,10 @@ class KernelBatch:
         self.active = np.ones(self.count)
         self._work: Any = None
         self._threads = 1
-        self._placed = b""
-        self._overlapping = False
 
     def find_entries(self, order: Mapping[int, int], params: Sequence[Tensor]) -> None:
         """Note where in the optimizer's state the parameters' entries are; `order` maps an id to its place."""
-        self.pick_state = _picker([order[id(p)] for p in self.pick(params)] if self.recipe.entries else [])
+        self.pick_state = picker([order[id(p)] for p in self.pick(params)] if self.recipe.entries else [])
 
     def gather(
         self, params: Sequence[Tensor], groups: Sequence[Group], keys: Sequence[Any], entries: Sequence[State]
@@ -178,7 +165,8 @@ class KernelBatch:
         for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
-        self._threads = 1 if self._overlap() else torch.get_num_threads()
+        # One thread walks written tensors that share memory in order, as torch would.
+        self._threads = 1 if self.overlap(first=1) else torch.get_num_threads()
         self.launch.begin(self._threads)
 
     def cancel(self) -> None:
@@ -220,28 +208,7 @@ class KernelBatch:
         self.setting_numbers = settings[:, 2:].T
         # In its first step a parameter has settings of its own.
         self._work = self.work if first is None else None
-        pointers = self.expected.pointers[: len(self.recipe.columns) * self.count].reshape(-1, self.count)
-        self.launch = self.kernel.prepare(pointers, self.work, self._rows, len(settings))
-
-    def _overlap(self) -> bool:
-        """Whether two written tensors share memory: then one thread walks them in order, as torch would."""
-        written = slice(self.count, len(self.recipe.columns) * self.count)
-        placed = self.expected.pointers[written]
-        if placed.tobytes() != self._placed:
-            size = self.expected.bytes[written]
-            order = np.argsort(placed, kind="stable")
-            order = order[size[order] > 0]
-            ends = (placed + size.astype(np.uint64))[order]
-            self._overlapping = bool((ends[:-1] > placed[order][1:]).any())
-            self._placed = placed.tobytes()
-        return self._overlapping
-
-
-def _picker(places: list[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """A function that takes these places of a list; as fast as Python can."""
-    if len(places) == 1:
-        return lambda values: [values[places[0]]]
-    return itemgetter(*places) if places else lambda values: []
+        self.launch = self.kernel.prepare(self.pointers, self.work, self._rows, len(settings))
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:
@@ -251,12 +218,6 @@ def _gradient_dtype(p: Tensor) -> torch.dtype:
 def as_filled(g: Tensor) -> Tensor:
     """A gradient, with zeros where a sparse one has no values."""
     return g if g.layout == torch.strided else g.to_dense()
-
-
-def format_name(dtype: torch.dtype) -> str:
-    """The storage format of a dtype; complex numbers are pairs of real ones."""
-    real = dtype.to_real() if dtype.is_complex else dtype
-    return str(real).removeprefix("torch.")
 
 
 @dataclass

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Gathered, KernelBatch, check, format_name
+from .batch import EagerBatch, Gathered, KernelBatch, check
 from .checks import Group, Member, State, StepError, sparse_kind
+from .columns import format_name
 from .recipes import Algorithm, Mode, Recipe, describe, fill_state, make_recipe, new_counter, switches
 from .rows import EagerRows, RowsBatch
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Gathered, format_name, write_number
+from .batch import EagerBatch, Gathered, write_number
 from .checks import Group, Member, State
+from .columns import format_name
 from .kernel.ir import Rank, RuleError, topological
 from .recipes import Recipe
 

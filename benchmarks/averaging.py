@@ -1,0 +1,98 @@
+"""The time of one update of averaged weights: onepass beside torch, on the same tensors, in turns within one process.
+
+python benchmarks/averaging.py [--seconds 4] [--threads 2] [--model small,tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.optim.swa_utils as theirs
+from torch import nn
+
+from onepass import swa_utils as ours
+from onepass.averages import Plan
+from onepass.bench.machine import describe_machine, time_of
+from onepass.bench.measure import take_turns
+from onepass.bench.shapes import MODELS
+
+LIBRARIES = {"torch": theirs, "onepass": ours}
+FUNCTIONS = {"EMA": "get_ema_multi_avg_fn", "SWA": "get_swa_multi_avg_fn"}
+
+
+class Pair(nn.Module):
+    """Two parameters: most modules of real models have one or two."""
+
+    def __init__(self, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape)))
+
+
+def make_model(name: str) -> nn.Module:
+    """A benchmark's shapes, two in a module, ten modules in a block."""
+    shapes = MODELS[name].shapes
+    pairs = [Pair(shapes[i : i + 2]) for i in range(0, len(shapes), 2)]
+    return nn.Sequential(*(nn.Sequential(*pairs[i : i + 10]) for i in range(0, len(pairs), 10)))
+
+
+def race(timers: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Each contender's median, in ms."""
+    times = take_turns({name: partial(time_of, f) for name, f in timers.items()}, seconds)
+    return {name: found["median_ms"] for name, found in times.items()}
+
+
+def race_updates(model: nn.Module, seconds: float) -> dict[str, dict[str, float]]:
+    """`update_parameters`, of one and the same average."""
+    average, found = ours.AveragedModel(model), {}
+    average.update_parameters(model)
+    for title, name in {**FUNCTIONS, "default (SWA)": None}.items():
+        timers = {}
+        for who, library in LIBRARIES.items():
+            one = library.AveragedModel(nn.Identity(), multi_avg_fn=getattr(library, name)() if name else None)
+            one.module, one.n_averaged = average.module, torch.tensor(1)
+            timers[who] = partial(one.update_parameters, model)
+        found[f"update_parameters, {title}"] = race(timers, seconds)
+    return found
+
+
+def race_functions(model: nn.Module, seconds: float) -> dict[str, dict[str, float]]:
+    """The functions alone, of two lists, and the launch that is left without Python."""
+    values = [p.detach() for p in model.parameters()]
+    averages = [v.clone() for v in values]
+    plan = Plan(averages, values)
+    plan.read(averages, values)
+    launch = plan.batches[0].launch
+    found = {}
+    for title, name in FUNCTIONS.items():
+        timers: dict[str, Callable[[], object]] = {"limit": partial(launch.run, torch.get_num_threads())}
+        for who, library in LIBRARIES.items():
+            timers[who] = partial(getattr(library, name)(), averages, values, 1)
+        found[f"the function alone, {title}"] = race(timers, seconds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row of the table")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", default="small,tiny,gpt2", help=f"of {', '.join(MODELS)}")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {chosen.threads} threads, torch {torch.__version__}; medians in ms\n")
+    print("| model | what | torch | onepass | times faster | launch alone |")
+    print("|---|---|---|---|---|---|")
+    for name in chosen.model.split(","):
+        model = make_model(name)
+        for what, ms in (race_updates(model, chosen.seconds) | race_functions(model, chosen.seconds)).items():
+            limit = f"{ms['limit']:.3f}" if "limit" in ms else ""
+            ratio = ms["torch"] / ms["onepass"]
+            print(f"| {name} | {what} | {ms['torch']:.3f} | {ms['onepass']:.3f} | {ratio:.1f} | {limit} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
