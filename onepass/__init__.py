@@ -1,6 +1,6 @@
 """PyTorch optimizers, each written once and run in one pass over memory: `import onepass as optim`."""
 
-from . import lr_scheduler, swa_utils
+from . import lr_scheduler, schedule, swa_utils
 from .algorithms.adadelta import Adadelta
 from .algorithms.adafactor import Adafactor
 from .algorithms.adagrad import Adagrad
@@ -35,6 +35,8 @@ from .kernel.functions import (
 )
 from .kernel.ir import RuleError
 from .optimizer import Optimizer
+from .range_test import RangeTest, lr_find
+from .scheduler import Scheduler
 from .stateless import swap_in_optimizer_params_and_state
 
 __all__ = [
@@ -54,20 +56,24 @@ __all__ = [
     "PerRow",
     "RAdam",
     "RMSprop",
+    "RangeTest",
     "Rprop",
     "RuleError",
     "Scalar",
+    "Scheduler",
     "SparseAdam",
     "StepError",
     "call",
     "column_mean",
     "lerp",
+    "lr_find",
     "lr_scheduler",
     "maximum",
     "mean",
     "minimum",
     "norm",
     "row_mean",
+    "schedule",
     "sign",
     "sqrt",
     "square",

@@ -18,12 +18,16 @@ from onepass.bench.shapes import MODELS
 from onepass.catalog import UnknownName
 from onepass.checkpoint import CheckpointError
 from onepass.explain import explain as explain_optimizer
+from onepass.gallery.summary import choose_steps, summarize
 from onepass.kernel.ir import RuleError
+from onepass.notation import MAKERS, parse
+from onepass.schedule import ScheduleError
 from onepass.tasks import TASKS, TaskError
 from onepass.training import loop
 from onepass.training.comparison import compare_steps
 from onepass.training.display import TrainDisplay, describe, make_comparison_table, make_time_table, say
 from onepass.training.loop import Diverged, Run, SettingsError
+from onepass.training.rate_search import make_rate_table, search_rate, training_command
 
 __all__ = ["USER_ERRORS", "app", "run"]
 
@@ -38,6 +42,7 @@ USER_ERRORS = (
     CheckpointError,
     Diverged,
     RuleError,
+    ScheduleError,
     SettingsError,
     TaskError,
     UnknownName,
@@ -132,6 +137,15 @@ def _check_folder(folder: Path) -> None:
         raise SettingsError(f"--out {folder} cannot be written to: choose another folder, or make it writable.")
 
 
+def _check_files(*paths: Path | None) -> None:
+    """Refuse a file in a folder that does not exist, and a folder."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file in it, as {path / 'picture.png'}.")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first.")
+
+
 def _set_aside(path: Path, console: Console) -> None:
     """Keep the checkpoint of an earlier run in the same folder: forgetting --resume must not cost it."""
     if path.exists():
@@ -207,9 +221,7 @@ def bench(
 
     Without arguments a suite of typical algorithms is measured, in less than 10 minutes.
     """
-    for path in (json, plot_file):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path} cannot be written: there is no folder {path.absolute().parent}; make it first.")
+    _check_files(json, plot_file)
     if plot_file is not None:
         _require("matplotlib")
     cells = suite.choose(model, optimizer, every)
@@ -247,3 +259,80 @@ def explain(
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
     print(explanation.text(llvm, assembly), end="")
+
+
+@app.command("schedule")
+def show_schedule(
+    text: Annotated[str, typer.Argument(help=f"As 'cosine(3e-4, steps=10000).warmup(500)'; of {', '.join(MAKERS)}.")],
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps to show.", show_default="its length, or 1000 if it has no end")
+    ] = None,
+) -> None:
+    """Show a schedule: its length, its values at the ends and in between, its shape, and a picture on request."""
+    _check_files(plot_file)
+    if plot_file is not None:
+        _require("matplotlib")
+    schedule = parse(text)
+    shown = choose_steps(schedule, steps)
+    console = Console()
+    try:
+        lines = summarize(schedule, shown, plain=console.options.ascii_only)
+    except OverflowError as error:
+        raise UsageError(f"{text} is beyond all numbers within {shown:,} steps: show fewer with --steps.") from error
+    for name, value in lines:
+        say(console, f"{name:9} {value}")
+    if plot_file is not None:
+        from onepass.gallery.draw_schedules import plot_schedule  # as the curves of a training run
+
+        plot_schedule(schedule, shown, plot_file)
+        say(console, f"{'picture':9} {plot_file}")
+
+
+@app.command()
+def gallery(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("gallery"),
+) -> None:
+    """Draw what optimizers and schedules do: learning rates, momentum, the paths of all algorithms, every scheduler."""
+    _require("matplotlib")
+    _check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    from onepass.gallery.album import make  # as the curves of a training run
+
+    console = Console()
+    for picture, path in make(out):
+        say(console, f"{path}: {picture.meaning}")
+
+
+@app.command("lr-find")
+def find_lr(
+    task: Annotated[str, typer.Option(help=f"What to train: {', '.join(TASKS)}.")] = "digits",
+    optimizer: Annotated[str | None, typer.Option(help="An optimizer's name.", show_default="AdamW")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
+    lowest: Annotated[float, typer.Option(help="Rate of the first step.")] = 1e-7,
+    highest: Annotated[float, typer.Option(help="Rate of the last step.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Steps from the lowest rate to the highest.")] = 100,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="PNG picture to draw.", show_default="runs/TASK/lr-find.png")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder of data on disk (cifar10).")] = Path("data"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Find a learning rate: try rates that grow from step to step, and see where the loss falls fastest."""
+    _require("matplotlib", "safetensors")
+    settings = loop.make_settings(task, optimizer, batch_size=batch_size, seed=seed)
+    picture = Path("runs", task, "lr-find.png") if plot_file is None else plot_file
+    if plot_file is None:
+        _check_folder(picture.parent)
+    else:
+        _check_files(plot_file)
+    console = Console()
+    job = Run(settings, data)
+    say(console, f"{task}: {settings.optimizer}, batch size {settings.batch_size}, {steps} steps")
+    found = search_rate(job, console, lowest, highest, steps)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    found.plot(picture, f"{task}: {settings.optimizer}, batch size {settings.batch_size}, seed {seed}")
+    console.print(make_rate_table(found))
+    say(console, f"suggested learning rate: {found.suggestion:g}; {found.note}")
+    say(console, f"train with it: {training_command(settings, found.suggestion)}")
+    say(console, f"picture: {picture}")
