@@ -728,7 +728,9 @@ def counting(count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "data", [make_data(1), make_data(20), tuple(make_data()), Rows(), counting(12), iter(make_data(13))], ids=str
+    "data",
+    [make_data(1), make_data(20), tuple(make_data()), Rows(), counting(12), iter(make_data(13))],
+    ids=["one", "list", "tuple", "rows", "generator", "iterator"],
 )
 def test_data_of_every_kind(data: Any) -> None:
     model, optimizer = start(Tied, onepass.SGD, {})
