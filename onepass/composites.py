@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .scheduler import LR, LRScheduler, assign, copied
+from .scheduler import LRScheduler, assign, rates
 
 __all__ = ["ChainedScheduler", "SequentialLR", "increasing"]
 
@@ -49,7 +49,7 @@ class _Composite(LRScheduler):
         self._schedulers, self._resumed = schedulers, False
 
     def _note(self) -> None:
-        self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
+        self._last_lr = rates(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"_schedulers": [member.state_dict() for member in self._schedulers]}
@@ -115,7 +115,7 @@ def _rewind(members: Iterable[Any]) -> None:
     for member in members:
         if hasattr(member, "_schedulers"):
             _rewind(member._schedulers)
-        elif hasattr(member, "last_epoch"):
+        elif getattr(member, "last_epoch", -1) >= 0:  # a sequence within a sequence has done so already
             member.last_epoch -= 1
 
 

@@ -51,13 +51,20 @@ class _CycleLR(LRScheduler):
             else:
                 group["betas"] = (momentum, *group["betas"][1:])
 
+    def _found_momenta(self) -> list[float]:
+        groups = self.optimizer.param_groups if self.cycle_momentum else ()
+        return [group["betas"][0] if self.use_beta1 else group["momentum"] for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"_group_momenta": self._found_momenta()}
+
     def _restore(self, state: dict[str, Any]) -> None:
-        left, groups = self._last_momenta, self.optimizer.param_groups
+        left, found, saved = self._last_momenta, self._found_momenta(), state.pop("_group_momenta", [])
         super()._restore(state)
         if self.cycle_momentum and self.last_epoch >= 0:
-            found = [group["betas"][0] if self.use_beta1 else group["momentum"] for group in groups]
-            momenta = zip(found, left, self.momenta(), strict=False)
-            self._put_momenta(groups, [new if now == mine else now for now, mine, new in momenta])
+            saved = saved if self._last_momenta == self.momenta() else self.momenta()  # torch's has moved on without it
+            momenta = zip(found, left, saved, strict=False)
+            self._put_momenta(self.optimizer.param_groups, [new if now == mine else now for now, mine, new in momenta])
 
 
 def check_count(name: str, value: object) -> None:

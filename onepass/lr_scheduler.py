@@ -22,7 +22,18 @@ from torch.optim import swa_utils as torch_swa_utils
 from .composites import ChainedScheduler, SequentialLR, increasing
 from .cycles import CyclicLR, OneCycleLR, check_count, check_strategy
 from .schedule import anneal, find_cycle, half_cosine
-from .scheduler import LR, ClosedLR, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
+from .scheduler import (
+    LR,
+    ClosedLR,
+    LRScheduler,
+    assign,
+    check_optimizer,
+    copied,
+    per_group,
+    rates,
+    saved_attributes,
+    shared,
+)
 
 __all__ = ["ChainedScheduler", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"]
 __all__ += ["ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "OneCycleLR"]
@@ -88,8 +99,8 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
         spread = products * len(self.lr_lambdas) if self._shared else products
         return [lr * product for lr, product in zip(lrs, spread, strict=True)]
 
-    def _carry(self, index: int, lr: Any, step: int) -> Any:
-        return lr * self.lr_lambdas[index](step) if step > 0 else lr
+    def _carry(self, lrs: list[Any], step: int) -> list[Any]:
+        return [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
 
     def _update_lr(self, epoch: int | None = None) -> None:
         if epoch is None:
@@ -309,8 +320,8 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         fraction = min(1.0, max(step, not self.anneal_epochs) / max(1, self.anneal_epochs))
         return anneal(1.0, 0.0, fraction, "cosine" if self._anneal_strategy == "cos" else "linear")
 
-    def _carry(self, index: int, lr: Any, step: int) -> Any:
-        return self.floors()[index] if self.scale(step) == 0 else super()._carry(index, lr, step)
+    def _carry(self, lrs: list[Any], step: int) -> list[Any]:
+        return list(self.floors()) if self.scale(step) == 0 else super()._carry(lrs, step)
 
 
 class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
@@ -328,7 +339,7 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
         super().step(metrics, epoch)
-        self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
+        self._last_lr = rates(self.optimizer)
 
     def _reduce_lr(self, epoch: int) -> None:
         groups = self.optimizer.param_groups
@@ -338,8 +349,8 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
             raise RuntimeError(
                 f"min_lr has {len(self.min_lrs)} values for {len(groups)} param groups: set min_lrs anew."
             )
-        for group, lowest in zip(groups, self.min_lrs, strict=True):
-            old = float(group["lr"])
+        olds = [float(copied(group["lr"])) for group in groups]  # all before the first changes: groups may share one
+        for group, old, lowest in zip(groups, olds, self.min_lrs, strict=True):
             new = max(old * self.factor, lowest)
             if old - new > self.eps:
                 assign(group, "lr", new)

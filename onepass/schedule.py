@@ -43,6 +43,7 @@ class Schedule:
     """A number for every step, made by a function of this module."""
 
     def __init__(self, maker: Callable[..., Schedule], formula: Callable[..., float], given: dict[str, Any]) -> None:
+        given = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
         self._maker, self._formula, self._given = maker, formula, given
         self.steps: float = given.get("steps", math.inf)
         """The length, after which the value stays; infinite where there is none."""
@@ -69,8 +70,8 @@ class Schedule:
         )
 
     def warmup(self, steps: float, start: float = 0.0) -> Schedule:
-        """Multiply the first `steps` steps by a line from `start` to 1; the schedule's own length stays."""
-        return _warmup(self, steps, start=start, steps=self.steps)
+        """Multiply the first `steps` steps by a line from `start` to 1, and at least last so long."""
+        return _warmup(self, steps, start=start, steps=max(self.steps, steps if _is_number(steps) else 0))
 
     def __repr__(self) -> str:
         name, given = self._maker.__name__, dict(self._given)

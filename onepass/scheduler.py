@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import deque
@@ -19,7 +20,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from .schedule import Schedule
 
 __all__ = ["LR", "ClosedLR", "Group", "LRScheduler", "Scheduler", "assign", "check_optimizer", "copied", "per_group"]
-__all__ += ["saved_attributes", "shared"]
+__all__ += ["rates", "saved_attributes", "shared"]
 
 Group = dict[str, Any]
 Value = Any  # a float, or a tensor with one element
@@ -34,24 +35,47 @@ def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None
 
 def copied(value: Value) -> Value:
     """The same number, in memory of its own."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if value.requires_grad else value.clone()
+
+
+def number(value: Value) -> Value:
+    """The number of a tensor, unless to read it would be to wait for a device."""
+    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
 
 def assign(options: Any, key: Any, value: Value) -> None:
     """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured steps demand."""
-    if not isinstance(options[key], Tensor):
+    old = options[key]
+    if not isinstance(old, Tensor):
         options[key] = value.item() if isinstance(value, Tensor) else value
-    elif isinstance(value, Tensor):
-        options[key].detach().copy_(value.reshape(options[key].shape))  # detached: the lr may require a gradient
+        return
+    old = old.detach() if old.requires_grad else old
+    if isinstance(value, Tensor):
+        old.copy_(value if value.dim() <= old.dim() else value.reshape(old.shape))
     else:
-        options[key].detach().fill_(value)
+        old.fill_(value)
+
+
+def are_floats(values: Iterable[Value]) -> bool:
+    """Whether all are plain numbers, which need no care."""
+    return set(map(type, values)) == {float}
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[Value]:
+    """The learning rates as they are now, in memory of their own."""
+    lrs = list(map(LR, optimizer.param_groups))
+    return lrs if are_floats(lrs) else list(map(copied, lrs))
 
 
 def equals(lr: Value, value: Value) -> bool:
     """Whether a group's lr is a number, in the precision in which the group holds it."""
-    if isinstance(lr, Tensor):
-        return bool((lr == torch.as_tensor(value, dtype=lr.dtype, device=lr.device)).all())
-    return bool(lr == value)
+    if not isinstance(lr, Tensor):
+        return bool(lr == value)
+    if not isinstance(value, Tensor) or value.dtype != lr.dtype:
+        value = torch.as_tensor(value, dtype=lr.dtype)
+    return lr.item() == value.item()
 
 
 def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
@@ -163,12 +187,13 @@ class LRScheduler(torch_schedulers.LRScheduler):
         groups = self.optimizer.param_groups
         if len(values) != len(groups):
             raise ValueError(f"{type(self).__name__} has {len(values)} learning rates for {len(groups)} param groups.")
-        if plain and type(values[0]) is float:
-            deque(map(setitem, groups, repeat("lr"), values), maxlen=0)
-            self._last_lr = list(values)
+        if (plain and type(values[0]) is float) or (are_floats(values) and are_floats(map(LR, groups))):
+            if not plain or values != self._last_lr:
+                deque(map(setitem, groups, repeat("lr"), values), maxlen=0)
+                self._last_lr = list(values)
         else:
             deque(map(assign, groups, repeat("lr"), values), maxlen=0)
-            self._last_lr = list(map(copied, map(LR, groups)))
+            self._last_lr = rates(self.optimizer)
 
     def _adopt(self) -> None:
         """Take in param groups that are new, each with the lr that it came with."""
@@ -261,15 +286,17 @@ class ClosedLR(LRScheduler):
             return [lr * scale for lr in lrs]
         return [floor + (lr - floor) * scale for lr, floor in zip(lrs, floors, strict=True)]
 
-    def _carry(self, index: int, lr: Value, step: int) -> Value:
-        """Where the step to `step` takes an lr that somebody else has set."""
+    def _carry(self, lrs: list[Value], step: int) -> list[Value]:
+        """Where the step to `step` takes learning rates that somebody else has set."""
         after, before = self.scale(step), self.scale(step - 1) if step > 0 else 1.0
-        floor = self.floors()[index] if self.floors() else 0.0
         if after == before:
-            return lr
+            return lrs
+        floors = self.floors() or [0.0] * len(lrs)
         if before == 0:
-            return lr + (self.base_lrs[index] - floor) * after
-        return floor + (lr - floor) * (after / before)
+            triples = zip(lrs, self.base_lrs, floors, strict=True)
+            return [lr + (base - floor) * after for lr, base, floor in triples]
+        ratio = after / before
+        return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
 
     def _initial_step(self) -> None:
         self._own = [True] * len(self.base_lrs)
@@ -280,25 +307,29 @@ class ClosedLR(LRScheduler):
         self._adopt()
         step = self.last_epoch + 1 if epoch is None else epoch
         resumes = self._is_initial and self._resumed
-        values = self._closed(self.base_lrs, step)
-        if resumes and self._has_company():
-            self._enter(step)
-        elif epoch is not None or resumes:
-            self._settle(step, values, [True] * len(values))
-        elif all(self._own) and self._is_untouched():
-            self._write(values, plain=True)
+        if epoch is None and not resumes and all(self._own) and self._is_untouched():
+            self._write(self._closed(self.base_lrs, step), plain=True)
             self.last_epoch = step
+        elif resumes and self._has_company():
+            self._enter(step)
         else:
             lrs = list(map(LR, self.optimizer.param_groups))
-            own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
-            values = [values[i] if own[i] else self._carry(i, lr, step) for i, lr in enumerate(lrs)]
+            own = [epoch is not None or resumes] * len(lrs)
+            if not own[0] and any(self._own):
+                own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
+            values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
+            if not all(own):
+                carried = self._carry(lrs, step)
+                values = [values[i] if own[i] else value for i, value in enumerate(carried)] if values else carried
             self._settle(step, values, own)
 
     def _settle(self, step: int, values: list[Value], own: list[bool]) -> None:
         self._write(values, plain=False)
         self.last_epoch, self._own = step, own
-        lrs = map(LR, self.optimizer.param_groups)
-        self._versions = [(lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None for lr in lrs]
+        lrs = list(map(LR, self.optimizer.param_groups))
+        self._versions = [None] * len(lrs)
+        if not are_floats(lrs):
+            self._versions = [(lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None for lr in lrs]
 
     def _enter(self, step: int) -> None:
         self._adopt()
@@ -361,13 +392,15 @@ class Scheduler(LRScheduler):
         """Each group with each of its scheduled options and the schedule."""
         groups = self.optimizer.param_groups
         for option, given in self._schedules.items():
-            functions = per_group(f"schedules[{option!r}]", self.optimizer, given)
-            yield from ((group, option, f) for group, f in zip(groups, functions, strict=True) if f is not None)
+            listed = isinstance(given, (list, tuple))
+            functions = per_group(f"schedules[{option!r}]", self.optimizer, given) if listed else repeat(given)
+            yield from (row for row in zip(groups, repeat(option), functions, strict=False) if row[2] is not None)
 
     def _values(self, step: int) -> list[tuple[Group, str, float]]:
         """What is written at a step. Many groups share a schedule, which is asked once."""
         targets = list(self._targets())
-        values = {id(function): function(step) for _, _, function in targets}
+        functions = {id(function): function for _, _, function in targets}
+        values = {key: function(step) for key, function in functions.items()}
         return [(group, option, values[id(function)]) for group, option, function in targets]
 
     def _update_lr(self, epoch: int | None = None) -> None:
@@ -375,31 +408,44 @@ class Scheduler(LRScheduler):
         for group, option, value in self._values(step):
             _put(group, option, value)
         self.last_epoch = step
-        self._last_lr = list(map(copied, map(LR, self.optimizer.param_groups)))
+        self._last_lr = rates(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().state_dict().items() if key != "_schedules"}
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the step of another Scheduler, with the schedules of this one."""
         left = [equals(_read(group, option), value) for group, option, value in self._values(self.last_epoch)]
-        super()._restore(state)
+        super().load_state_dict(state_dict)
+        both = state_dict.get("_group_lrs", [])
+        by_hand = both[: len(both) // 2] != both[len(both) // 2 :]
         for (group, option, value), still in zip(self._values(self.last_epoch), left, strict=True):
-            if still and option != "lr":
+            if still and not (option == "lr" and by_hand):
                 _put(group, option, value)
+        self._last_lr = rates(self.optimizer)
+
+
+@functools.cache
+def _parts(option: str) -> tuple[str, int | None]:
+    """Of `betas[0]`, the name and the index."""
+    name, bracket, index = option.rstrip("]").partition("[")
+    return name, int(index) if bracket else None
 
 
 def _read(group: Group, option: str) -> Value:
     """An option, or with `betas[0]` one of its numbers."""
-    name, bracket, index = option.rstrip("]").partition("[")
-    return group[name][int(index)] if bracket else group[name]
+    name, index = _parts(option)
+    return group[name] if index is None else group[name][index]
 
 
 def _put(group: Group, option: str, value: Value) -> None:
     """Set an option, or with `betas[0]` one of its numbers."""
-    name, bracket, index = option.rstrip("]").partition("[")
-    if not bracket:
+    name, index = _parts(option)
+    if index is None and type(value) is float and type(group[name]) is float:
+        group[name] = value
+    elif index is None:
         assign(group, name, value)
     else:
         numbers = list(group[name])
-        assign(numbers, int(index), value)
+        assign(numbers, index, value)
         group[name] = type(group[name])(numbers)

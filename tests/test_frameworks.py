@@ -310,3 +310,74 @@ def test_deepcopy_of_what_frameworks_hold():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step()
+
+
+# Schedulers: ours where the runs above have torch's.
+
+SCHEDULERS = ("StepLR", "OneCycleLR", "LinearLR", "CosineAnnealingLR")
+
+
+@pytest.mark.parametrize("run", ["accelerate", "lightning", "transformers"])
+def test_schedulers(run, tmp_path, monkeypatch):
+    def trained():
+        options = {"lr": 0.02}
+        if run == "accelerate":
+            return accelerated(onepass, "AdamW", options)
+        if run == "lightning":
+            return lightning_fit(onepass, "AdamW", options, tmp_path, 2)[:2]
+        return hugging_trainer(onepass, "AdamW", options, tmp_path, "optimizers")
+
+    theirs = trained()
+    for name in SCHEDULERS:
+        monkeypatch.setattr(torch.optim.lr_scheduler, name, getattr(onepass.lr_scheduler, name))
+    torch.testing.assert_close(trained(), theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("run", ["accelerate", "lightning", "transformers"])
+def test_schedulers_resume(run, tmp_path, monkeypatch):
+    for name in SCHEDULERS:
+        monkeypatch.setattr(torch.optim.lr_scheduler, name, getattr(onepass.lr_scheduler, name))
+    {
+        "accelerate": lambda: test_accelerate_saves_and_resumes("AdamW", {"lr": 0.02}, tmp_path),
+        "lightning": lambda: test_lightning_resumes("AdamW", {"lr": 0.02}, tmp_path),
+        "transformers": lambda: test_transformers_resumes(tmp_path),
+    }[run]()
+
+
+@pytest.mark.parametrize("kind", ["plateau", "schedule"])
+def test_lightning_steps_ours(kind, tmp_path):
+    """A metric is handed to ReduceLROnPlateau, whose class Lightning asks for; `onepass.Scheduler` steps as others."""
+    import lightning
+
+    rates = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = make_model()
+
+        def training_step(self, batch, _):
+            rates.append(self.optimizers().param_groups[0]["lr"])
+            self.log("metric", 1.0)
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self):
+            opt = onepass.AdamW(self.parameters(), lr=0.08)
+            if kind == "plateau":
+                schedule = onepass.lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
+                return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "monitor": "metric"}}
+            schedule = onepass.Scheduler(opt, {"lr": onepass.schedule.linear(0.08, 0.0, steps=4)})
+            return [opt], [schedule]
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=4,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Module(), DataLoader(make_data(), 64))
+    assert rates == pytest.approx([0.08, 0.08, 0.04, 0.02] if kind == "plateau" else [0.08, 0.06, 0.04, 0.02])

@@ -53,7 +53,12 @@ def test_nothing_of_torch_that_is_imported_from_a_submodule_is_missing() -> None
         ours, theirs = importlib.import_module(f"onepass.{module}"), importlib.import_module(f"torch.optim.{module}")
         assert getattr(onepass, module) is ours
         assert set(ours.__all__) == set(theirs.__all__)
-        assert all(getattr(ours, name) is getattr(theirs, name) for name in theirs.__all__)
+        for name in theirs.__all__:
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            assert mine is not other
+            assert issubclass(mine, other) if isinstance(other, type) else callable(mine)
+            there, here = (inspect.signature(f).parameters.values() for f in (other, mine))
+            assert [(p.name, p.default, p.kind) for p in here] == [(p.name, p.default, p.kind) for p in there], name
 
 
 @EACH

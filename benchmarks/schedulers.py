@@ -1,0 +1,163 @@
+"""What a scheduler's step costs on an optimizer of many param groups: torch's classes and ours, step by step in turn.
+
+    python benchmarks/schedulers.py
+
+Each pair steps alternately in one run, so that both meet the same machine; a ratio is the median of the ratios of its
+rounds. Asked for is at most a quarter of torch's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.optim import lr_scheduler as torch_schedulers
+from torch.optim.swa_utils import SWALR
+
+from onepass import Scheduler, lr_scheduler
+from onepass.schedule import cosine
+
+GOAL = 0.25
+TORCHS = SimpleNamespace(**vars(torch_schedulers), SWALR=SWALR)
+Make = Callable[[Any, torch.optim.Optimizer], Any]
+
+
+def keep(step: int) -> float:
+    """A function of the user's, as cheap as one can be."""
+    return 1.0
+
+
+def chain(library: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A warm-up times a decay."""
+    return library.ChainedScheduler([library.LinearLR(optimizer, 0.1), library.ExponentialLR(optimizer, 0.999)])
+
+
+def sequence(library: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A warm-up, then a cosine."""
+    return library.SequentialLR(
+        optimizer, [library.LinearLR(optimizer, 0.1), library.CosineAnnealingLR(optimizer, 10**6)], [5]
+    )
+
+
+SCHEDULERS: dict[str, Make] = {
+    "StepLR": lambda library, opt: library.StepLR(opt, 100),
+    "MultiStepLR": lambda library, opt: library.MultiStepLR(opt, [100, 1000]),
+    "ConstantLR": lambda library, opt: library.ConstantLR(opt, total_iters=10**6),
+    "LinearLR": lambda library, opt: library.LinearLR(opt, total_iters=10**6),
+    "ExponentialLR": lambda library, opt: library.ExponentialLR(opt, 0.9999),
+    "PolynomialLR": lambda library, opt: library.PolynomialLR(opt, 10**6),
+    "CosineAnnealingLR": lambda library, opt: library.CosineAnnealingLR(opt, 10**6),
+    "CosineAnnealingLR, floor": lambda library, opt: library.CosineAnnealingLR(opt, 10**6, 1e-5),
+    "CosineAnnealingWarmRestarts": lambda library, opt: library.CosineAnnealingWarmRestarts(opt, 100, 2),
+    "LambdaLR": lambda library, opt: library.LambdaLR(opt, keep),
+    "MultiplicativeLR": lambda library, opt: library.MultiplicativeLR(opt, keep),
+    "SWALR": lambda library, opt: library.SWALR(opt, 0.05, 10**6),
+    "CyclicLR": lambda library, opt: library.CyclicLR(opt, 0.01, 0.1),
+    "CyclicLR, lr alone": lambda library, opt: library.CyclicLR(opt, 0.01, 0.1, cycle_momentum=False),
+    "OneCycleLR": lambda library, opt: library.OneCycleLR(opt, 0.1, 10**6),
+    "OneCycleLR, lr alone": lambda library, opt: library.OneCycleLR(opt, 0.1, 10**6, cycle_momentum=False),
+    "ChainedScheduler": chain,
+    "SequentialLR": sequence,
+    "ReduceLROnPlateau": lambda library, opt: library.ReduceLROnPlateau(opt),
+}
+OURS_ALONE: dict[str, tuple[str, Make]] = {
+    "Scheduler beside CosineAnnealingLR": (
+        "CosineAnnealingLR",
+        lambda library, opt: Scheduler(opt, {"lr": cosine(0.1, steps=10**6)}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over the rounds: microseconds a step, and the ratio of ours to torch's in the same round."""
+
+    torchs: float
+    ours: float
+    ratio: float
+
+
+def make_optimizer(groups: int, *, equal: bool, tensor: bool) -> torch.optim.Optimizer:
+    """SGD, whose param groups have the same rate or each its own, as floats or as tensors."""
+    rates = [0.1 if equal else 0.1 + index / groups for index in range(groups)]
+    listed = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": torch.tensor(rate) if tensor else rate} for rate in rates
+    ]
+    return torch.optim.SGD(listed, lr=0.1, momentum=0.9)
+
+
+def time_steps(step: Callable[..., None], arguments: tuple[float, ...], count: int) -> float:
+    """Microseconds a step."""
+    start = time.perf_counter()
+    for _ in range(count):
+        step(*arguments)
+    return (time.perf_counter() - start) / count * 1e6
+
+
+def compare(make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, count: int) -> Result:
+    """Torch's and ours in turn, round by round."""
+    steps, arguments = [], ()
+    for which, library, optimizer in zip(make, (TORCHS, lr_scheduler), optimizers, strict=True):
+        scheduler = which(library, optimizer)
+        arguments = (1.0,) if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) else ()
+        optimizer.step()
+        for _ in range(10):  # past the warm-up of a sequence
+            scheduler.step(*arguments)
+        steps.append(scheduler.step)
+    gc.collect()
+    times = [[time_steps(step, arguments, count) for step in steps] for _ in range(rounds)]
+    torchs, ours = (statistics.median(column) for column in zip(*times, strict=True))
+    return Result(torchs, ours, statistics.median(mine / its for its, mine in times))
+
+
+def measure(groups: int, rounds: int, count: int, *, equal: bool, tensor: bool) -> dict[str, Result]:
+    """All classes on one kind of optimizer."""
+    pairs = {name: (make, make) for name, make in SCHEDULERS.items()}
+    pairs |= {name: (SCHEDULERS[other], make) for name, (other, make) in OURS_ALONE.items()}
+    results = {}
+    for name, pair in pairs.items():
+        optimizers = tuple(make_optimizer(groups, equal=equal, tensor=tensor) for _ in range(2))
+        results[name] = compare(pair, (optimizers[0], optimizers[1]), rounds, count)
+    return results
+
+
+def main() -> None:
+    """Measure, print a table, and say which class is the slowest beside torch's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each in a round")
+    parser.add_argument("--tensor", action="store_true", help="the rates are tensors")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    kinds = {"each its own rate": False, "all the same rate": True}
+    measured = {
+        kind: measure(given.groups, given.rounds, given.steps, equal=equal, tensor=given.tensor)
+        for kind, equal in kinds.items()
+    }
+    table = Table(
+        title=f"A step on {given.groups} groups of one rate each, and of the same: torch's us, ours, the ratio"
+    )
+    table.add_column("scheduler", no_wrap=True)
+    for column in ("torch", "ours", "ratio") * len(kinds):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in measured["each its own rate"]:
+        row = [measured[kind][name] for kind in kinds]
+        table.add_row(name, *(f"{x:.{n}f}" for r in row for x, n in ((r.torchs, 1), (r.ours, 1), (r.ratio, 3))))
+    console = Console(width=100)
+    console.print(table)
+    worst = max(((r.ratio, name, kind) for kind in kinds for name, r in measured[kind].items()))
+    console.print(f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. Asked for: at most {GOAL}.")
+
+
+if __name__ == "__main__":
+    main()
