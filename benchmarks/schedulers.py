@@ -23,11 +23,12 @@ from rich.table import Table
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim.swa_utils import SWALR
 
-from onepass import Scheduler, lr_scheduler
+from onepass import Scheduler, lr_scheduler, swa_utils
 from onepass.schedule import cosine
 
 GOAL = 0.25
 TORCHS = SimpleNamespace(**vars(torch_schedulers), SWALR=SWALR)
+OURS = SimpleNamespace(**vars(lr_scheduler), SWALR=swa_utils.SWALR)
 Make = Callable[[Any, torch.optim.Optimizer], Any]
 
 
@@ -106,7 +107,7 @@ def time_steps(step: Callable[..., None], arguments: tuple[float, ...], count: i
 def compare(make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, count: int) -> Result:
     """Torch's and ours in turn, round by round."""
     steps, arguments = [], ()
-    for which, library, optimizer in zip(make, (TORCHS, lr_scheduler), optimizers, strict=True):
+    for which, library, optimizer in zip(make, (TORCHS, OURS), optimizers, strict=True):
         scheduler = which(library, optimizer)
         arguments = (1.0,) if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) else ()
         optimizer.step()

@@ -34,9 +34,9 @@ from .kernel.functions import (
     where,
 )
 from .kernel.ir import RuleError
+from .lr_scheduler.driver import Scheduler
 from .optimizer import Optimizer
 from .range_test import RangeTest, lr_find
-from .scheduler import Scheduler
 from .stateless import swap_in_optimizer_params_and_state
 
 __all__ = [

@@ -20,8 +20,7 @@ from onepass.checkpoint import CheckpointError
 from onepass.explain import explain as explain_optimizer
 from onepass.gallery.summary import choose_steps, summarize
 from onepass.kernel.ir import RuleError
-from onepass.notation import MAKERS, parse
-from onepass.schedule import ScheduleError
+from onepass.schedule import MAKERS, ScheduleError, parse
 from onepass.tasks import TASKS, TaskError
 from onepass.training import loop
 from onepass.training.comparison import compare_steps

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .averages import Average, Checked, Equal, Exponential, Number, check_pairs
 from .kernel import PLAIN
-from .lr_scheduler import SWALR
+from .lr_scheduler.factors import SWALR
 from .options import check_number
 
 __all__ = [

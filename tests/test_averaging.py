@@ -416,7 +416,9 @@ def test_values_laid_otherwise() -> None:
     test_values_of_other_kinds("transposed value", 0.9)
 
 
-@pytest.mark.parametrize("of", [swa_utils.get_ema_multi_avg_fn(0.5), swa_utils.get_swa_multi_avg_fn()], ids=["ema", "swa"])
+@pytest.mark.parametrize(
+    "of", [swa_utils.get_ema_multi_avg_fn(0.5), swa_utils.get_swa_multi_avg_fn()], ids=["ema", "swa"]
+)
 @pytest.mark.filterwarnings("ignore:.*Casting complex values")
 def test_dtypes_that_torch_promotes(of: averages.Average) -> None:
     """Beside kernels: 16-bit formats that have none together, whole numbers, complex averages of real values."""

@@ -10,7 +10,7 @@ import pytest
 
 from onepass import cli
 from onepass.gallery.summary import BLOCKS, SIGNS, choose_steps, draw_line, summarize
-from onepass.notation import parse
+from onepass.schedule import parse
 
 TEXT = "cosine(3e-4, steps=10000).warmup(500)"
 

@@ -34,7 +34,7 @@ from onepass.gallery.paths import (
     follow,
     search,
 )
-from onepass.notation import MAKERS, parse
+from onepass.schedule import MAKERS, parse
 
 PICTURED = Path(__file__).parent.parent / "docs" / "pictures"
 

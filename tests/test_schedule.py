@@ -18,8 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 
 from onepass import schedule
-from onepass.notation import MAKERS, parse
-from onepass.schedule import Schedule, ScheduleError
+from onepass.schedule import MAKERS, Schedule, ScheduleError, formulas, parse
 
 STEPS = np.arange(0, 61)
 
@@ -195,7 +194,7 @@ def test_cycles_begin_where_whole_numbers_say() -> None:
 NUMBER = st.floats(-10, 10).map(lambda x: round(x, 3))
 RATE = st.floats(0.01, 4).map(lambda x: round(x, 3))
 LENGTH = st.one_of(st.integers(1, 30), st.floats(0.5, 30).map(lambda x: round(x, 2)))
-SHAPE = st.sampled_from(schedule.SHAPES)
+SHAPE = st.sampled_from(formulas.SHAPES)
 
 
 @st.composite
@@ -448,7 +447,7 @@ def test_arguments_are_kept_apart() -> None:
 # Mutations: every small mistake in a formula is noticed by its row above.
 
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
-FREE_FUNCTIONS = (schedule.anneal, schedule.half_cosine)  # a wrong find_cycle may not come to an end
+FREE_FUNCTIONS = (formulas.anneal, formulas.half_cosine)  # a wrong find_cycle may not come to an end
 
 
 def places(tree: ast.Module) -> list[ast.BinOp | ast.Constant]:
@@ -475,7 +474,7 @@ def mistakes(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., 
         else:
             continue
         names: dict[str, Any] = {}
-        exec(compile(wrong, "<mistake>", "exec"), vars(schedule), names)
+        exec(compile(wrong, "<mistake>", "exec"), vars(formulas), names)
         yield f"{before} -> {ast.unparse(node)}", names[function.__name__]
 
 
@@ -503,6 +502,6 @@ def test_wrong_formulas_are_noticed(name: str) -> None:
 def test_wrong_functions_of_formulas_are_noticed(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     survivors = []
     for what, wrong in mistakes(function):
-        monkeypatch.setattr(schedule, function.__name__, wrong)
+        monkeypatch.setattr(formulas, function.__name__, wrong)
         survivors += [what] * all(still_right(row, made._formula) for row, (made, _) in FORMULAS.items())
     assert not survivors

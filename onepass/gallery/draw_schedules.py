@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 
 from onepass.gallery.canvas import COLOURS, new_figure, save, tidy
 from onepass.gallery.lr_schedules import EXAMPLES, TEXTS, trace, trace_plateau
-from onepass.notation import parse
-from onepass.schedule import Schedule
+from onepass.schedule import Schedule, parse
 
 __all__ = ["draw_makers", "draw_plateau", "draw_scheduler", "plot_schedule"]
 

@@ -10,6 +10,7 @@ import torch
 
 import onepass
 from onepass import lr_scheduler as lrs
+from onepass import swa_utils
 from onepass.optimizer import Optimizer
 
 __all__ = ["EXAMPLES", "LR", "TEXTS", "Curve", "Example", "trace", "trace_plateau"]
@@ -91,7 +92,8 @@ EXAMPLES: dict[str, Example] = {
         (Curve("lambda step: 0.5 if step % 25 == 0 else 1.0", lambda o: lrs.MultiplicativeLR(o, _halve)),)
     ),
     "SWALR": Example(
-        tuple(_curve(lrs.SWALR, swa_lr=0.02, anneal_epochs=40, anneal_strategy=way) for way in ("cos", "linear")), 80
+        tuple(_curve(swa_utils.SWALR, swa_lr=0.02, anneal_epochs=40, anneal_strategy=way) for way in ("cos", "linear")),
+        80,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Cyclic schedulers, which move momentum against the lr: CyclicLR and OneCycleLR."""
+"""Schedulers that go up and down: warm restarts, and those that move momentum against the lr."""
 
 from __future__ import annotations
 
@@ -9,10 +9,21 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .schedule import anneal
-from .scheduler import Group, LRScheduler, assign, check_optimizer, copied, per_group, saved_attributes, shared
+from ..schedule.formulas import anneal, find_cycle, half_cosine
+from .frame import LRScheduler
+from .values import (
+    Group,
+    assign,
+    check_count,
+    check_optimizer,
+    check_strategy,
+    copied,
+    per_group,
+    saved_attributes,
+    shared,
+)
 
-__all__ = ["CyclicLR", "OneCycleLR", "check_count", "check_strategy"]
+__all__ = ["CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"]
 
 
 class _CycleLR(LRScheduler):
@@ -67,17 +78,39 @@ class _CycleLR(LRScheduler):
             self._put_momenta(self.optimizer.param_groups, [new if now == mine else now for now, mine, new in momenta])
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError for what is no positive integer."""
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"Expected positive integer {name}, but got {value}.")
+class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
+    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i)) / 2$.
 
+    The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)` takes fractions of
+    an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+    """
 
-def check_strategy(strategy: str) -> Any:
-    """Raise ValueError for what is no way to anneal."""
-    if strategy not in ("cos", "linear"):
-        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}.")
-    return strategy
+    options = ("T_0", "T_mult", "eta_min")
+
+    def __init__(
+        self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
+    ) -> None:
+        check_count("T_0", T_0)
+        check_count("T_mult", T_mult)
+        if not isinstance(eta_min, (float, int)):
+            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}.")
+        self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = T_0, T_0, T_mult, eta_min, float(last_epoch)
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        scale = half_cosine(self.T_cur, self.T_i)
+        return [self.eta_min + (base - self.eta_min) * scale for base in self.base_lrs]
+
+    def _step(self, epoch: float | None = None) -> None:
+        if epoch is not None and epoch < 0:
+            raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
+        self._step_count += 1
+        self._update_lr(epoch)
+
+    def _update_lr(self, epoch: float | None = None) -> None:
+        epoch = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
+        _, self.T_cur, self.T_i = find_cycle(epoch, self.T_0, self.T_mult)
+        super()._update_lr(math.floor(epoch))
 
 
 class _Triangles(_CycleLR):

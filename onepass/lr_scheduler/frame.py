@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from operator import is_, itemgetter, setitem
-from types import FunctionType
+from operator import is_, setitem
 from typing import Any
 from weakref import WeakSet
 
@@ -17,88 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .schedule import Schedule
+from .values import LR, Value, are_floats, assign, check_optimizer, copied, equals, number, rates
 
-__all__ = ["LR", "ClosedLR", "Group", "LRScheduler", "Scheduler", "assign", "check_optimizer", "copied", "per_group"]
-__all__ += ["rates", "saved_attributes", "shared"]
-
-Group = dict[str, Any]
-Value = Any  # a float, or a tensor with one element
-LR = itemgetter("lr")
-
-
-def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """Raise TypeError for what is no optimizer."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}.")
-
-
-def copied(value: Value) -> Value:
-    """The same number, in memory of its own."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone() if value.requires_grad else value.clone()
-
-
-def number(value: Value) -> Value:
-    """The number of a tensor, unless to read it would be to wait for a device."""
-    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
-
-
-def assign(options: Any, key: Any, value: Value) -> None:
-    """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured steps demand."""
-    old = options[key]
-    if not isinstance(old, Tensor):
-        options[key] = value.item() if isinstance(value, Tensor) else value
-        return
-    old = old.detach() if old.requires_grad else old
-    if isinstance(value, Tensor):
-        old.copy_(value if value.dim() <= old.dim() else value.reshape(old.shape))
-    else:
-        old.fill_(value)
-
-
-def are_floats(values: Iterable[Value]) -> bool:
-    """Whether all are plain numbers, which need no care."""
-    return set(map(type, values)) == {float}
-
-
-def rates(optimizer: torch.optim.Optimizer) -> list[Value]:
-    """The learning rates as they are now, in memory of their own."""
-    lrs = list(map(LR, optimizer.param_groups))
-    return lrs if are_floats(lrs) else list(map(copied, lrs))
-
-
-def equals(lr: Value, value: Value) -> bool:
-    """Whether a group's lr is a number, in the precision in which the group holds it."""
-    if not isinstance(lr, Tensor):
-        return bool(lr == value)
-    if not isinstance(value, Tensor) or value.dtype != lr.dtype:
-        value = torch.as_tensor(value, dtype=lr.dtype)
-    return lr.item() == value.item()
-
-
-def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
-    """One value for each param group: those of a list, anything else for all of them."""
-    count = len(optimizer.param_groups)
-    if not isinstance(value, (list, tuple)):
-        return [copied(value) for _ in range(count)]
-    if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} param groups: give one for each, or one for all.")
-    return list(map(copied, value))
-
-
-def shared(name: str, values: Sequence[Value]) -> Value:
-    """The value that all param groups have, for one that is new."""
-    if any(value != values[0] for value in values):
-        raise ValueError(f"{name} differs from group to group: the new param group needs its own, under {name!r}.")
-    return copied(values[0])
-
-
-def saved_attributes(function: Callable[..., Any] | None) -> dict[str, Any] | None:
-    """The attributes of a callable object; None for functions and schedules, which are the program's, not the run's."""
-    plain = function is None or isinstance(function, (FunctionType, Schedule)) or not hasattr(function, "__dict__")
-    return None if plain else dict(vars(function))
+__all__ = ["ClosedLR", "LRScheduler"]
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -353,99 +272,3 @@ class ClosedLR(LRScheduler):
         """Whether other schedulers of the optimizer resume together with this one, so that their changes add up."""
         others = vars(self.optimizer).get("_lr_schedulers", ())
         return any(other is not self and other._resumed and other._step_count == 1 for other in others)
-
-
-Schedules = Callable[[int], float] | Sequence[Callable[[int], float] | None]
-
-
-class Scheduler(LRScheduler):
-    """Drive any options of an optimizer by schedules, which are functions of the step.
-
-    `schedules` maps options to them: `{"lr": cosine(3e-4, steps=10_000), "betas[0]": linear(0.85, 0.95, steps=500)}`. A
-    list has one for each param group, None leaves that group's option alone. Each step writes the schedules' values,
-    whatever stood there. The state is the number of the step: another schedule may go on from a checkpoint. Errors:
-    KeyError for an option that a group does not have, TypeError for what is no function.
-    """
-
-    options = ("last_epoch",)
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, schedules: Mapping[str, Schedules], last_epoch: int = -1
-    ) -> None:
-        check_optimizer(self, optimizer)
-        self.optimizer, self._schedules = optimizer, dict(schedules)
-        for group, option, function in self._targets():
-            if not callable(function):
-                raise TypeError(f"the schedule of {option!r} must be a function of the step, got {function!r:.80}.")
-            try:
-                float(_read(group, option))
-            except (KeyError, IndexError, TypeError, ValueError):
-                names = ", ".join(name for name in group if name not in ("params", "param_names"))
-                raise KeyError(f"{option!r} is no number in the optimizer's groups; they have {names}.") from None
-        super().__init__(optimizer, last_epoch)
-        self._resumed = False  # no company for schedulers that multiply
-
-    def _adopt(self) -> None:
-        """Initial values play no part."""
-
-    def _targets(self) -> Iterator[tuple[Group, str, Any]]:
-        """Each group with each of its scheduled options and the schedule."""
-        groups = self.optimizer.param_groups
-        for option, given in self._schedules.items():
-            listed = isinstance(given, (list, tuple))
-            functions = per_group(f"schedules[{option!r}]", self.optimizer, given) if listed else repeat(given)
-            yield from (row for row in zip(groups, repeat(option), functions, strict=False) if row[2] is not None)
-
-    def _values(self, step: int) -> list[tuple[Group, str, float]]:
-        """What is written at a step. Many groups share a schedule, which is asked once."""
-        targets = list(self._targets())
-        functions = {id(function): function for _, _, function in targets}
-        values = {key: function(step) for key, function in functions.items()}
-        return [(group, option, values[id(function)]) for group, option, function in targets]
-
-    def _update_lr(self, epoch: int | None = None) -> None:
-        step = self.last_epoch + 1 if epoch is None else epoch
-        for group, option, value in self._values(step):
-            _put(group, option, value)
-        self.last_epoch = step
-        self._last_lr = rates(self.optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().state_dict().items() if key != "_schedules"}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the step of another Scheduler, with the schedules of this one."""
-        left = [equals(_read(group, option), value) for group, option, value in self._values(self.last_epoch)]
-        super().load_state_dict(state_dict)
-        both = state_dict.get("_group_lrs", [])
-        by_hand = both[: len(both) // 2] != both[len(both) // 2 :]
-        for (group, option, value), still in zip(self._values(self.last_epoch), left, strict=True):
-            if still and not (option == "lr" and by_hand):
-                _put(group, option, value)
-        self._last_lr = rates(self.optimizer)
-
-
-@functools.cache
-def _parts(option: str) -> tuple[str, int | None]:
-    """Of `betas[0]`, the name and the index."""
-    name, bracket, index = option.rstrip("]").partition("[")
-    return name, int(index) if bracket else None
-
-
-def _read(group: Group, option: str) -> Value:
-    """An option, or with `betas[0]` one of its numbers."""
-    name, index = _parts(option)
-    return group[name] if index is None else group[name][index]
-
-
-def _put(group: Group, option: str, value: Value) -> None:
-    """Set an option, or with `betas[0]` one of its numbers."""
-    name, index = _parts(option)
-    if index is None and type(value) is float and type(group[name]) is float:
-        group[name] = value
-    elif index is None:
-        assign(group, name, value)
-    else:
-        numbers = list(group[name])
-        assign(numbers, index, value)
-        group[name] = type(group[name])(numbers)

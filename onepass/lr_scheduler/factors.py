@@ -1,15 +1,7 @@
-r"""Learning-rate schedulers under torch's names: thin classes over formulas in the step.
-
-Each is a subclass of torch's class of its name, with torch's arguments, attributes, warnings and checkpoints, and works
-on any optimizer of torch.optim. $\eta_0$ is a group's initial lr, $\eta_t$ its lr after $t$ scheduler steps. What is in
-closed form is computed from $t$, so that nothing drifts and a run can resume anywhere; a change of the lr from outside,
-by another scheduler or by hand, stays and is carried on (`onepass.scheduler.ClosedLR`). Errors are ValueError,
-TypeError and KeyError as in torch.
-"""
+r"""Schedulers that multiply the lr of a group, each by a formula in the step: the most of torch's."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,25 +11,23 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim import swa_utils as torch_swa_utils
 
-from .composites import ChainedScheduler, SequentialLR, increasing
-from .cycles import CyclicLR, OneCycleLR, check_count, check_strategy
-from .schedule import anneal, find_cycle, half_cosine
-from .scheduler import (
+from ..schedule.formulas import anneal, half_cosine
+from .frame import ClosedLR, LRScheduler
+from .values import (
     LR,
-    ClosedLR,
-    LRScheduler,
     assign,
     check_optimizer,
+    check_strategy,
     copied,
+    increasing,
     per_group,
     rates,
     saved_attributes,
     shared,
 )
 
-__all__ = ["ChainedScheduler", "ConstantLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts", "CyclicLR"]
-__all__ += ["ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "OneCycleLR"]
-__all__ += ["SWALR", "PolynomialLR", "ReduceLROnPlateau", "SequentialLR", "StepLR"]
+__all__ = ["ConstantLR", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "StepLR"]
+__all__ += ["SWALR", "CosineAnnealingLR", "ExponentialLR", "PolynomialLR", "ReduceLROnPlateau"]
 
 Lambda = Callable[[int], float]
 
@@ -238,41 +228,6 @@ class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
 
     def scale(self, step: int) -> float:
         return half_cosine(step, self.T_max)
-
-
-class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
-    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i)) / 2$.
-
-    The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)` takes fractions of
-    an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
-    """
-
-    options = ("T_0", "T_mult", "eta_min")
-
-    def __init__(
-        self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
-    ) -> None:
-        check_count("T_0", T_0)
-        check_count("T_mult", T_mult)
-        if not isinstance(eta_min, (float, int)):
-            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}.")
-        self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = T_0, T_0, T_mult, eta_min, float(last_epoch)
-        super().__init__(optimizer, last_epoch)
-
-    def get_lr(self) -> list[Any]:
-        scale = half_cosine(self.T_cur, self.T_i)
-        return [self.eta_min + (base - self.eta_min) * scale for base in self.base_lrs]
-
-    def _step(self, epoch: float | None = None) -> None:
-        if epoch is not None and epoch < 0:
-            raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
-        self._step_count += 1
-        self._update_lr(epoch)
-
-    def _update_lr(self, epoch: float | None = None) -> None:
-        epoch = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
-        _, self.T_cur, self.T_i = find_cycle(epoch, self.T_0, self.T_mult)
-        super()._update_lr(math.floor(epoch))
 
 
 class SWALR(ClosedLR, torch_swa_utils.SWALR):

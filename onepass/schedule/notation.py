@@ -6,14 +6,14 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from . import schedule
-from .schedule import Schedule, ScheduleError
+from . import formulas
+from .formulas import Schedule, ScheduleError
 
 __all__ = ["MAKERS", "parse"]
 
 _NAMES = ("constant", "linear", "polynomial", "exponential", "cosine", "warm_restarts", "one_cycle", "triangular")
 _NAMES += ("piecewise", "inverse_sqrt", "warmup_stable_decay")
-MAKERS: dict[str, Callable[..., Schedule]] = {name: getattr(schedule, name) for name in _NAMES}
+MAKERS: dict[str, Callable[..., Schedule]] = {name: getattr(formulas, name) for name in _NAMES}
 
 
 def parse(text: str) -> Schedule:

@@ -9,17 +9,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .scheduler import LRScheduler, assign, rates
+from .frame import LRScheduler
+from .values import assign, increasing, rates
 
-__all__ = ["ChainedScheduler", "SequentialLR", "increasing"]
-
-
-def increasing(name: str, milestones: Iterable[int]) -> list[int]:
-    """The milestones, if each is a step from 0 on and none comes before the last."""
-    listed = list(milestones)
-    if listed != sorted(listed) or any(milestone < 0 for milestone in listed):
-        raise ValueError(f"{name}: milestones must be increasing steps from 0 on, got {listed}.")
-    return listed
+__all__ = ["ChainedScheduler", "SequentialLR"]
 
 
 class _Composite(LRScheduler):

@@ -1,0 +1,43 @@
+r"""Learning-rate schedulers under torch's names: thin classes over formulas in the step.
+
+Each is a subclass of torch's class of its name, with torch's arguments, attributes, warnings and checkpoints, and works
+on any optimizer of torch.optim. $\eta_0$ is a group's initial lr, $\eta_t$ its lr after $t$ scheduler steps. What is in
+closed form is computed from $t$, so that nothing drifts and a run can resume anywhere; a change of the lr from outside,
+by another scheduler or by hand, stays and is carried on (`frame.ClosedLR`). Errors are ValueError, TypeError and
+KeyError as in torch.
+"""
+
+from .composites import ChainedScheduler, SequentialLR
+from .cycles import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
+from .factors import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+from .frame import LRScheduler
+
+__all__ = [
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+]

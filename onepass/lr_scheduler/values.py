@@ -1,0 +1,115 @@
+"""Numbers in param groups, floats or tensors: copied, compared and written, and what is checked of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedule.formulas import Schedule
+
+__all__ = ["LR", "Group", "Value", "are_floats", "assign", "check_count", "check_optimizer", "check_strategy", "copied"]
+__all__ += ["equals", "increasing", "number", "per_group", "rates", "saved_attributes", "shared"]
+
+Group = dict[str, Any]
+Value = Any  # a float, or a tensor with one element
+LR = itemgetter("lr")
+
+
+def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError for what is no optimizer."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}.")
+
+
+def copied(value: Value) -> Value:
+    """The same number, in memory of its own."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone() if value.requires_grad else value.clone()
+
+
+def number(value: Value) -> Value:
+    """The number of a tensor, unless to read it would be to wait for a device."""
+    return value.item() if isinstance(value, Tensor) and value.is_cpu else value
+
+
+def assign(options: Any, key: Any, value: Value) -> None:
+    """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured steps demand."""
+    old = options[key]
+    if not isinstance(old, Tensor):
+        options[key] = value.item() if isinstance(value, Tensor) else value
+        return
+    old = old.detach() if old.requires_grad else old
+    if isinstance(value, Tensor):
+        old.copy_(value if value.dim() <= old.dim() else value.reshape(old.shape))
+    else:
+        old.fill_(value)
+
+
+def are_floats(values: Iterable[Value]) -> bool:
+    """Whether all are plain numbers, which need no care."""
+    return set(map(type, values)) == {float}
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[Value]:
+    """The learning rates as they are now, in memory of their own."""
+    lrs = list(map(LR, optimizer.param_groups))
+    return lrs if are_floats(lrs) else list(map(copied, lrs))
+
+
+def equals(lr: Value, value: Value) -> bool:
+    """Whether a group's lr is a number, in the precision in which the group holds it."""
+    if not isinstance(lr, Tensor):
+        return bool(lr == value)
+    if not isinstance(value, Tensor) or value.dtype != lr.dtype:
+        value = torch.as_tensor(value, dtype=lr.dtype)
+    return lr.item() == value.item()
+
+
+def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
+    """One value for each param group: those of a list, anything else for all of them."""
+    count = len(optimizer.param_groups)
+    if not isinstance(value, (list, tuple)):
+        return [copied(value) for _ in range(count)]
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} values for {count} param groups: give one for each, or one for all.")
+    return list(map(copied, value))
+
+
+def shared(name: str, values: Sequence[Value]) -> Value:
+    """The value that all param groups have, for one that is new."""
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{name} differs from group to group: the new param group needs its own, under {name!r}.")
+    return copied(values[0])
+
+
+def saved_attributes(function: Callable[..., Any] | None) -> dict[str, Any] | None:
+    """The attributes of a callable object; None for functions and schedules, which are the program's, not the run's."""
+    plain = function is None or isinstance(function, (FunctionType, Schedule)) or not hasattr(function, "__dict__")
+    return None if plain else dict(vars(function))
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError for what is no positive integer."""
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"Expected positive integer {name}, but got {value}.")
+
+
+def check_strategy(strategy: str) -> Any:
+    """Raise ValueError for what is no way to anneal."""
+    if strategy not in ("cos", "linear"):
+        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}.")
+    return strategy
+
+
+def increasing(name: str, milestones: Iterable[int]) -> list[int]:
+    """The milestones, if each is a step from 0 on and none comes before the last."""
+    listed = list(milestones)
+    if listed != sorted(listed) or any(milestone < 0 for milestone in listed):
+        raise ValueError(f"{name}: milestones must be increasing steps from 0 on, got {listed}.")
+    return listed
