@@ -412,6 +412,20 @@ def test_chains_are_made_anew_at_a_step(names: Sequence[str], tensor: Any) -> No
         assert_close(again.run(12 - step), whole[step:], (names, step))
 
 
+def test_one_made_anew_twice_is_one() -> None:
+    """A cell of a notebook that runs again, while the first scheduler is still alive."""
+    opt = make_optimizer(torch.optim, case_of())
+    for group in opt.param_groups:
+        group["initial_lr"] = group["lr"]
+    first = OURS.CosineAnnealingLR(opt, 10, last_epoch=3)
+    want = [group["lr"] for group in opt.param_groups]
+    second = OURS.CosineAnnealingLR(opt, 10, last_epoch=3)
+    assert [group["lr"] for group in opt.param_groups] == want
+    OURS.ExponentialLR(opt, 0.5, last_epoch=3)
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx([lr * 0.5**4 for lr in want])
+    assert first.last_epoch == second.last_epoch == 4
+
+
 @EACH
 def test_copies_are_runs_of_their_own(name: str) -> None:
     side = Side(case_of(name))

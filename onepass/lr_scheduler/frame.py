@@ -269,6 +269,12 @@ class ClosedLR(LRScheduler):
         return (known is not None and known[0] is lr and known[1] == lr._version) or equals(lr, self._last_lr[index])
 
     def _has_company(self) -> bool:
-        """Whether other schedulers of the optimizer resume together with this one, so that their changes add up."""
-        others = vars(self.optimizer).get("_lr_schedulers", ())
-        return any(other is not self and other._resumed and other._step_count == 1 for other in others)
+        """Whether other schedulers of the optimizer resume together with this one, so that their changes add up.
+
+        One of the same class and options is not another, but what this one replaces: a cell of a notebook run again.
+        """
+        others = [s for s in vars(self.optimizer).get("_lr_schedulers", ()) if s._resumed and s._step_count == 1]
+        return any(other is not self and not self._is_twin(other) for other in others)
+
+    def _is_twin(self, other: LRScheduler) -> bool:
+        return type(other) is type(self) and all(getattr(other, o) == getattr(self, o) for o in self.options)
