@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import compress, repeat
+from operator import itemgetter, setitem
 from typing import Any
 
 import torch
 
 from .frame import LRScheduler
-from .values import Group, Value, assign, check_optimizer, equals, per_group, rates
+from .values import Group, Value, are_floats, assign, check_optimizer, equals, per_group, rates
 
 __all__ = ["Scheduler"]
 
@@ -33,39 +35,37 @@ class Scheduler(LRScheduler):
     ) -> None:
         check_optimizer(self, optimizer)
         self.optimizer, self._schedules = optimizer, dict(schedules)
-        for group, option, function in self._targets():
-            if not callable(function):
-                raise TypeError(f"the schedule of {option!r} must be a function of the step, got {function!r:.80}.")
-            try:
-                float(_read(group, option))
-            except (KeyError, IndexError, TypeError, ValueError):
-                names = ", ".join(name for name in group if name not in ("params", "param_names"))
-                raise KeyError(f"{option!r} is no number in the optimizer's groups; they have {names}.") from None
+        for option, groups, functions in self._targets():
+            for group, function in zip(groups, functions, strict=True):
+                _check(option, group, function)
         super().__init__(optimizer, last_epoch)
         self._resumed = False  # no company for schedulers that multiply
 
     def _adopt(self) -> None:
         """Initial values play no part."""
 
-    def _targets(self) -> Iterator[tuple[Group, str, Any]]:
-        """Each group with each of its scheduled options and the schedule."""
-        groups = self.optimizer.param_groups
+    def _targets(self) -> Iterator[tuple[str, list[Group], list[Any]]]:
+        """Each option with the groups in which it is scheduled, and their schedules."""
+        everyone = self.optimizer.param_groups
         for option, given in self._schedules.items():
-            listed = isinstance(given, (list, tuple))
-            functions = per_group(f"schedules[{option!r}]", self.optimizer, given) if listed else repeat(given)
-            yield from (row for row in zip(groups, repeat(option), functions, strict=False) if row[2] is not None)
+            if isinstance(given, (list, tuple)):
+                functions = per_group(f"schedules[{option!r}]", self.optimizer, given)
+                pairs = [pair for pair in zip(everyone, functions, strict=True) if pair[1] is not None]
+                yield option, [group for group, _ in pairs], [function for _, function in pairs]
+            else:
+                yield option, everyone, [given] * len(everyone)
 
-    def _values(self, step: int) -> list[tuple[Group, str, float]]:
+    def _values(self, step: int) -> list[tuple[str, list[Group], list[float]]]:
         """What is written at a step. Many groups share a schedule, which is asked once."""
         targets = list(self._targets())
-        functions = {id(function): function for _, _, function in targets}
-        values = {key: function(step) for key, function in functions.items()}
-        return [(group, option, values[id(function)]) for group, option, function in targets]
+        once = {id(f): f for _, _, functions in targets for f in functions}
+        values = {key: f(step) for key, f in once.items()}
+        return [(option, groups, [values[id(f)] for f in functions]) for option, groups, functions in targets]
 
     def _update_lr(self, epoch: int | None = None) -> None:
         step = self.last_epoch + 1 if epoch is None else epoch
-        for group, option, value in self._values(step):
-            _put(group, option, value)
+        for option, groups, values in self._values(step):
+            _put(option, groups, values)
         self.last_epoch = step
         self._last_lr = rates(self.optimizer)
 
@@ -74,14 +74,26 @@ class Scheduler(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of another Scheduler, with the schedules of this one."""
-        left = [equals(_read(group, option), value) for group, option, value in self._values(self.last_epoch)]
+        left = [
+            list(map(equals, _read(option, groups), values)) for option, groups, values in self._values(self.last_epoch)
+        ]
         super().load_state_dict(state_dict)
         both = state_dict.get("_group_lrs", [])
         by_hand = both[: len(both) // 2] != both[len(both) // 2 :]
-        for (group, option, value), still in zip(self._values(self.last_epoch), left, strict=True):
-            if still and not (option == "lr" and by_hand):
-                _put(group, option, value)
+        for (option, groups, values), still in zip(self._values(self.last_epoch), left, strict=True):
+            if option != "lr" or not by_hand:
+                _put(option, list(compress(groups, still)), list(compress(values, still)))
         self._last_lr = rates(self.optimizer)
+
+
+def _check(option: str, group: Group, function: object) -> None:
+    if not callable(function):
+        raise TypeError(f"the schedule of {option!r} must be a function of the step, got {function!r:.80}.")
+    try:
+        float(_read(option, [group])[0])
+    except (KeyError, IndexError, TypeError, ValueError):
+        names = ", ".join(name for name in group if name not in ("params", "param_names"))
+        raise KeyError(f"{option!r} is no number in the optimizer's groups; they have {names}.") from None
 
 
 @functools.cache
@@ -91,20 +103,20 @@ def _parts(option: str) -> tuple[str, int | None]:
     return name, int(index) if bracket else None
 
 
-def _read(group: Group, option: str) -> Value:
-    """An option, or with `betas[0]` one of its numbers."""
+def _read(option: str, groups: Sequence[Group]) -> list[Value]:
+    """An option of each group, or with `betas[0]` one of its numbers."""
     name, index = _parts(option)
-    return group[name] if index is None else group[name][index]
+    return [group[name] if index is None else group[name][index] for group in groups]
 
 
-def _put(group: Group, option: str, value: Value) -> None:
-    """Set an option, or with `betas[0]` one of its numbers."""
+def _put(option: str, groups: Sequence[Group], values: Sequence[Value]) -> None:
+    """Set an option of each group, or with `betas[0]` one of its numbers."""
     name, index = _parts(option)
-    if index is None and type(value) is float and type(group[name]) is float:
-        group[name] = value
-    elif index is None:
-        assign(group, name, value)
-    else:
+    if index is None:
+        plain = are_floats(values) and are_floats(map(itemgetter(name), groups))
+        deque(map(setitem if plain else assign, groups, repeat(name), values), maxlen=0)
+        return
+    for group, value in zip(groups, values, strict=True):
         numbers = list(group[name])
         assign(numbers, index, value)
         group[name] = type(group[name])(numbers)

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim import swa_utils as torch_swa_utils
 
 from ..schedule.formulas import anneal, half_cosine
-from .frame import ClosedLR, LRScheduler
+from .frame import ClosedLR, LRScheduler, warn_of_epoch
 from .values import (
     LR,
     assign,
@@ -293,7 +293,16 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
         LRScheduler.load_state_dict(self, state_dict)
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
-        super().step(metrics, epoch)
+        if epoch is not None:
+            warn_of_epoch(stacklevel=3)
+        better = self._is_better(float(metrics), self.best)
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self.best = float(metrics) if better else self.best
+        self.num_bad_epochs = 0 if better or self.in_cooldown else self.num_bad_epochs + 1
+        self.cooldown_counter -= self.in_cooldown
+        if self.num_bad_epochs > self.patience:
+            self._reduce_lr(self.last_epoch)
+            self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0
         self._last_lr = rates(self.optimizer)
 
     def _reduce_lr(self, epoch: int) -> None:
@@ -301,9 +310,7 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
         if self.default_min_lr is not None:
             self.min_lrs = [self.default_min_lr] * len(groups)
         if len(groups) != len(self.min_lrs):
-            raise RuntimeError(
-                f"min_lr has {len(self.min_lrs)} values for {len(groups)} param groups: set min_lrs anew."
-            )
+            raise RuntimeError(f"min_lr has {len(self.min_lrs)} values for {len(groups)} groups: set min_lrs anew.")
         olds = [float(copied(group["lr"])) for group in groups]  # all before the first changes: groups may share one
         for group, old, lowest in zip(groups, olds, self.min_lrs, strict=True):
             new = max(old * self.factor, lowest)

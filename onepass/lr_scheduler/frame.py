@@ -17,7 +17,13 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from .values import LR, Value, are_floats, assign, check_optimizer, copied, equals, number, rates
 
-__all__ = ["ClosedLR", "LRScheduler"]
+__all__ = ["ClosedLR", "LRScheduler", "warn_of_epoch"]
+
+
+def warn_of_epoch(stacklevel: int) -> None:
+    """Say, as torch does, that a step takes no number."""
+    message = "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. "
+    warnings.warn(message + "Please use `scheduler.step()` to step the scheduler.", UserWarning, stacklevel=stacklevel)
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -73,12 +79,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
                 stacklevel=3,
             )
         if epoch is not None:
-            warnings.warn(
-                "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. "
-                "Please use `scheduler.step()` to step the scheduler.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warn_of_epoch(stacklevel=4)
             if epoch < 0:
                 raise ValueError(f"{type(self).__name__}: expected a step from 0 on, got {epoch}.")
         self._step_count += 1
