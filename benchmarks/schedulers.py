@@ -157,7 +157,7 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     worst = max(((r.ratio, name, kind) for kind in kinds for name, r in measured[kind].items()))
-    console.print(f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. Asked for: at most {GOAL}.")
+    console.print(f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. The goal: at most {GOAL}.")
 
 
 if __name__ == "__main__":
