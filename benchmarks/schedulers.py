@@ -3,7 +3,7 @@
     python benchmarks/schedulers.py
 
 Each pair steps alternately in one run, so that both meet the same machine; a ratio is the median of the ratios of its
-rounds. Asked for is at most a quarter of torch's time.
+rounds. The goal is at most a quarter of torch's time.
 """
 
 from __future__ import annotations
