@@ -219,6 +219,7 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
 class _Phases(_CycleLR):
     """The frame of `OneCycleLR`: phases, each from one of a group's numbers to another."""
 
+    handed_on = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
     total_steps: int
     _anneal_func_type: str
 
@@ -250,14 +251,6 @@ class _Phases(_CycleLR):
         left = anneal(1.0, 0.0, fraction, "cosine" if self._anneal_func_type == "cos" else "linear")
         first, last = phases[at][f"start_{what}"], phases[at][f"end_{what}"]
         return [group[last] + (group[first] - group[last]) * left for group in self.optimizer.param_groups]
-
-    def _adopt(self) -> None:
-        groups = self.optimizer.param_groups
-        for group in groups[len(self.base_lrs) :] if self.base_lrs else ():
-            for name in ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"):
-                if name in groups[0] and name not in group:
-                    group[name] = shared(name, [other[name] for other in groups[: len(self.base_lrs)]])
-        super()._adopt()
 
 
 class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):

@@ -78,8 +78,8 @@ class Scheduler(LRScheduler):
             list(map(equals, _read(option, groups), values)) for option, groups, values in self._values(self.last_epoch)
         ]
         super().load_state_dict(state_dict)
-        both = state_dict.get("_group_lrs", [])
-        by_hand = both[: len(both) // 2] != both[len(both) // 2 :]
+        found = state_dict.get("_found", {})
+        by_hand = found.get("after") != found.get("lr")
         for (option, groups, values), still in zip(self._values(self.last_epoch), left, strict=True):
             if option != "lr" or not by_hand:
                 _put(option, list(compress(groups, still)), list(compress(values, still)))

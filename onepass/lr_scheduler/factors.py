@@ -23,7 +23,6 @@ from .values import (
     per_group,
     rates,
     saved_attributes,
-    shared,
 )
 
 __all__ = ["ConstantLR", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "StepLR"]
@@ -237,7 +236,7 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
     Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, arXiv:1803.05407.
     """
 
-    options = ("anneal_epochs",)
+    options, handed_on = ("anneal_epochs",), ("swa_lr",)
 
     def __init__(
         self,
@@ -256,12 +255,8 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         super().__init__(optimizer, last_epoch)
 
     def _adopt(self) -> None:
-        known, groups = len(self.base_lrs), self.optimizer.param_groups
-        for group in groups[known:] if known else ():
-            if "swa_lr" not in group:
-                group["swa_lr"] = shared("swa_lr", [other["swa_lr"] for other in groups[:known]])
         super()._adopt()
-        for group, lr in zip(groups, self._swa_lrs, strict=False):
+        for group, lr in zip(self.optimizer.param_groups, self._swa_lrs, strict=False):
             group["swa_lr"] = lr
         self._swa_lrs = []
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .values import LR, Value, are_floats, assign, check_optimizer, copied, equals, number, rates
+from .values import LR, Value, are_floats, assign, check_optimizer, copied, copied_lists, equals, number, rates, shared
 
 __all__ = ["ClosedLR", "LRScheduler", "warn_of_epoch"]
 
@@ -35,6 +35,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
     """
 
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
+    handed_on: tuple[str, ...] = ()  # the options of param groups that a new one takes from the others
     _last_lr: list[Value]
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
@@ -126,6 +127,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
                     f"param_groups[{index}] has no 'initial_lr', from which last_epoch={self.last_epoch} resumes: load "
                     "the optimizer's checkpoint first, or leave last_epoch out."
                 )
+            for name in self.handed_on if known else ():
+                if name in groups[0] and name not in group:
+                    group[name] = shared(name, [other[name] for other in groups[:known]])
             self.base_lrs.append(copied(group.setdefault("initial_lr", copied(group["lr"]))))
             if known:
                 self._last_lr.append(None)
@@ -137,9 +141,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs, in torch's form: numbers and lists of them, no function."""
         state = {key: value for key, value in vars(self).items() if key not in ("optimizer", "_resumed", "_versions")}
-        # Beside what this scheduler has left: torch's carries both along, and moves only the other on.
-        state["_group_lrs"] = [*self._last_lr, *map(LR, self.optimizer.param_groups)]
-        return {key: list(map(copied, value)) if isinstance(value, list) else value for key, value in state.items()}
+        # Torch's, should it load this, carries both along, and moves only `_last_lr` on.
+        state["_found"] = {"after": self._last_lr, "lr": list(map(LR, self.optimizer.param_groups))}
+        return copied_lists(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a scheduler of this class stood, or torch's; KeyError for a state dict of another class.
@@ -148,10 +152,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
         optimizer's checkpoint is loaded before or after does not matter.
         """
         self._check(state_dict)
-        state = {key: list(map(copied, v)) if isinstance(v, list) else v for key, v in state_dict.items()}
-        lrs, both, groups = state.get("_last_lr", []), state.pop("_group_lrs", []), self.optimizer.param_groups
-        if lrs and both[: len(lrs)] == lrs:
-            lrs = both[len(lrs) :]
+        state, groups = copied_lists(state_dict), self.optimizer.param_groups
+        lrs, found = state.get("_last_lr", []), state.pop("_found", {})
+        if found.get("after") == lrs:
+            lrs = found["lr"]
         else:  # torch's
             state.pop("_own", None)
         untouched = [equals(group["lr"], mine) for group, mine in zip(groups, self._last_lr, strict=False)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from types import FunctionType
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..schedule.formulas import Schedule
 
 __all__ = ["LR", "Group", "Value", "are_floats", "assign", "check_count", "check_optimizer", "check_strategy", "copied"]
-__all__ += ["equals", "increasing", "number", "per_group", "rates", "saved_attributes", "shared"]
+__all__ += ["copied_lists", "equals", "increasing", "number", "per_group", "rates", "saved_attributes", "shared"]
 
 Group = dict[str, Any]
 Value = Any  # a float, or a tensor with one element
@@ -31,6 +31,16 @@ def copied(value: Value) -> Value:
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone() if value.requires_grad else value.clone()
+
+
+def copied_lists(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict whose lists of numbers, also those in dicts, are in memory of their own."""
+    copies: dict[str, Any] = {}
+    for key, value in state.items():
+        copies[key] = list(map(copied, value)) if isinstance(value, list) else value
+        if type(value) is dict:
+            copies[key] = copied_lists(value)
+    return copies
 
 
 def number(value: Value) -> Value:
