@@ -412,6 +412,18 @@ def test_chains_are_made_anew_at_a_step(names: Sequence[str], tensor: Any) -> No
         assert_close(again.run(12 - step), whole[step:], (names, step))
 
 
+def test_what_earlier_versions_of_torch_saved() -> None:
+    """SWALR's function was in its state dict in torch 2.9."""
+    side = Side(case_of("SWALR"))
+    side.run(3)
+    state = side.schedulers[0].state_dict()
+    again = Side(case_of("SWALR"))
+    again.schedulers[0].load_state_dict(state | {"anneal_func": len, "verbose": False})
+    assert again.schedulers[0].last_epoch == 3
+    assert not hasattr(again.schedulers[0], "anneal_func") or again.schedulers[0].anneal_func is not len
+    assert "anneal_func" not in again.schedulers[0].state_dict()
+
+
 def test_one_made_anew_twice_is_one() -> None:
     """A cell of a notebook that runs again, while the first scheduler is still alive."""
     opt = make_optimizer(torch.optim, case_of())

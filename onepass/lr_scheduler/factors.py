@@ -263,6 +263,9 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
     def _update_lr(self, epoch: int | None = None) -> None:
         super()._update_lr() if epoch is None else self._enter(epoch)
 
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore({key: value for key, value in state.items() if key != "anneal_func"})
+
     def floors(self) -> Sequence[Any]:
         return [group["swa_lr"] for group in self.optimizer.param_groups]
 

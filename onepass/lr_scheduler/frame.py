@@ -169,7 +169,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _check(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse another class's state dict, before anything has changed."""
-        known = {*vars(self), "base_lrs", "last_epoch", "verbose"}
+        known = {*vars(self), "base_lrs", "last_epoch", "verbose", "anneal_func"}  # the last two: of earlier torchs
         missing = [name for name in self.options if name not in state_dict]
         foreign = [name for name in state_dict if self.options and not name.startswith("_") and name not in known]
         if missing or foreign:
