@@ -29,3 +29,9 @@ def _same_start() -> Iterator[None]:
 def rng() -> np.random.Generator:
     """NumPy's random numbers, the same for every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For models that are too small for more, which on a busy machine only wait for each other."""
+    torch.set_num_threads(1)

@@ -36,15 +36,8 @@ from onepass.gallery.paths import (
 )
 from onepass.schedule import MAKERS, parse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PICTURED = Path(__file__).parent.parent / "docs" / "pictures"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- descents --------------------------------------------------------------------------------------------------------

@@ -29,15 +29,10 @@ from onepass import RangeTest, cli, commands, lr_find, range_test, snapshot
 QUICK = {"steps": 12, "lowest": 1e-6, "highest": 1.0}
 BOTH = (onepass, torch.optim)
 # Few steps on noise: that no rate can be told from them is no matter in most tests.
-pytestmark = pytest.mark.filterwarnings("ignore:lr_find. the loss did not fall")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:lr_find. the loss did not fall"),
+]
 
 
 @pytest.fixture

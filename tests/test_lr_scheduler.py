@@ -424,6 +424,50 @@ def test_what_earlier_versions_of_torch_saved() -> None:
     assert "anneal_func" not in again.schedulers[0].state_dict()
 
 
+def test_goes_on_from_torchs_checkpoint_of_a_run_that_has_grown() -> None:
+    """torch's schedulers have no initial value of groups that came later, and scale their rates all the same."""
+
+    def make(library: Any, groups: int) -> tuple[torch.optim.Optimizer, Any]:
+        opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        if groups == 2:
+            opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.7})
+        return opt, library.ExponentialLR(opt, 0.5)
+
+    opt, scheduler = make(TORCHS, 1)
+    opt.step()
+    scheduler.step()
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.7})
+    scheduler.step()
+    resumed, again = make(OURS, 2)
+    resumed.load_state_dict(opt.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    for _ in range(3):
+        for o, s in ((opt, scheduler), (resumed, again)):
+            o.step()
+            s.step()
+        assert [g["lr"] for g in resumed.param_groups] == pytest.approx([g["lr"] for g in opt.param_groups])
+
+
+def test_a_builtin_function_is_not_saved() -> None:
+    opt = make_optimizer(torch.optim, case_of())
+    scheduler = OURS.LambdaLR(opt, math.sqrt)
+    state = scheduler.state_dict()
+    assert state["lr_lambdas"] == [None] * len(opt.param_groups)
+    scheduler.load_state_dict(state)
+
+
+def test_a_group_that_cannot_be_taken_in_stays_as_it_is() -> None:
+    opt = make_optimizer(torch.optim, case_of())
+    scheduler = OURS.OneCycleLR(opt, [0.1, 0.2], total_steps=9)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    before = dict(opt.param_groups[-1])
+    opt.step()
+    with pytest.raises(ValueError, match="differs from group to group"):
+        scheduler.step()
+    assert opt.param_groups[-1] == before
+    assert scheduler.last_epoch == 0
+
+
 def test_one_made_anew_twice_is_one() -> None:
     """A cell of a notebook that runs again, while the first scheduler is still alive."""
     opt = make_optimizer(torch.optim, case_of())

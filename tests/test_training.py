@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,7 @@ from onepass.training import loop
 from onepass.training.comparison import compare_steps
 from onepass.training.loop import Diverged, Run, Settings, SettingsError, fit, make_schedule, make_settings
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for more, which on a busy machine only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -201,11 +201,18 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
     return node
 
 
+OF_ELEMENTS = (
+    "{} of an element is not offered: it would cost a library call for each element; use products, sqrt and where, or "
+    "compute it from hyper-parameters alone"
+)
+
+
 def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> tuple[str, Rank]:
     """The type and rank of a node, or the reason why there can be none. This is the operations' specification."""
     rank = Rank(reduce(or_, (a.rank for a in args), 0))
     types = [a.type for a in args]
     first = types[0] if types else "real"
+    pair = len(args) == 2 and types[1] == first
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -215,8 +222,7 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         require(not args, "no arguments")
         return type or "real", (FACTS | LOADS).get(op, Rank.UNIFORM)
     if op in ARITHMETIC:
-        numbers = (*FLOATS, "i32") if op in ("add", "sub") else FLOATS
-        require(len(args) == 2 and first in numbers and types[1] == first, "two numbers of one type")
+        require(pair and first in (*FLOATS, "i32" if op in ("add", "sub") else ""), "two numbers of one type")
         return first, rank
     if op in ROUNDING:
         require(len(args) == 1 and first in FLOATS, "one floating-point number")
@@ -224,19 +230,14 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
     if op in HOST_ONLY:
         require(all(t in FLOATS for t in types), "floating-point numbers")
         if not rank.on_host:
-            raise RuleError(
-                f"{op} of an element is not offered: it would cost a library call for each element; use products, "
-                "sqrt and where, or compute it from hyper-parameters alone"
-            )
+            raise RuleError(OF_ELEMENTS.format(op))
         return first, rank
     if op in COMPARISONS:
-        require(len(args) == 2 and first != "bool" and types[1] == first, "two numbers of one type")
+        require(pair and first != "bool", "two numbers of one type")
         return "bool", rank
     if op in BITWISE:
         logical = ("bool", *INTEGERS) if op in ("and", "or", "xor") else INTEGERS
-        require(
-            len(args) == 2 and first in logical and types[1] == first, "two conditions, or two integers of one type"
-        )
+        require(pair and first in logical, "two conditions, or two integers of one type")
         return first, rank
     if op == "not":
         require(types == ["bool"], "one condition")

@@ -56,7 +56,8 @@ class _LambdaFrame(LRScheduler):
 
     def _restore(self, state: dict[str, Any]) -> None:
         for function, saved in zip(self.lr_lambdas, state.pop("lr_lambdas"), strict=False):
-            vars(function).update(saved or {})
+            if saved:
+                vars(function).update(saved)
         super()._restore(state)
 
 

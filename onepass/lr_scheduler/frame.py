@@ -127,9 +127,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
                     f"param_groups[{index}] has no 'initial_lr', from which last_epoch={self.last_epoch} resumes: load "
                     "the optimizer's checkpoint first, or leave last_epoch out."
                 )
-            for name in self.handed_on if known else ():
-                if name in groups[0] and name not in group:
-                    group[name] = shared(name, [other[name] for other in groups[:known]])
+            missing = [name for name in self.handed_on if known and name in groups[0] and name not in group]
+            group.update({name: shared(name, [other[name] for other in groups[:known]]) for name in missing})
             self.base_lrs.append(copied(group.setdefault("initial_lr", copied(group["lr"]))))
             if known:
                 self._last_lr.append(None)
@@ -262,6 +261,7 @@ class ClosedLR(LRScheduler):
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
+        del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
             self._own = [math.isclose(lr, value, rel_tol=1e-6) for lr, value in pairs]
