@@ -80,6 +80,9 @@ class Average:
         # torch's operations may still refuse something; the kernels may not, and so come last.
         self._by_torch(*ready.others, weight, number)
         for batch, tensors in ready.batches:
+            # Those may have run code of a tensor's class, which may do anything to memory.
+            if ready.places and batch.expected.compare(tensors):
+                raise StepError("averages changed while they were being updated; keep their memory as it is")
             batch.run(tensors, weight)
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()

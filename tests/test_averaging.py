@@ -977,3 +977,24 @@ def test_the_page_runs(
     torch.set_num_threads(1)
     exec(block, {})
     assert float(capsys.readouterr().out) < 0.2
+
+
+class Meddler(torch.Tensor):
+    """A tensor whose operations take the memory of another one away."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "lerp" in getattr(func, "__name__", ""):
+            VICTIMS[0].untyped_storage().resize_(0)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+VICTIMS: list[Tensor] = []
+
+
+def test_memory_that_goes_while_torchs_part_of_an_update_runs() -> None:
+    """The kernel, which comes after it, must not write to where the memory was."""
+    averages_of, values = [torch.ones(8), torch.ones(8).as_subclass(Meddler)], [torch.zeros(8), torch.zeros(8)]
+    VICTIMS[:] = averages_of[:1]
+    with pytest.raises(RuntimeError, match="averages changed while they were being updated"):
+        swa_utils.get_ema_multi_avg_fn(0.5)(averages_of, values, 1)
