@@ -198,10 +198,10 @@ class Plan:
     def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self.moved = [i for i, (a, v) in enumerate(zip(averages, values, strict=True)) if a.device != v.device]
         values = self._move(averages, values)
-        kinds: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+        kinds: dict[tuple[torch.dtype, torch.dtype, torch.device], list[int]] = {}
         self.others: list[int] = []
         for i, (a, v) in enumerate(zip(averages, values, strict=True)):
-            (kinds.setdefault((a.dtype, v.dtype), []) if _is_served(a, v) else self.others).append(i)
+            (kinds.setdefault((a.dtype, v.dtype, a.device), []) if _is_served(a, v) else self.others).append(i)
         self.batches = [Batch(places, averages, values) for places in kinds.values()]
         self.checked = Checked()
 
@@ -222,7 +222,7 @@ class Plan:
             tensors = batch.read(averages, values)
             if tensors is None:
                 return None
-            if batch.overlap():
+            if batch.overlap() or batch.kernel.is_capturing():
                 ready.places += batch.places
             else:
                 ready.batches.append((batch, tensors))
@@ -253,14 +253,14 @@ class Batch(Columns):
     def run(self, tensors: list[Tensor], weight: float) -> None:
         """Average what has been read."""
         self.launch.leaves[self.kernel.leaves["weight"]] = weight
-        self.launch.run(torch.get_num_threads())
+        self.launch.run(self.kernel.concurrency())
         torch.autograd.graph.increment_version(tensors[self.count :])
 
 
 def _is_served(a: Tensor, v: Tensor) -> bool:
     """Whether a kernel can walk a pair: plain dense memory with the elements in the same order."""
     for t in (a, v):
-        if type(t) not in kernel.PLAIN or t.layout != torch.strided or kernel.why_no_kernels(t.device.type):
+        if type(t) not in kernel.PLAIN or t.layout != torch.strided or kernel.why_no_kernels(t.device):
             return False
         if format_name(t.dtype) not in kernel.FORMATS or not kernel.is_dense(t) or t.is_conj() or t.is_neg():
             return False

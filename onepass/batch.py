@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .checks import Group, Member, State, check_gradient, check_matrix, check_member, check_state, pick
+from .checks import Group, Member, State, StepError, check_gradient, check_matrix, check_member, check_state, pick
 from .columns import Columns, find_lazy, picker
 from .recipes import Recipe
+from .unscale import Unscale
 
 # What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
 Gathered = list[Any]
@@ -56,7 +57,7 @@ class KernelBatch(Columns):
         ]
         columns = [[state[name] for state in states] for name in recipe.graph.state]
         numbers = [state[name] for name in recipe.numbers for state in states]
-        super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers)
+        super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers, self.resident(recipe))
         self.numbers_at = np.array([number.data_ptr() for number in numbers], np.uint64)
         self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
         self.launch: Any = None
@@ -64,7 +65,15 @@ class KernelBatch(Columns):
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
         self._work: Any = None
-        self._threads = 1
+        self._workers = 1
+
+    def resident(self, recipe: Recipe) -> tuple[str, ...] | None:
+        """The parameters' numbers that lie on the device: none, the host keeps them."""
+        return None
+
+    def read(self, group: Group) -> Sequence[Any]:
+        """A group's numbers, in the order of the recipe's sources."""
+        return self.recipe.read(group)
 
     def find_entries(self, order: Mapping[int, int], params: Sequence[Tensor]) -> None:
         """Note where in the optimizer's state the parameters' entries are; `order` maps an id to its place."""
@@ -77,7 +86,8 @@ class KernelBatch(Columns):
 
         `params` are all parameters in order, `keys` and `entries` the optimizer's state.
         """
-        self.values = [self.recipe.read(groups[g]) for g in self.groups]
+        self.values = [self.read(groups[g]) for g in self.groups]
+        self.check_capture()
         own = self.pick(params)
         tensors: Gathered = [p.grad for p in own]
         tensors += own
@@ -103,6 +113,14 @@ class KernelBatch(Columns):
             return None
         self._activate(inactive)
         return tensors
+
+    def check_capture(self) -> None:
+        """Raise where a step would be captured in a graph that holds what is known now of the host's numbers."""
+        if self.kernel.is_capturing():
+            raise StepError(
+                f"{self.owner}: a step that is captured in a graph needs capturable=True in every param group; set it, "
+                "and take a few steps before the capture"
+            )
 
     def _changed(self) -> list[int]:
         return np.flatnonzero(self.expected.changed).tolist()
@@ -152,22 +170,26 @@ class KernelBatch(Columns):
             tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
-    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, factor: float) -> None:
+    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
         """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
 
         `numbers` hold each parameter's scalars and step number; `first` says whose step is the first.
         """
-        self._choose_rows(np.stack([numbers[n] for n in self.recipe.numbers] or [np.zeros(self.count)]), first)
+        self.choose_rows(np.stack([numbers[n] for n in self.recipe.numbers] or [np.zeros(self.count)]), first)
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             leaves[leaf] = values[0] if len(values) == 1 else np.array(values)[self.setting_group]
         settings = {**dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)), "first": self.setting_first}
-        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, factor)):
+        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, unscale.factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
-        # One thread walks written tensors that share memory in order, as torch would.
-        self._threads = 1 if self.overlap(first=1) else torch.get_num_threads()
-        self.launch.begin(self._threads)
+        self.launch_up_to_stores()
+
+    def launch_up_to_stores(self) -> None:
+        """Begin the launch that has been laid out."""
+        # One worker walks written tensors that share memory in order, as torch would.
+        self._workers = 1 if self.overlap(first=1) else self.kernel.concurrency()
+        self.launch.begin(self._workers)
 
     def cancel(self) -> None:
         """Give back the memory of what has begun and will not be finished."""
@@ -176,20 +198,21 @@ class KernelBatch(Columns):
 
     def finish(self, tensors: Gathered, params: Sequence[Tensor]) -> dict[str, np.ndarray]:
         """Store what was begun, with the gathered tensors in hand, and return each parameter's new scalars."""
-        self.launch.finish(self._threads)
+        self.launch.finish(self._workers)
         columns = len(self.recipe.columns)
         written = tensors[self.count : columns * self.count]
         if self.strided:
             own = self.pick(params)
             for i in self.strided:
                 own[i].detach().copy_(written[i])
+        written += tensors[columns * self.count :][: self.count * len(self.resident(self.recipe) or ())]
         if self.inactive:
             missing = set(self.inactive)
             written = [t for k, t in enumerate(written) if k % self.count not in missing]
         torch.autograd.graph.increment_version(written)
         return self.launch.scalars()
 
-    def _choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
+    def choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
         """Find the distinct settings (group, first, numbers) and each tensor's.
 
         Tensors that have stepped together so far do so in most steps; then their settings alone are read anew.
@@ -208,7 +231,7 @@ class KernelBatch(Columns):
         self.setting_numbers = settings[:, 2:].T
         # In its first step a parameter has settings of its own.
         self._work = self.work if first is None else None
-        self.launch = self.kernel.prepare(self.pointers, self.work, self._rows, len(settings))
+        self.launch = self.kernel.prepare(self.addressed, self.work, self._rows, len(settings))
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:
@@ -254,10 +277,10 @@ class EagerBatch:
         names = (name for name, _, _ in self.recipe.sources)
         return dict(zip(names, self.recipe.read(group), strict=True))
 
-    def run(self, stepping: Gathered, fresh: set[int], factor: float) -> None:
+    def run(self, stepping: Gathered, fresh: set[int], unscale: Unscale) -> None:
         """Step each parameter that was gathered; `fresh`, the positions of those whose state is new, loses them."""
         for member, p, own, hypers in stepping:
-            hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: factor}
+            hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: unscale.factor}
             hypers |= {name: _read(own[name], self.capturable) for name in self.recipe.numbers}
             if self.recipe.counts_steps:
                 hypers["step"] = hypers["step"] + 1

@@ -27,9 +27,11 @@ class Columns:
         names: Sequence[str],
         columns: Sequence[Sequence[Tensor]],
         numbers: Sequence[Tensor] = (),
+        resident: tuple[str, ...] | None = None,
     ) -> None:
         """`names` are the graph's columns, each with one of `columns`, lists of equal length. `numbers` are further
-        tensors whose facts are compared, and which no kernel walks.
+        tensors whose facts are compared: of one number each, by name and then by parameter; `resident` are their
+        names where they lie on the device, and kernels use them.
         """
         like = columns[names.index("p")]
         self.count = len(like)
@@ -41,9 +43,11 @@ class Columns:
             self.sizes = np.array([(1, 1, scale * p.numel()) for p in like], dtype=np.int64)
         walked = self.count * len(names)
         self.pointers = self.expected.pointers[:walked].reshape(len(names), self.count)
+        self.addressed = self.expected.pointers[: walked + self.count * len(resident or ())].reshape(-1, self.count)
         self._bytes = self.expected.bytes[:walked].reshape(len(names), self.count)
         formats = tuple((name, format_name(column[0].dtype)) for name, column in zip(names, columns, strict=True))
-        self.kernel = kernel.compile(graph, formats)
+        number_format = format_name(numbers[0].dtype) if resident else "float32"
+        self.kernel = kernel.compile(graph, formats, like[0].device, resident, number_format)
         self.work = self.kernel.split(self.sizes)
         self._placed = b""
         self._overlapping = False

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .options import has_numbers_on_device
+
 Group = dict[str, Any]
 # For a parameter and its group: the state that it must have once it has stepped, and the shapes of all that it may
 # have, None for what is one number.
@@ -50,7 +52,8 @@ class Match:
                 if key in self.saved_state and self.saved_state[key] != {}:
                     required, shapes = state_of(self.parameters[key], group)
                     self._check(key, self.saved_state[key], required, shapes)
-                    numbers[key] = set() if group.get("capturable") else {n for n in shapes if shapes[n] is None}
+                    moved = has_numbers_on_device(group, self.parameters[key].device)
+                    numbers[key] = set() if moved else {n for n in shapes if shapes[n] is None}
         for key, value in self.saved_state.items():
             p = self.parameters.get(key)
             state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, numbers.get(key, set()))

@@ -20,6 +20,7 @@ from .loading import Match, check_state_dict, match
 from .options import check_switches
 from .plan import Plan
 from .recipes import MODES, Algorithm, fill_state, recipe_of
+from .unscale import Unscale
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -49,6 +50,7 @@ class Optimizer(torch.optim.Optimizer):
         are no leaves, or that occur twice.
         """
         self._plan: Plan | None = None
+        self._captured: list[Tensor] = []
         self._warned: set[str] = set()
         owner = _name(self)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -105,21 +107,24 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
-        if found_inf is not None and bool(found_inf):
+        unscale = Unscale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if not unscale.waits and unscale.skips:
             return loss
-        factor = 1.0 if scale is None else 1.0 / float(scale)
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            plan, gathered = self._make_ready(scale is not None)
-            plan.run(gathered, factor)
+            plan, gathered = self._make_ready(unscale.scale is not None)
+            if plan.waits and unscale.skips:
+                self._drop_plan()
+                plan.undo()
+                return loss
+            plan.run(gathered, unscale)
         return loss
 
     def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
         """The plan that fits what is there now, and what it has read for this step."""
         flags = type(self).flags
         for plan in (self._plan, None):
-            self._plan = None
+            self._drop_plan()
             plan = Plan(self._algorithm(), self.param_groups, self.state, scaled) if plan is None else plan
             try:
                 now = [flags(self, g) for g in self.param_groups]
@@ -132,6 +137,12 @@ class Optimizer(torch.optim.Optimizer):
                 return plan, gathered
             plan.undo()
         raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
+
+    def _drop_plan(self) -> None:
+        """Let the plan go, and keep what graphs that were captured with it will read."""
+        if self._plan is not None:
+            self._captured += self._plan.captured
+        self._plan = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` fill them with zeros."""
@@ -341,7 +352,9 @@ class Optimizer(torch.optim.Optimizer):
     # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plan = None
+        self.__dict__.setdefault("_plan", None)
+        self.__dict__.setdefault("_captured", [])
+        self._drop_plan()
         self.__dict__.setdefault("_warned", set())
         super().__setstate__(state)
         for group in self.param_groups:

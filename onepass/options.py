@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, SupportsFloat
 
+import torch
 from torch import Tensor
+
+from . import kernel
 
 
 def check_number(
@@ -44,6 +47,12 @@ def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str])
         value = options.get(name)
         if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
             raise TypeError(f"{owner}: {name} must be True or False, got {value!r:.60}")
+
+
+def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a parameter's numbers, as its step count, lie on its device: as in torch, where a step may be captured in
+    a graph, or is fused."""
+    return bool(options.get("capturable")) or (bool(options.get("fused")) and not kernel.on_host(device))
 
 
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:

@@ -25,8 +25,10 @@ from . import kernel
 from .batch import EagerBatch, Gathered, KernelBatch, check
 from .checks import Group, Member, State, StepError, sparse_kind
 from .columns import format_name
+from .device_batch import DeviceBatch
 from .recipes import Algorithm, Mode, Recipe, describe, fill_state, make_recipe, new_counter, switches
 from .rows import EagerRows, RowsBatch
+from .unscale import Unscale
 
 # Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
 MOST_ELEMENTS = 1 << 24
@@ -162,8 +164,10 @@ class Plan:
         columns = [p, *(own[name] for name in self.recipes[member.kind].graph.state)]
         if mode.eager or mode.differentiable or p.device.type == "meta":
             return ""
-        if kernel.why_no_kernels(p.device.type):
-            return kernel.why_no_kernels(p.device.type)
+        if kernel.why_no_kernels(p.device):
+            return kernel.why_no_kernels(p.device)
+        if member.sparse == "rows" and not kernel.on_host(p.device):
+            return f"there are no kernels for sparse gradients on {p.device.type} devices"
         for t in (*columns, *(() if p.grad is None else (p.grad,))):
             if type(t) not in kernel.PLAIN:
                 return f"there are no kernels for tensors of class {type(t).__name__}"
@@ -171,9 +175,8 @@ class Plan:
                 return f"there are no kernels for {t.dtype}"
         if not kernel.is_dense(p) and p.untyped_storage().data_ptr() in self.shared:
             return "a parameter with holes shares its memory with another"
-        if any(
-            isinstance(own.get(name), Tensor) and own[name].is_shared() for name in self.recipes[member.kind].numbers
-        ):
+        numbers = [own[name] for name in self.recipes[member.kind].numbers if isinstance(own.get(name), Tensor)]
+        if any(number.is_cpu and number.is_shared() for number in numbers):
             return "a step count is in shared memory"
         if any(t.is_conj() or t.is_neg() for t in columns):
             return "a parameter or its state is a lazily conjugated or negated view"
@@ -190,26 +193,32 @@ class Plan:
             why = self._why_eager(member, p, own)
             if why is None:
                 dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, *(own[name].dtype for name in graph.state))
-                (by_rows if member.sparse == "rows" else kernels).setdefault((graph, dtypes), []).append(member)
+                kind = (graph, dtypes, p.device, self._is_resident(member, p))
+                (by_rows if member.sparse == "rows" else kernels).setdefault(kind, []).append(member)
             else:
                 eager.setdefault((graph, self.modes[member.kind], member.sparse == "rows"), []).append(member)
                 if why:
                     algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
         lists = [of for together in kernels.values() for of in self._batches(together, params)]
         own_of = {member: state.get(params[member.position], {}) for of in lists for member in of}
-        self._share_numbers(own_of)
+        resident = [self._is_resident(of[0], params[of[0].position]) for of in lists]
+        self._shared_numbers: set[int] = set()
+        self._share_numbers({m: own_of[m] for of, on in zip(lists, resident, strict=True) if not on for m in of})
         place = {id(p): i for i, p in enumerate(state)}
         self.kernels: list[KernelBatch] = []
         self.slots: list[dict[str, slice]] = []
         counted = dict.fromkeys(self.vectors, 0)
-        for of in lists:
+        for of, on in zip(lists, resident, strict=True):
             recipe = self.recipes[of[0].kind]
             own = [own_of[m] for m in of]
-            batch = KernelBatch(of, [params[m.position] for m in of], own, recipe, algorithm.name)
+            if on:
+                self._place_numbers(of, params, own_of)
+            kind = DeviceBatch if on else KernelBatch
+            batch = kind(of, [params[m.position] for m in of], own, recipe, algorithm.name)
             batch.find_entries(place, params)
             self.kernels.append(batch)
             # Batches follow one another in the vectors.
-            self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers})
+            self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers if not on})
             counted |= {n: slots.stop for n, slots in self.slots[-1].items()}
         self.eager = [
             (EagerRows if rows else EagerBatch)(
@@ -218,6 +227,25 @@ class Plan:
             for (_, mode, rows), of in eager.items()
         ]
         self.rows = [RowsBatch(of, params, state, self.recipes[of[0].kind], algorithm.name) for of in by_rows.values()]
+
+    def _is_resident(self, member: Member, p: Tensor) -> bool:
+        """Whether a parameter's numbers lie on its device, where the kernel keeps them."""
+        mode, recipe = self.modes[member.kind], self.recipes[member.kind]
+        return not kernel.on_host(p.device) and recipe.is_resident(p, mode._asdict())
+
+    def _place_numbers(self, members: list[Member], params: list[Tensor], own_of: Mapping[Member, State]) -> None:
+        """Let each parameter's numbers lie on its device, each in a tensor of its own."""
+        for member in members:
+            own, device = own_of[member], params[member.position].device
+            for name in self.recipes[member.kind].numbers:
+                entry, now = new_counter(device), own[name]
+                fits = type(now) is Tensor and now.shape == () and (now.dtype, now.device) == (entry.dtype, device)
+                if fits and not now.is_inference() and id(now) not in self._shared_numbers:
+                    self._shared_numbers.add(id(now))
+                    continue
+                # Without reading a number that is there already.
+                entry.copy_(now) if isinstance(now, Tensor) else entry.fill_(now)
+                self._set(own, name, entry)
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
         """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
@@ -245,7 +273,6 @@ class Plan:
                 having.setdefault(name, []).append(member)
         # The array shares the vector's memory, and keeps torch from resizing it.
         self.vectors: dict[str, tuple[Tensor, np.ndarray]] = {}
-        self._shared_numbers: set[int] = set()
         for name, members in having.items():
             vector = new_counter().new_tensor([float(own_of[member][name]) for member in members])
             for member, entry in zip(members, vector.unbind(), strict=True):
@@ -288,8 +315,18 @@ class Plan:
         gathered += (batch.gather(params, groups, state) for batch in (*self.eager, *self.rows))  # type: ignore[arg-type]
         return None if any(one is None for one in gathered) else gathered
 
-    def run(self, gathered: list[Gathered], factor: float) -> None:
-        """Step with what `ready` returned; `factor` multiplies every gradient where the plan was built `scaled`."""
+    @property
+    def waits(self) -> bool:
+        """Whether some of the parameters need numbers that the host computes with."""
+        return bool(self.eager or self.rows) or not all(isinstance(batch, DeviceBatch) for batch in self.kernels)
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """What graphs that hold a step of this plan will read, when there is another plan or none."""
+        return [t for batch in self.kernels if isinstance(batch, DeviceBatch) for t in batch.captured]
+
+    def run(self, gathered: list[Gathered], unscale: Unscale) -> None:
+        """Step with what `ready` returned; gradients are unscaled where the plan was built `scaled`."""
         params, *of_batches = gathered
         of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
         calling = [i for i, batch in enumerate(self.kernels) if batch.recipe.graph.has_calls]
@@ -297,11 +334,11 @@ class Plan:
             # Functions of matrices may fail, so all are called before anything changes; those that take the most
             # memory first, while there are no others' results.
             for i in sorted(calling, key=lambda i: -int(self.kernels[i].work.numel.sum())):
-                self._begin(i, factor)
+                self._begin(i, unscale)
             self._made.clear()
             # torch's operations may still refuse something; the kernels may not, and so come last.
             for batch, stepping in zip((*self.eager, *self.rows), of_others, strict=True):
-                batch.run(stepping, self.fresh, factor)
+                batch.run(stepping, self.fresh, unscale)
         except BaseException:
             for i in calling:
                 self.kernels[i].cancel()
@@ -309,7 +346,7 @@ class Plan:
             raise
         for i in range(len(self.kernels)):
             if i not in calling:
-                self._begin(i, factor)
+                self._begin(i, unscale)
         for batch, slots in zip(self.kernels, self.slots, strict=True):
             if "step" in slots:
                 self.vectors["step"][1][slots["step"]] += batch.active
@@ -322,7 +359,7 @@ class Plan:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
 
-    def _begin(self, i: int, factor: float) -> None:
+    def _begin(self, i: int, unscale: Unscale) -> None:
         """Begin a batch's step, with the numbers that its parameters have in it."""
         batch = self.kernels[i]
         kept = {name: self.vectors[name][1][slot] for name, slot in self.slots[i].items()}
@@ -330,4 +367,4 @@ class Plan:
         if "step" in kept:
             numbers["step"] = (kept["step"] + batch.active).astype(kept["step"].dtype).astype(np.float64)
         first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
-        batch.begin(numbers, first, factor)
+        batch.begin(numbers, first, unscale)

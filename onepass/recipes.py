@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import kernel
 from .checks import Group, State, StepError, number, pick
+from .options import has_numbers_on_device
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
@@ -49,6 +50,11 @@ class Recipe:
     def read(self, group: Group) -> list[float]:
         """A group's numbers, in the order of `sources`."""
         return [number(pick(group, key, i), key) for _, key, i in self.sources]
+
+    def is_resident(self, p: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter's numbers lie on its device, and not on the host."""
+        measured = self.graph.has_measured_scalars and not kernel.on_host(p.device)
+        return measured or has_numbers_on_device(group, p.device)
 
     def shape(self, name: str, p: Tensor) -> tuple[int, ...]:
         """The shape of a state entry."""
@@ -106,13 +112,14 @@ class Mode(NamedTuple):
     eager: bool
     differentiable: bool
     capturable: bool
+    fused: bool
 
     @classmethod
     def of(cls, group: Group) -> Mode:
         eager = group.get("foreach") is False and group.get("fused") is False
-        flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable"))
-        maximize, differentiable, capturable = flags
-        return cls(maximize, eager, differentiable, capturable)
+        flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable", "fused"))
+        maximize, differentiable, capturable, fused = flags
+        return cls(maximize, eager, differentiable, capturable, fused)
 
 
 def make_recipe(
@@ -152,7 +159,7 @@ def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str
     return [*MODES, *flags], numbers
 
 
-def new_counter(device: torch.device | str = "cpu") -> Tensor:
+def new_counter(device: torch.device = kernel.HOST) -> Tensor:
     """A parameter's step count before its first step, of the dtype that torch gives it."""
     wide = torch.get_default_dtype() == torch.float64
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
@@ -166,7 +173,7 @@ def fill_state(
         if own.get(name) is None:
             shape = recipe.shape(name, p)
             if name in recipe.numbers:
-                like = new_counter(p.device if group.get("capturable") else "cpu")
+                like = new_counter(p.device if recipe.is_resident(p, group) else kernel.HOST)
             else:
                 like = p if shape == p.shape else p.detach().new_empty(shape)
             # torch's SparseAdam, alone among its optimizers, counts in Python's numbers.

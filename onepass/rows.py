@@ -23,6 +23,7 @@ from .checks import Group, Member, State
 from .columns import format_name
 from .kernel.ir import Rank, RuleError, topological
 from .recipes import Recipe
+from .unscale import Unscale
 
 # A launch is laid out for somewhat more rows than there are, so that it serves steps with more or fewer of them; rows
 # of more elements than these take longer to step than a launch to lay out.
@@ -192,16 +193,17 @@ class RowsBatch:
             return None
         return read(g, p.shape)
 
-    def run(self, gathered: Gathered, fresh: set[int], factor: float) -> None:
+    def run(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
         """Step what was gathered; `fresh`, the positions of those whose state is new, loses them."""
         stepping, options = gathered
+        factor = unscale.factor
         if _overlap(stepping):
             # One after the other and in one thread, as torch would.
             for one in stepping:
                 one.values = one.values.clone()
                 self._launch([one], options, fresh, factor, 1)
         else:
-            self._launch(stepping, options, fresh, factor, torch.get_num_threads())
+            self._launch(stepping, options, fresh, factor, self.kernel.concurrency())
         for one in stepping:
             if self.recipe.counts_steps:
                 write_number(one.own, "step", one.step + 1)

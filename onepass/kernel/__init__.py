@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .formats import FORMATS
 from .ir import Rank, RuleError
 from .memory import PLAIN, has_storage, is_dense, shape_at, sizes
+from .passes import Program
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .cpu import Kernel
     from .facts import Expected
+
+HOST = torch.device("cpu")
 
 __all__ = [
     "FORMATS",
     "GRADIENT_FACTOR",
+    "HOST",
     "PLAIN",
     "Argument",
     "Graph",
@@ -33,6 +38,7 @@ __all__ = [
     "has_bfloat16_products",
     "has_storage",
     "is_dense",
+    "on_host",
     "shape_at",
     "signature",
     "sizes",
@@ -41,11 +47,42 @@ __all__ = [
 ]
 
 
+class Kernel(Protocol):
+    """What both backends make of a program: callable on columns of any number of tensors of one device."""
+
+    program: Program
+    # The hyper-parameters, by their places among a launch's leaves.
+    leaves: dict[str, int]
+
+    def concurrency(self) -> int:
+        """How many tensors may be worked on at once."""
+        ...
+
+    def is_capturing(self) -> bool:
+        """Whether a step would be recorded into a graph now."""
+        ...
+
+    def split(self, sizes: np.ndarray) -> Any:
+        """How to cut walks over tensors of these sizes; good for any number of launches."""
+        ...
+
+    def prepare(self, pointers: np.ndarray, work: Any, rows: np.ndarray, settings: int) -> Any:
+        """A launch, with everything that may stay the same from step to step."""
+        ...
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether the processor itself computes on tensors of a device."""
+    return device.type == "cpu"
+
+
 @cache
-def why_no_kernels(device_type: str) -> str:
-    """Why programs cannot be compiled for a kind of device, where the eager backend runs; empty where they can."""
-    if device_type != "cpu":
-        return f"there are no kernels for {device_type} devices"
+def why_no_kernels(device: torch.device) -> str:
+    """Why programs cannot be compiled for a device, where the eager backend runs; empty where they can."""
+    if not on_host(device):
+        from . import devices
+
+        return devices.why_not(device)
     from . import native
 
     missing = native.missing_instructions()
@@ -61,11 +98,26 @@ def has_bfloat16_products() -> bool:
 
 
 @lru_cache(maxsize=1024)
-def compile(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Kernel:
-    """The kernel of a finished graph for columns stored like this; compiled once a process."""
-    from . import cpu
+def compile(
+    graph: Graph,
+    formats: tuple[tuple[str, str], ...],
+    device: torch.device = HOST,
+    numbers: tuple[str, ...] | None = None,
+    number_format: str = "float32",
+) -> Kernel:
+    """The kernel of a finished graph for columns stored like this; compiled once a process.
 
-    return cpu.compile(bind(graph, formats))
+    `numbers` are the entries of a parameter's state that are one number, where these lie on the device, in the order in
+    which their addresses follow those of the columns; None where the host keeps them.
+    """
+    program = bind(graph, formats)
+    if on_host(device):
+        from . import cpu
+
+        return cpu.compile(program)
+    from . import gpu
+
+    return gpu.compile(program, device, numbers, FORMATS[number_format].stored)
 
 
 def expect(tensors: Sequence[Tensor]) -> Expected:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from .chunks import Work, address
+from .chunks import Chunks, Work, address
+from .host import SIZES, leaf_names
 from .ir import Node, Rank
-from .lower import SIZES, leaf_names, lower
+from .lower import lower
 from .native import Library, openmp, run_in_threads
 from .passes import Call, Pass, Program
 from .temporaries import Temporaries
@@ -37,6 +39,14 @@ class Kernel:
         self.workers = [self.library.address(f"worker_{k}") for k in passes]
         self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
         self.inputs = [{node: i for i, node in enumerate(one.inputs)} for one in program.passes]
+
+    def concurrency(self) -> int:
+        """How many tensors may be worked on at once: as many as torch has threads."""
+        return torch.get_num_threads()
+
+    def is_capturing(self) -> bool:
+        """Whether a step would be recorded into a graph: never here."""
+        return False
 
     def split(self, sizes: np.ndarray) -> Work:
         """How to cut walks over tensors of these sizes; good for any number of launches."""
@@ -67,7 +77,8 @@ class Launch:
         """
         self.kernel, self.work, self.rows = kernel, work, np.ascontiguousarray(rows, np.int64)
         self.leaves = np.zeros((len(kernel.leaves), settings))
-        self._temporaries = Temporaries(kernel.program, work)
+        parts = _parts(kernel.program, work)
+        self._temporaries = Temporaries(kernel.program, work.sizes, parts, torch.device("cpu"))
         self._walks = [self._lay_out(one, pointers) for one in kernel.program.passes]
         # Up to the last function of matrices nothing is stored.
         self._first_to_store = max((call.after + 1 for call in kernel.program.calls), default=0)
@@ -129,20 +140,32 @@ class Launch:
         for r, reduction in enumerate(one.reductions):
             self._known.append(chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows)))
         if one.sums:
-            self._temporaries.complete(one, chunks)
+            self._complete(one, chunks)
         for call in self.kernel.program.calls:
             if call.after == k:
                 self._temporaries.call(call, self._numbers(call))
+
+    def _complete(self, one: Pass, chunks: Chunks) -> None:
+        """Add up the sums down the columns of matrices that several chunks have walked, chunk after chunk."""
+        for reduction in one.sums:
+            if one.domain == Rank.ELEMENT and reduction.node.rank == Rank.COLUMN:
+                for t in np.flatnonzero(chunks.parts > 1).tolist():
+                    shares = self._temporaries.shares(reduction.into, t).numpy()
+                    of = np.add if reduction.node.op == "sum" else np.maximum
+                    # Infinities of both signs are no news.
+                    with np.errstate(all="ignore"):
+                        for share in shares[1:]:
+                            of(shares[0], share, out=shares[0])
 
     def scalars(self) -> dict[str, np.ndarray]:
         """Each tensor's new scalars, as the last run computed them, in the compute type."""
         last = len(self._walks) - 1
         return {name: self._of_tensors(last, node) for name, node in self.kernel.program.scalars}
 
-    def _numbers(self, call: Call) -> np.ndarray:
-        """The numbers that a function of matrices is called with: (tensors, numbers)."""
+    def _numbers(self, call: Call) -> list[list[float]]:
+        """The numbers that a function of matrices is called with, for each tensor."""
         values = [self._of_tensors(call.after, node) for node in call.numbers]
-        return np.stack(values, axis=1) if values else np.zeros((len(self.rows), 0))
+        return np.stack(values, axis=1).tolist() if values else [[]] * len(self.rows)
 
     def _of_tensors(self, k: int, node: Node) -> np.ndarray:
         """A host value of pass k, for each tensor."""
@@ -168,6 +191,12 @@ class Launch:
             run_in_threads(self.kernel.workers[k], arguments, threads)
         else:
             self.kernel.launch[k](arguments, threads, parallel)
+
+
+def _parts(program: Program, work: Work) -> dict[str, np.ndarray]:
+    """Of what has one value a column: how many chunks keep sums of their own, for each tensor."""
+    columns = (one.name for one in program.temporaries if one.rank == Rank.COLUMN)
+    return dict.fromkeys(columns, work.chunks[Rank.ELEMENT].parts) if Rank.ELEMENT in work.chunks else {}
 
 
 @lru_cache(maxsize=256)

@@ -70,6 +70,11 @@ class Graph:
         """Whether functions of whole matrices are called."""
         return any(node.op == "call" for node in topological(self.roots))
 
+    @cached_property
+    def has_measured_scalars(self) -> bool:
+        """Whether a number of a parameter's state follows from its elements, by a sum, or from its sizes."""
+        return any(node.rank == Rank.TENSOR for _, node in self.scalars)
+
     def rank(self, column: str) -> Rank:
         """How often a column has a value."""
         return dict(self.ranks).get(column, Rank.ELEMENT)

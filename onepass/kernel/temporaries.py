@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .chunks import Chunks, Work, address
 from .ir import Rank
 from .memory import call_function
-from .passes import Call, Pass, Program, Temporary
+from .passes import Call, Program, Temporary
 
-NUMPY = {"f64": np.float64, "f32": np.float32}
 TORCH = {"f64": torch.float64, "f32": torch.float32}
 
 
@@ -23,37 +21,47 @@ class Temporaries:
     Those with one value a row, a column or a matrix are small and stay; those of elements exist during a run alone.
     """
 
-    def __init__(self, program: Program, work: Work) -> None:
-        self.program, self.work = program, work
+    def __init__(
+        self, program: Program, sizes: np.ndarray, parts: Mapping[str, np.ndarray], device: torch.device
+    ) -> None:
+        """`sizes` (tensors, 3); `parts` says of temporaries that several have a share in how many, for each tensor."""
+        self.program, self.sizes, self.parts, self.device = program, sizes, parts, device
+        self.numel = sizes.prod(axis=1)
         self.place = {one.name: i for i, one in enumerate(program.temporaries)}
-        self.pointers = np.zeros((len(program.temporaries), len(work.numel)), np.uint64)
-        self._parts = work.chunks[Rank.ELEMENT].parts if Rank.ELEMENT in work.chunks else np.ones_like(work.numel)
-        self._kept: dict[str, list[np.ndarray]] = {}
+        self.pointers = np.zeros((len(program.temporaries), len(sizes)), np.uint64)
+        # Memory that stays, and each tensor's share of it.
+        self.kept: dict[str, Tensor] = {}
+        self.stops: dict[str, np.ndarray] = {}
         for i, one in enumerate(program.temporaries):
             if one.rank != Rank.ELEMENT:
-                arrays = self._kept[one.name] = np.split(self._allocate(one), np.cumsum(self._counts(one))[:-1])
-                self.pointers[i] = [address(array) for array in arrays]
+                counts = self._counts(one)
+                memory = torch.empty(int(counts.sum()), dtype=TORCH[one.type], device=device)
+                self.kept[one.name], self.stops[one.name] = memory, np.cumsum(counts)
+                starts = (self.stops[one.name] - counts) * memory.itemsize
+                self.pointers[i] = memory.data_ptr() + starts.astype(np.uint64)
         # Matrices of one shape lie side by side, so that a function takes all of them at once.
-        self._order = np.lexsort(work.sizes[:, 1:].T)
+        self._order = np.lexsort(sizes[:, 1:].T)
         self._memory: dict[str, Tensor] = {}
         self._results: list[Tensor] = []
 
     def _counts(self, one: Temporary) -> np.ndarray:
-        """How many values each tensor has; sums down the columns have them once for each part of a matrix."""
-        matrices, rows, columns = self.work.sizes.T
-        counts = {Rank.MATRIX: matrices, Rank.ROW: matrices * rows, Rank.COLUMN: matrices * columns * self._parts}
-        return counts[one.rank]
+        """How many values each tensor has."""
+        matrices, rows, columns = self.sizes.T
+        counts = {Rank.MATRIX: matrices, Rank.ROW: matrices * rows, Rank.COLUMN: matrices * columns}
+        return counts[one.rank] * self.parts.get(one.name, 1)
 
-    def _allocate(self, one: Temporary) -> np.ndarray:
-        return np.empty(int(self._counts(one).sum()), NUMPY[one.type])
+    def shares(self, name: str, t: int) -> Tensor:
+        """A tensor's values of a temporary, a row for each share."""
+        stops = self.stops[name]
+        return self.kept[name][int(stops[t - 1]) if t else 0 : int(stops[t])].view(int(self.parts[name][t]), -1)
 
     def allocate(self) -> None:
         """Memory for temporaries of elements that passes write, until the step is over."""
         sources = {call.source for call in self.program.calls}
         for one in self.program.temporaries:
             if one.name in sources:
-                numel = self.work.numel[self._order]
-                memory = torch.empty(int(numel.sum()), dtype=TORCH[one.type], device="cpu")
+                numel = self.numel[self._order]
+                memory = torch.empty(int(numel.sum()), dtype=TORCH[one.type], device=self.device)
                 self._memory[one.name] = memory
                 starts = (np.cumsum(numel) - numel) * memory.itemsize
                 self.pointers[self.place[one.name], self._order] = memory.data_ptr() + starts.astype(np.uint64)
@@ -69,28 +77,16 @@ class Temporaries:
         self._memory.clear()
         self._results.clear()
 
-    def complete(self, one: Pass, chunks: Chunks) -> None:
-        """Add up the sums down the columns of matrices that several chunks have walked, chunk after chunk."""
-        for reduction in one.sums:
-            if one.domain == Rank.ELEMENT and reduction.node.rank == Rank.COLUMN:
-                for t in np.flatnonzero(chunks.parts > 1):
-                    parts = self._kept[reduction.into][t].reshape(chunks.parts[t], -1)
-                    of = np.add if reduction.node.op == "sum" else np.maximum
-                    # Infinities of both signs are no news.
-                    with np.errstate(all="ignore"):
-                        for part in parts[1:]:
-                            of(parts[0], part, out=parts[0])
-
-    def call(self, call: Call, numbers: np.ndarray) -> None:
+    def call(self, call: Call, numbers: Sequence[Sequence[float | Tensor]]) -> None:
         """Let a function of whole matrices make one temporary of another: once for each shape and set of numbers."""
         source, target = (self.pointers[self.place[name]] for name in (call.source, call.target))
         memory, kept = self._memory[call.source], self._memory.get(call.target)
         for group in self._groups(numbers):
-            numel = self.work.numel[group]
+            numel = self.numel[group]
             begin = int(source[group[0]] - np.uint64(memory.data_ptr())) // memory.itemsize
             place = slice(begin, begin + int(numel.sum()))
-            stack = memory[place].view(-1, *self.work.sizes[group[0], 1:].tolist())
-            result = call_function(call.function, stack, *numbers[group[0]].tolist()).contiguous()
+            stack = memory[place].view(-1, *self.sizes[group[0], 1:].tolist())
+            result = call_function(call.function, stack, *numbers[group[0]]).contiguous()
             if kept is not None:
                 # Another function takes it, with its own groups of matrices.
                 kept[place] = result.view(-1)
@@ -99,13 +95,18 @@ class Temporaries:
                 starts = (np.cumsum(numel) - numel) * result.itemsize
                 target[group] = result.data_ptr() + starts.astype(np.uint64)
 
-    def _groups(self, numbers: np.ndarray) -> Iterator[np.ndarray]:
+    def _groups(self, numbers: Sequence[Sequence[float | Tensor]]) -> Iterator[np.ndarray]:
         """Tensors that follow one another in memory and have one shape and one set of numbers."""
-        walked = [i for i in self._order if self.work.numel[i]]
+        walked = [i for i in self._order if self.numel[i]]
         begin = 0
         for end in range(1, len(walked) + 1):
             a, b = walked[end - 1], walked[end] if end < len(walked) else None
-            same = b is not None and (self.work.sizes[a, 1:] == self.work.sizes[b, 1:]).all()
-            if not (same and (numbers[a] == numbers[b]).all()):
+            same = b is not None and (self.sizes[a, 1:] == self.sizes[b, 1:]).all() and _equal(numbers[a], numbers[b])
+            if not same:
                 yield np.array(walked[begin:end])
                 begin = end
+
+
+def _equal(a: Sequence[float | Tensor], b: Sequence[float | Tensor]) -> bool:
+    """Whether numbers are known to be the same; of those that lie on a device that is not known."""
+    return all(x is y if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))

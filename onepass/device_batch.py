@@ -1,0 +1,79 @@
+"""Parameters whose numbers lie on their device: a step asks it nothing, and can be captured in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import kernel
+from .batch import KernelBatch
+from .checks import Group, StepError, number, pick
+from .recipes import Recipe
+from .unscale import Unscale
+
+
+class DeviceBatch(KernelBatch):
+    """As a `KernelBatch`; but step counts and other numbers are read and written by the kernel.
+
+    Options may be tensors on the device, which the host never reads. Where `GradScaler` leaves unscaling to the step,
+    the kernel does it, and changes nothing where a gradient is not finite.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # For each parameter 1 until it has stepped, on the device.
+        self.fresh: Tensor | None = None
+        self._of_former_launches: list[Tensor] = []
+
+    @property
+    def captured(self) -> list[Tensor]:
+        """What graphs that hold a step of this batch will read."""
+        return [*self._of_former_launches, *([] if self.launch is None else self.launch.captured)]
+
+    def resident(self, recipe: Recipe) -> tuple[str, ...]:
+        return recipe.numbers
+
+    def read(self, group: Group) -> Sequence[Any]:
+        return [_number_or_tensor(pick(group, key, i), key) for _, key, i in self.recipe.sources]
+
+    def check_capture(self) -> None:
+        """It may be captured."""
+
+    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
+        before = self.launch
+        self.choose_rows(np.zeros((0, self.count)), None)
+        launch, device = self.launch, self.launch.kernel.device
+        if before is not None and before is not launch:
+            self._of_former_launches += before.captured
+        if self.fresh is None:
+            is_first = np.zeros(self.count) if first is None else first
+            self.fresh = device.send(torch.from_numpy(is_first.astype(np.int32)))
+        launch.fresh = self.fresh
+        launch.active[:] = self.active
+        factor, launch.guard = unscale.on(device.device)
+        launch.device_leaves = []
+        for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
+            for setting, value in enumerate(values):
+                self._set_leaf(leaf, setting, value)
+        if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
+            self._set_leaf(self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor)
+        self.launch_up_to_stores()
+
+    def _set_leaf(self, leaf: int, setting: int | None, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            self.launch.device_leaves.append((leaf, setting, value))
+        else:
+            self.launch.leaves[leaf, setting] = value
+
+
+def _number_or_tensor(value: object, key: str) -> float | Tensor:
+    """An option that the host may read, as a number; else the tensor."""
+    if isinstance(value, Tensor) and not kernel.on_host(value.device):
+        if value.numel() != 1:
+            raise StepError(f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}")
+        return value
+    return number(value, key)

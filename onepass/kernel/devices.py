@@ -1,0 +1,74 @@
+"""Whether Triton can serve a device: found out by running a kernel of one line there, before anything depends on it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .jit import Function, Source, launch, load
+
+TYPES = ("cuda", "xpu")
+# Older NVIDIA GPUs are not served by Triton.
+LEAST_CAPABILITY = (8, 0)
+
+PROBE = Source(
+    """\
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def probe(there):
+    tl.store(there, tl.sqrt_rn(tl.load(there)))
+""",
+    (Function("probe", (("there", "*fp32"),), (), 1),),
+)
+
+
+@cache
+def why_not(device: torch.device) -> str:
+    """Why there are no kernels for a device that is no CPU; empty where there are."""
+    if device.type not in TYPES:
+        return f"there are no kernels for {device.type} devices"
+    try:
+        from triton import knobs
+    except ImportError:
+        return f"kernels for {device.type} devices need Triton 3.5 or newer; run pip install -U triton"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            needed = ".".join(map(str, LEAST_CAPABILITY))
+            return (
+                f"there are no kernels for GPUs of a compute capability below {needed}, and "
+                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+            )
+    unsafe = why_unsafe(Path(knobs.cache.dir))
+    return unsafe or _try(device)
+
+
+def why_unsafe(folder: Path) -> str:
+    """Why nothing may be run that Triton keeps in its cache, in this folder; empty where it may be."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    advice = "set TRITON_CACHE_DIR to a folder of your own"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"Triton's cache, {folder}, cannot be written; {advice}"
+    mode = existing.stat().st_mode
+    if existing == folder.absolute() and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return f"every user can write to Triton's cache, {folder}, and could put code there; {advice}"
+    return ""
+
+
+def _try(device: torch.device) -> str:
+    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old."""
+    try:
+        there = torch.ones(1, device=device)
+        with torch.get_device_module(device.type).device(device):
+            launch(load(PROBE), PROBE.functions[0], 1, there)
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        return f"Triton cannot run kernels on {device} ({type(error).__name__}: {first:.200})"
+    return ""

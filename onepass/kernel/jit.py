@@ -1,0 +1,64 @@
+"""Triton source: as data, which the compiler makes, and as functions, which Triton compiles when they are launched.
+
+Triton reads a function's text where Python finds it. Here that is Python's own cache of lines, into which the text is
+put under a name of its own: no file is written, so nothing that runs has ever lain where another user could write.
+What Triton makes of it lies in Triton's cache, and another process with the same rule finds it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel: its name, its arguments with their types in Triton's notation (`*fp32`, `i32`), its compile-time
+    constants, and how many warps run one program of it."""
+
+    name: str
+    arguments: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...] = ()
+    warps: int = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module of Triton functions: its text, and the kernels among them."""
+
+    text: str
+    functions: tuple[Function, ...] = field(compare=False)
+
+
+@lru_cache(maxsize=256)
+def load(source: Source) -> Mapping[str, Any]:
+    """The module's functions, ready to be launched or compiled."""
+    name = f"<onepass {hashlib.sha256(source.text.encode()).hexdigest()[:16]}>"
+    # An entry without a time is never looked for on disk.
+    linecache.cache[name] = (len(source.text), None, source.text.splitlines(keepends=True), name)
+    module: dict[str, Any] = {"__name__": "onepass.kernel.generated"}
+    exec(compile(source.text, name, "exec"), module)
+    return module
+
+
+def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
+    """How a function is compiled so that it computes bit for bit what other backends do: nothing is contracted to fused
+    multiply-add, and no small number is flushed to zero."""
+    exact: dict[str, Any] = {"enable_fp_fusion": False}
+    if backend == "cuda":
+        exact["enable_reflect_ftz"] = False
+    return {"num_warps": function.warps, **exact}
+
+
+def launch(module: Mapping[str, Any], function: Function, grid: int, *arguments: Any, **constants: Any) -> None:
+    """Queue so many programs of a function on the current device and stream; of none, nothing."""
+    if grid > 0:
+        given = dict(function.constants) | constants
+        how = options(function, "hip" if torch.version.hip else arguments[0].device.type)
+        module[function.name][(grid,)](*arguments, **given, **how)

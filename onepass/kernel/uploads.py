@@ -1,0 +1,126 @@
+"""Tables that a kernel reads on a device: sent when they have changed, and never overwritten.
+
+A table that has changed is not written over the old one, which the device may still be reading. It goes, from pinned
+memory of its own and without waiting, into device memory of its own; both come from torch's allocators, whose rules
+make that safe:
+
+* pinned memory that is let go is not given out again until the copy that reads it is done (torch records an event for
+  each copy that does not block, and asks it);
+* device memory that is let go is given out again in the order of the stream for which it was taken: what overwrites it
+  is queued behind the kernels that read it. A kernel on another stream is announced by `record_stream`.
+
+A step on another stream than the one before needs no copy of its own: both write the same parameters, so whoever steps
+on two streams has put the second behind the first, and with that behind the copy.
+
+A CUDA graph repeats what was queued while it was captured, the reading of pinned memory too. So, while a capture is
+under way, a changed table goes through one of a few pinned stretches that were taken before (an allocation might end
+the capture), and everything that the graph will read is handed to `captured`, where it must live as long as the graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Tables that can be sent during captures before a step outside of one takes new memory for them.
+SPARE = 4
+
+
+class Device:
+    """What launches need of a device: its streams and its memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device.type)
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """Make this the current device."""
+        if self.device.index is None or self._module.current_device() == self.device.index:
+            return nullcontext()
+        return self._module.device(self.device)
+
+    def stream(self) -> Any:
+        """The stream on which torch queues work now; streams compare."""
+        return self._module.current_stream(self.device)
+
+    def is_capturing(self) -> bool:
+        """Whether work is recorded into a graph now."""
+        asks = getattr(self._module, "is_current_stream_capturing", None)
+        return asks is not None and asks()
+
+    def pin(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory of the host from which the device copies without the processor."""
+        return torch.empty(count, dtype=dtype, pin_memory=True)
+
+    def send(self, pinned: Tensor) -> Tensor:
+        """A copy on the device, queued on the current stream."""
+        return pinned.to(self.device, non_blocking=True)
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory on the device."""
+        return torch.empty(count, dtype=dtype, device=self.device)
+
+
+class Table:
+    """An array of the host and its copy on the device."""
+
+    def __init__(self, device: Device, captured: list[Tensor], spare: int = 0) -> None:
+        """`spare` is for how many captures memory is held ready; `captured` receives what a captured graph reads."""
+        self.device, self.captured = device, captured
+        self.uploads = 0
+        self._known: object = None
+        self._sent: Tensor | None = None
+        self._stream: Any = None
+        self._spare = spare
+        self._ready: list[Tensor] = []
+
+    def on_device(self, array: np.ndarray) -> Tensor:
+        """The array's copy, sent now if it differs from what was sent last; one that cannot be written never does."""
+        content = array.tobytes() if array.flags.writeable else id(array)
+        capturing = self.device.is_capturing()
+        if self._sent is None or content != self._known:
+            if capturing:
+                return self._send_in_capture(array)
+            pinned = self.device.pin(max(array.size, 1), _dtype(array))
+            self._sent = self._send(pinned, array)
+            self._known, self._stream = content, self.device.stream()
+        elif capturing:
+            self.captured.append(self._sent)
+        elif self._stream != self.device.stream():
+            self._sent.record_stream(self.device.stream())
+        self._hold_ready(array)
+        return self._sent
+
+    def _send(self, pinned: Tensor, array: np.ndarray) -> Tensor:
+        pinned.numpy()[: array.size] = array.reshape(-1)
+        self.uploads += 1
+        return self.device.send(pinned)
+
+    def _send_in_capture(self, array: np.ndarray) -> Tensor:
+        if not self._ready or self._ready[-1].numel() < array.size:
+            raise RuntimeError(
+                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of the "
+                "capture first, as torch.cuda.graph's documentation shows"
+            )
+        pinned = self._ready.pop()
+        sent = self._send(pinned, array)
+        self.captured += [pinned, sent]
+        # It will be there when the graph runs, and not before.
+        self._sent = None
+        return sent
+
+    def _hold_ready(self, array: np.ndarray) -> None:
+        """Take pinned memory for captures to come, while it can be taken."""
+        if self._spare and not self.device.is_capturing():
+            if self._ready and self._ready[-1].numel() < array.size:
+                self._ready.clear()
+            while len(self._ready) < self._spare:
+                self._ready.append(self.device.pin(max(array.size, 1), _dtype(array)))
+
+
+def _dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, array.dtype)).dtype
