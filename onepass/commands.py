@@ -13,13 +13,23 @@ import typer
 from rich.console import Console
 
 from onepass.bench import measure, suite
-from onepass.bench.report import WIDTH, list_facts, list_goals, make_fresh_table, make_step_table, plot
+from onepass.bench.gpu import find_gpu
+from onepass.bench.report import (
+    WIDTH,
+    list_facts,
+    list_goals,
+    make_device_table,
+    make_fresh_table,
+    make_step_table,
+    plot,
+)
 from onepass.bench.shapes import MODELS
 from onepass.catalog import UnknownName
 from onepass.checkpoint import CheckpointError
 from onepass.explain import explain as explain_optimizer
 from onepass.gallery.summary import choose_steps, summarize
 from onepass.kernel.ir import RuleError
+from onepass.kernel.target import TARGETS, TargetError
 from onepass.schedule import MAKERS, ScheduleError, parse
 from onepass.tasks import TASKS, TaskError
 from onepass.training import loop
@@ -43,6 +53,7 @@ USER_ERRORS = (
     RuleError,
     ScheduleError,
     SettingsError,
+    TargetError,
     TaskError,
     UnknownName,
     UsageError,
@@ -215,6 +226,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure first steps and peaks of memory, in fresh processes.")] = True,
+    device: Annotated[str, typer.Option(help="Where to step: cpu, cuda, or one of several GPUs as cuda:1.")] = "cpu",
 ) -> None:
     """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory allows.
 
@@ -223,12 +235,15 @@ def bench(
     _check_files(json, plot_file)
     if plot_file is not None:
         _require("matplotlib")
-    cells = suite.choose(model, optimizer, every)
+    gpu = find_gpu(device)
+    cells = suite.choose(model, optimizer, every, gpu is not None)
     console = Console()
     with console.status("measuring ...") as status:
-        report = measure.run(cells, seconds=seconds, fresh=fresh, tell=status.update)
+        report = measure.run(cells, seconds=seconds, fresh=fresh, tell=status.update, gpu=gpu)
     tables = Console(width=max(WIDTH, console.width))
     tables.print(make_step_table(report["results"]))
+    if gpu is not None:
+        tables.print(make_device_table(report["results"]))
     if fresh and any(cell.fresh for cell in cells):
         tables.print(make_fresh_table(report["results"]))
     for line in [*list_goals(report["results"]), *list_facts(report)]:
@@ -248,6 +263,9 @@ def explain(
     dtype: Annotated[str, typer.Option(help="How all columns are stored.")] = "float32",
     llvm: Annotated[bool, typer.Option("--llvm", help="Show the LLVM IR, as emitted and optimized.")] = False,
     assembly: Annotated[bool, typer.Option("--asm", help="Show the machine code, its hot loop marked.")] = False,
+    target: Annotated[
+        str | None, typer.Option(help=f"Show Triton's code for a GPU, which is not needed: {', '.join(TARGETS)}.")
+    ] = None,
 ) -> None:
     """Show an optimizer's rule, the bytes that it moves, and the program that it becomes.
 
@@ -257,7 +275,7 @@ def explain(
         explanation = explain_optimizer(optimizer, context.args, dtype)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    print(explanation.text(llvm, assembly), end="")
+    print(explanation.text(llvm, assembly, target), end="")
 
 
 @app.command("schedule")

@@ -51,27 +51,24 @@ class DeviceBatch(KernelBatch):
             self._of_former_launches += before.captured
         if self.fresh is None:
             is_first = np.zeros(self.count) if first is None else first
-            self.fresh = device.send(torch.from_numpy(is_first.astype(np.int32)))
+            self.fresh = device.upload(is_first.astype(np.int32))
         launch.fresh = self.fresh
         launch.active[:] = self.active
         factor, launch.guard = unscale.on(device.device)
         launch.device_leaves = []
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
-            for setting, value in enumerate(values):
-                self._set_leaf(leaf, setting, value)
+            away = [(leaf, setting, v) for setting, v in enumerate(values) if isinstance(v, Tensor)]
+            launch.device_leaves += away
+            launch.leaves[leaf] = [0.0 if isinstance(v, Tensor) else v for v in values] if away else values
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
-            self._set_leaf(self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor)
+            launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
-
-    def _set_leaf(self, leaf: int, setting: int | None, value: float | Tensor) -> None:
-        if isinstance(value, Tensor):
-            self.launch.device_leaves.append((leaf, setting, value))
-        else:
-            self.launch.leaves[leaf, setting] = value
 
 
 def _number_or_tensor(value: object, key: str) -> float | Tensor:
     """An option that the host may read, as a number; else the tensor."""
+    if type(value) is float:
+        return value
     if isinstance(value, Tensor) and not kernel.on_host(value.device):
         if value.numel() != 1:
             raise StepError(f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}")

@@ -18,6 +18,8 @@ from onepass.catalog import UnknownName, find_class, nearest
 from onepass.kernel.cpu import Kernel
 from onepass.kernel.ir import FACTS, LOADS, Node, Rank
 from onepass.kernel.passes import Pass, Program, element_order
+from onepass.kernel.target import compile_for, report
+from onepass.kernel.tiles import lower
 from onepass.optimizer import Optimizer
 from onepass.recipes import recipe_of
 
@@ -87,14 +89,18 @@ class Explanation:
     def program(self) -> Program:
         return self.kernel.program
 
-    def text(self, llvm: bool = False, assembly: bool = False) -> str:
-        """Everything, in sections; the generated code where asked for."""
+    def text(self, llvm: bool = False, assembly: bool = False, target: str | None = None) -> str:
+        """Everything, in sections; the generated code where asked for, and for a GPU of kind `target`."""
         sections = [self.head(), self.rule(), self.columns(), self.listing()]
         if llvm:
             sections += [f"LLVM IR as emitted\n\n{self.kernel.source.strip()}"]
             sections += [f"LLVM IR after optimization\n\n{self.kernel.library.optimized.strip()}"]
         if assembly:
             sections.append(self.assembly())
+        if target is not None:
+            source = lower(self.program)
+            compiled = compile_for(source, target)
+            sections += [f"Triton source\n\n{source.text.strip()}", report(self.program, compiled)]
         return "\n\n".join(sections) + "\n"
 
     def head(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from .batch import Gathered
 from .checks import StepError
@@ -60,7 +62,6 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = defaults
         self._check(defaults)
         super().__init__(params, defaults)
-        self._follow_grad_scaler()
 
     # What a subclass may refine.
 
@@ -109,15 +110,12 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
         unscale = Unscale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if not unscale.waits and unscale.skips:
+        if not unscale.waits and unscale.read():
             return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             plan, gathered = self._make_ready(unscale.scale is not None)
-            if plan.waits and unscale.skips:
+            if not plan.run(gathered, unscale):
                 self._drop_plan()
-                plan.undo()
-                return loss
-            plan.run(gathered, unscale)
         return loss
 
     def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
@@ -344,10 +342,22 @@ class Optimizer(torch.optim.Optimizer):
         required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
         return required, dict.fromkeys(recipe.numbers) | shapes
 
-    def _follow_grad_scaler(self) -> None:
-        # As in torch: fused optimizers unscale in the step; for others GradScaler does it before.
-        if any(group.get("fused") for group in self.param_groups):
-            self._step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves to the step what it would have to wait for: to unscale, and to skip the step.
+
+        So it is where a group is fused, as in torch, or capturable; and only GradScaler is told. To others it would
+        mean that gradients must not be unscaled before a step, for which Lightning refuses to clip them; but a step
+        takes them either way, as GradScaler knows which it is.
+        """
+        if "_amp_scaling" in self.__dict__:
+            return self._amp_scaling
+        asks = sys._getframe(1).f_globals.get("__name__")
+        return asks == GradScaler.__module__ and any(g.get("fused") or g.get("capturable") for g in self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, supports: bool) -> None:
+        self._amp_scaling = supports
 
     # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
 
@@ -360,7 +370,6 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-        self._follow_grad_scaler()
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:

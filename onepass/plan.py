@@ -244,7 +244,7 @@ class Plan:
                     self._shared_numbers.add(id(now))
                     continue
                 # Without reading a number that is there already.
-                entry.copy_(now) if isinstance(now, Tensor) else entry.fill_(now)
+                entry.copy_(now, non_blocking=True) if isinstance(now, Tensor) else entry.fill_(now)
                 self._set(own, name, entry)
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
@@ -325,12 +325,18 @@ class Plan:
         """What graphs that hold a step of this plan will read, when there is another plan or none."""
         return [t for batch in self.kernels if isinstance(batch, DeviceBatch) for t in batch.captured]
 
-    def run(self, gathered: list[Gathered], unscale: Unscale) -> None:
-        """Step with what `ready` returned; gradients are unscaled where the plan was built `scaled`."""
+    def run(self, gathered: list[Gathered], unscale: Unscale) -> bool:
+        """Step with what `ready` returned; gradients are unscaled where the plan was built `scaled`.
+
+        False where nothing may change: then the state that was made for this step is taken back, and the plan is void.
+        """
         params, *of_batches = gathered
         of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
         calling = [i for i, batch in enumerate(self.kernels) if batch.recipe.graph.has_calls]
         try:
+            if self.waits and unscale.read():
+                self.undo()
+                return False
             # Functions of matrices may fail, so all are called before anything changes; those that take the most
             # memory first, while there are no others' results.
             for i in sorted(calling, key=lambda i: -int(self.kernels[i].work.numel.sum())):
@@ -358,6 +364,7 @@ class Plan:
             if self.fresh:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
+        return True
 
     def _begin(self, i: int, unscale: Unscale) -> None:
         """Begin a batch's step, with the numbers that its parameters have in it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -11,27 +9,26 @@ from torch import Tensor
 class Unscale:
     """The scale of this step's gradients, and what is not 0 where one of them is not finite; None means 1, and 0.
 
-    Read on the host, as `factor` and `skips`, they make it wait for the device; a step that only reads `on` does not.
+    To `read` them on the host is to wait for their device; a step that only asks for what is `on` its device does not.
     """
 
     def __init__(self, scale: Tensor | float | None = None, found_inf: Tensor | float | None = None) -> None:
         self.scale, self.found_inf = scale, found_inf
+        # What gradients are multiplied by, once it has been read.
+        self.factor = 1.0
         self._on: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
-
-    @cached_property
-    def factor(self) -> float:
-        """What gradients are multiplied by."""
-        return 1.0 if self.scale is None else 1.0 / float(self.scale)
-
-    @cached_property
-    def skips(self) -> bool:
-        """Whether nothing may change."""
-        return self.found_inf is not None and bool(self.found_inf)
 
     @property
     def waits(self) -> bool:
-        """Whether the host would wait for a device to know what is to be skipped."""
-        return isinstance(self.found_inf, Tensor) and not self.found_inf.is_cpu
+        """Whether the host would wait for a device to read them."""
+        return any(isinstance(x, Tensor) and not x.is_cpu for x in (self.scale, self.found_inf))
+
+    def read(self) -> bool:
+        """Read them on the host; returns whether nothing may change. Raises ZeroDivisionError for a scale of 0."""
+        if self.found_inf is not None and bool(self.found_inf):
+            return True
+        self.factor = 1.0 if self.scale is None else 1.0 / float(self.scale)
+        return False
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The factor, in float64, and the guard, in float32 and not 0 where nothing may change, as tensors there."""

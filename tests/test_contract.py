@@ -969,8 +969,29 @@ def test_grad_scaler(algorithm, fused, unscale_first):
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
     assert ours[1] == theirs[1]
     assert set(ours[2]) <= {4.0}
-    assert hasattr(onepass.AdamW([nn.Parameter(torch.ones(1))], fused=True), "_step_supports_amp_scaling")
-    assert not getattr(onepass.AdamW([nn.Parameter(torch.ones(1))]), "_step_supports_amp_scaling", False)
+
+
+def asked_by(module: str, opt: Any) -> bool:
+    """What a module of this name is told when it asks, as GradScaler and frameworks do."""
+    question = "answer = getattr(opt, '_step_supports_amp_scaling', False)"
+    space = {"__name__": module, "opt": opt}
+    exec(question, space)
+    return space["answer"]
+
+
+def test_grad_scaler_alone_is_told_that_steps_unscale() -> None:
+    """Lightning takes the same answer for a refusal of gradients that are unscaled already, and does not clip them."""
+
+    def make(**options: Any) -> Any:
+        return onepass.AdamW([nn.Parameter(torch.ones(1))], **options)
+
+    for opt in (make(fused=True), make(capturable=True), pickle.loads(pickle.dumps(make(fused=True)))):
+        assert asked_by("torch.amp.grad_scaler", opt)
+        assert not asked_by("lightning.pytorch.plugins.precision.amp", opt)
+    assert not asked_by("torch.amp.grad_scaler", make())
+    told = make()
+    told._step_supports_amp_scaling = True
+    assert asked_by("anybody", told)
 
 
 # Autograd through the step.

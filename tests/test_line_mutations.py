@@ -64,12 +64,10 @@ class Judge:
         """Put guards around the temporaries, too, which begin as no numbers."""
         allocate = cls._allocate
 
-        def surrounded(own: Any, one: Any) -> np.ndarray:
-            inside = allocate(own, one)
-            whole = np.full(len(inside) + GUARD // 2, -7.0, inside.dtype)
-            self.guarded.append(whole)
-            whole[GUARD // 4 : GUARD // 4 + len(inside)] = np.nan
-            return whole[GUARD // 4 : GUARD // 4 + len(inside)]
+        def surrounded(own: Any, count: int, one: Any) -> torch.Tensor:
+            whole = allocate(own, count + GUARD // 2, one).fill_(-7.0)
+            self.guarded.append(whole.numpy())
+            return whole[GUARD // 4 : GUARD // 4 + count].fill_(np.nan)
 
         cls._allocate = surrounded
         empty = torch.empty
@@ -202,13 +200,17 @@ IN_CHUNKS = {
     "Rank.MATRIX: (one, one, matrices)": "Rank.MATRIX: (one, one, one)",
 }
 IN_TEMPORARIES = {
-    "matrices * columns * self._parts": "matrices * columns",
+    "self.parts.get(one.name, 1)": "1",
     "Rank.ROW: matrices * rows": "Rank.ROW: rows",
     "Rank.MATRIX: matrices": "Rank.MATRIX: matrices * 0",
-    "for part in parts[1:]": "for part in parts[2:]",
+    "stops[t - 1]": "stops[t]",
+}
+IN_LAUNCHES = {
+    "for share in shares[1:]": "for share in shares[2:]",
     "chunks.parts > 1": "chunks.parts > 2",
     'np.add if reduction.node.op == "sum" else np.maximum': "np.add",
     "reduction.node.rank == Rank.COLUMN": "reduction.node.rank == Rank.ROW",
+    "chunks[Rank.ELEMENT].parts)": "chunks[Rank.ELEMENT].parts * 0 + 1)",
 }
 IN_PASSES = {
     "if a.rank.on_host or a.rank == rank:": "if a.rank.on_host or a.rank == rank or a in self._kept:",
@@ -228,8 +230,8 @@ IN_CALLS = {
     "if k <= level)": "if k < level)",
 }
 IN_GROUPS = {
-    "self.work.sizes[a, 1:] == self.work.sizes[b, 1:]": "self.work.sizes[a, 2:] == self.work.sizes[b, 2:]",
-    "(numbers[a] == numbers[b]).all()": "True",
+    "self.sizes[a, 1:] == self.sizes[b, 1:]": "self.sizes[a, 2:] == self.sizes[b, 2:]",
+    "_equal(numbers[a], numbers[b])": "True",
     "(np.cumsum(numel) - numel) * result": "np.cumsum(numel) * result",
     "self._memory.get(call.target)": "None",
     "kept[place] = result": "kept[place] += result",
@@ -260,6 +262,12 @@ def try_temporaries(rule: Any, mistakes: dict[str, str], old: str) -> None:
     one.surround(cls)
     cpu.Temporaries = cls
     assert not one.agrees(cpu.compile(one.program))
+
+
+def try_launches(old: str) -> None:
+    one = judge(lined)
+    one.surround(temporaries.Temporaries)
+    assert not one.agrees(altered(cpu, old, IN_LAUNCHES[old]).Kernel(one.program))
 
 
 def try_passes(rule: Any, mistakes: dict[str, str], old: str) -> None:
@@ -304,6 +312,7 @@ def tries() -> Iterator[tuple[str, Callable[[], None]]]:
         ("code", try_code, IN_CODE),
         ("chunks", try_chunks, IN_CHUNKS),
         ("temporaries", partial(try_temporaries, lined, IN_TEMPORARIES), IN_TEMPORARIES),
+        ("launches", try_launches, IN_LAUNCHES),
         ("passes", partial(try_passes, lined, IN_PASSES), IN_PASSES),
         ("calls", partial(try_passes, turned, IN_CALLS), IN_CALLS),
         ("groups", partial(try_temporaries, in_a_row, IN_GROUPS), IN_GROUPS),

@@ -135,21 +135,18 @@ class Surrounded:
     GUARD = 4096
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.arrays: list[np.ndarray] = []
+        self.arrays: list[Tensor] = []
         allocate = Temporaries._allocate
 
-        def surrounded(own: Temporaries, one: Any) -> np.ndarray:
-            array = allocate(own, one)
-            self.arrays.append(np.full(len(array) + 2 * self.GUARD, -7.0, array.dtype))
-            inside = self.arrays[-1][self.GUARD : self.GUARD + len(array)]
-            inside[:] = np.nan
-            return inside
+        def surrounded(own: Temporaries, count: int, one: Any) -> Tensor:
+            self.arrays.append(allocate(own, count + 2 * self.GUARD, one).fill_(-7.0))
+            return self.arrays[-1][self.GUARD : self.GUARD + count].fill_(np.nan)
 
         monkeypatch.setattr(Temporaries, "_allocate", surrounded)
 
     def are_whole(self) -> bool:
-        guards = (np.concatenate([a[: self.GUARD], a[len(a) - self.GUARD :]]) for a in self.arrays)
-        return all((guard == -7.0).all() for guard in guards)
+        guards = (torch.cat([a[: self.GUARD], a[len(a) - self.GUARD :]]) for a in self.arrays)
+        return all(bool((guard == -7.0).all()) for guard in guards)
 
 
 @over_rules

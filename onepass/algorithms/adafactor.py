@@ -47,8 +47,8 @@ class Adafactor(Optimizer):
     from below instead of being added to the squares, and weight decay is decoupled.
 
     Three walks over a matrix, no temporary of its size. State per parameter: `step`, `row_var` and `col_var`, or
-    `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes nothing. With several parameter
-    types and `eps[0]` of None, torch takes the epsilon of the first parameter of a list for all; here each has its own.
+    `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes nothing, and ours is `capturable`,
+    for steps in a CUDA graph. With several parameter types and `eps[0]` of None, torch takes the epsilon of the first parameter of a list for all; here each has its own.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number, StepError for complex
     parameters.
@@ -65,6 +65,7 @@ class Adafactor(Optimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,6 +75,7 @@ class Adafactor(Optimizer):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 

@@ -26,6 +26,7 @@ class Adagrad(Optimizer):
 
     State per parameter: `step`, `sum`, from construction on, as in torch; in later groups too, where torch has none.
     Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change nothing, but both False: eager backend.
+    Ours is `capturable`, for steps in a CUDA graph.
 
     A sparse gradient steps the rows that it has values for, which is what a dense one with zeros elsewhere does; of
     complex parameters, too, the real and imaginary parts step as two numbers, where torch's sparse form squares the
@@ -50,6 +51,7 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,6 +63,7 @@ class Adagrad(Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
             "fused": fused,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 

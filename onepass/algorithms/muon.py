@@ -41,7 +41,7 @@ class Muon(Optimizer):
     rounding, so here alone bits may depend on which parameters step together.
 
     State per parameter: `momentum_buffer`; with AdamW `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
-    `torch.optim.Muon`, and ours by keyword. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum
+    `torch.optim.Muon`, and ours by keyword, of which `capturable` is for steps in a CUDA graph. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum
     normalised in place; not here.
 
     Raises ValueError for an option outside its range or a parameter that is no matrix under `use_muon=True`,
@@ -63,6 +63,7 @@ class Muon(Optimizer):
         use_muon: bool | None = True,
         betas: tuple[float, float] = (0.9, 0.95),
         adam_eps: float = 1e-8,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,6 +77,7 @@ class Muon(Optimizer):
             "use_muon": use_muon,
             "betas": betas,
             "adam_eps": adam_eps,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 

@@ -26,7 +26,7 @@ class SGD(Optimizer):
 
     State per parameter: `momentum_buffer` where momentum is not 0, else none. Arguments are those of
     `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the eager backend and
-    `fused=True` lets GradScaler leave the unscaling to the step.
+    `fused=True` lets GradScaler leave the unscaling to the step. Ours is `capturable`, for steps in a CUDA graph.
 
     A sparse gradient steps the rows that it has values for. With momentum every row moves, whether it has a value now
     or had one before: the gradient is filled up with zeros, and a step costs what a dense one does. The results are
@@ -51,6 +51,7 @@ class SGD(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -62,6 +63,7 @@ class SGD(Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 

@@ -14,6 +14,8 @@ from .jit import Function, Source, launch, load
 TYPES = ("cuda", "xpu")
 # Older NVIDIA GPUs are not served by Triton.
 LEAST_CAPABILITY = (8, 0)
+# Older versions flush subnormal numbers under a root to zero, and have no option against it.
+LEAST_TRITON = (3, 6)
 
 PROBE = Source(
     """\
@@ -34,10 +36,17 @@ def why_not(device: torch.device) -> str:
     """Why there are no kernels for a device that is no CPU; empty where there are."""
     if device.type not in TYPES:
         return f"there are no kernels for {device.type} devices"
+    version = ".".join(map(str, LEAST_TRITON))
     try:
+        import triton
         from triton import knobs
     except ImportError:
-        return f"kernels for {device.type} devices need Triton 3.5 or newer; run pip install -U triton"
+        return f"kernels for {device.type} devices need Triton {version} or newer; run pip install -U triton"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
+        return (
+            f"kernels for {device.type} devices need Triton {version} or newer, and {triton.__version__} is installed; "
+            "install a newer torch, which brings one"
+        )
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:

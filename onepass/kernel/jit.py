@@ -53,6 +53,8 @@ def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
     exact: dict[str, Any] = {"enable_fp_fusion": False}
     if backend == "cuda":
         exact["enable_reflect_ftz"] = False
+        # Without a limit, ptxas would rather spill a number or two than run fewer warps at once.
+        exact["maxnreg"] = 128
     return {"num_warps": function.warps, **exact}
 
 

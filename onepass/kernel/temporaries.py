@@ -35,7 +35,7 @@ class Temporaries:
         for i, one in enumerate(program.temporaries):
             if one.rank != Rank.ELEMENT:
                 counts = self._counts(one)
-                memory = torch.empty(int(counts.sum()), dtype=TORCH[one.type], device=device)
+                memory = self._allocate(int(counts.sum()), one)
                 self.kept[one.name], self.stops[one.name] = memory, np.cumsum(counts)
                 starts = (self.stops[one.name] - counts) * memory.itemsize
                 self.pointers[i] = memory.data_ptr() + starts.astype(np.uint64)
@@ -43,6 +43,9 @@ class Temporaries:
         self._order = np.lexsort(sizes[:, 1:].T)
         self._memory: dict[str, Tensor] = {}
         self._results: list[Tensor] = []
+
+    def _allocate(self, count: int, one: Temporary) -> Tensor:
+        return torch.empty(count, dtype=TORCH[one.type], device=self.device)
 
     def _counts(self, one: Temporary) -> np.ndarray:
         """How many values each tensor has."""

@@ -23,7 +23,7 @@ from .uniforms import fact, input_offsets, stages, uniforms
 # Elements of one program; of a reduction, blocks of so many elements, one after the other.
 BLOCK, SPAN = 1024, 32
 # A tile is so wide, the narrowest into which a line fits; of a sum a program takes so many lines, else so many tiles.
-WIDTHS = (16, 64, 256)
+WIDTHS = (32, 256)
 BAND, TILES = 128, 4
 # A block's, and a tile's: of the lines [begin, end), the columns from `column` on; `part` counts a matrix's bands.
 FLAT_FIELDS = ("tensor", "block")

@@ -60,6 +60,10 @@ class Device:
         """A copy on the device, queued on the current stream."""
         return pinned.to(self.device, non_blocking=True)
 
+    def upload(self, array: np.ndarray) -> Tensor:
+        """A copy of an array, by way of pinned memory of its own."""
+        return self.send(fill(self.pin(max(array.size, 1), dtype_of(array)), array))
+
     def empty(self, count: int, dtype: torch.dtype) -> Tensor:
         """Memory on the device."""
         return torch.empty(count, dtype=dtype, device=self.device)
@@ -85,8 +89,8 @@ class Table:
         if self._sent is None or content != self._known:
             if capturing:
                 return self._send_in_capture(array)
-            pinned = self.device.pin(max(array.size, 1), _dtype(array))
-            self._sent = self._send(pinned, array)
+            self._sent = self.device.upload(array)
+            self.uploads += 1
             self._known, self._stream = content, self.device.stream()
         elif capturing:
             self.captured.append(self._sent)
@@ -95,11 +99,6 @@ class Table:
         self._hold_ready(array)
         return self._sent
 
-    def _send(self, pinned: Tensor, array: np.ndarray) -> Tensor:
-        pinned.numpy()[: array.size] = array.reshape(-1)
-        self.uploads += 1
-        return self.device.send(pinned)
-
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
@@ -107,7 +106,8 @@ class Table:
                 "capture first, as torch.cuda.graph's documentation shows"
             )
         pinned = self._ready.pop()
-        sent = self._send(pinned, array)
+        sent = self.device.send(fill(pinned, array))
+        self.uploads += 1
         self.captured += [pinned, sent]
         # It will be there when the graph runs, and not before.
         self._sent = None
@@ -119,8 +119,15 @@ class Table:
             if self._ready and self._ready[-1].numel() < array.size:
                 self._ready.clear()
             while len(self._ready) < self._spare:
-                self._ready.append(self.device.pin(max(array.size, 1), _dtype(array)))
+                self._ready.append(self.device.pin(max(array.size, 1), dtype_of(array)))
 
 
-def _dtype(array: np.ndarray) -> torch.dtype:
+def dtype_of(array: np.ndarray) -> torch.dtype:
+    """torch's name for an array's type."""
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
+
+
+def fill(memory: Tensor, array: np.ndarray) -> Tensor:
+    """Memory of the host, with an array at its beginning."""
+    memory.numpy()[: array.size] = array.reshape(-1)
+    return memory
