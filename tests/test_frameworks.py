@@ -160,6 +160,21 @@ def test_lightning(name, options, clip, tmp_path):
     torch.testing.assert_close(ours[:2], theirs[:2], **CLOSE)
 
 
+def test_lightning_clips_gradients_that_a_step_could_unscale(tmp_path):
+    """For torch's fused optimizers it refuses to, as they say of themselves that they unscale."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    def fit(library, **options):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=5)
+        how = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "gradient_clip_val": 0.1}
+        return lightning_fit(library, "AdamW", {"lr": 0.02, **options}, tmp_path, 2, **how)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(torch.optim, fused=True)
+    ours, theirs = fit(onepass, fused=True), fit(torch.optim)
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-2, atol=1e-3)
+
+
 @OPTIMIZERS
 def test_lightning_resumes(name, options, tmp_path):
     whole = lightning_fit(onepass, name, options, tmp_path, 4)

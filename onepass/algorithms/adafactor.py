@@ -48,7 +48,8 @@ class Adafactor(Optimizer):
 
     Three walks over a matrix, no temporary of its size. State per parameter: `step`, `row_var` and `col_var`, or
     `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes nothing, and ours is `capturable`,
-    for steps in a CUDA graph. With several parameter types and `eps[0]` of None, torch takes the epsilon of the first parameter of a list for all; here each has its own.
+    for steps in a CUDA graph. With several parameter types and `eps[0]` of None, torch takes the epsilon of the first
+    parameter of a list for all; here each has its own.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number, StepError for complex
     parameters.

@@ -41,8 +41,8 @@ class Muon(Optimizer):
     rounding, so here alone bits may depend on which parameters step together.
 
     State per parameter: `momentum_buffer`; with AdamW `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
-    `torch.optim.Muon`, and ours by keyword, of which `capturable` is for steps in a CUDA graph. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum
-    normalised in place; not here.
+    `torch.optim.Muon`, and ours by keyword, of which `capturable` is for steps in a CUDA graph. In torch 2.13 a bf16
+    parameter with `nesterov=False` has its own momentum normalised in place; not here.
 
     Raises ValueError for an option outside its range or a parameter that is no matrix under `use_muon=True`,
     TypeError for an option that is no number.

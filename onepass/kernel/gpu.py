@@ -127,6 +127,7 @@ class Launch:
             width = input_offsets(program)[-1]
             self._table = device.empty(max(len(rows) * width, 1), TORCH[program.compute])
         self._nothing = device.empty(1, torch.float32)
+        self._stream = device.stream()
 
     @property
     def uploads(self) -> int:
@@ -203,7 +204,7 @@ class Launch:
 
     def _send(self) -> None:
         """Bring the tables on the device up to date; only what has changed is sent."""
-        program = self.kernel.program
+        program, device = self.kernel.program, self.kernel.device
         self._facts[FACTS.index("active")] = self.active
         self._addresses = self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
@@ -214,9 +215,13 @@ class Launch:
         else:
             tables = [self.kernel.host.fill(k, self.leaves) for k in range(len(program.passes))]
             self._table = self._sent["rows"].on_device(np.concatenate(tables, axis=1))
-        if self.kernel.device.is_capturing():
-            kept = (self._partials, self._nothing, self._table, self.fresh, *self._temporaries.kept.values())
-            self.captured += kept
+        # As with tables, see `uploads`.
+        own = (self._partials, self._nothing, self._table, self.fresh, *self._temporaries.kept.values())
+        if device.is_capturing():
+            self.captured += own
+        elif device.stream() != self._stream:
+            for memory in own:
+                device.announce(memory)
 
     def _send_addresses(self) -> Tensor:
         table = np.concatenate([self.pointers, self._temporaries.pointers]).view(np.int64)
@@ -227,7 +232,8 @@ class Launch:
         if self.device_leaves:
             places = self._leaves[: self.leaves.size].view(self.leaves.shape)
             leaves = [(places[leaf] if s is None else places[leaf, s], value) for leaf, s, value in self.device_leaves]
-            torch._foreach_copy_([place for place, _ in leaves], [v.detach().expand_as(place) for place, v in leaves])
+            values = [value.detach().reshape(()).expand_as(place) for place, value in leaves]
+            torch._foreach_copy_([place for place, _ in leaves], values)
 
     def _run_pass(self, k: int, workers: int) -> None:
         """One walk, what must be known before, and what follows it."""

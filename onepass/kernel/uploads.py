@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Tables that can be sent during captures before a step outside of one takes new memory for them.
-SPARE = 4
+# How often a table can be sent during captures before a step outside of one takes new memory for it.
+SPARE = 16
 
 
 class Device:
@@ -51,6 +51,10 @@ class Device:
         """Whether work is recorded into a graph now."""
         asks = getattr(self._module, "is_current_stream_capturing", None)
         return asks is not None and asks()
+
+    def announce(self, memory: Tensor) -> None:
+        """Let torch's allocator know that memory of another stream is used on the current one."""
+        memory.record_stream(self.stream())
 
     def pin(self, count: int, dtype: torch.dtype) -> Tensor:
         """Memory of the host from which the device copies without the processor."""
@@ -95,15 +99,15 @@ class Table:
         elif capturing:
             self.captured.append(self._sent)
         elif self._stream != self.device.stream():
-            self._sent.record_stream(self.device.stream())
+            self.device.announce(self._sent)
         self._hold_ready(array)
         return self._sent
 
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
-                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of the "
-                "capture first, as torch.cuda.graph's documentation shows"
+                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of a capture "
+                f"first, as torch.cuda.graph's documentation shows, and no more than {SPARE} in captures after them"
             )
         pinned = self._ready.pop()
         sent = self.device.send(fill(pinned, array))
