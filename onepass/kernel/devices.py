@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .jit import Function, Source, launch, load
+from .uploads import Device
 
 TYPES = ("cuda", "xpu")
 # Older NVIDIA GPUs are not served by Triton.
@@ -72,10 +73,15 @@ def why_unsafe(folder: Path) -> str:
 
 
 def _try(device: torch.device) -> str:
-    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old."""
+    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old.
+
+    Not tried while a graph is captured, which would not survive it.
+    """
+    if Device(device).is_capturing():
+        return ""
     try:
         there = torch.ones(1, device=device)
-        with torch.get_device_module(device.type).device(device):
+        with Device(device).guard():
             launch(load(PROBE), PROBE.functions[0], 1, there)
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "no message")
