@@ -16,7 +16,7 @@ import onepass
 ROOT = Path(onepass.__file__).parent
 # From the ground up. A module imports from the floors below its own, and nothing beside it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("kernel.ir", "schedule.formulas", "stateless"),
+    ("kernel.assembly", "kernel.ir", "kernel.sass", "schedule.formulas", "stateless"),
     ("lr_scheduler.values", "schedule.notation"),
     ("lr_scheduler.frame", "schedule"),
     ("lr_scheduler.*",),
@@ -24,8 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernel.formats", "kernel.functions", "kernel.jit", "kernel.memory", "kernel.native", "kernel.uploads"),
     ("kernel.passes",),
     ("kernel.program",),
-    ("kernel.code", "kernel.expressions"),
-    ("kernel.host", "kernel.walk"),
+    ("kernel.ahead", "kernel.code", "kernel.expressions"),
+    ("kernel.host", "kernel.target", "kernel.walk"),
     ("kernel.chunks", "kernel.lines", "kernel.uniforms"),
     ("kernel.lower", "kernel.temporaries", "kernel.tiles"),
     ("kernel.eager", "kernel.cpu", "kernel.devices", "kernel.facts", "kernel.units"),
@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 LAZY: dict[str, set[str]] = {
     "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native")},
     "kernel.devices": {"triton"},
+    "kernel.target": {"triton"},
     "cli": {"onepass.commands"},
     "commands": {"onepass.gallery.album", "onepass.gallery.draw_schedules", "onepass.training.curves"},
     "bench.report": {"matplotlib"},

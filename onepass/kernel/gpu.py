@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ahead import Rows
 from .host import Host, leaf_names
 from .ir import Node, Rank, topological
 from .jit import launch, load
@@ -87,6 +88,10 @@ class HostRows:
         self._functions[k](leaves.ctypes.data, leaves.shape[1], table.ctypes.data)
         return table
 
+    def fill_all(self, leaves: np.ndarray) -> np.ndarray:
+        """The inputs of all passes, side by side."""
+        return np.concatenate([self.fill(k, leaves) for k in range(len(self._functions))], axis=1)
+
     def column(self, k: int, node: Node, leaves: np.ndarray) -> np.ndarray:
         """One value of pass k, for each setting."""
         if node.op == "const":
@@ -117,7 +122,7 @@ class Launch:
         self._temporaries = Temporaries(program, work.sizes, work.parts, device.device)
         self._first_to_store = max((call.after + 1 for call in program.calls), default=0)
         spare = SPARE if kernel.is_resident else 0
-        self._sent = {name: Table(device, self.captured, spare) for name in ("addresses", "leaves", "rows", "facts")}
+        self._sent = {name: Table(device, self.captured, spare) for name in ("addresses", "leaves", "facts")}
         self._sent |= {f"units {k}": Table(device, self.captured) for k in range(len(program.passes))}
         for units in work.units:
             units.table.setflags(write=False)
@@ -126,6 +131,9 @@ class Launch:
         if kernel.stages:
             width = input_offsets(program)[-1]
             self._table = device.empty(max(len(rows) * width, 1), TORCH[program.compute])
+        else:
+            self._rows = Rows(device, self.captured, kernel.host.fill_all, kernel.leaves.get("step"))
+            self._sent["rows"] = self._rows.table
         self._nothing = device.empty(1, torch.float32)
         self._stream = device.stream()
 
@@ -204,7 +212,7 @@ class Launch:
 
     def _send(self) -> None:
         """Bring the tables on the device up to date; only what has changed is sent."""
-        program, device = self.kernel.program, self.kernel.device
+        device = self.kernel.device
         self._facts[FACTS.index("active")] = self.active
         self._addresses = self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
@@ -213,8 +221,7 @@ class Launch:
             self._leaves = self._sent["leaves"].on_device(self.leaves)
             self._set_device_leaves()
         else:
-            tables = [self.kernel.host.fill(k, self.leaves) for k in range(len(program.passes))]
-            self._table = self._sent["rows"].on_device(np.concatenate(tables, axis=1))
+            self._table = self._rows.on_device(self.leaves)
         # As with tables, see `uploads`.
         own = (self._partials, self._nothing, self._table, self.fresh, *self._temporaries.kept.values())
         if device.is_capturing():

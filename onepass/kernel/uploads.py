@@ -106,8 +106,8 @@ class Table:
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
-                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of a capture "
-                f"first, as torch.cuda.graph's documentation shows, and no more than {SPARE} in captures after them"
+                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of captures, "
+                f"as torch.cuda.graph's documentation shows, and then no more than {SPARE} within them"
             )
         pinned = self._ready.pop()
         sent = self.device.send(fill(pinned, array))
