@@ -99,7 +99,7 @@ class Plan:
                     how = {"maximize": mode.maximize, "scaled": self.scaled, "exact": not mode.differentiable}
                     known[rule] = len(self.recipes)
                     self.recipes.append(make_recipe(algorithm.name, rule, arguments, **how))
-                    self.recipes[-1].read(group)
+                    self.recipes[-1].look_at(group)
                     self.modes.append(mode)
                 self.kind_of.append(known[rule])
             self.switches.append(switches(keywords.items()))
@@ -199,7 +199,24 @@ class Plan:
                 eager.setdefault((graph, self.modes[member.kind], member.sparse == "rows"), []).append(member)
                 if why:
                     algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
-        lists = [of for together in kernels.values() for of in self._batches(together, params)]
+        self._make_kernels(algorithm, list(kernels.values()), params, state)
+        self.eager = [
+            (EagerRows if rows else EagerBatch)(
+                of,
+                self.recipes[of[0].kind],
+                algorithm.name,
+                mode.differentiable,
+                mode.capturable or self._is_resident(of[0], params[of[0].position]),
+            )
+            for (_, mode, rows), of in eager.items()
+        ]
+        self.rows = [RowsBatch(of, params, state, self.recipes[of[0].kind], algorithm.name) for of in by_rows.values()]
+
+    def _make_kernels(
+        self, algorithm: Algorithm, kinds: list[list[Member]], params: list[Tensor], state: dict[Any, State]
+    ) -> None:
+        """The batches of members that kernels serve, those of each kind together."""
+        lists = [of for together in kinds for of in self._batches(together, params)]
         own_of = {member: state.get(params[member.position], {}) for of in lists for member in of}
         resident = [self._is_resident(of[0], params[of[0].position]) for of in lists]
         self._shared_numbers: set[int] = set()
@@ -220,13 +237,6 @@ class Plan:
             # Batches follow one another in the vectors.
             self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers if not on})
             counted |= {n: slots.stop for n, slots in self.slots[-1].items()}
-        self.eager = [
-            (EagerRows if rows else EagerBatch)(
-                of, self.recipes[of[0].kind], algorithm.name, mode.differentiable, mode.capturable
-            )
-            for (_, mode, rows), of in eager.items()
-        ]
-        self.rows = [RowsBatch(of, params, state, self.recipes[of[0].kind], algorithm.name) for of in by_rows.values()]
 
     def _is_resident(self, member: Member, p: Tensor) -> bool:
         """Whether a parameter's numbers lie on its device, where the kernel keeps them."""
