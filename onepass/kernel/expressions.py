@@ -14,7 +14,8 @@ SIGNED = {"i32": "tl.int32", "i16": "tl.int16"}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "eq": "=="}
 INFIX |= {"and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 
-# What Triton does not have: halves to even, powers, and a maximum that lets no NaN vanish.
+# What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero), powers, and a maximum
+# that lets no NaN vanish.
 PRELUDE = """\
 import triton
 import triton.language as tl
@@ -27,6 +28,12 @@ def round_to_even(x):
     size = tl.abs(x)
     whole = (size + limit) - limit
     return tl.where((size < limit) & (x != 0), tl.where(x < 0, -1.0 * whole, whole), x)
+
+
+@triton.jit
+def round_down(x):
+    whole = round_to_even(x)
+    return tl.where(whole > x, whole - 1, whole)
 
 
 @triton.jit
@@ -77,10 +84,10 @@ def spell(node: Node, args: list[str]) -> str:
     if node.op == "neg":
         # Triton's own minus subtracts from zero, which has no -0.0.
         return f"{args[0]} * -1.0"
-    if node.op in ("abs", "floor", "exp", "log"):
+    if node.op in ("abs", "exp", "log"):
         return f"tl.{node.op}({args[0]})"
-    if node.op == "rint":
-        return f"round_to_even({args[0]})"
+    if node.op in ("floor", "rint"):
+        return f"{'round_down' if node.op == 'floor' else 'round_to_even'}({args[0]})"
     if node.op == "pow":
         return f"power({args[0]}, {args[1]})"
     if node.op == "not":

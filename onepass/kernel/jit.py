@@ -48,14 +48,13 @@ def load(source: Source) -> Mapping[str, Any]:
 
 
 def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
-    """How a function is compiled so that it computes bit for bit what other backends do: nothing is contracted to fused
-    multiply-add, and no small number is flushed to zero."""
-    exact: dict[str, Any] = {"enable_fp_fusion": False}
+    """How a function is compiled: without contraction to fused multiply-add, so that it computes bit for bit what the
+    other backends do."""
+    how: dict[str, Any] = {"num_warps": function.warps, "enable_fp_fusion": False}
     if backend == "cuda":
-        exact["enable_reflect_ftz"] = False
         # Without a limit, ptxas would rather spill a number or two than run fewer warps at once.
-        exact["maxnreg"] = 128
-    return {"num_warps": function.warps, **exact}
+        how["maxnreg"] = 128
+    return how
 
 
 def launch(module: Mapping[str, Any], function: Function, grid: int, *arguments: Any, **constants: Any) -> None:
