@@ -196,7 +196,9 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     graph = graph_of(optimizer)
     formats = tuple((column, dtype) for column in ("g", "p", *graph.state))
     rule = optimizer.rule_of(p, optimizer.param_groups[0])
-    return Explanation(cls, options, dtype, kernel.compile(graph, formats), rule)
+    compiled = kernel.compile(graph, formats)
+    assert isinstance(compiled, Kernel)  # columns without a device are the host's
+    return Explanation(cls, options, dtype, compiled, rule)
 
 
 PLURAL = {Rank.ROW: "row values", Rank.COLUMN: "column values", Rank.MATRIX: "matrices"}

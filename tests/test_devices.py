@@ -60,6 +60,15 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_sentence(why)
 
 
+def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    why = kernel.why_no_kernels(CUDA)
+    assert "3.5" in why
+    assert "3.4.0" in why
+    assert is_sentence(why)
+
+
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

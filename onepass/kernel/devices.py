@@ -15,8 +15,8 @@ from .uploads import Device
 TYPES = ("cuda", "xpu")
 # Older NVIDIA GPUs are not served by Triton.
 LEAST_CAPABILITY = (8, 0)
-# Older versions flush subnormal numbers under a root to zero, and have no option against it.
-LEAST_TRITON = (3, 6)
+# That of the oldest torch that is supported.
+LEAST_TRITON = (3, 5)
 
 PROBE = Source(
     """\

@@ -21,7 +21,7 @@ INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)
 PIPES = (
     ("special functions", 16, re.compile(r"MUFU")),
     ("float64", 64, re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b")),
-    ("integers", 64, re.compile(r"(IADD3?|LOP3?|PLOP3|SHF|SHL|SHR|ISETP|IMNMX|VIMNMX|LEA|PRMT|SEL|F2F|F2I|I2F)\b")),
+    ("integers", 64, re.compile(r"(IADD3?|VIADD|LOP3?|SHF|SGXT|ISETP|V?IMNMX|LEA|PRMT|SEL|F2F|F2I|I2F)\b")),
 )
 
 
