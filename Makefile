@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train bench curves docs test test-frameworks test-slow lint format clean
+.PHONY: help train bench curves docs test test-frameworks test-gpu test-slow lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -34,8 +34,11 @@ test: lint docs ## format, lint, types, documentation and all quick tests: pytes
 test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning and transformers
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)
 
+test-gpu: .venv/.dev ## the tests which need a GPU
+	@$(BIN)/python -m pytest -m gpu tests/test_cuda.py $(ARGS)
+
 test-slow: .venv/.dev ## the tests which take long
-	@$(BIN)/python -m pytest -m "slow and not frameworks" $(ARGS)
+	@$(BIN)/python -m pytest -m "slow and not frameworks and not gpu" $(ARGS)
 
 lint: .venv/.dev ## ruff format --check, ruff check, basedpyright
 	@$(BIN)/ruff format --check

@@ -20,9 +20,11 @@ SIZES = {
     "gpt2": (148, 124_439_808),
     "resnet50": (161, 25_557_032),
     "llama-1b": (201, 1_100_048_384),
+    "llama3-1b": (146, 1_235_814_400),
     "small": (1000, 4_096_000),
     "tiny": (1000, 16_000),
     "groups": (1000, 4_096_000),
+    "groups100": (1000, 4_096_000),
     "matrices": (8, 14_155_776),
     "million": (10, 1_000_000),
     "embedding-1m": (1, 64_000_000),
@@ -82,9 +84,10 @@ def test_shapes_are_those_of_the_real_model(name: str) -> None:
     assert all(math.prod(shape) > 0 for shape in model.shapes)
 
 
-def test_groups_have_different_learning_rates() -> None:
-    groups = contenders.Workload(MODELS["groups"]).groups()
-    assert len(groups) == len({group["lr"] for group in groups}) == 400
+@pytest.mark.parametrize(("name", "count"), [("groups", 400), ("groups100", 100)])
+def test_groups_have_different_learning_rates(name: str, count: int) -> None:
+    groups = contenders.Workload(MODELS[name]).groups()
+    assert len(groups) == len({group["lr"] for group in groups}) == count
     assert sum(len(group["params"]) for group in groups) == 1000
 
 

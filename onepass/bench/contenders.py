@@ -26,15 +26,32 @@ from onepass.kernel.ir import Node, Rank, hyper, load
 from onepass.kernel.program import Program, bind
 from onepass.optimizer import Optimizer
 
-__all__ = ["LIMIT", "OURS", "TORCH", "Limit", "Missing", "Workload", "make_ours", "make_torch", "program_of", "seat"]
+__all__ = [
+    "LIMIT",
+    "MODES",
+    "OURS",
+    "OURS_CAPTURABLE",
+    "TORCH",
+    "Limit",
+    "Missing",
+    "Workload",
+    "make_capturable",
+    "make_ours",
+    "make_torch",
+    "program_of",
+    "seat",
+]
 
 OURS, LIMIT = "onepass", "memory limit"
-# On CPU torch's default is a loop over the parameters.
+# On CPU torch's default is a loop over the parameters, on a GPU it is foreach.
 TORCH: dict[str, dict[str, bool]] = {
     "default": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
+# On a GPU step counts may live there, so that a step can be captured in a graph: a mode of torch's, and of ours.
+MODES = {**TORCH, "capturable": {"capturable": True}}
+OURS_CAPTURABLE = "onepass capturable"
 
 
 class Missing(Exception):
@@ -42,26 +59,26 @@ class Missing(Exception):
 
 
 class Workload:
-    """A model's parameters with gradients; `columns` holds the state that all contenders share."""
+    """A model's parameters with gradients on one device; `columns` holds the state that all contenders share."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.params = [nn.Parameter(torch.full(shape, 0.5)) for shape in model.shapes]
+    def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
+        self.model, self.device = model, torch.device(device)
+        self.params = [nn.Parameter(torch.full(shape, 0.5, device=device)) for shape in model.shapes]
         self._add_gradients(self.params)
         self.columns: dict[str, list[Tensor]] = {}
 
     def _add_gradients(self, params: list[nn.Parameter]) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         for p in params:
             # A sparse gradient as backward leaves it: rows in any order, and not yet coalesced.
-            rows = torch.randperm(len(p), generator=generator)[: self.model.rows]
+            rows = torch.randperm(len(p), generator=generator, device=self.device)[: self.model.rows]
             shape = (len(rows), *p.shape[1:]) if self.model.rows else p.shape
-            g = torch.empty(shape).normal_(std=1e-2, generator=generator)
+            g = torch.empty(shape, device=self.device).normal_(std=1e-2, generator=generator)
             p.grad = torch.sparse_coo_tensor(rows[None], g, p.shape, check_invariants=True) if self.model.rows else g
 
     def sample(self) -> nn.Parameter:
         """A small parameter with a gradient such as all have here."""
-        p = nn.Parameter(torch.ones(2, 3))
+        p = nn.Parameter(torch.ones(2, 3, device=self.device))
         self._add_gradients([p])
         return p
 
@@ -98,6 +115,15 @@ def make_ours(variant: Variant, params: list[Any], **options: Any) -> Optimizer:
     return variant.cls(params, **variant.options, **options)  # type: ignore[call-arg]
 
 
+def make_capturable(variant: Variant, params: list[Any]) -> Optimizer:
+    """Our optimizer with its step counts on the device."""
+    optimizer = make_ours(variant, params)
+    # As torch's, not all classes have it as an argument; every group may have it.
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    return optimizer
+
+
 def make_torch(variant: Variant, params: list[Any], mode: str, **options: Any) -> torch.optim.Optimizer:
     """torch's optimizer of the same name in one of its modes; raises `Missing` where there is none."""
     name = variant.cls.__name__
@@ -105,11 +131,11 @@ def make_torch(variant: Variant, params: list[Any], mode: str, **options: Any) -
     if theirs is None:
         raise Missing(f"torch has no {name}")
     known = inspect.signature(theirs).parameters
-    for key in (*TORCH[mode], *variant.options):
+    for key in (*MODES[mode], *variant.options):
         if key not in known:
             raise Missing(f"torch's {name} has no {key}")
     try:
-        return theirs(params, **variant.options, **options, **TORCH[mode])
+        return theirs(params, **variant.options, **options, **MODES[mode])
     except (RuntimeError, ValueError) as error:
         raise Missing(f"torch's {name}: {error}") from error
 
@@ -123,7 +149,7 @@ def seat(workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer])
     sample = make([like])
     try:
         sample.step()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise Missing(f"{type(sample).__name__}: {error}") from error
     optimizer = make(workload.groups())
     workload.share_state(optimizer, dict(sample.state.get(like, {})), like)

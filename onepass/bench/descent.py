@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onepass.bench.gpu import Gpu
 from onepass.bench.shapes import Model
 
 __all__ = ["OPTIONS", "Descent"]
@@ -28,12 +29,15 @@ class Descent:
     step of one is the same work as that of another; `evaluations` says how often the last step called its closure.
     """
 
-    def __init__(self, model: Model, make: Callable[[list[Any]], torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, model: Model, make: Callable[[list[Any]], torch.optim.Optimizer], gpu: Gpu | None = None
+    ) -> None:
         sizes = [math.prod(shape) for shape in model.shapes]
-        generator = torch.Generator().manual_seed(0)
-        self.minimum = torch.randn(sum(sizes), generator=generator)
-        self.curvature = torch.logspace(0, math.log10(CURVATURE), sum(sizes))
-        self.place, self.gradient, self.distance = (torch.zeros(sum(sizes)) for _ in range(3))
+        device = torch.device("cpu") if gpu is None else gpu.device
+        generator = torch.Generator(device).manual_seed(0)
+        self.minimum = torch.randn(sum(sizes), generator=generator, device=device)
+        self.curvature = torch.logspace(0, math.log10(CURVATURE), sum(sizes), device=device)
+        self.place, self.gradient, self.distance = (torch.zeros(sum(sizes), device=device) for _ in range(3))
         parts = zip(self.place.split(sizes), self.gradient.split(sizes), model.shapes, strict=True)
         self.params = []
         for values, gradient, shape in parts:
@@ -41,6 +45,8 @@ class Descent:
             p.grad = gradient.view(shape)
             self.params.append(p)
         self.optimizer: Any = make(self.params)
+        # On a GPU a time means something only where the device has nothing to do.
+        self._wait = (lambda: None) if gpu is None else gpu.synchronize
         self.evaluations, self.seconds = 0, 0.0
 
     def time_step(self) -> float:
@@ -50,16 +56,20 @@ class Descent:
             self.place.zero_()
         self.optimizer.step(self._evaluate)
         self.evaluations, self.seconds = 0, 0.0
+        self._wait()
         start = time.perf_counter()
         self.optimizer.step(self._evaluate)
+        self._wait()
         return time.perf_counter() - start - self.seconds
 
     @torch.no_grad()
     def _evaluate(self) -> Tensor:
+        self._wait()
         start = time.perf_counter()
         torch.sub(self.place, self.minimum, out=self.distance)
         torch.mul(self.distance, self.curvature, out=self.gradient)
         loss = 0.5 * self.gradient.dot(self.distance)
+        self._wait()
         self.evaluations += 1
         self.seconds += time.perf_counter() - start
         return loss

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GOALS", "Goal", "find_goals", "judge"]
+__all__ = ["GOALS", "GPU_GOALS", "HOST_US", "Goal", "find_goals", "judge"]
 
 Result = dict[str, Any]
 
@@ -51,12 +51,34 @@ GOALS = (
 )
 
 
-def find_goals(model: str, class_name: str) -> Iterator[Goal]:
+# Microseconds on the host that a step may take: for itself, and for each tensor.
+HOST_US = (60.0, 0.4)
+# On a GPU torch fuses fewer.
+FUSED_ON_GPU = ("Adam", "AdamW", "SGD")
+WHOLE = ("gpt2", "llama3-1b")
+MANY = ("small", "groups100")
+
+GPU_GOALS = (
+    Goal(WHOLE, ("AdamW",), "share_of_limit", 0.92),
+    Goal(WHOLE, ("AdamW",), "times_fused", 1.0),
+    Goal(WHOLE, ("AdamW",), "times_default", 2.5),
+    Goal(("gpt2", "big"), ("Adagrad", *UNFUSED, "ASGD", "Adafactor"), "times_foreach", 3.0),
+    Goal(("groups100",), FUSED_ON_GPU, "times_fused", 10.0),
+    # 1 where a step takes as long on the host as it may.
+    Goal((*WHOLE, *MANY), ELEMENTWISE, "host_of_goal", 1.0, at_most=True),
+    Goal(("gpt2",), (*ELEMENTWISE, "Adafactor"), "first_s", 3.0, at_most=True),
+    Goal(("gpt2",), (*ELEMENTWISE, "Adafactor"), "warm_s", 0.3, at_most=True),
+    # Tables alone: next to nothing beside the parameters.
+    Goal(WHOLE, ELEMENTWISE, "peak_share", 0.01, at_most=True),
+)
+
+
+def find_goals(model: str, class_name: str, goals: Sequence[Goal] = GOALS) -> Iterator[Goal]:
     """The goals of a class on a model."""
-    return (goal for goal in GOALS if model in goal.models and class_name in goal.classes)
+    return (goal for goal in goals if model in goal.models and class_name in goal.classes)
 
 
-def judge(results: Sequence[Result]) -> None:
+def judge(results: Sequence[Result], goals: Sequence[Goal] = GOALS) -> None:
     """Add to each result its goals, each with the value reached: `what`, `value`, `bound`, `at_most` and `met`."""
     times = {(r["model"], r["optimizer"]): r["contenders"]["onepass"]["median_ms"] for r in results}
     for result in results:
@@ -64,5 +86,5 @@ def judge(results: Sequence[Result]) -> None:
         if result["model"] == "embedding-1m" and shorter is not None:
             result["summary"]["times_shorter_table"] = result["contenders"]["onepass"]["median_ms"] / shorter
         reached = result["summary"]
-        goals = find_goals(result["model"], result["class"])
-        result["goals"] = [g.judge(reached[g.what]) for g in goals if reached.get(g.what) is not None]
+        own = find_goals(result["model"], result["class"], goals)
+        result["goals"] = [g.judge(reached[g.what]) for g in own if reached.get(g.what) is not None]

@@ -11,9 +11,17 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from onepass.bench.contenders import LIMIT, OURS, TORCH
+from onepass.bench.contenders import LIMIT, MODES, OURS, OURS_CAPTURABLE, TORCH
 
-__all__ = ["WIDTH", "list_facts", "list_goals", "make_fresh_table", "make_step_table", "plot"]
+__all__ = [
+    "WIDTH",
+    "list_facts",
+    "list_goals",
+    "make_device_table",
+    "make_fresh_table",
+    "make_step_table",
+    "plot",
+]
 
 # Columns of text that the tables need: in a narrower terminal, wrapped lines say more than cut numbers.
 WIDTH = 124
@@ -26,10 +34,18 @@ WORDS = {
     "times_best": "times torch's best mode",
     "share_of_limit": "of the memory limit",
     "times_shorter_table": "times as long as in the table of 10,000 rows",
+    "times_fused": "times torch's fused",
+    "times_foreach": "times torch's foreach",
+    "host_of_goal": "of the time on the host that a step may take",
+    "first_s": "s to the end of the first step, with an empty cache",
+    "warm_s": "s to the end of the first step, with a warm cache",
+    "peak_share": "of the parameters' memory above state",
 }
 
+SHARES = ("share_of_limit", "host_of_goal", "peak_share")
+
 # Of the models that were measured the picture shows two, the first of these.
-PANELS = ("gpt2", "small", "big", "resnet50", "llama-1b", "tiny", "groups")
+PANELS = ("gpt2", "small", "big", "resnet50", "llama-1b", "llama3-1b", "tiny", "groups", "groups100")
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in print by their lightness.
 BARS = (("onepass", "#0072b2"), ("torch, best mode", "#e69f00"), ("torch, default", "#d55e00"))
@@ -45,6 +61,8 @@ def list_facts(report: Report) -> list[str]:
         f"torch {machine['torch']}, numpy {machine['numpy']}, llvmlite {machine['llvmlite']}",
         f"torch's copy moves {copy:.1f} GB/s, its update in place {update:.1f} GB/s",
     ]
+    if "gpu" in machine:
+        lines[1:1] = _describe_gpu(machine["gpu"])
     if any(result["class"] == "LBFGS" for result in report["results"]):
         lines.append("LBFGS: a step is 20 iterations with a history of 10; the time of its closure is left out")
     if report["import_ms"] is not None:
@@ -54,9 +72,18 @@ def list_facts(report: Report) -> list[str]:
     return lines
 
 
+def _describe_gpu(gpu: dict[str, Any]) -> list[str]:
+    platform = f"ROCm {gpu['hip']}" if gpu["hip"] else f"CUDA {gpu['cuda']}"
+    return [
+        f"{gpu['name']}, {gpu['memory_gib']:g} GiB, driver {gpu['driver']}, {platform}, triton {gpu['triton']}",
+        "a step takes the longer of its time on the device and its time on the host; the limit is that of torch's copy",
+    ]
+
+
 def make_step_table(results: Sequence[Result]) -> Table:
     """Milliseconds a step for each contender, and what follows, each beside its goal; above 1 ours is faster."""
-    headings = ("optimizer", OURS, *TORCH, LIMIT.replace(" ", "\n"))
+    modes = [mode for mode in MODES if mode in TORCH or any(mode in r["contenders"] for r in results)]
+    headings = ("optimizer", OURS, *modes, LIMIT.replace(" ", "\n"))
     table = _table("One step: median ms (torch in each of its modes), and the goals for what follows", headings)
     for heading in ("times\ndefault", "times\nbest", "of the\nlimit"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -65,7 +92,7 @@ def make_step_table(results: Sequence[Result]) -> Table:
         table.add_row(
             result["model"],
             result["optimizer"],
-            *(_milliseconds(result["contenders"][name]) for name in (OURS, *TORCH, LIMIT)),
+            *(_milliseconds(result["contenders"][name]) for name in (OURS, *modes, LIMIT)),
             *_beside_goal(result, "times_default"),
             *_beside_goal(result, "times_best"),
             *_beside_goal(result, "share_of_limit"),
@@ -75,7 +102,7 @@ def make_step_table(results: Sequence[Result]) -> Table:
 
 
 def _show(what: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if what == "share_of_limit" else f"{value:.{1 if value >= 10 else 2}f}"
+    return f"{100 * value:.1f} %" if what in SHARES else f"{value:.{1 if value >= 10 else 2}f}"
 
 
 def _beside_goal(result: Result, what: str) -> tuple[str, str]:
@@ -91,7 +118,7 @@ def _beside_goal(result: Result, what: str) -> tuple[str, str]:
 
 
 def _compare(goal: dict[str, Any]) -> str:
-    bound = f"{100 * goal['bound']:g} %" if goal["what"] == "share_of_limit" else f"{goal['bound']:g}"
+    bound = f"{100 * goal['bound']:g} %" if goal["what"] in SHARES else f"{goal['bound']:g}"
     return f"{('<=' if goal['met'] else '>') if goal['at_most'] else ('>=' if goal['met'] else '<')} {bound}"
 
 
@@ -105,6 +132,25 @@ def list_goals(results: Sequence[Result]) -> list[str]:
         value = f"{_show(goal['what'], goal['value'])} {WORDS[goal['what']]}"
         lines.append(f"    {result['model']}, {result['optimizer']}: {value} ({_compare(goal)})")
     return lines if judged else []
+
+
+def make_device_table(results: Sequence[Result]) -> Table:
+    """What a step on a GPU takes on the device and on the host, in microseconds; and of the host's, what it may."""
+    who = {OURS: "onepass", OURS_CAPTURABLE: "capturable", "default": "default", "fused": "fused"}
+    headings = ["optimizer", *(f"{name}\n{part}" for name in who.values() for part in ("device", "host", "wall"))]
+    table = _table("One step: median us on the device, on the host, and of both one after the other", headings)
+    table.add_column("host of\nits goal", justify="right", no_wrap=True)
+    for result in results:
+        if "host_ms" not in result["contenders"][OURS]:
+            continue
+        times = [
+            _number(None if value is None else 1e3 * value, "{:.0f}")
+            for name in who
+            for part in ("device_ms", "host_ms", "wall_ms")
+            for value in [result["contenders"][name].get(part)]
+        ]
+        table.add_row(result["model"], result["optimizer"], *times, f"{100 * result['summary']['host_of_goal']:.0f} %")
+    return table
 
 
 def make_fresh_table(results: Sequence[Result]) -> Table:
@@ -183,7 +229,8 @@ def plot(report: Report, path: Path) -> None:
     labels = [*(name for name, _ in BARS), LIMIT]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     machine = report["machine"]
-    title = f"One optimizer step: {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    place = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
+    title = f"One optimizer step: {place}, torch {machine['torch']}"
     figure.suptitle(title, fontsize=11)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=130)

@@ -69,6 +69,14 @@ def _llama_1b() -> list[Shape]:
     return [(vocabulary, width), *[*attention, *mlp, (width,), (width,)] * layers, (width,), (vocabulary, width)]
 
 
+def _llama3_1b() -> list[Shape]:
+    vocabulary, width, hidden, keys, layers = 128256, 2048, 8192, 512, 16
+    attention = [(width, width), (keys, width), (keys, width), (width, width)]
+    mlp = [(hidden, width), (hidden, width), (width, hidden)]
+    # The embedding is the output's matrix, too.
+    return [(vocabulary, width), *[*attention, *mlp, (width,), (width,)] * layers, (width,)]
+
+
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
@@ -76,9 +84,11 @@ MODELS: dict[str, Model] = {
         Model("gpt2", "GPT-2 (124 M)", _gpt2),
         Model("resnet50", "ResNet-50 (26 M)", _resnet50),
         Model("llama-1b", "TinyLlama (1.1 B)", _llama_1b),
+        Model("llama3-1b", "Llama 3.2 (1.2 B)", _llama3_1b),
         Model("small", "1000 tensors of 64x64", lambda: [(64, 64)] * 1000),
         Model("tiny", "1000 tensors of 16", lambda: [(16,)] * 1000),
         Model("groups", "1000 tensors of 64x64 in 400 param groups", lambda: [(64, 64)] * 1000, groups=400),
+        Model("groups100", "1000 tensors of 64x64 in 100 param groups", lambda: [(64, 64)] * 1000, groups=100),
         Model("matrices", "the matrices of 2 of GPT-2's layers", lambda: _gpt2_matrices(2)),
         Model("million", "10 tensors of 100,000", lambda: [(100_000,)] * 10),
         Model("embedding-1m", "an embedding of 1,000,000 x 64, 1000 rows a step", lambda: [(10**6, 64)], rows=1000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from onepass.bench.shapes import MODELS, Model
@@ -29,6 +30,7 @@ EVERY = (*ELEMENTWISE, "adafactor", "muon", "sparseadam", "lbfgs", "lbfgs-wolfe"
 SUITE = ("sgd-momentum", "adamw", "nadam", "rmsprop", "adafactor", "muon", "sparseadam", "lbfgs-wolfe")
 # Where an optimizer is measured unless models are named: these, or by its class those for which it is made.
 USUAL_MODELS = ("big", "gpt2", "small", "tiny", "groups")
+USUAL_ON_GPU = ("gpt2", "llama3-1b", "small", "groups100")
 MODELS_OF = {
     "LBFGS": ("tiny", "million"),
     "Muon": ("matrices",),
@@ -51,8 +53,10 @@ class Cell:
     fresh: bool
 
 
-def choose(models: str | None, optimizers: str | None, every: bool = False) -> list[Cell]:
+def choose(models: str | None, optimizers: str | None, every: bool = False, gpu: bool = False) -> list[Cell]:
     """What to measure, from names with commas between them; where None is given the suite's, or with `every` all.
+
+    On a GPU the suite has other models.
 
     Raises `UnknownName` for a name that means nothing, `BenchError` for one that goes with none of the others.
     """
@@ -60,10 +64,11 @@ def choose(models: str | None, optimizers: str | None, every: bool = False) -> l
     known = list(MODELS) if models is None else [_find_model(name.strip()).name for name in models.split(",")]
     names = (EVERY if every else SUITE) if optimizers is None else [name.strip() for name in optimizers.split(",")]
     variants = [find_variant(name) for name in names]
+    usual = known if named[0] else USUAL_ON_GPU if gpu else USUAL_MODELS
     cells = []
     for model in map(MODELS.__getitem__, known):
         for variant in variants:
-            if not misfit(model, variant) and (all(named) or _is_usual(model, variant, named[0])):
+            if not misfit(model, variant) and (all(named) or _is_usual(model, variant, usual)):
                 fresh = variant.demand != CLOSURE and (all(named) or (model.name, variant.name) in FRESH)
                 cells.append(Cell(model, variant, fresh))
     for name in known if named[0] else ():
@@ -81,11 +86,11 @@ def _find_model(name: str) -> Model:
     return MODELS[name.lower()]
 
 
-def _is_usual(model: Model, variant: Variant, named: bool) -> bool:
-    """Whether an optimizer is measured on a model without being asked for both; `named`: for the model."""
+def _is_usual(model: Model, variant: Variant, models: Collection[str]) -> bool:
+    """Whether an optimizer is measured on a model without being asked for both; `models` are for most of them."""
     if variant.cls.__name__ in MODELS_OF:
         return model.name in MODELS_OF[variant.cls.__name__]
-    return not model.rows if named else model.name in USUAL_MODELS
+    return not model.rows and model.name in models
 
 
 def misfit(model: Model, variant: Variant) -> str:
