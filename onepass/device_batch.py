@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernel
 from .batch import KernelBatch
-from .checks import Group, StepError, number, pick
+from .checks import Group, StepError
 from .recipes import Recipe
 from .unscale import Unscale
 
@@ -37,10 +37,15 @@ class DeviceBatch(KernelBatch):
         return recipe.numbers
 
     def read(self, group: Group) -> Sequence[Any]:
-        return [_number_or_tensor(pick(group, key, i), key) for _, key, i in self.recipe.sources]
+        return self.recipe.look_at(group)
 
     def check_capture(self) -> None:
-        """It may be captured."""
+        """Raise where a step would be captured in a graph before one like it has made its launch and its tables."""
+        if self.fresh is None and self.kernel.is_capturing():
+            raise StepError(
+                f"{self.owner}: a step cannot be captured in a graph before its kernels have run; take a few steps "
+                "outside of captures first, as torch.cuda.graph's documentation shows"
+            )
 
     def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
         before = self.launch
@@ -62,14 +67,3 @@ class DeviceBatch(KernelBatch):
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
-
-
-def _number_or_tensor(value: object, key: str) -> float | Tensor:
-    """An option that the host may read, as a number; else the tensor."""
-    if type(value) is float:
-        return value
-    if isinstance(value, Tensor) and not kernel.on_host(value.device):
-        if value.numel() != 1:
-            raise StepError(f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}")
-        return value
-    return number(value, key)

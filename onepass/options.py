@@ -49,6 +49,19 @@ def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str])
             raise TypeError(f"{owner}: {name} must be True or False, got {value!r:.60}")
 
 
+def filled(like: Tensor, value: float | Tensor) -> Tensor:
+    """A tensor like another with one value everywhere, of complex numbers in both parts.
+
+    A value that lies on the tensor's device is not read by the host.
+    """
+    if isinstance(value, Tensor):
+        stays = type(like) in kernel.PLAIN and value.device == like.device and not kernel.on_host(value.device)
+        value = value.detach().reshape(()) if stays else float(value)
+    new = torch.empty_like(like)
+    (torch.view_as_real(new) if new.is_complex() else new).fill_(value)
+    return new
+
+
 def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> bool:
     """Whether a parameter's numbers, as its step count, lie on its device: as in torch, where a step may be captured in
     a graph, or is fused."""

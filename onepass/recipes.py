@@ -51,6 +51,10 @@ class Recipe:
         """A group's numbers, in the order of `sources`."""
         return [number(pick(group, key, i), key) for _, key, i in self.sources]
 
+    def look_at(self, group: Group) -> list[float | Tensor]:
+        """As `read`, but a number that lies on a device stays there, unread."""
+        return [_number_or_tensor(pick(group, key, i), key) for _, key, i in self.sources]
+
     def is_resident(self, p: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a parameter's numbers lie on its device, and not on the host."""
         measured = self.graph.has_measured_scalars and not kernel.on_host(p.device)
@@ -67,6 +71,17 @@ class Recipe:
     def as_dense(self, p: Tensor) -> Tensor:
         """The parameter, detached, or a dense copy that stands for it."""
         return p.detach() if self.fits(p) else p.detach().contiguous()
+
+
+def _number_or_tensor(value: object, key: str) -> float | Tensor:
+    """An option that the host may read, as a number; else the tensor."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) and not kernel.on_host(value.device):
+        if value.numel() != 1:
+            raise StepError(f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}")
+        return value
+    return number(value, key)
 
 
 class Algorithm(NamedTuple):

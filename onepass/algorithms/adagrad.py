@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number
+from ..options import check_modes, check_number, filled
 
 
 class Adagrad(Optimizer):
@@ -77,8 +76,7 @@ class Adagrad(Optimizer):
         self.make_state(self.param_groups[-1])
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        value = group["initial_accumulator_value"]
-        return torch.full_like(like, complex(value, value) if like.is_complex() else value)
+        return filled(like, group["initial_accumulator_value"])
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         return super().flags(group) | {"has_decay": bool(group.get("weight_decay", 0) != 0)}

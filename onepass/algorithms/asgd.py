@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernel.functions import Scalar, maximum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number
+from ..options import check_modes, check_number, filled
 
 
 class ASGD(Optimizer):
@@ -67,7 +66,7 @@ class ASGD(Optimizer):
         check_modes(type(self).__name__, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return torch.full_like(like, {"eta": float(group["lr"]), "mu": 1.0}.get(name, 0.0))
+        return filled(like, {"eta": group["lr"], "mu": 1.0}.get(name, 0.0))
 
     @staticmethod
     def rule(p, g, ax, eta: Scalar, mu: Scalar, *, lr, lambd, alpha, t0, weight_decay, step):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernel.functions import maximum, minimum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, check_pair
+from ..options import check_modes, check_number, check_pair, filled
 
 
 class Rprop(Optimizer):
@@ -71,8 +70,7 @@ class Rprop(Optimizer):
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         if name != "step_size":
             return super().initial_state(name, like, group)
-        lr = float(group["lr"])
-        return torch.full_like(like, complex(lr, lr) if like.is_complex() else lr)
+        return filled(like, group["lr"])
 
     @staticmethod
     def rule(p, g, prev, step_size, *, etas, step_sizes, step):
