@@ -17,6 +17,12 @@ from .columns import Columns, find_lazy, picker
 from .recipes import Recipe
 from .unscale import Unscale
 
+# Sets of parameters that alternate, as experts do, of which so many are known.
+MOST_WORKS = 8
+CAPTURE = (
+    "{}: a step that is captured in a graph needs capturable=True in every param group; set it, and take a few steps "
+    "before the capture"
+)
 # What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
 Gathered = list[Any]
 
@@ -64,6 +70,8 @@ class KernelBatch(Columns):
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
+        # How the work is cut, for some sets of parameters without a gradient.
+        self._works: dict[tuple[int, ...], Any] = {(): self.work}
         self._work: Any = None
         self._workers = 1
 
@@ -117,22 +125,27 @@ class KernelBatch(Columns):
     def check_capture(self) -> None:
         """Raise where a step would be captured in a graph that holds what is known now of the host's numbers."""
         if self.kernel.is_capturing():
-            raise StepError(
-                f"{self.owner}: a step that is captured in a graph needs capturable=True in every param group; set it, "
-                "and take a few steps before the capture"
-            )
+            raise StepError(CAPTURE.format(self.owner))
 
     def _changed(self) -> list[int]:
         return np.flatnonzero(self.expected.changed).tolist()
 
     def _activate(self, inactive: list[int]) -> None:
         if inactive != self.inactive:
-            self.inactive = inactive
-            sizes = self.sizes.copy()
-            sizes[inactive] = 0
-            self.work = self.kernel.split(sizes)
+            key = tuple(inactive)
+            if key not in self._works:
+                sizes = self.sizes.copy()
+                sizes[inactive] = 0
+                if len(self._works) >= MOST_WORKS:
+                    self.forget(next(iter(self._works)))
+                self._works[key] = self.kernel.split(sizes)
+            self.inactive, self.work = inactive, self._works[key]
             self.active = np.ones(self.count)
             self.active[inactive] = 0.0
+
+    def forget(self, inactive: tuple[int, ...]) -> None:
+        """Let go what is known of steps in which these parameters have no gradient."""
+        del self._works[inactive]
 
     def _fill_in(self, tensors: Gathered) -> bool:
         """Dense copies of parameters with holes and of lazy gradients; False where a parameter or state is lazy."""
@@ -169,6 +182,10 @@ class KernelBatch(Columns):
             fits = g.layout != torch.strided and filled.stride() == like.stride()
             tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
+
+    def is_as_read(self, tensors: Gathered) -> bool:
+        """Whether what was gathered still is what it was; addresses are read anew."""
+        return self.expected.compare(tensors) == len(self.inactive) and self._changed() == self.inactive
 
     def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
         """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
@@ -268,6 +285,8 @@ class EagerBatch:
             if not member.takes(p.grad):
                 return None
             check(self.owner, member, p, own, self.recipe)
+            if not (self.capturable or self.differentiable) and kernel.is_capturing(p.device):
+                raise StepError(CAPTURE.format(self.owner))
             stepping.append((member, p, own, self._read(groups[member.group])))
         return stepping
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import kernel
 from .batch import KernelBatch
-from .checks import Group, StepError
+from .checks import Group, Member, State, StepError
 from .recipes import Recipe
 from .unscale import Unscale
 
@@ -22,16 +25,22 @@ class DeviceBatch(KernelBatch):
     the kernel does it, and changes nothing where a gradient is not finite.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        # For each parameter 1 until it has stepped, on the device.
+    def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
+        super().__init__(members, params, states, recipe, owner)
+        # For each parameter 1 until it has stepped, on the device; taken on this stream.
         self.fresh: Tensor | None = None
+        self._stream: Any = None
+        # Whether a step may have been skipped, and what is known of such steps from former batches.
+        self.skipped = False
+        self._former: list[tuple[list[int], list[int], Tensor]] = []
+        self._refs = [ref(p) for p in params]
+        self._launches: dict[tuple[int, ...], Any] = {}
         self._of_former_launches: list[Tensor] = []
 
     @property
     def captured(self) -> list[Tensor]:
         """What graphs that hold a step of this batch will read."""
-        return [*self._of_former_launches, *([] if self.launch is None else self.launch.captured)]
+        return [*self._of_former_launches, *(t for launch in self._launches.values() for t in launch.captured)]
 
     def resident(self, recipe: Recipe) -> tuple[str, ...]:
         return recipe.numbers
@@ -47,23 +56,59 @@ class DeviceBatch(KernelBatch):
                 "outside of captures first, as torch.cuda.graph's documentation shows"
             )
 
+    def take_over(self, former: DeviceBatch) -> None:
+        """Learn from a former batch which parameters have not stepped, though their state is there."""
+        if former.skipped and former.fresh is not None and former.fresh.device == self._device:
+            mine = {id(p): i for i, p in enumerate(one() for one in self._refs)}
+            theirs = [id(p) for p in (one() for one in former._refs)]
+            pairs = [(mine[key], j) for j, key in enumerate(theirs) if key in mine and key != id(None)]
+            if pairs:
+                self._former.append(([i for i, _ in pairs], [j for _, j in pairs], former.fresh))
+                self.skipped = True
+
+    @property
+    def _device(self) -> torch.device:
+        return self.kernel.device.device  # type: ignore[attr-defined]
+
+    def forget(self, inactive: tuple[int, ...]) -> None:
+        super().forget(inactive)
+        if inactive in self._launches:
+            self._of_former_launches += self._launches.pop(inactive).captured
+
+    def choose_launch(self) -> None:
+        """The launch for the parameters that have gradients in this step: the settings are the groups."""
+        key = tuple(self.inactive)
+        if key not in self._launches:
+            self._launches[key] = self.kernel.prepare(self.addressed, self.work, self.row_of_group, len(self.groups))
+        self.launch = self._launches[key]
+
     def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
-        before = self.launch
-        self.choose_rows(np.zeros((0, self.count)), None)
-        launch, device = self.launch, self.launch.kernel.device
-        if before is not None and before is not launch:
-            self._of_former_launches += before.captured
-        if self.fresh is None:
-            is_first = np.zeros(self.count) if first is None else first
-            self.fresh = device.upload(is_first.astype(np.int32))
+        self.choose_launch()
+        launch = self.launch
+        self._make_fresh(np.zeros(self.count) if first is None else first)
         launch.fresh = self.fresh
         launch.active[:] = self.active
-        factor, launch.guard = unscale.on(device.device)
+        factor, launch.guard = unscale.on(self._device)
+        self.skipped |= launch.guard is not None
         launch.device_leaves = []
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             away = [(leaf, setting, v) for setting, v in enumerate(values) if isinstance(v, Tensor)]
             launch.device_leaves += away
-            launch.leaves[leaf] = [0.0 if isinstance(v, Tensor) else v for v in values] if away else values
+            # What no number equals: one that takes the tensor's place later must be sent.
+            launch.leaves[leaf] = [math.nan if isinstance(v, Tensor) else v for v in values] if away else values
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
+
+    def _make_fresh(self, first: np.ndarray) -> None:
+        """Bring to the device what the host knows of first steps; afterwards only the device knows."""
+        device = self.launch.kernel.device
+        if self.fresh is None:
+            fresh: Tensor = device.upload(first.astype(np.int32))
+            for mine, theirs, known in self._former:
+                at, of = (device.upload(np.array(places, np.int64)) for places in (mine, theirs))
+                fresh.index_copy_(0, at, known.index_select(0, of))
+            self._former.clear()
+            self.fresh, self._stream = fresh, device.stream()
+        elif device.stream() != self._stream and not device.is_capturing():
+            device.announce(self.fresh)

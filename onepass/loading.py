@@ -157,7 +157,7 @@ def _adopt(value: Mapping[str, Any], p: Tensor, numbers: Collection[str]) -> dic
         if not isinstance(entry, Tensor):
             copied[name] = deepcopy(entry)
         elif name in numbers:
-            copied[name] = entry.detach().clone()
+            copied[name] = entry.detach().to("cpu", copy=True)
         else:
             # torch's SGD keeps sparse momentum where gradients are sparse.
             dense = entry.to_dense() if entry.is_sparse else entry

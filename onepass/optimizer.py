@@ -115,31 +115,34 @@ class Optimizer(torch.optim.Optimizer):
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             plan, gathered = self._make_ready(unscale.scale is not None)
             if not plan.run(gathered, unscale):
-                self._drop_plan()
+                self._let_go(plan)
         return loss
 
     def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
         """The plan that fits what is there now, and what it has read for this step."""
-        flags = type(self).flags
-        for plan in (self._plan, None):
-            self._drop_plan()
-            plan = Plan(self._algorithm(), self.param_groups, self.state, scaled) if plan is None else plan
+        flags, former = type(self).flags, self._plan
+        for known in (former, None):
+            self._plan = None
+            plan = known
             try:
+                if plan is None:
+                    plan = Plan(self._algorithm(), self.param_groups, self.state, scaled, former)
                 now = [flags(self, g) for g in self.param_groups]
                 gathered = plan.ready(self.param_groups, self.state, scaled, now)
             except BaseException:
-                plan.undo()
+                self._let_go(plan)
                 raise
             if gathered is not None:
                 self._plan = plan
                 return plan, gathered
-            plan.undo()
+            self._let_go(plan)
         raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
 
-    def _drop_plan(self) -> None:
-        """Let the plan go, and keep what graphs that were captured with it will read."""
-        if self._plan is not None:
-            self._captured += self._plan.captured
+    def _let_go(self, plan: Plan | None) -> None:
+        """Take back what a plan has made without a step, and keep what graphs that hold its steps will read."""
+        if plan is not None:
+            plan.undo()
+            self._captured += plan.captured
         self._plan = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -364,7 +367,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_plan", None)
         self.__dict__.setdefault("_captured", [])
-        self._drop_plan()
+        self._let_go(self._plan)
         self.__dict__.setdefault("_warned", set())
         super().__setstate__(state)
         for group in self.param_groups:

@@ -68,6 +68,11 @@ def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> b
     return bool(options.get("capturable")) or (bool(options.get("fused")) and not kernel.on_host(device))
 
 
+def is_zero(value: Any) -> bool:
+    """Whether an option is 0; not, where it lies on a device, which then need not be asked."""
+    return not (isinstance(value, Tensor) and not kernel.on_host(value.device)) and bool(value == 0)
+
+
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:
     """Raise RuntimeError for torch's modes where they exclude each other."""
     if options.get("fused") and options.get("differentiable"):

@@ -26,13 +26,13 @@ from .batch import EagerBatch, Gathered, KernelBatch, check
 from .checks import Group, Member, State, StepError, sparse_kind
 from .columns import format_name
 from .device_batch import DeviceBatch
+from .ledger import Ledger
 from .recipes import Algorithm, Mode, Recipe, describe, fill_state, make_recipe, new_counter, switches
 from .rows import EagerRows, RowsBatch
 from .unscale import Unscale
 
 # Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
 MOST_ELEMENTS = 1 << 24
-_ABSENT = object()
 
 
 def _kind(value: object) -> int:
@@ -42,8 +42,18 @@ def _kind(value: object) -> int:
 class Plan:
     """One optimizer's parameters, in batches, ready to step."""
 
-    def __init__(self, algorithm: Algorithm, groups: list[Group], state: dict[Any, State], scaled: bool) -> None:
-        """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed."""
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        groups: list[Group],
+        state: dict[Any, State],
+        scaled: bool,
+        former: Plan | None = None,
+    ) -> None:
+        """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed.
+
+        A `former` plan may know of parameters whose first step was skipped.
+        """
         self.scaled = scaled
         self.sizes = [len(group["params"]) for group in groups]
         self._find_recipes(algorithm, groups)
@@ -52,7 +62,7 @@ class Plan:
         self.members = self._find_members(algorithm, groups, state)
         # Positions of the parameters whose state is made now, and what to take back if a step does not come of it.
         self.fresh: set[int] = set()
-        self._made: list[tuple[Any, Any, Any]] = []
+        self._ledger = Ledger()
         plain = [p for p in params if type(p) in kernel.PLAIN and p.layout == torch.strided]
         storages = Counter(p.untyped_storage().data_ptr() for p in plain)
         self.shared = {address for address, count in storages.items() if count > 1}
@@ -64,21 +74,13 @@ class Plan:
             self.undo()
             raise
         self.size = len(state)
+        for batch in self.residents:
+            for other in () if former is None else former.residents:
+                batch.take_over(other)
 
     def undo(self) -> None:
         """Take back the state that building this plan has made, where no step came of it."""
-        for entries, key, before in reversed(self._made):
-            if isinstance(entries, Tensor):
-                entries.data = before
-            elif before is _ABSENT:
-                entries.pop(key, None)
-            else:
-                entries[key] = before
-        self._made.clear()
-
-    def _set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
-        self._made.append((entries, key, entries.get(key, _ABSENT)))
-        entries[key] = value
+        self._ledger.undo()
 
     def _find_recipes(self, algorithm: Algorithm, groups: list[Group]) -> None:
         """How each parameter steps: one recipe for each group and each rule in it, numbered by `kind_of`."""
@@ -147,16 +149,16 @@ class Plan:
         if not recipe.entries:
             return
         if p not in state:
-            self._set(state, p, {})
+            self._ledger.set(state, p, {})
         own = state[p]
         if all(own.get(name) is None for name in recipe.graph.state):
             self.fresh.add(member.position)
-        fill_state(algorithm, recipe, p, group, partial(self._set, own), own)
+        fill_state(algorithm, recipe, p, group, partial(self._ledger.set, own), own)
         if self._why_eager(member, p, own) is None:
             for name in recipe.graph.state:
                 like = recipe.as_dense(p) if own[name].shape == p.shape else own[name].contiguous()
                 if own[name].stride() != like.stride():
-                    self._set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))
+                    self._ledger.set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))
 
     def _why_eager(self, member: Member, p: Tensor, own: Mapping[str, Any]) -> str | None:
         """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
@@ -255,7 +257,7 @@ class Plan:
                     continue
                 # Without reading a number that is there already.
                 entry.copy_(now, non_blocking=True) if isinstance(now, Tensor) else entry.fill_(now)
-                self._set(own, name, entry)
+                self._ledger.set(own, name, entry)
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
         """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
@@ -296,10 +298,9 @@ class Plan:
         # A tensor that several parameters have as theirs must not become one number for all.
         if fits and not now.is_inference() and id(now) not in self._shared_numbers:
             self._shared_numbers.add(id(now))
-            self._made.append((now, None, now.data))
-            now.data = entry
+            self._ledger.give(now, entry)
         else:
-            self._set(own, name, entry)
+            self._ledger.set(own, name, entry)
 
     def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
         """The values of all options that select a program or a backend; of numbers only whether they still are such."""
@@ -333,36 +334,37 @@ class Plan:
     @property
     def captured(self) -> list[Tensor]:
         """What graphs that hold a step of this plan will read, when there is another plan or none."""
-        return [t for batch in self.kernels if isinstance(batch, DeviceBatch) for t in batch.captured]
+        return [t for batch in self.residents for t in batch.captured]
+
+    @property
+    def residents(self) -> list[DeviceBatch]:
+        """The batches whose parameters' numbers lie on their device."""
+        return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
     def run(self, gathered: list[Gathered], unscale: Unscale) -> bool:
         """Step with what `ready` returned; gradients are unscaled where the plan was built `scaled`.
 
-        False where nothing may change: then the state that was made for this step is taken back, and the plan is void.
+        False where nothing may change: then the plan is to be let go.
         """
         params, *of_batches = gathered
         of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
-        calling = [i for i, batch in enumerate(self.kernels) if batch.recipe.graph.has_calls]
         try:
             if self.waits and unscale.read():
-                self.undo()
                 return False
-            # Functions of matrices may fail, so all are called before anything changes; those that take the most
-            # memory first, while there are no others' results.
-            for i in sorted(calling, key=lambda i: -int(self.kernels[i].work.numel.sum())):
+            # What may fail comes before anything changes: functions of matrices, those that take the most memory first,
+            # while there are no others' results; a device's memory; compiling for it.
+            for i in sorted(range(len(self.kernels)), key=self._demand, reverse=True):
                 self._begin(i, unscale)
-            self._made.clear()
+            self._ledger.close()
             # torch's operations may still refuse something; the kernels may not, and so come last.
             for batch, stepping in zip((*self.eager, *self.rows), of_others, strict=True):
                 batch.run(stepping, self.fresh, unscale)
+            self._check_again(of_kernels, of_others)
         except BaseException:
-            for i in calling:
-                self.kernels[i].cancel()
+            for batch in self.kernels:
+                batch.cancel()
             self.undo()
             raise
-        for i in range(len(self.kernels)):
-            if i not in calling:
-                self._begin(i, unscale)
         for batch, slots in zip(self.kernels, self.slots, strict=True):
             if "step" in slots:
                 self.vectors["step"][1][slots["step"]] += batch.active
@@ -375,6 +377,18 @@ class Plan:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
         return True
+
+    def _demand(self, i: int) -> int:
+        """How much memory a batch takes before it stores anything, in elements."""
+        batch = self.kernels[i]
+        return int(batch.work.numel.sum()) if batch.recipe.graph.has_calls else 0
+
+    def _check_again(self, of_kernels: Sequence[Gathered], of_others: Sequence[Gathered]) -> None:
+        """Where torch's operations have run, which may be those of anybody's class: memory must be what it was."""
+        if any(of_others):
+            for batch, tensors in zip(self.kernels, of_kernels, strict=True):
+                if not batch.is_as_read(tensors):
+                    raise StepError("parameters or state changed while others stepped; keep their memory as it is")
 
     def _begin(self, i: int, unscale: Unscale) -> None:
         """Begin a batch's step, with the numbers that its parameters have in it."""

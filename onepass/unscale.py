@@ -34,8 +34,13 @@ class Unscale:
         """The factor, in float64, and the guard, in float32 and not 0 where nothing may change, as tensors there."""
         if device not in self._on:
             factor, guard = (
-                None if x is None else torch.as_tensor(x).detach().to(device, dtype, non_blocking=True).reshape(1)
+                None if x is None else _as_tensor(x).detach().to(device, dtype, non_blocking=True).reshape(1)
                 for x, dtype in ((self.scale, torch.float64), (self.found_inf, torch.float32))
             )
             self._on[device] = None if factor is None else factor.reciprocal(), guard
         return self._on[device]
+
+
+def _as_tensor(x: Tensor | float) -> Tensor:
+    # Whatever the default device is, a tensor stays where it is.
+    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")

@@ -20,7 +20,7 @@ from onepass import kernel
 from onepass.kernel import devices, jit
 
 CUDA = torch.device("cuda", 0)
-ANSWERS = (devices.why_not, kernel.why_no_kernels)
+ANSWERS = (devices.find_out, kernel._why_not_here)
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +102,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_cache_that_everybody_can_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert "every user can write" in devices.why_unsafe(tmp_path)
-    # In a folder like /tmp nobody can replace what others have put there.
+    # In a folder like /tmp nobody can replace what others have put there, but be there before them.
     tmp_path.chmod(0o1777)
-    assert devices.why_unsafe(tmp_path) == ""
+    assert "every user can write" in devices.why_unsafe(tmp_path)
+    assert devices.why_unsafe(tmp_path / "below") == ""
     tmp_path.chmod(0o700)
     assert devices.why_unsafe(tmp_path) == ""
 

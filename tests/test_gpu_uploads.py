@@ -275,9 +275,9 @@ def given_to(kernel: gpu.Kernel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor
     seen: list[Tensor] = []
     start = gpu.Kernel.start
 
-    def noted(self: gpu.Kernel, name: str, grid: int, *arguments: Any, **constants: Any) -> None:
-        seen.extend(a for a in arguments if isinstance(a, Tensor))
-        start(self, name, grid, *arguments, **constants)
+    def noted(self: gpu.Kernel, call: gpu.Start) -> None:
+        seen.extend(a for a in call.arguments if isinstance(a, Tensor))
+        start(self, call)
 
     monkeypatch.setattr(gpu.Kernel, "start", noted)
     return seen

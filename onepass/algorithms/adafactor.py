@@ -76,8 +76,9 @@ class Adafactor(Optimizer):
             "weight_decay": weight_decay,
             "foreach": foreach,
             "maximize": maximize,
-            "capturable": capturable,
         }
+        # Where it is off, param groups have torch's keys.
+        defaults |= {"capturable": True} if capturable else {}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number, filled
+from ..options import check_modes, check_number, filled, is_zero
 
 
 class Adagrad(Optimizer):
@@ -62,8 +62,9 @@ class Adagrad(Optimizer):
             "maximize": maximize,
             "differentiable": differentiable,
             "fused": fused,
-            "capturable": capturable,
         }
+        # Where it is off, param groups have torch's keys.
+        defaults |= {"capturable": True} if capturable else {}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -79,7 +80,7 @@ class Adagrad(Optimizer):
         return filled(like, group["initial_accumulator_value"])
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_decay": bool(group.get("weight_decay", 0) != 0)}
+        return super().flags(group) | {"has_decay": not is_zero(group.get("weight_decay", 0))}
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:

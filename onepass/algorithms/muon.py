@@ -77,8 +77,9 @@ class Muon(Optimizer):
             "use_muon": use_muon,
             "betas": betas,
             "adam_eps": adam_eps,
-            "capturable": capturable,
         }
+        # Where it is off, param groups have torch's keys.
+        defaults |= {"capturable": True} if capturable else {}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number
+from ..options import check_modes, check_number, is_zero
 
 
 class SGD(Optimizer):
@@ -63,8 +63,9 @@ class SGD(Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
-            "capturable": capturable,
         }
+        # Where it is off, param groups have torch's keys.
+        defaults |= {"capturable": True} if capturable else {}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -81,7 +82,7 @@ class SGD(Optimizer):
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         numbers = {"has_momentum": "momentum", "has_decay": "weight_decay"}
-        return super().flags(group) | {flag: bool(group.get(name, 0) != 0) for flag, name in numbers.items()}
+        return super().flags(group) | {flag: not is_zero(group.get(name, 0)) for flag, name in numbers.items()}
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:

@@ -37,6 +37,7 @@ __all__ = [
     "finish",
     "has_bfloat16_products",
     "has_storage",
+    "is_capturing",
     "is_dense",
     "on_host",
     "shape_at",
@@ -76,17 +77,30 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-@cache
 def why_no_kernels(device: torch.device) -> str:
     """Why programs cannot be compiled for a device, where the eager backend runs; empty where they can."""
-    if not on_host(device):
-        from . import devices
+    if on_host(device):
+        return _why_not_here()
+    from . import devices
 
-        return devices.why_not(device)
+    return devices.why_not(device)
+
+
+@cache
+def _why_not_here() -> str:
     from . import native
 
     missing = native.missing_instructions()
     return f"there are no kernels for processors without {missing}" if missing else ""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on a device is recorded into a graph now."""
+    if on_host(device):
+        return False
+    from . import uploads
+
+    return uploads.Device(device).is_capturing()
 
 
 @cache

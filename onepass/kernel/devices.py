@@ -32,11 +32,19 @@ def probe(there):
 )
 
 
-@cache
 def why_not(device: torch.device) -> str:
-    """Why there are no kernels for a device that is no CPU; empty where there are."""
+    """Why there are no kernels for a device that is no CPU; empty where there are.
+
+    While a graph is captured nothing is tried out, which the capture would not survive, and nothing remembered.
+    """
     if device.type not in TYPES:
         return f"there are no kernels for {device.type} devices"
+    return "" if Device(device).is_capturing() else find_out(device)
+
+
+@cache
+def find_out(device: torch.device) -> str:
+    """The same, found out once a process."""
     version = ".".join(map(str, LEAST_TRITON))
     try:
         import triton
@@ -66,21 +74,19 @@ def why_unsafe(folder: Path) -> str:
     advice = "set TRITON_CACHE_DIR to a folder of your own"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return f"Triton's cache, {folder}, cannot be written; {advice}"
-    mode = existing.stat().st_mode
-    if existing == folder.absolute() and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        return f"every user can write to Triton's cache, {folder}, and could put code there; {advice}"
+    if existing == folder.absolute() and os.name == "posix":
+        now = existing.stat()
+        if now.st_mode & stat.S_IWOTH:
+            return f"every user can write to Triton's cache, {folder}, and could put code there; {advice}"
+        if now.st_uid not in (0, os.geteuid()):
+            return f"Triton's cache, {folder}, belongs to another user, who could put code there; {advice}"
     return ""
 
 
 def _try(device: torch.device) -> str:
-    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old.
-
-    Not tried while a graph is captured, which would not survive it.
-    """
-    if Device(device).is_capturing():
-        return ""
+    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old."""
     try:
-        there = torch.ones(1, device=device)
+        there = torch.ones(1, dtype=torch.float32, device=device)
         with Device(device).guard():
             launch(load(PROBE), PROBE.functions[0], 1, there)
     except Exception as error:

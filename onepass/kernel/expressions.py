@@ -14,8 +14,8 @@ SIGNED = {"i32": "tl.int32", "i16": "tl.int16"}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "eq": "=="}
 INFIX |= {"and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 
-# What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero), powers, and a maximum
-# that lets no NaN vanish.
+# What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero), powers, and a
+# maximum that lets no NaN vanish.
 PRELUDE = """\
 import triton
 import triton.language as tl

@@ -9,9 +9,9 @@ whoever steps on another stream than that orders the two, as for every other ope
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from .ahead import Rows
 from .host import Host, leaf_names
 from .ir import Node, Rank, topological
-from .jit import launch, load
+from .jit import launch, load, prepare
 from .native import Library
 from .passes import Call, Program
 from .temporaries import TORCH, Temporaries
@@ -45,6 +45,7 @@ class Kernel:
         self.source = lower(program, numbers, number_type)
         self.functions = {one.name: one for one in self.source.functions}
         self._module = load(self.source)
+        self._loaded: set[tuple[object, ...]] = set()
         self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
         self.stages = stages(program, self.is_resident)
         self.host = HostRows(program)
@@ -65,9 +66,33 @@ class Kernel:
         """Whether a step would be recorded into a graph now."""
         return self.device.is_capturing()
 
-    def start(self, name: str, grid: int, *arguments: Any, **constants: Any) -> None:
+    def start(self, call: Start) -> None:
         """Queue a function of the module on the current stream."""
-        launch(self._module, self.functions[name], grid, *arguments, **constants)
+        launch(self._module, self.functions[call.name], call.grid, *call.arguments, **call.constants)
+
+    def load(self, call: Start) -> None:
+        """Compile what a start needs, and bring it to the device, where that has not been done.
+
+        Raises RuntimeError within a capture, which would not survive it, and what Triton raises.
+        """
+        variant = (call.name, *sorted(call.constants.items()))
+        if call.grid > 0 and variant not in self._loaded:
+            if self.is_capturing():
+                raise RuntimeError(
+                    "a step cannot be captured in a graph before one like it has been taken: take a few steps outside "
+                    "of captures, with GradScaler too if it has one"
+                )
+            prepare(self._module, self.functions[call.name], *call.arguments, **call.constants)
+            self._loaded.add(variant)
+
+
+class Start(NamedTuple):
+    """A function of the module, how many programs of it, and what they are given."""
+
+    name: str
+    grid: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
 
 
 class HostRows:
@@ -183,13 +208,17 @@ class Launch:
         self.finish(workers)
 
     def begin(self, workers: int) -> None:
-        """Do what may fail, the functions of matrices and what they are given; to be finished, or cancelled."""
-        if not self._first_to_store:
-            return
+        """Do what may fail: tables, compiling, functions of matrices and what they are given.
+
+        To be finished, or cancelled.
+        """
         try:
             with self.kernel.device.guard():
                 self._temporaries.allocate()
                 self._send()
+                for k in range(len(self.kernel.program.passes)):
+                    for call in self._starts(k, workers):
+                        self.kernel.load(call)
                 for k in range(self._first_to_store):
                     self._run_pass(k, workers)
         except BaseException:
@@ -200,8 +229,8 @@ class Launch:
     def finish(self, workers: int) -> None:
         """Do the rest, which stores."""
         with self.kernel.device.guard():
-            if not self._first_to_store:
-                self._send()
+            # Other parameters have stepped meanwhile, by torch's operations, which may have moved memory.
+            self._addresses = self._send_addresses()
             for k in range(self._first_to_store, len(self.kernel.program.passes)):
                 self._run_pass(k, workers)
         self._temporaries.release()
@@ -225,7 +254,8 @@ class Launch:
         # As with tables, see `uploads`.
         own = (self._partials, self._nothing, self._table, self.fresh, *self._temporaries.kept.values())
         if device.is_capturing():
-            self.captured += own
+            self.captured += [*own, *(value for *_, value in self.device_leaves)]
+            self.captured += [] if self.guard is None else [self.guard]
         elif device.stream() != self._stream:
             for memory in own:
                 device.announce(memory)
@@ -244,28 +274,32 @@ class Launch:
 
     def _run_pass(self, k: int, workers: int) -> None:
         """One walk, what must be known before, and what follows it."""
-        program, count = self.kernel.program, len(self.rows)
-        guarded = self.guard is not None
-        guard = self._nothing if self.guard is None else self.guard
-        for s, (before, _) in enumerate(self.kernel.stages):
-            if before == k:
-                given = (self._addresses, self._tensors, self._leaves, self._table, self._partials, self.fresh, guard)
-                self.kernel.start(f"uniforms_{s}", count, *given, self.leaves.shape[1], count, GUARDED=guarded)
-        if program.passes[k].roots:
-            partials = self._partials[self._begin[k] :]
-            given = (self._addresses, self._tensors, self._units[k], self._table, partials, guard)
-            for begin, end, shape in self._ranges(k, workers):
-                self.kernel.start(f"pass_{k}", end - begin, *given, begin, count, GUARDED=guarded, **shape)
-        folds = self._folds[k]
-        if folds is not None:
-            sent, entries, units_sent, units = folds
-            given = (sent.on_device(entries), units_sent.on_device(units), guard, 0)
-            self.kernel.start("fold", len(units), *given, GUARDED=guarded)
-        calls = [call for call in program.calls if call.after == k]
+        for start in self._starts(k, workers):
+            self.kernel.start(start)
+        calls = [call for call in self.kernel.program.calls if call.after == k]
         for call in calls:
             self._temporaries.call(call, self._numbers(call))
         if calls:
             self._addresses = self._send_addresses()
+
+    def _starts(self, k: int, workers: int) -> Iterator[Start]:
+        """The functions of one walk, in order: uniform values, the pass itself, sums of what its programs have left."""
+        count, folds = len(self.rows), self._folds[k]
+        guard = self._nothing if self.guard is None else self.guard
+        guarded = {"GUARDED": self.guard is not None}
+        for s, (before, _) in enumerate(self.kernel.stages):
+            if before == k:
+                given = (self._addresses, self._tensors, self._leaves, self._table, self._partials, self.fresh, guard)
+                yield Start(f"uniforms_{s}", count, (*given, self.leaves.shape[1], count), guarded)
+        if self.kernel.program.passes[k].roots:
+            partials = self._partials[self._begin[k] :]
+            given = (self._addresses, self._tensors, self._units[k], self._table, partials, guard)
+            for begin, end, shape in self._ranges(k, workers):
+                yield Start(f"pass_{k}", end - begin, (*given, begin, count), guarded | shape)
+        if folds is not None:
+            sent, entries, units_sent, units = folds
+            given = (sent.on_device(entries), units_sent.on_device(units), guard, 0)
+            yield Start("fold", len(units), given, guarded)
 
     def _ranges(self, k: int, workers: int) -> Sequence[Range]:
         """The launches of a pass: all tensors at once, or one after the other."""

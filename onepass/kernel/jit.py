@@ -47,6 +47,11 @@ def load(source: Source) -> Mapping[str, Any]:
     return module
 
 
+def backend_of(there: Any) -> str:
+    """Triton's name for what compiles for a tensor's device."""
+    return "hip" if torch.version.hip else there.device.type
+
+
 def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
     """How a function is compiled: without contraction to fused multiply-add, so that it computes bit for bit what the
     other backends do."""
@@ -61,5 +66,13 @@ def launch(module: Mapping[str, Any], function: Function, grid: int, *arguments:
     """Queue so many programs of a function on the current device and stream; of none, nothing."""
     if grid > 0:
         given = dict(function.constants) | constants
-        how = options(function, "hip" if torch.version.hip else arguments[0].device.type)
-        module[function.name][(grid,)](*arguments, **given, **how)
+        module[function.name][(grid,)](*arguments, **given, **options(function, backend_of(arguments[0])))
+
+
+def prepare(module: Mapping[str, Any], function: Function, *arguments: Any, **constants: Any) -> None:
+    """Compile a function for a launch with these arguments, and bring it to the current device; nothing is queued."""
+    given = dict(function.constants) | constants | options(function, backend_of(arguments[0]))
+    compiled = module[function.name].warmup(*arguments, **given, grid=(1,))
+    if compiled is not None:
+        # Looking for how to run it loads it; an interpreter has nothing to load.
+        _ = compiled.run

@@ -52,7 +52,10 @@ class Device:
     def is_capturing(self) -> bool:
         """Whether work is recorded into a graph now."""
         asks = getattr(self._module, "is_current_stream_capturing", None)
-        return asks is not None and asks()
+        if asks is None:
+            return False
+        with self.guard():
+            return asks()
 
     def announce(self, memory: Tensor) -> None:
         """Let torch's allocator know that memory of another stream is used on the current one."""
@@ -60,7 +63,7 @@ class Device:
 
     def pin(self, count: int, dtype: torch.dtype) -> Tensor:
         """Memory of the host from which the device copies without the processor."""
-        return torch.empty(count, dtype=dtype, pin_memory=True)
+        return torch.empty(count, dtype=dtype, device="cpu", pin_memory=True)
 
     def send(self, pinned: Tensor) -> Tensor:
         """A copy on the device, queued on the current stream."""
@@ -83,6 +86,7 @@ class Table:
         self.device, self.captured = device, captured
         self.uploads = 0
         self._known: object = None
+        self._array: np.ndarray | None = None
         self._sent: Tensor | None = None
         self._stream: Any = None
         self._spare = spare
@@ -97,9 +101,8 @@ class Table:
                 return self._send_in_capture(array)
             self._sent = self.device.upload(array)
             self.uploads += 1
-            # Kept, so that no other array can be taken for it.
-            self._array = array
-            self._known, self._stream = content, self.device.stream()
+            # The array is kept, so that no other can be taken for it.
+            self._known, self._array, self._stream = content, array, self.device.stream()
         elif capturing:
             self.captured.append(self._sent)
         elif self._stream != self.device.stream():
@@ -110,8 +113,8 @@ class Table:
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
-                "a step cannot be captured in a graph before its kernels have run: take a few steps outside of captures, "
-                f"as torch.cuda.graph's documentation shows, and then no more than {SPARE} within them"
+                "a step cannot be captured in a graph before one like it has been taken: take a few steps outside of "
+                f"captures, with gradients of the same parameters, and then no more than {SPARE} within them"
             )
         pinned = self._ready.pop()
         sent = self.device.send(fill(pinned, array))

@@ -1,0 +1,41 @@
+"""What has been changed in preparation of a step, to be taken back where no step comes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_ABSENT = object()
+
+
+class Ledger:
+    """Entries that were set in dicts and memory that tensors were given, each with what was there before."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, Any, Any]] = []
+
+    def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
+        """Set an entry of a dict."""
+        self._before.append((entries, key, entries.get(key, _ABSENT)))
+        entries[key] = value
+
+    def give(self, tensor: Tensor, memory: Tensor) -> None:
+        """Give a tensor other memory."""
+        self._before.append((tensor, None, tensor.data))
+        tensor.data = memory
+
+    def undo(self) -> None:
+        """Take everything back, the last first."""
+        for changed, key, before in reversed(self._before):
+            if isinstance(changed, Tensor):
+                changed.data = before
+            elif before is _ABSENT:
+                changed.pop(key, None)
+            else:
+                changed[key] = before
+        self._before.clear()
+
+    def close(self) -> None:
+        """Nothing of this is taken back any more."""
+        self._before.clear()
