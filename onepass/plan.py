@@ -342,10 +342,7 @@ class Plan:
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
     def run(self, gathered: list[Gathered], unscale: Unscale) -> bool:
-        """Step with what `ready` returned; gradients are unscaled where the plan was built `scaled`.
-
-        False where nothing may change: then the plan is to be let go.
-        """
+        """Step with what `ready` returned; False where nothing may change: then the plan is to be let go."""
         params, *of_batches = gathered
         of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
         try:

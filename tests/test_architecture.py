@@ -16,7 +16,7 @@ import onepass
 ROOT = Path(onepass.__file__).parent
 # From the ground up. A module imports from the floors below its own, and nothing beside it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("kernel.assembly", "kernel.ir", "kernel.sass", "schedule.formulas", "stateless"),
+    ("kernel.assembly", "kernel.ir", "ledger", "kernel.sass", "schedule.formulas", "stateless"),
     ("lr_scheduler.values", "schedule.notation"),
     ("lr_scheduler.frame", "schedule"),
     ("lr_scheduler.*",),
@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native")},
+    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native", "uploads")},
     "kernel.devices": {"triton"},
     "kernel.target": {"triton"},
     "cli": {"onepass.commands"},

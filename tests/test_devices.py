@@ -30,6 +30,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(devices, "_try", lambda device: "")
+    monkeypatch.setattr(devices.Device, "is_capturing", lambda self: False)
     for answer in ANSWERS:
         answer.cache_clear()
     yield
