@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native", "uploads")},
+    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native")},
     "kernel.devices": {"triton"},
     "kernel.target": {"triton"},
     "cli": {"onepass.commands"},

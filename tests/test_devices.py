@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import assert_same, both
+from sides import assert_same, both, refuses
 
 import onepass
 from onepass import kernel
@@ -150,3 +150,16 @@ def test_generated_code_never_lies_in_a_file() -> None:
 def test_the_door_says_why_for_real_devices() -> None:
     assert kernel.why_no_kernels(torch.device("cpu")) == ""
     assert onepass.AdamW([torch.ones(1, requires_grad=True)]).param_groups
+
+
+def test_a_step_of_the_eager_backend_is_not_captured_unless_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would hold its step count for ever; torch raises, too."""
+    monkeypatch.setattr(kernel, "is_capturing", lambda device: True)
+    how = {"foreach": False, "fused": False}
+    for options, may_be in (({}, False), ({"capturable": True}, True)):
+        side = both("adamw", **how, **options)[0]
+        if may_be:
+            side.step()
+        else:
+            side.set_gradients()
+            refuses(side.opt, "needs capturable=True")

@@ -39,7 +39,12 @@ def why_not(device: torch.device) -> str:
     """
     if device.type not in TYPES:
         return f"there are no kernels for {device.type} devices"
-    return "" if Device(device).is_capturing() else find_out(device)
+    return "" if is_capturing(device) else find_out(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on a device is recorded into a graph now."""
+    return device.type in TYPES and Device(device).is_capturing()
 
 
 @cache
