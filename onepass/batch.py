@@ -70,8 +70,9 @@ class KernelBatch(Columns):
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
-        # How the work is cut, for some sets of parameters without a gradient.
+        # How the work is cut and the launch laid out, for some sets of parameters without a gradient.
         self._works: dict[tuple[int, ...], Any] = {(): self.work}
+        self._launches: dict[tuple[int, ...], Any] = {}
         self._work: Any = None
         self._workers = 1
 
@@ -146,6 +147,7 @@ class KernelBatch(Columns):
     def forget(self, inactive: tuple[int, ...]) -> None:
         """Let go what is known of steps in which these parameters have no gradient."""
         del self._works[inactive]
+        self._launches.pop(inactive, None)
 
     def _fill_in(self, tensors: Gathered) -> bool:
         """Dense copies of parameters with holes and of lazy gradients; False where a parameter or state is lazy."""
@@ -248,7 +250,11 @@ class KernelBatch(Columns):
         self.setting_numbers = settings[:, 2:].T
         # In its first step a parameter has settings of its own.
         self._work = self.work if first is None else None
-        self.launch = self.kernel.prepare(self.addressed, self.work, self._rows, len(settings))
+        key = tuple(self.inactive)
+        launch = self._launches.get(key)
+        if launch is None or launch.leaves.shape[1] != len(settings) or not np.array_equal(launch.rows, self._rows):
+            launch = self._launches[key] = self.kernel.prepare(self.addressed, self.work, self._rows, len(settings))
+        self.launch = launch
 
 
 def _gradient_dtype(p: Tensor) -> torch.dtype:

@@ -34,7 +34,6 @@ class DeviceBatch(KernelBatch):
         self.skipped = False
         self._former: list[tuple[list[int], list[int], Tensor]] = []
         self._refs = [ref(p) for p in params]
-        self._launches: dict[tuple[int, ...], Any] = {}
         self._of_former_launches: list[Tensor] = []
 
     @property
@@ -58,12 +57,17 @@ class DeviceBatch(KernelBatch):
 
     def take_over(self, former: DeviceBatch) -> None:
         """Learn from a former batch which parameters have not stepped, though their state is there."""
-        if former.skipped and former.fresh is not None and former.fresh.device == self._device:
-            mine = {id(p): i for i, p in enumerate(one() for one in self._refs)}
-            theirs = [id(p) for p in (one() for one in former._refs)]
-            pairs = [(mine[key], j) for j, key in enumerate(theirs) if key in mine and key != id(None)]
+        if not former.skipped or former._device != self._device:
+            return
+        everyone = list(range(former.count))
+        # A batch that has not begun knows what it has taken over.
+        known = former._former if former.fresh is None else [(everyone, everyone, former.fresh)]
+        mine = {id(p): i for i, p in enumerate(one() for one in self._refs) if p is not None}
+        for places, at, fresh in known:
+            theirs = (id(former._refs[i]()) for i in places)
+            pairs = [(mine[key], j) for key, j in zip(theirs, at, strict=True) if key in mine]
             if pairs:
-                self._former.append(([i for i, _ in pairs], [j for _, j in pairs], former.fresh))
+                self._former.append(([i for i, _ in pairs], [j for _, j in pairs], fresh))
                 self.skipped = True
 
     @property
@@ -71,9 +75,9 @@ class DeviceBatch(KernelBatch):
         return self.kernel.device.device  # type: ignore[attr-defined]
 
     def forget(self, inactive: tuple[int, ...]) -> None:
-        super().forget(inactive)
         if inactive in self._launches:
-            self._of_former_launches += self._launches.pop(inactive).captured
+            self._of_former_launches += self._launches[inactive].captured
+        super().forget(inactive)
 
     def choose_launch(self) -> None:
         """The launch for the parameters that have gradients in this step: the settings are the groups."""
@@ -107,7 +111,8 @@ class DeviceBatch(KernelBatch):
             fresh: Tensor = device.upload(first.astype(np.int32))
             for mine, theirs, known in self._former:
                 at, of = (device.upload(np.array(places, np.int64)) for places in (mine, theirs))
-                fresh.index_copy_(0, at, known.index_select(0, of))
+                # Whose state has been made anew has not stepped, whatever was known before.
+                fresh.index_copy_(0, at, torch.maximum(fresh.index_select(0, at), known.index_select(0, of)))
             self._former.clear()
             self.fresh, self._stream = fresh, device.stream()
         elif device.stream() != self._stream and not device.is_capturing():

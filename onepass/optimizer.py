@@ -97,7 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient, and return what `closure`, if given, returned.
 
         Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the class does not take,
-        state that does not fit, memory that is gone. Nothing has been changed then.
+        state that does not fit, memory that is gone. Nothing has been changed then; unless a tensor of another class
+        has moved others' memory while it stepped itself, which is noticed after it.
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
@@ -114,8 +115,7 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             plan, gathered = self._make_ready(unscale.scale is not None)
-            if not plan.run(gathered, unscale):
-                self._let_go(plan)
+            plan.run(gathered, unscale)
         return loss
 
     def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
@@ -131,6 +131,8 @@ class Optimizer(torch.optim.Optimizer):
                 gathered = plan.ready(self.param_groups, self.state, scaled, now)
             except BaseException:
                 self._let_go(plan)
+                # It may know of first steps that were skipped.
+                self._plan = former
                 raise
             if gathered is not None:
                 self._plan = plan

@@ -341,13 +341,14 @@ class Plan:
         """The batches whose parameters' numbers lie on their device."""
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
-    def run(self, gathered: list[Gathered], unscale: Unscale) -> bool:
-        """Step with what `ready` returned; False where nothing may change: then the plan is to be let go."""
+    def run(self, gathered: list[Gathered], unscale: Unscale) -> None:
+        """Step with what `ready` returned."""
         params, *of_batches = gathered
         of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
         try:
             if self.waits and unscale.read():
-                return False
+                self.undo()
+                return
             # What may fail comes before anything changes: functions of matrices, those that take the most memory first,
             # while there are no others' results; a device's memory; compiling for it.
             for i in sorted(range(len(self.kernels)), key=self._demand, reverse=True):
@@ -373,7 +374,6 @@ class Plan:
             if self.fresh:
                 active = zip(batch.members, batch.active, strict=True)
                 self.fresh.difference_update(m.position for m, on in active if on)
-        return True
 
     def _demand(self, i: int) -> int:
         """How much memory a batch takes before it stores anything, in elements."""
@@ -385,7 +385,9 @@ class Plan:
         if any(of_others):
             for batch, tensors in zip(self.kernels, of_kernels, strict=True):
                 if not batch.is_as_read(tensors):
-                    raise StepError("parameters or state changed while others stepped; keep their memory as it is")
+                    raise StepError(
+                        f"{batch.owner}: parameters or state changed while others stepped; keep their memory as it is"
+                    )
 
     def _begin(self, i: int, unscale: Unscale) -> None:
         """Begin a batch's step, with the numbers that its parameters have in it."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import kernel
 from .batch import EagerBatch, Gathered, write_number
-from .checks import Group, Member, State
+from .checks import Group, Member, State, StepError
 from .columns import format_name
 from .kernel.ir import Rank, RuleError, topological
 from .recipes import Recipe
@@ -146,7 +146,7 @@ class RowsBatch:
         self, members: list[Member], params: Sequence[Tensor], state: Mapping[Any, State], recipe: Recipe, owner: str
     ) -> None:
         check_rule(owner, recipe)
-        self.members, self.recipe = members, recipe
+        self.members, self.recipe, self.owner = members, recipe, owner
         own = [params[m.position] for m in members]
         columns = [own, *([state[p][name] for p in own] for name in recipe.graph.state)]
         self.expected = kernel.expect([*chain.from_iterable(columns)])
@@ -196,6 +196,7 @@ class RowsBatch:
     def run(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
         """Step what was gathered; `fresh`, the positions of those whose state is new, loses them."""
         stepping, options = gathered
+        self._read_again(stepping)
         factor = unscale.factor
         if _overlap(stepping):
             # One after the other and in one thread, as torch would.
@@ -208,6 +209,14 @@ class RowsBatch:
             if self.recipe.counts_steps:
                 write_number(one.own, "step", one.step + 1)
             fresh.discard(one.member.position)
+
+    def _read_again(self, stepping: list[Rows]) -> None:
+        """Others have stepped since, by torch's operations, which may be anybody's: addresses are those of now."""
+        for one in stepping:
+            if any(t.data_ptr() != start for t, start in zip(one.columns, one.starts, strict=True)):
+                raise StepError(
+                    f"{self.owner}: parameters or state changed while others stepped; keep their memory as it is"
+                )
 
     def _launch(
         self, stepping: list[Rows], options: Mapping[int, list[float]], fresh: set[int], factor: float, threads: int

@@ -20,7 +20,7 @@ from onepass import kernel
 from onepass.kernel import devices, jit
 
 CUDA = torch.device("cuda", 0)
-ANSWERS = (devices.find_out, kernel._why_not_here)
+ANSWERS = (devices.find_out, devices.try_out, kernel._why_not_here)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(devices, "_try", lambda device: "")
+    monkeypatch.setattr(devices, "try_out", lambda device: "")
     monkeypatch.setattr(devices.Device, "is_capturing", lambda self: False)
     for answer in ANSWERS:
         answer.cache_clear()
@@ -119,7 +119,7 @@ def test_whatever_goes_wrong_in_a_first_kernel(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(devices, "load", fail)
     monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
-    why = devices._try(torch.device("cpu"))
+    why = devices.try_out.__wrapped__(torch.device("cpu"))
     assert why == "Triton cannot run kernels on cpu (RuntimeError: no C compiler)"
 
 

@@ -127,7 +127,7 @@ def test_sets_of_gradients_that_alternate_send_nothing_again() -> None:
 def test_the_probe_does_not_depend_on_default_types() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
-        assert devices._try(torch.device("cpu")) == ""
+        assert devices.try_out.__wrapped__(torch.device("cpu")) == ""
 
 
 def test_what_is_sent_does_not_depend_on_the_default_device() -> None:
@@ -136,3 +136,61 @@ def test_what_is_sent_does_not_depend_on_the_default_device() -> None:
     assert factor is not None
     assert guard is not None
     assert (factor.item(), guard.item()) == (0.25, 1.0)
+
+
+def momentum_after(*steps: str) -> torch.Tensor:
+    """The buffer of fused SGD with dampening, whose first step takes the gradient whole; ones are the gradients."""
+    p = torch.ones(4, requires_grad=True)
+    opt = onepass.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, fused=True)
+    for step in steps:
+        if step == "forget":
+            opt.state.clear()
+            continue
+        p.grad = torch.ones(4)
+        opt.grad_scale, opt.found_inf = torch.tensor(1.0), torch.tensor(float(step == "skip"))
+        opt.param_groups[0]["lr"] = "x" if step == "error" else 0.1
+        if step == "error":
+            with pytest.raises((onepass.StepError, TypeError)):
+                opt.step()
+        else:
+            opt.step()
+    return opt.state[p]["momentum_buffer"]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [("take", "forget"), ("skip",), ("skip", "error"), ("error",), ("skip", "forget"), ("skip", "error", "skip")],
+)
+def test_whose_step_is_the_first(steps: tuple[str, ...]) -> None:
+    assert momentum_after(*steps, "take").tolist() == [1.0] * 4
+    torch.testing.assert_close(momentum_after(*steps, "take", "take"), torch.full((4,), 1.4))
+
+
+def test_a_captured_step_sends_its_addresses_once() -> None:
+    side = make_side(onepass, "adamw", capturable=True)
+    for _ in range(2):
+        side.step()
+    for _ in range(3):
+        side.set_gradients()
+        launch = side.opt._plan.kernels[0].launch
+        before = launch.uploads
+        Capturing.now = True
+        side.opt.step()
+        Capturing.now = False
+        assert launch.uploads - before <= 1
+
+
+def test_sets_that_alternate_send_rows_alone_by_default() -> None:
+    side = make_side(onepass, "sgd")
+    gradients = {i: torch.ones_like(p) for i, p in enumerate(side.params)}
+    for k in range(12):
+        for i, p in enumerate(side.params):
+            p.grad = gradients[i] if i % 2 == k % 2 else None
+        before = sum(launch.uploads for batch in _kernels(side) for launch in batch._launches.values())
+        side.opt.step()
+        after = sum(launch.uploads for batch in _kernels(side) for launch in batch._launches.values())
+        assert k < 4 or after - before <= 1
+
+
+def _kernels(side: Any) -> list[Any]:
+    return side.opt._plan.kernels if side.opt._plan else []

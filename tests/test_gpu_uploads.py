@@ -229,7 +229,7 @@ def test_a_capture_needs_steps_before_it() -> None:
     with world.capture():
         for i in range(SPARE):
             table.on_device(np.arange(3) + i + 1)
-        with pytest.raises(RuntimeError, match=f"no more than {SPARE} within them"):
+        with pytest.raises(RuntimeError, match=f"at most {SPARE} within them"):
             table.on_device(np.arange(3))
     # A step outside takes new memory.
     table.on_device(np.arange(3) + 7)

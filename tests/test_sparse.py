@@ -986,3 +986,38 @@ def test_nothing_is_kept_alive():
     assert torch.UntypedStorage._expired(storage)
     torch.UntypedStorage._free_weak_ref(storage)
     assert kept[0] == snapshot(opt)[0]
+
+
+class Moving(torch.Tensor):
+    """A class whose own update gives another parameter other memory."""
+
+    other: Any = None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ == "copy_" and Moving.other is not None:
+            moved, Moving.other = Moving.other, None
+            moved.data = moved.data.clone()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_memory_that_moves_while_others_step_is_noticed():
+    """Rows are stepped after what torch's operations serve, which may be anybody's code."""
+    table = torch.nn.Parameter(torch.ones(8, 4))
+    strange = torch.ones(3).as_subclass(Moving).requires_grad_()
+    opt = onepass.SGD([strange, table], lr=0.5)
+
+    def set_gradients():
+        strange.grad = torch.ones(3).as_subclass(Moving)
+        table.grad = coo([[1, 3]], torch.ones(2, 4), (8, 4))
+
+    set_gradients()
+    with pytest.warns(UserWarning, match="Moving"):
+        opt.step()
+    old = table.data
+    before = old.clone()
+    set_gradients()
+    Moving.other = table
+    with pytest.raises(onepass.StepError, match="changed while others stepped"):
+        opt.step()
+    assert torch.equal(old, before)

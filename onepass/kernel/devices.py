@@ -39,7 +39,7 @@ def why_not(device: torch.device) -> str:
     """
     if device.type not in TYPES:
         return f"there are no kernels for {device.type} devices"
-    return "" if is_capturing(device) else find_out(device)
+    return find_out(device) or ("" if is_capturing(device) else try_out(device))
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -49,7 +49,7 @@ def is_capturing(device: torch.device) -> bool:
 
 @cache
 def find_out(device: torch.device) -> str:
-    """The same, found out once a process."""
+    """What can be said without trying, once a process."""
     version = ".".join(map(str, LEAST_TRITON))
     try:
         import triton
@@ -69,8 +69,7 @@ def find_out(device: torch.device) -> str:
                 f"there are no kernels for GPUs of a compute capability below {needed}, and "
                 f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
             )
-    unsafe = why_unsafe(Path(knobs.cache.dir))
-    return unsafe or _try(device)
+    return why_unsafe(Path(knobs.cache.dir))
 
 
 def why_unsafe(folder: Path) -> str:
@@ -88,7 +87,8 @@ def why_unsafe(folder: Path) -> str:
     return ""
 
 
-def _try(device: torch.device) -> str:
+@cache
+def try_out(device: torch.device) -> str:
     """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old."""
     try:
         there = torch.ones(1, dtype=torch.float32, device=device)

@@ -144,6 +144,9 @@ class Launch:
         self.guard: Tensor | None = None
         self.fresh = device.empty(len(rows), torch.int32).zero_()
         self.captured: list[Tensor] = []
+        # What this step's table of addresses holds, and the starts that have been made with it.
+        self._placed = b""
+        self._ready: dict[int, list[Start]] = {}
         self._temporaries = Temporaries(program, work.sizes, work.parts, device.device)
         self._first_to_store = max((call.after + 1 for call in program.calls), default=0)
         spare = SPARE if kernel.is_resident else 0
@@ -217,7 +220,8 @@ class Launch:
                 self._temporaries.allocate()
                 self._send()
                 for k in range(len(self.kernel.program.passes)):
-                    for call in self._starts(k, workers):
+                    self._ready[k] = list(self._starts(k, workers))
+                    for call in self._ready[k]:
                         self.kernel.load(call)
                 for k in range(self._first_to_store):
                     self._run_pass(k, workers)
@@ -230,20 +234,22 @@ class Launch:
         """Do the rest, which stores."""
         with self.kernel.device.guard():
             # Other parameters have stepped meanwhile, by torch's operations, which may have moved memory.
-            self._addresses = self._send_addresses()
+            self._send_addresses()
             for k in range(self._first_to_store, len(self.kernel.program.passes)):
                 self._run_pass(k, workers)
         self._temporaries.release()
 
     def cancel(self) -> None:
         """Give back the memory of what has begun and will not be finished."""
+        self._ready.clear()
         self._temporaries.release()
 
     def _send(self) -> None:
         """Bring the tables on the device up to date; only what has changed is sent."""
         device = self.kernel.device
         self._facts[FACTS.index("active")] = self.active
-        self._addresses = self._send_addresses()
+        self._placed = b""
+        self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
         self._units = [self._sent[f"units {k}"].on_device(units.table) for k, units in enumerate(self.work.units)]
         if self.kernel.stages:
@@ -260,9 +266,13 @@ class Launch:
             for memory in own:
                 device.announce(memory)
 
-    def _send_addresses(self) -> Tensor:
-        table = np.concatenate([self.pointers, self._temporaries.pointers]).view(np.int64)
-        return self._sent["addresses"].on_device(table)
+    def _send_addresses(self) -> None:
+        """Send the table of addresses, unless this step has sent it already."""
+        placed = self.pointers.tobytes() + self._temporaries.pointers.tobytes()
+        if placed != self._placed:
+            table = np.concatenate([self.pointers, self._temporaries.pointers]).view(np.int64)
+            self._placed, self._addresses = placed, self._sent["addresses"].on_device(table)
+            self._ready.clear()
 
     def _set_device_leaves(self) -> None:
         """Copy the hyper-parameters that lie on the device to their places, without looking at them."""
@@ -274,13 +284,13 @@ class Launch:
 
     def _run_pass(self, k: int, workers: int) -> None:
         """One walk, what must be known before, and what follows it."""
-        for start in self._starts(k, workers):
+        for start in self._ready.pop(k, None) or self._starts(k, workers):
             self.kernel.start(start)
         calls = [call for call in self.kernel.program.calls if call.after == k]
         for call in calls:
             self._temporaries.call(call, self._numbers(call))
         if calls:
-            self._addresses = self._send_addresses()
+            self._send_addresses()
 
     def _starts(self, k: int, workers: int) -> Iterator[Start]:
         """The functions of one walk, in order: uniform values, the pass itself, sums of what its programs have left."""

@@ -114,7 +114,7 @@ class Table:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
                 "a step cannot be captured in a graph before one like it has been taken: take a few steps outside of "
-                f"captures, with gradients of the same parameters, and then no more than {SPARE} within them"
+                f"captures, with gradients of the same parameters, and then at most {SPARE} within them"
             )
         pinned = self._ready.pop()
         sent = self.device.send(fill(pinned, array))
