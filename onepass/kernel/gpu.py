@@ -145,7 +145,7 @@ class Launch:
         self.fresh = device.empty(len(rows), torch.int32).zero_()
         self.captured: list[Tensor] = []
         # What this step's table of addresses holds, and the starts that have been made with it.
-        self._placed = b""
+        self._placed: bytes | None = None
         self._ready: dict[int, list[Start]] = {}
         self._temporaries = Temporaries(program, work.sizes, work.parts, device.device)
         self._first_to_store = max((call.after + 1 for call in program.calls), default=0)
@@ -248,7 +248,7 @@ class Launch:
         """Bring the tables on the device up to date; only what has changed is sent."""
         device = self.kernel.device
         self._facts[FACTS.index("active")] = self.active
-        self._placed = b""
+        self._placed = None
         self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
         self._units = [self._sent[f"units {k}"].on_device(units.table) for k, units in enumerate(self.work.units)]
