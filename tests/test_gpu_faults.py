@@ -194,3 +194,17 @@ def test_sets_that_alternate_send_rows_alone_by_default() -> None:
 
 def _kernels(side: Any) -> list[Any]:
     return side.opt._plan.kernels if side.opt._plan else []
+
+
+def test_a_matrix_without_rows_may_be_wide() -> None:
+    """Wider than a tile, beside one that has rows: there are shares of nothing to add up."""
+    stepped = []
+    for shapes in (((3, 300),), ((3, 300), (0, 1000))):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        opt = onepass.Adafactor(params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        stepped.append(params[0].detach())
+    assert torch.equal(*stepped)

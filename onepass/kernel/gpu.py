@@ -191,8 +191,8 @@ class Launch:
         """What is to be added up after pass k, of sums that several programs have a share in."""
         entries = []
         for one in self.kernel.program.passes[k].sums:
-            for t in np.flatnonzero(self.work.parts[one.into] > 1) if self.work.numel.any() else ():
-                shares = self._temporaries.shares(one.into, int(t))
+            for t in np.flatnonzero((self.work.parts[one.into] > 1) & (self.work.numel > 0)).tolist():
+                shares = self._temporaries.shares(one.into, t)
                 entries.append((shares.data_ptr(), shares.shape[1], shares.shape[0], int(one.node.op == "amax")))
         if not entries:
             return None
