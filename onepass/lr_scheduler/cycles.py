@@ -6,22 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ..schedule.formulas import anneal, find_cycle, half_cosine
+from .arguments import check_count, check_number, check_numbers, check_optimizer, check_strategy
 from .frame import LRScheduler
-from .values import (
-    Group,
-    assign,
-    check_count,
-    check_optimizer,
-    check_strategy,
-    copied,
-    per_group,
-    saved_attributes,
-    shared,
-)
+from .overrides import is_altered, is_same
+from .values import Group, assign, copied, per_group, saved_attributes, shared
 
 __all__ = ["CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"]
 
@@ -41,13 +34,19 @@ class _CycleLR(LRScheduler):
                 f"{type(optimizer).__name__} has neither momentum nor betas, pass cycle_momentum=False."
             )
         self.cycle_momentum, self.use_beta1 = cycle, "betas" in optimizer.defaults
-        self.base_momentums = per_group("base_momentum", optimizer, base)
-        self.max_momentums = per_group("max_momentum", optimizer, top)
+        self.base_momentums: list[Any] = []
+        self.max_momentums: list[Any] = []
+        if cycle:
+            check_numbers(self, base_momentum=base, max_momentum=top)
+            self.base_momentums = per_group("base_momentum", optimizer, base)
+            self.max_momentums = per_group("max_momentum", optimizer, top)
 
     def _prepare(self) -> None:
-        bounds = zip(self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True)
-        for group, low, high in bounds if self.cycle_momentum else ():
+        if not self.cycle_momentum:
+            return
+        for group, low, high in zip(self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True):
             group["base_momentum"], group["max_momentum"] = low, high
+        self._house.home._put_momenta(self, self.optimizer.param_groups, self.max_momentums)
 
     def _write(self, values: list[Any], plain: bool) -> None:
         momenta = self.momenta() if self.cycle_momentum else []
@@ -70,9 +69,9 @@ class _CycleLR(LRScheduler):
         return super().state_dict() | {"_group_momenta": self._found_momenta()}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        left, found, saved = self._last_momenta, self._found_momenta(), state.pop("_group_momenta", [])
+        left, found, saved = vars(self).get("_last_momenta", []), self._found_momenta(), state.pop("_group_momenta", [])
         super()._restore(state)
-        if self.cycle_momentum and self.last_epoch >= 0:
+        if self.cycle_momentum and self.last_epoch >= 0 and not is_altered(self):
             saved = saved if self._last_momenta == self.momenta() else self.momenta()  # torch's has moved on without it
             momenta = zip(found, left, saved, strict=False)
             self._put_momenta(self.optimizer.param_groups, [new if now == mine else now for now, mine, new in momenta])
@@ -90,6 +89,7 @@ class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingW
     def __init__(
         self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
     ) -> None:
+        check_number(self, last_epoch=last_epoch)
         check_count("T_0", T_0)
         check_count("T_mult", T_mult)
         if not isinstance(eta_min, (float, int)):
@@ -97,20 +97,53 @@ class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingW
         self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = T_0, T_0, T_mult, eta_min, float(last_epoch)
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[Any]:
+    def step(self, epoch: float | None = None) -> None:
+        """Go on to the next step; with `epoch`, to that one, or to a fraction of one."""
+        if torch.compiler.is_compiling():
+            return _step_outside_graphs(self, epoch)
+        return _step(self, epoch)
+
+    def _rates(self) -> list[Any]:
         scale = half_cosine(self.T_cur, self.T_i)
         return [self.eta_min + (base - self.eta_min) * scale for base in self.base_lrs]
 
-    def _step(self, epoch: float | None = None) -> None:
-        if epoch is not None and epoch < 0:
-            raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
-        self._step_count += 1
-        self._update_lr(epoch)
+    def _rates_before(self) -> list[Any]:
+        here = self.T_cur, self.T_i
+        _, self.T_cur, self.T_i = find_cycle(self.last_epoch - 1, self.T_0, self.T_mult)
+        values = self._rates()
+        self.T_cur, self.T_i = here
+        return values
 
-    def _update_lr(self, epoch: float | None = None) -> None:
-        epoch = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
-        _, self.T_cur, self.T_i = find_cycle(epoch, self.T_0, self.T_mult)
-        super()._update_lr(math.floor(epoch))
+    def _move(self, epoch: float | None) -> None:
+        resumes = self._is_initial and self._resumed and epoch is None
+        step = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
+        _, self.T_cur, self.T_i = find_cycle(step, self.T_0, self.T_mult)
+        super()._move(None if resumes else math.floor(step))
+
+
+def _step(scheduler: CosineAnnealingWarmRestarts, epoch: float | None) -> None:
+    if scheduler._step_count == 1:
+        is_altered(scheduler)
+    if not is_same(scheduler):
+        return _step_as_torch(scheduler, epoch)
+    if epoch is not None and epoch < 0:
+        raise ValueError(f"Expected non-negative epoch, but got {epoch}.")
+    scheduler._step_count += 1
+    return scheduler._move(epoch)
+
+
+def _step_as_torch(scheduler: CosineAnnealingWarmRestarts, epoch: float | None) -> None:
+    """Take a step as torch's class does, and none where that fails."""
+    scheduler._house.home._adopt(scheduler)
+    before = {name: getattr(scheduler, name) for name in ("last_epoch", "T_cur", "T_i")}
+    try:
+        torch_schedulers.CosineAnnealingWarmRestarts.step(scheduler, epoch)  # pyright: ignore[reportArgumentType]
+    except BaseException:
+        vars(scheduler).update(before)
+        raise
+
+
+_step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: _step(scheduler, epoch))
 
 
 class _Triangles(_CycleLR):
@@ -123,9 +156,13 @@ class _Triangles(_CycleLR):
     step_ratio: float
     max_lrs: list[Any]
     _lowest: list[Any]
-    _scale_fn_custom: Callable[[float], float] | None
+    _scale_fn_custom: Any
+    scale_fn: Callable[[float], float]
 
     def _set_triangle(self, up: int, down: int, mode: str, gamma: float, scale_fn: Any, scale_mode: str) -> None:
+        check_number(self, step_size_up=up, step_size_down=down, gamma=gamma)
+        if scale_fn is not None and not callable(scale_fn):
+            raise TypeError(f"{type(self).__name__}: scale_fn must be a function or None, got {scale_fn!r:.80}.")
         if up <= 0 or down < 0:
             raise ValueError(f"step_size_up must be positive and step_size_down not negative, got {up} and {down}.")
         if mode not in ("triangular", "triangular2", "exp_range") and scale_fn is None:
@@ -133,14 +170,7 @@ class _Triangles(_CycleLR):
                 f"mode is invalid and scale_fn is None: choose triangular, triangular2 or exp_range, got {mode!r}."
             )
         self.total_size, self.step_ratio = float(up + down), float(up) / (up + down)
-        self.mode, self.gamma, self._scale_fn_custom = mode, gamma, scale_fn
-        self.scale_mode = scale_mode if scale_fn is not None else "iterations" if mode == "exp_range" else "cycle"
-
-    def scale_fn(self, x: float) -> float:
-        """What multiplies the height, in cycle or at step `x`."""
-        if self._scale_fn_custom is not None:
-            return self._scale_fn_custom(x)
-        return {"triangular": 1.0, "triangular2": 2.0 ** (1 - x)}.get(self.mode, self.gamma**x)
+        self.mode, self.gamma, self._scale_fn_custom, self.scale_mode = mode, gamma, scale_fn, scale_mode
 
     def height(self) -> float:
         """How far up, from 0 to 1, the step is."""
@@ -149,18 +179,23 @@ class _Triangles(_CycleLR):
         height = x / self.step_ratio if x <= self.step_ratio else (x - 1) / (self.step_ratio - 1)
         return height * self.scale_fn(cycle if self.scale_mode == "cycle" else self.last_epoch)
 
+    @staticmethod
+    def _triangular2_scale_fn(x: float) -> float:
+        return 2.0 ** (1 - x)  # torch's 1 / 2 ** (x - 1) ends with an overflow
+
     def _prepare(self) -> None:
         super()._prepare()
         for group, low in zip(self.optimizer.param_groups, self._lowest, strict=True):
             assign(group, "lr", low)
 
-    def _initial_step(self) -> None:
-        self.base_lrs = list(map(copied, self._lowest))
-        super()._initial_step()
+    def _move(self, epoch: int | None) -> None:
+        if self._resumed and self._lowest:
+            self.base_lrs = list(map(copied, self._lowest))
+        super()._move(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"_scale_fn_custom": saved_attributes(self._scale_fn_custom)}
-        return {key: value for key, value in state.items() if key != "_lowest"}
+        return {key: value for key, value in state.items() if key not in ("_lowest", "_scale_fn_ref")}
 
     def _restore(self, state: dict[str, Any]) -> None:
         attributes = state.pop("_scale_fn_custom", None)
@@ -170,7 +205,7 @@ class _Triangles(_CycleLR):
 
     def _adopt(self) -> None:
         super()._adopt()
-        for name in ("max_lrs", "base_momentums", "max_momentums"):
+        for name in ("max_lrs", "base_momentums", "max_momentums") if self.cycle_momentum else ("max_lrs",):
             values = getattr(self, name)
             values += [shared(name, values) for _ in self.base_lrs[len(values) :]]
 
@@ -202,12 +237,20 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
         last_epoch: int = -1,
     ) -> None:
         self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        check_numbers(self, base_lr=base_lr, max_lr=max_lr)
         self._lowest, self.max_lrs = per_group("base_lr", optimizer, base_lr), per_group("max_lr", optimizer, max_lr)
         down = step_size_up if step_size_down is None else step_size_down
         self._set_triangle(step_size_up, down, mode, gamma, scale_fn, scale_mode)
+        self._init_scale_fn()
+        lowest = list(map(copied, self._lowest))
         super().__init__(optimizer, last_epoch)
+        self._lowest, self.base_lrs = [], lowest  # the first step has been from the group's initial_lr, as with torch
 
-    def get_lr(self) -> list[Any]:
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self._init_scale_fn()
+
+    def _rates(self) -> list[Any]:
         height = self.height()
         return [low + (high - low) * height for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
 
@@ -235,7 +278,7 @@ class _Phases(_CycleLR):
             {"end_step": float(end), **dict(zip(names, row, strict=True))} for end, row in ends
         ]
 
-    def get_lr(self) -> list[Any]:
+    def _rates(self) -> list[Any]:
         return self._values("lr")
 
     def momenta(self) -> list[float]:
@@ -280,7 +323,11 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         last_epoch: int = -1,
     ) -> None:
         self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        check_numbers(self, max_lr=max_lr)
+        check_number(self, div_factor=div_factor, final_div_factor=final_div_factor)
         self.total_steps = _count_steps(total_steps, epochs, steps_per_epoch)
+        if not isinstance(pct_start, (float, int)):
+            check_number(self, pct_start=pct_start)
         if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}.")
         self._anneal_func_type = check_strategy(anneal_strategy)
@@ -300,5 +347,5 @@ def _count_steps(total: int | None, epochs: int | None, per_epoch: int | None) -
         raise ValueError("You must define either total_steps OR (epochs AND steps_per_epoch).")
     for name, value in (("total_steps", total), ("epochs", epochs), ("steps_per_epoch", per_epoch)):
         if value is not None and (total is None or name == "total_steps"):
-            check_count(name, value)
+            check_count(name, value, TypeError if name == "total_steps" else ValueError)
     return total if total is not None else (epochs or 0) * (per_epoch or 0)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .arguments import check_optimizer
 from .frame import LRScheduler
-from .values import Group, Value, are_floats, assign, check_optimizer, equals, per_group, rates
+from .values import Group, Value, are_floats, assign, equals, per_group, rates
 
 __all__ = ["Scheduler"]
 
@@ -34,6 +35,8 @@ class Scheduler(LRScheduler):
         self, optimizer: torch.optim.Optimizer, schedules: Mapping[str, Schedules], last_epoch: int = -1
     ) -> None:
         check_optimizer(self, optimizer)
+        if not isinstance(schedules, Mapping):
+            raise TypeError(f"Scheduler: schedules must be a dict of options to schedules, got {schedules!r:.80}.")
         self.optimizer, self._schedules = optimizer, dict(schedules)
         for option, groups, functions in self._targets():
             for group, function in zip(groups, functions, strict=True):
@@ -62,7 +65,7 @@ class Scheduler(LRScheduler):
         values = {key: f(step) for key, f in once.items()}
         return [(option, groups, [values[id(f)] for f in functions]) for option, groups, functions in targets]
 
-    def _update_lr(self, epoch: int | None = None) -> None:
+    def _move(self, epoch: int | None) -> None:
         step = self.last_epoch + 1 if epoch is None else epoch
         for option, groups, values in self._values(step):
             _put(option, groups, values)

@@ -12,18 +12,17 @@ from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim import swa_utils as torch_swa_utils
 
 from ..schedule.formulas import anneal, half_cosine
-from .frame import ClosedLR, LRScheduler, warn_of_epoch
-from .values import (
-    LR,
-    assign,
+from .arguments import (
+    check_number,
+    check_numbers,
     check_optimizer,
     check_strategy,
-    copied,
+    check_word,
     increasing,
-    per_group,
-    rates,
-    saved_attributes,
+    warn_of_epoch,
 )
+from .frame import ClosedLR, LRScheduler
+from .values import LR, assign, copied, per_group, rates, saved_attributes
 
 __all__ = ["ConstantLR", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "StepLR"]
 __all__ += ["SWALR", "CosineAnnealingLR", "ExponentialLR", "PolynomialLR", "ReduceLROnPlateau"]
@@ -64,7 +63,7 @@ class _LambdaFrame(LRScheduler):
 class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
     r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\, \lambda(t)$."""
 
-    def get_lr(self) -> list[Any]:
+    def _rates(self) -> list[Any]:
         if self._shared:
             scale = self.lr_lambdas[0](self.last_epoch)
             return [base * scale for base in self.base_lrs]
@@ -92,12 +91,12 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
         return [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
 
-    def _update_lr(self, epoch: int | None = None) -> None:
+    def _move(self, epoch: int | None) -> None:
         if epoch is None:
-            return super()._update_lr()
+            return super()._move(epoch)
         lrs = map(LR, self.optimizer.param_groups)
         values = [lr * function(epoch) for lr, function in zip(lrs, self.lr_lambdas, strict=True)]
-        self._settle(epoch, values, [False] * len(values))
+        return self._settle(epoch, values, [False] * len(values))
 
 
 class StepLR(ClosedLR, torch_schedulers.StepLR):
@@ -106,6 +105,7 @@ class StepLR(ClosedLR, torch_schedulers.StepLR):
     options = ("step_size", "gamma")
 
     def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1) -> None:
+        check_number(self, step_size=step_size, gamma=gamma)
         if step_size <= 0:
             raise ValueError(f"StepLR: step_size must be a positive number of steps, got {step_size}.")
         self.step_size, self.gamma = step_size, gamma
@@ -123,6 +123,7 @@ class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
     def __init__(
         self, optimizer: Optimizer, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1
     ) -> None:
+        check_number(self, gamma=gamma)
         self.milestones = Counter(increasing("MultiStepLR", milestones))
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
@@ -145,6 +146,7 @@ class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
     def __init__(
         self, optimizer: Optimizer, factor: float = 1.0 / 3, total_iters: int = 5, last_epoch: int = -1
     ) -> None:
+        check_number(self, factor=factor, total_iters=total_iters)
         self.factor = _fraction("ConstantLR: factor", factor)
         self.total_iters = total_iters
         super().__init__(optimizer, last_epoch)
@@ -166,6 +168,7 @@ class LinearLR(ClosedLR, torch_schedulers.LinearLR):
         total_iters: int = 5,
         last_epoch: int = -1,
     ) -> None:
+        check_number(self, start_factor=start_factor, end_factor=end_factor, total_iters=total_iters)
         if start_factor == 0:
             raise ValueError(
                 "LinearLR: start_factor must be greater than 0, which no later factor could scale up again."
@@ -187,6 +190,7 @@ class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
     options = ("gamma",)
 
     def __init__(self, optimizer: Optimizer, gamma: float, last_epoch: int = -1) -> None:
+        check_number(self, gamma=gamma)
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
@@ -200,6 +204,7 @@ class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
     options = ("total_iters", "power")
 
     def __init__(self, optimizer: Optimizer, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1) -> None:
+        check_number(self, total_iters=total_iters, power=power)
         self.total_iters, self.power = total_iters, power
         super().__init__(optimizer, last_epoch)
 
@@ -218,6 +223,7 @@ class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
     options = ("T_max", "eta_min")
 
     def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:
+        check_number(self, T_max=T_max, eta_min=eta_min)
         if T_max <= 0:
             raise ValueError(f"CosineAnnealingLR: T_max must be a positive number of steps, got {T_max}.")
         self.T_max, self.eta_min = T_max, eta_min
@@ -248,12 +254,17 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         last_epoch: int = -1,
     ) -> None:
         check_optimizer(self, optimizer)
+        check_numbers(self, swa_lr=swa_lr)
         self._swa_lrs = per_group("swa_lr", optimizer, swa_lr)
-        self._anneal_strategy = check_strategy(anneal_strategy)
+        self._set_anneal_func(check_strategy(anneal_strategy))
         if not isinstance(anneal_epochs, int) or anneal_epochs < 0:
             raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}.")
-        self.anneal_epochs = anneal_epochs
+        self.anneal_epochs, self._origin = anneal_epochs, 0
         super().__init__(optimizer, last_epoch)
+
+    def _set_anneal_func(self, anneal_strategy: Literal["cos", "linear"]) -> None:
+        self._anneal_strategy = anneal_strategy
+        self.anneal_func = self._cosine_anneal if anneal_strategy == "cos" else self._linear_anneal
 
     def _adopt(self) -> None:
         super()._adopt()
@@ -261,10 +272,23 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
             group["swa_lr"] = lr
         self._swa_lrs = []
 
-    def _update_lr(self, epoch: int | None = None) -> None:
-        super()._update_lr() if epoch is None else self._enter(epoch)
+    def _move(self, epoch: int | None) -> None:
+        if self.anneal_func not in (torch_swa_utils.SWALR._cosine_anneal, torch_swa_utils.SWALR._linear_anneal):
+            self._own = [False] * len(self._own)  # another function has been put in, which goes on from here
+        super()._move(epoch) if epoch is None else self._enter(epoch)
+
+    def _resume(self, step: int) -> None:
+        super()._resume(step)
+        if not all(self._own):
+            self._origin = step  # from a lr that somebody has set it anneals as from the start
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().state_dict().items() if key != "anneal_func"}
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if "_origin" not in state:  # torch's counts its calls
+            state["_origin"] = max(0, state.get("last_epoch", 0) - state.get("_step_count", 1) + 1)
+        self._set_anneal_func(state.get("_anneal_strategy", self._anneal_strategy))
         super()._restore({key: value for key, value in state.items() if key != "anneal_func"})
 
     def floors(self) -> Sequence[Any]:
@@ -272,9 +296,12 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
 
     def scale(self, step: int) -> float:
         fraction = min(1.0, max(step, not self.anneal_epochs) / max(1, self.anneal_epochs))
-        return anneal(1.0, 0.0, fraction, "cosine" if self._anneal_strategy == "cos" else "linear")
+        if self.anneal_func is torch_swa_utils.SWALR._cosine_anneal:
+            return half_cosine(fraction, 1)
+        return 1.0 - self.anneal_func(fraction)
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
+        step -= self._origin
         return list(self.floors()) if self.scale(step) == 0 else super()._carry(lrs, step)
 
 
@@ -288,17 +315,39 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
 
     options = ("factor", "patience", "threshold", "threshold_mode", "mode", "cooldown", "best", "num_bad_epochs")
 
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mode: Literal["min", "max"] = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        threshold_mode: Literal["rel", "abs"] = "rel",
+        cooldown: int = 0,
+        min_lr: list[float] | float = 0,
+        eps: float = 1e-8,
+    ) -> None:
+        check_word(self, mode=mode, threshold_mode=threshold_mode)
+        check_number(self, factor=factor, patience=patience, threshold=threshold, cooldown=cooldown, eps=eps)
+        check_numbers(self, min_lr=min_lr)
+        super().__init__(optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr, eps)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         LRScheduler.load_state_dict(self, state_dict)
+        self._init_is_better(mode=self.mode, threshold=self.threshold, threshold_mode=self.threshold_mode)
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
+        current = float(metrics)
         if epoch is not None:
             warn_of_epoch(stacklevel=3)
-        better = self._is_better(float(metrics), self.best)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        self.best = float(metrics) if better else self.best
-        self.num_bad_epochs = 0 if better or self.in_cooldown else self.num_bad_epochs + 1
-        self.cooldown_counter -= self.in_cooldown
+        if self._is_better(current, self.best):
+            self.best, self.num_bad_epochs = current, 0
+        else:
+            self.num_bad_epochs += 1
+        if self.in_cooldown:
+            self.cooldown_counter -= 1
+            self.num_bad_epochs = 0
         if self.num_bad_epochs > self.patience:
             self._reduce_lr(self.last_epoch)
             self.cooldown_counter, self.num_bad_epochs = self.cooldown, 0

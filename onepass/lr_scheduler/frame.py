@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import count, repeat
 from operator import is_, setitem
 from typing import Any
 from weakref import WeakSet
@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
-from .values import LR, Value, are_floats, assign, check_optimizer, copied, copied_lists, equals, number, rates, shared
+from .arguments import check_number, check_optimizer, warn_of_epoch
+from .overrides import House, check_length, has_new_closed_form, is_altered, is_ours, is_same, update_as_torch
+from .values import LR, Value, are_floats, assign, copied, copied_lists, equals, is_near, number, rates, shared
 
-__all__ = ["ClosedLR", "LRScheduler", "warn_of_epoch"]
-
-
-def warn_of_epoch(stacklevel: int) -> None:
-    """Say, as torch does, that a step takes no number."""
-    message = "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. "
-    warnings.warn(message + "Please use `scheduler.step()` to step the scheduler.", UserWarning, stacklevel=stacklevel)
+__all__ = ["ClosedLR", "LRScheduler"]
+_orders = count()
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -32,24 +29,39 @@ class LRScheduler(torch_schedulers.LRScheduler):
     `optimizer` is any `torch.optim.Optimizer`. `last_epoch` is the last step that an earlier run has done (-1: none);
     from 0 on, the groups need their "initial_lr", as those of a loaded checkpoint have it. Errors: TypeError for what
     is no optimizer, KeyError for a missing "initial_lr", ValueError for a negative step.
+
+    A subclass of any scheduler may replace `get_lr`, `_get_closed_form_lr` or `step`, and runs then as with torch's
+    class as its base: `super().get_lr()` goes on from the lr that the group has.
     """
 
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
     handed_on: tuple[str, ...] = ()  # the options of param groups that a new one takes from the others
     _last_lr: list[Value]
+    _house: House
+    _foreign = False  # whether people's methods make the learning rates
+    _left: list[Value] | None = None  # the `_last_lr` that this scheduler itself has written
+    _moved: Sequence[bool] = ()  # the groups whose schedule was begun in its middle, from their initial lr
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._house = House(cls) if is_ours(cls) else cls._house.for_subclass(cls)
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
         check_optimizer(self, optimizer)
+        check_number(self, last_epoch=last_epoch)
         if last_epoch < -1:
             raise ValueError(f"{type(self).__name__}: last_epoch must be -1 or a step from 0 on, got {last_epoch}.")
-        self.optimizer, self.last_epoch, self._resumed = optimizer, last_epoch, last_epoch >= 0
+        self.optimizer, self.last_epoch, self._resumed = optimizer, last_epoch, bool(last_epoch >= 0)
         self.base_lrs: list[Value] = []
+        set_before = ["initial_lr" in g and not is_near(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
+        self._met = next(_orders), rates(optimizer), set_before  # when it was made, and the lrs that stood there
         if not self._resumed:
-            self._prepare()
-        self._adopt()
+            self._house.home._prepare(self)
+        self._house.home._adopt(self)
         if "_opt_called" not in vars(optimizer):  # one hook serves all schedulers of an optimizer
             vars(optimizer)["_opt_called"] = False
             optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
+        is_altered(self)
         self._initial_step()
         vars(optimizer).setdefault("_lr_schedulers", WeakSet()).add(self)
 
@@ -59,46 +71,90 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def _initial_step(self) -> None:
         self._step_count = 0
         self._is_initial = True
-        self._last_lr = list(self.base_lrs)
+        if not is_altered(self):
+            self._reset()
         try:
             self.step()
         finally:
             self._is_initial = False
 
+    def _reset(self) -> None:
+        """Know nothing of earlier steps."""
+        self._last_lr = self._left = list(self.base_lrs)
+
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next step; with `epoch`, which torch deprecates, to that one."""
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, epoch)
-        return self._step(epoch)
-
-    def _step(self, epoch: int | None = None) -> None:
-        if self._step_count == 1 and not vars(self.optimizer).get("_opt_called", True):
-            warnings.warn(
-                "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: "
-                "otherwise the first value of the schedule is skipped.",
-                UserWarning,
-                stacklevel=3,
-            )
-        if epoch is not None:
-            warn_of_epoch(stacklevel=4)
-            if epoch < 0:
-                raise ValueError(f"{type(self).__name__}: expected a step from 0 on, got {epoch}.")
+        if epoch is not None or self._step_count == 1:
+            _check_step(self, epoch)
         self._step_count += 1
-        self._update_lr(epoch)
+        return self._update_lr(epoch)
 
     def _update_lr(self, epoch: int | None = None) -> None:
+        if is_same(self) and (epoch is None or not has_new_closed_form(self)):
+            return self._move(epoch)
+        return update_as_torch(self, epoch)
+
+    def _move(self, epoch: int | None) -> None:
         """Compute all that the step changes, and only then change it."""
-        self._adopt()
+        if len(self.optimizer.param_groups) != len(self.base_lrs):
+            self._adopt()
         before = self.last_epoch
         self.last_epoch = before + 1 if epoch is None else epoch
-        self._get_lr_called_within_step = True
         try:
-            self._write(self.get_lr(), plain=self._is_untouched())
+            values = self._rates()
+            if self._is_initial and self._resumed and epoch is None:
+                values = self._kept(values)
+            self._write(values, plain=self._is_untouched())
         except BaseException:
             self.last_epoch = before
             raise
+
+    def _rates(self) -> list[Value]:
+        """The lr of each group at `last_epoch`."""
+        return self.get_lr()
+
+    def _rates_before(self) -> list[Value]:
+        """The lr of each group one step earlier."""
+        self.last_epoch -= 1
+        try:
+            return self._rates()
         finally:
-            self._get_lr_called_within_step = False
+            self.last_epoch += 1
+
+    def _kept(self, values: list[Value]) -> list[Value]:
+        """What to begin with in the middle: these values, but for groups whose lr somebody has set."""
+        groups = self.optimizer.param_groups
+        strange = [not self._is_fresh(i) and not self._is_at(i, value) for i, value in enumerate(values)]
+        if any(strange):
+            earlier = self._rates_before()
+            strange = [
+                bad and not self._is_at(i, earlier[i]) and not self._replaces(i) for i, bad in enumerate(strange)
+            ]
+        self._moved = [not bad for bad in strange]
+        return [group["lr"] if bad else value for group, value, bad in zip(groups, values, strange, strict=True)]
+
+    def _is_fresh(self, index: int) -> bool:
+        """Whether a group has the lr that it began with."""
+        group = self.optimizer.param_groups[index]
+        return is_near(group["lr"], group["initial_lr"])
+
+    def _is_at(self, index: int, value: Value) -> bool:
+        """Whether a group has the lr that the formula gives."""
+        return is_near(self.optimizer.param_groups[index]["lr"], value, self.base_lrs[index])
+
+    def _replaces(self, index: int) -> bool:
+        """Whether a group's lr is what a living scheduler of this class has left, which has got other numbers."""
+        lr = self.optimizer.param_groups[index]["lr"]
+        others = (s for s in self._others() if type(s) is type(self))
+        return any(s._has_left(index, lr) for s in others)
+
+    def _others(self) -> list[LRScheduler]:
+        return [s for s in vars(self.optimizer).get("_lr_schedulers", ()) if s is not self]
+
+    def _has_left(self, index: int, lr: Value) -> bool:
+        return index < len(self._last_lr) and equals(lr, self._last_lr[index])
 
     def _is_untouched(self) -> bool:
         """Whether every lr is the very number that this scheduler has left there, and so no tensor."""
@@ -107,18 +163,18 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def _write(self, values: list[Value], plain: bool) -> None:
         groups = self.optimizer.param_groups
         if len(values) != len(groups):
-            raise ValueError(f"{type(self).__name__} has {len(values)} learning rates for {len(groups)} param groups.")
+            check_length(self, values)
         if (plain and type(values[0]) is float) or (are_floats(values) and are_floats(map(LR, groups))):
             if not plain or values != self._last_lr:
                 deque(map(setitem, groups, repeat("lr"), values), maxlen=0)
-                self._last_lr = list(values)
+                self._last_lr = self._left = list(values)
         else:
             deque(map(assign, groups, repeat("lr"), values), maxlen=0)
-            self._last_lr = rates(self.optimizer)
+            self._last_lr = self._left = rates(self.optimizer)
 
     def _adopt(self) -> None:
         """Take in param groups that are new, each with the lr that it came with."""
-        groups, known = self.optimizer.param_groups, len(self.base_lrs)
+        groups, known, handed_on = self.optimizer.param_groups, len(self.base_lrs), self._house.home.handed_on
         if len(groups) < known:
             raise ValueError(f"{type(self).__name__} was made for {known} param groups, and finds {len(groups)}.")
         for index, group in enumerate(groups[known:], known):
@@ -127,11 +183,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
                     f"param_groups[{index}] has no 'initial_lr', from which last_epoch={self.last_epoch} resumes: load "
                     "the optimizer's checkpoint first, or leave last_epoch out."
                 )
-            missing = [name for name in self.handed_on if known and name in groups[0] and name not in group]
+            missing = [name for name in handed_on if known and name in groups[0] and name not in group]
             group.update({name: shared(name, [other[name] for other in groups[:known]]) for name in missing})
             self.base_lrs.append(copied(group.setdefault("initial_lr", copied(group["lr"]))))
             if known:
-                self._last_lr.append(None)
+                vars(self).get("_last_lr", []).append(None)
 
     def _enter(self, step: int) -> None:
         """Begin at a step, on top of what other schedulers have made of the learning rates."""
@@ -139,9 +195,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs, in torch's form: numbers and lists of them, no function."""
-        state = {key: value for key, value in vars(self).items() if key not in ("optimizer", "_resumed", "_versions")}
+        state = {key: value for key, value in vars(self).items() if key not in UNSAVED}
         # Torch's, should it load this, carries both along, and moves only `_last_lr` on.
-        state["_found"] = {"after": self._last_lr, "lr": list(map(LR, self.optimizer.param_groups))}
+        state["_found"] = {"after": vars(self).get("_last_lr", []), "lr": list(map(LR, self.optimizer.param_groups))}
         return copied_lists(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,15 +206,17 @@ class LRScheduler(torch_schedulers.LRScheduler):
         A group whose lr is the one that this scheduler has left there gets the lr of the checkpoint: whether the
         optimizer's checkpoint is loaded before or after does not matter.
         """
-        self._check(state_dict)
+        self._house.home._check(self, state_dict)
         state, groups = copied_lists(state_dict), self.optimizer.param_groups
         lrs, found = state.get("_last_lr", []), state.pop("_found", {})
         if found.get("after") == lrs:
             lrs = found["lr"]
         else:  # torch's
             state.pop("_own", None)
-        untouched = [equals(group["lr"], mine) for group, mine in zip(groups, self._last_lr, strict=False)]
-        self._restore(state)
+        mine = vars(self).get("_last_lr", [])
+        untouched = [equals(group["lr"], left) for group, left in zip(groups, mine, strict=False)]
+        self._house.home._restore(self, state)
+        self._left = None if is_altered(self) else self._last_lr
         for group, still, lr in zip(groups, untouched, lrs, strict=False):
             if still:
                 assign(group, "lr", lr)
@@ -167,7 +225,9 @@ class LRScheduler(torch_schedulers.LRScheduler):
         vars(self).update(state)
 
     def _check(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse another class's state dict, before anything has changed."""
+        """Refuse another class's state dict, before anything has changed; people's classes save what they like."""
+        if not is_ours(type(self)):
+            return
         known = {*vars(self), "base_lrs", "last_epoch", "verbose", "anneal_func"}  # the last two: of earlier torchs
         missing = [name for name in self.options if name not in state_dict]
         foreign = [name for name in state_dict if self.options and not name.startswith("_") and name not in known]
@@ -176,8 +236,33 @@ class LRScheduler(torch_schedulers.LRScheduler):
             raise KeyError(f"the state dict {what}: it is none of a {type(self).__name__}; load that of its own class.")
 
 
+LRScheduler._house = House(LRScheduler)
+UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_versions")
+
+
+def _check_step(scheduler: LRScheduler, epoch: int | None) -> None:
+    altered = is_altered(scheduler)
+    if scheduler._step_count == 1 and not vars(scheduler.optimizer).get("_opt_called", True):
+        warnings.warn(
+            "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: "
+            "otherwise the first value of the schedule is skipped.",
+            UserWarning,
+            stacklevel=3,
+        )
+    if epoch is not None:
+        warn_of_epoch(stacklevel=4)
+        if epoch < 0 and not altered:
+            raise ValueError(f"{type(scheduler).__name__}: expected a step from 0 on, got {epoch}.")
+
+
+def _step_eagerly(scheduler: LRScheduler, epoch: int | None) -> None:
+    _check_step(scheduler, epoch)
+    scheduler._step_count += 1
+    scheduler._update_lr(epoch)
+
+
 # It imports torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: scheduler._step(epoch))
+_step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: _step_eagerly(scheduler, epoch))
 
 
 class ClosedLR(LRScheduler):
@@ -199,10 +284,6 @@ class ClosedLR(LRScheduler):
         """The floor of each group; empty when all are 0."""
         return ()
 
-    def get_lr(self) -> list[Value]:
-        """The closed form at `last_epoch`."""
-        return self._closed(self.base_lrs, self.last_epoch)
-
     def _closed(self, lrs: Iterable[Value], step: int) -> list[Value]:
         scale, floors = self.scale(step), self.floors()
         if not floors:
@@ -221,30 +302,55 @@ class ClosedLR(LRScheduler):
         ratio = after / before
         return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
 
-    def _initial_step(self) -> None:
+    def _reset(self) -> None:
+        super()._reset()
         self._own = [True] * len(self.base_lrs)
         self._versions = [None] * len(self.base_lrs)
-        super()._initial_step()
 
-    def _update_lr(self, epoch: int | None = None) -> None:
-        self._adopt()
+    def _move(self, epoch: int | None) -> None:
+        if len(self.optimizer.param_groups) != len(self.base_lrs):
+            self._adopt()
+        if self._is_initial and self._resumed and epoch is None:
+            return self._resume(self.last_epoch + 1)
+        if self._last_lr is not self._left:
+            self._look_again()
         step = self.last_epoch + 1 if epoch is None else epoch
-        resumes = self._is_initial and self._resumed
-        if epoch is None and not resumes and all(self._own) and self._is_untouched():
+        if epoch is None and all(self._own) and self._is_untouched():
             self._write(self._closed(self.base_lrs, step), plain=True)
             self.last_epoch = step
-        elif resumes and self._has_company():
-            self._enter(step)
-        else:
-            lrs = list(map(LR, self.optimizer.param_groups))
-            own = [epoch is not None or resumes] * len(lrs)
-            if not own[0] and any(self._own):
-                own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
-            values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
-            if not all(own):
-                carried = self._carry(lrs, step)
-                values = [values[i] if own[i] else value for i, value in enumerate(carried)] if values else carried
-            self._settle(step, values, own)
+            return None
+        lrs = list(map(LR, self.optimizer.param_groups))
+        own = [epoch is not None] * len(lrs)
+        if not own[0] and any(self._own):
+            own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
+        values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
+        if not all(own):
+            carried = self._carry(lrs, step)
+            values = [values[i] if own[i] else value for i, value in enumerate(carried)] if values else carried
+        return self._settle(step, values, own)
+
+    def _look_again(self) -> None:
+        """Only numbers tell whether a lr is the closed form where another than this class has kept account of it."""
+        lrs, values = list(map(LR, self.optimizer.param_groups)), self._closed(self.base_lrs, self.last_epoch)
+        near = [not isinstance(lr, Tensor) or lr.is_cpu for lr in lrs]  # to read others would be to wait for a device
+        self._own = [known and self._is_at(index, values[index]) for index, known in enumerate(near)]
+        self._versions = [None] * len(lrs)
+        self._last_lr = self._left = rates(self.optimizer)
+
+    def _resume(self, step: int) -> None:
+        """Begin at a step, with the closed form unless somebody has set the lr, from where the schedule goes on."""
+        lrs, bases = list(map(LR, self.optimizer.param_groups)), list(map(number, self.base_lrs))
+        before, values = self._closed(bases, step - 1), self._closed(bases, step)
+        above = self._closed(lrs, step)
+        self._own, self._moved = [], []
+        for i, lr in enumerate(lrs):
+            fresh = self._is_fresh(i)
+            joins = not fresh and self._joins(i, lr, step)
+            own = fresh or self._is_at(i, values[i]) or self._is_at(i, before[i]) or (not joins and self._replaces(i))
+            self._own.append(own)
+            self._moved.append(fresh or (joins and not own))
+            values[i] = values[i] if own else above[i] if joins else lr
+        self._settle(step, values, self._own)
 
     def _settle(self, step: int, values: list[Value], own: list[bool]) -> None:
         self._write(values, plain=False)
@@ -255,12 +361,16 @@ class ClosedLR(LRScheduler):
             self._versions = [(lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None for lr in lrs]
 
     def _enter(self, step: int) -> None:
+        if is_altered(self):
+            return update_as_torch(self, step)
         self._adopt()
         lrs = list(map(LR, self.optimizer.param_groups))
-        self._settle(step, self._closed(lrs, step), [False] * len(lrs))
+        return self._settle(step, self._closed(lrs, step), [False] * len(lrs))
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
+        if is_altered(self):
+            return
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
@@ -273,13 +383,16 @@ class ClosedLR(LRScheduler):
         known = self._versions[index]  # of a tensor on a device: to read it would be to wait for the device
         return (known is not None and known[0] is lr and known[1] == lr._version) or equals(lr, self._last_lr[index])
 
-    def _has_company(self) -> bool:
-        """Whether other schedulers of the optimizer resume together with this one, so that their changes add up.
+    def _has_left(self, index: int, lr: Value) -> bool:
+        return index < len(self._own) and self._own[index] and super()._has_left(index, lr)
+
+    def _joins(self, index: int, lr: Value, step: int) -> bool:
+        """Whether another scheduler has just begun this group's schedule at the same step, so that changes add up.
 
         One of the same class and options is not another, but what this one replaces: a cell of a notebook run again.
         """
-        others = [s for s in vars(self.optimizer).get("_lr_schedulers", ()) if s._resumed and s._step_count == 1]
-        return any(other is not self and not self._is_twin(other) for other in others)
+        others = [s for s in self._others() if s._step_count == 1 and s.last_epoch == step and not self._is_twin(s)]
+        return any(index < len(s._moved) and s._moved[index] and equals(lr, s._last_lr[index]) for s in others)
 
     def _is_twin(self, other: LRScheduler) -> bool:
         return type(other) is type(self) and all(getattr(other, o) == getattr(self, o) for o in self.options)

@@ -1,7 +1,8 @@
-"""Numbers in param groups, floats or tensors: copied, compared and written, and what is checked of arguments."""
+"""Numbers in param groups, floats or tensors: copied, compared and written."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from types import FunctionType
@@ -12,18 +13,12 @@ from torch import Tensor
 
 from ..schedule.formulas import Schedule
 
-__all__ = ["LR", "Group", "Value", "are_floats", "assign", "check_count", "check_optimizer", "check_strategy", "copied"]
-__all__ += ["copied_lists", "equals", "increasing", "number", "per_group", "rates", "saved_attributes", "shared"]
+__all__ = ["LR", "Group", "Value", "are_floats", "assign", "copied", "copied_lists", "equals", "is_near", "number"]
+__all__ += ["per_group", "rates", "saved_attributes", "shared"]
 
 Group = dict[str, Any]
 Value = Any  # a float, or a tensor with one element
 LR = itemgetter("lr")
-
-
-def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """Raise TypeError for what is no optimizer."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}.")
 
 
 def copied(value: Value) -> Value:
@@ -81,6 +76,15 @@ def equals(lr: Value, value: Value) -> bool:
     return lr.item() == value.item()
 
 
+def is_near(lr: Value, value: Value, scale: Value = 0.0) -> bool:
+    """Whether a group's lr is a number but for rounding; what is tiny beside `scale` is 0."""
+    if isinstance(lr, Tensor) and lr.is_meta:
+        return True
+    precision = 4 * torch.finfo(lr.dtype).eps if isinstance(lr, Tensor) and lr.is_floating_point() else 0.0
+    first, second, scale = (v.item() if isinstance(v, Tensor) else v for v in (lr, value, scale))
+    return math.isclose(first, second, rel_tol=max(1e-9, precision), abs_tol=1e-12 * abs(scale))
+
+
 def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
     """One value for each param group: those of a list, anything else for all of them."""
     count = len(optimizer.param_groups)
@@ -102,24 +106,3 @@ def saved_attributes(function: Callable[..., Any] | None) -> dict[str, Any] | No
     """The attributes of a callable object; None for functions and schedules, which are the program's, not the run's."""
     plain = function is None or isinstance(function, (FunctionType, Schedule)) or not hasattr(function, "__dict__")
     return None if plain else dict(vars(function))
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError for what is no positive integer."""
-    if not isinstance(value, int) or value <= 0:
-        raise ValueError(f"Expected positive integer {name}, but got {value}.")
-
-
-def check_strategy(strategy: str) -> Any:
-    """Raise ValueError for what is no way to anneal."""
-    if strategy not in ("cos", "linear"):
-        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}.")
-    return strategy
-
-
-def increasing(name: str, milestones: Iterable[int]) -> list[int]:
-    """The milestones, if each is a step from 0 on and none comes before the last."""
-    listed = list(milestones)
-    if listed != sorted(listed) or any(milestone < 0 for milestone in listed):
-        raise ValueError(f"{name}: milestones must be increasing steps from 0 on, got {listed}.")
-    return listed
