@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -147,8 +148,9 @@ def launch(
     return after
 
 
+@lru_cache(maxsize=256)
 def compiled(program: Program) -> Kernel:
-    """The program's kernel, from the same cache that optimizers use."""
+    """The program's kernel, the same that optimizers use."""
     return cpu.compile(program)
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .caches import share
 from .chunks import Chunks, Work, address
 from .host import SIZES, leaf_names
 from .ir import Node, Rank
@@ -199,7 +199,7 @@ def _parts(program: Program, work: Work) -> dict[str, np.ndarray]:
     return dict.fromkeys(columns, work.chunks[Rank.ELEMENT].parts) if Rank.ELEMENT in work.chunks else {}
 
 
-@lru_cache(maxsize=256)
+@share
 def compile(program: Program) -> Kernel:
-    """The program's kernel; compiled once a process."""
+    """The program's kernel; compiled once, as long as somebody has it."""
     return Kernel(program)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .ahead import Rows
+from .caches import share
 from .host import Host, leaf_names
 from .ir import Node, Rank, topological
 from .jit import launch, load, prepare
@@ -350,7 +350,7 @@ class Launch:
         return node.rank == Rank.UNIFORM and not (unknown or needed & {*self.kernel.numbers, "first"})
 
 
-@lru_cache(maxsize=256)
+@share
 def compile(program: Program, device: torch.device, numbers: tuple[str, ...] | None, number_type: str) -> Kernel:
-    """The program's kernel for a device; compiled once a process, and once a machine thanks to Triton's own cache."""
+    """The program's kernel for a device; compiled once as long as somebody has it, by Triton once a machine."""
     return Kernel(program, device, numbers, number_type)

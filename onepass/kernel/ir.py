@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from functools import reduce
 from operator import or_
+from threading import RLock
 from weakref import WeakValueDictionary
 
 
@@ -180,6 +181,8 @@ class Node:
 
 
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
+# Not only one thread may look and, where nothing is found, put: there would be two nodes for one expression.
+_interning = RLock()
 
 
 def make(op: str, *args: object, attr: object = None, type: str | None = None) -> Node:
@@ -193,11 +196,12 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
     # A float's bits, not its value: 0.0 and -0.0 are equal and differ, nan differs from itself.
     shape = attr.hex() if isinstance(attr, float) else attr
     key = (op, tuple(map(id, nodes)), type, shape)
-    node = _interned.get(key)
-    if node is None:
-        node = Node()
-        node.op, node.args, node.attr, node.type, node.rank = op, nodes, attr, type, rank
-        node = _interned.setdefault(key, node)
+    with _interning:
+        node = _interned.get(key)
+        if node is None:
+            node = Node()
+            node.op, node.args, node.attr, node.type, node.rank = op, nodes, attr, type, rank
+            _interned[key] = node
     return node
 
 

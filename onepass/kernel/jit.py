@@ -11,10 +11,12 @@ import hashlib
 import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
+from weakref import finalize
 
 import torch
+
+from .caches import share
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,27 @@ class Source:
     functions: tuple[Function, ...] = field(compare=False)
 
 
-@lru_cache(maxsize=256)
-def load(source: Source) -> Mapping[str, Any]:
+class Module(dict[str, Any]):
+    """The functions of a module, by their names; their text is there for Triton to read as long as this lives."""
+
+
+@share
+def load(source: Source) -> Module:
     """The module's functions, ready to be launched or compiled."""
     name = f"<onepass {hashlib.sha256(source.text.encode()).hexdigest()[:16]}>"
     # An entry without a time is never looked for on disk.
-    linecache.cache[name] = (len(source.text), None, source.text.splitlines(keepends=True), name)
-    module: dict[str, Any] = {"__name__": "onepass.kernel.generated"}
-    exec(compile(source.text, name, "exec"), module)
+    linecache.cache[name] = lines = (len(source.text), None, source.text.splitlines(keepends=True), name)
+    names: dict[str, Any] = {"__name__": "onepass.kernel.generated"}
+    exec(compile(source.text, name, "exec"), names)
+    module = Module(names)
+    finalize(module, _forget, name, lines).atexit = False
     return module
+
+
+def _forget(name: str, lines: object) -> None:
+    """Forget a module's text, unless another module has come with the same."""
+    if linecache.cache.get(name) is lines:
+        linecache.cache.pop(name, None)
 
 
 def backend_of(there: Any) -> str:
