@@ -93,7 +93,7 @@ def load(path: str | os.PathLike[str]) -> dict[Any, Any]:
         ) from error
     except CheckpointError:
         raise
-    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _damaged(path, "its index is inconsistent") from error
     if not isinstance(tree, dict):
         raise _damaged(path, "its index is not a mapping")

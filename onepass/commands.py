@@ -193,6 +193,8 @@ def _describe_interruption(job: Run, path: Path) -> str:
     if not path.exists():
         return f"{where}; no epoch was finished, so nothing is saved."
     command = f"onepass train --resume --out {shlex.quote(str(path.parent))}"
+    if ":" in job.settings.optimizer:
+        command += f" --optimizer {shlex.quote(job.settings.optimizer)}"
     return f"{where}; what came before is saved, continue with: {command}"
 
 

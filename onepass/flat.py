@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import Member, StepError, check_member
+from . import kernel
+from .checks import Member, StepError, brief, check_member
 
 # NumPy's scalars round after each operation in their own precision, as one-element tensors do, in a tenth of the time.
 _SCALARS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64, torch.float16: np.float16}
@@ -59,7 +60,7 @@ class Flat:
         """Raise `StepError` for parameters that cannot be written, and gradients that do not fit."""
         for i, (p, label) in enumerate(zip(self._params, self._labels, strict=True)):
             if p.grad is None or p.grad.layout in (torch.strided, torch.sparse_coo):
-                check_member(self._owner, Member(i, 0, 0, label), p, {}, (), ())
+                check_member(self._owner, Member(i, 0, 0, label), p, p.grad, {}, (), ())
 
     def new(self) -> Tensor:
         """A vector of this size, with any content."""
@@ -103,6 +104,19 @@ class Flat:
             value = torch.cat([parts[id(p)] for p in params])
         dtype = torch.promote_types(value.dtype, self.dtype)
         return value.detach().to(device=self.device, dtype=dtype, copy=True)
+
+
+def why_no_vector(entry: object, size: int) -> str:
+    """Why something is not a vector of `size` numbers that can be read and written; an empty string where it is."""
+    if not isinstance(entry, Tensor):
+        return f"has {brief(entry)}"
+    if not entry.is_floating_point() or entry.shape != (size,) or entry.layout != torch.strided:
+        return f"has {brief(entry)} of layout {entry.layout}"
+    if type(entry) in kernel.PLAIN and (entry.is_meta or not kernel.has_storage(entry)):
+        return "has one without memory"
+    if entry.is_inference() and not torch.is_inference_mode_enabled():
+        return "has one made in inference mode, which cannot be written outside of it"
+    return "has one whose elements share memory" if size > 1 and entry.stride(0) == 0 else ""
 
 
 def _real(p: Tensor) -> Tensor:

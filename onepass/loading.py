@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .checks import as_number, brief, check_kinds
 from .options import has_numbers_on_device
 
 Group = dict[str, Any]
+# The largest count of steps that a float64 holds as it is.
+MOST_STEPS = 2**53
 # For a parameter and its group: the state that it must have once it has stepped, and the shapes of all that it may
 # have, None for what is one number.
 StateOf = Callable[[Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None]]]
@@ -29,6 +32,11 @@ def check_state_dict(owner: str, state_dict: object) -> None:
         raise ValueError(f"{owner}: a state dict's 'state' must be a dict, got {type(state).__name__}")
     if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
         raise ValueError(f"{owner}: a state dict's 'param_groups' must be a list of dicts with 'params'")
+    for i, group in enumerate(groups):
+        for name in ("params", "param_names"):
+            listed = group.get(name, [])
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(key, Hashable) for key in listed):
+                raise ValueError(f"{owner}: group {i} of the state dict must list its {name}, got {brief(listed)}")
 
 
 @dataclass
@@ -66,6 +74,8 @@ class Match:
             kept = {k: group[k] for k in ("param_names",) if k in group}
             options = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", *kept)}
             groups.append({**defaults, **options, **kept, "params": group["params"]})
+            like = {k: group.get(k, default) for k, default in defaults.items()}
+            check_kinds(groups[-1], like, f"{self.owner}: the state dict's ", ValueError)
         return groups
 
     def _check(
@@ -94,8 +104,11 @@ class Match:
             shape = shapes[name]
             what = f"{self.owner}: saved state {name!r} of parameter {label}"
             if shape is None:
-                if not isinstance(entry, (int, float)) and not (isinstance(entry, Tensor) and entry.numel() == 1):
+                found = as_number(entry)
+                if found is None or not isinstance(entry, (int, float, Tensor)):
                     raise ValueError(f"{what} must be one number, got {_describe(entry)}")
+                if name == "step" and not (0 <= found <= MOST_STEPS and found % 1 == 0):
+                    raise ValueError(f"{what} must be a whole number from 0 to 2**53, got {found:g}")
                 continue
             if not isinstance(entry, Tensor):
                 raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
@@ -106,6 +119,8 @@ class Match:
                 raise ValueError(
                     f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model"
                 )
+            if entry.is_meta and not p.is_meta:
+                raise ValueError(f"{what} has no memory, it is on meta; load a checkpoint of this model")
             if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
                 raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
 
@@ -147,7 +162,7 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return f"{value!r:.50}" if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+    return brief(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def _adopt(value: Mapping[str, Any], p: Tensor, numbers: Collection[str]) -> dict[str, Any]:

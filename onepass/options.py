@@ -3,60 +3,105 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, SupportsFloat
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import kernel
+from .checks import as_flag, as_number, brief, entries_of, flag, is_row, number, number_for, pick
+
+__all__ = ["brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number", "check_row"]
+__all__ += ["check_switches", "filled", "flag", "has_numbers_on_device", "is_off", "is_positive", "is_zero", "pick"]
+
+COUNTS = {2: "two", 3: "three"}
 
 
 def check_number(
-    owner: str, name: str, value: Any, low: float = 0.0, below: float = math.inf, up_to: float = math.inf
+    owner: str, name: str, value: Any, low: float = 0.0, below: float | None = None, up_to: float = math.inf
 ) -> None:
-    """Raise ValueError unless `value`, a number or a tensor of one element, lies in [low, below) and [low, up_to]."""
+    """Raise ValueError unless a number, or a tensor of one element, lies in [low, up_to], and is less than `below`.
+
+    TypeError for what is not a number.
+    """
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-    if isinstance(value, (bool, str)) or not isinstance(value, (Tensor, SupportsFloat)):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
-    number = float(value.detach() if isinstance(value, Tensor) else value)
-    if not low <= number < below or number > up_to:
-        allowed = f"[{low:g}, {below:g})" if up_to == math.inf else f"[{low:g}, {up_to:g}]"
-        raise ValueError(f"{owner}: {name} must lie in {allowed}, got {value}")
+    found = None if isinstance(value, (bool, np.bool_)) else as_number(value)
+    if found is None:
+        error = ValueError if isinstance(value, int) and not isinstance(value, bool) else TypeError
+        wanted = number_for(value) if error is ValueError else "a number"
+        raise error(f"{owner}: {name} must be {wanted}, got {brief(value)}")
+    if not low <= found <= up_to or (below is not None and found >= below):
+        allowed = f"[{low:g}, {up_to:g}]" if below is None else f"[{low:g}, {below:g})"
+        got = brief(value) if isinstance(value, (int, float)) else f"{found}"
+        raise ValueError(f"{owner}: {name} must lie in {allowed}, got {got}")
 
 
-def check_pair(owner: str, name: str, value: Any, low: float = -math.inf, below: float = math.inf) -> None:
-    """Raise TypeError unless `value` is a tuple or a list, ValueError unless it holds two numbers in [low, below)."""
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{owner}: {name} must be two numbers, got {value!r}")
-    if len(value) != 2:
-        raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
-    for i, one in enumerate(value):
-        check_number(owner, f"{name}[{i}]", one, low, below)
+def check_count(owner: str, name: str, value: Any, low: int = 1, below: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number, of at least `low` and less than `below`."""
+    check_number(owner, name, value, low=low, below=below)
+    if float(value) % 1 != 0:
+        raise ValueError(f"{owner}: {name} must be a whole number, got {brief(value)}")
+
+
+def check_choice(
+    owner: str, name: str, value: Any, choices: Sequence[str], error: type[Exception] = ValueError
+) -> None:
+    """Raise unless `value` is one of these words, or None."""
+    if value is not None and not (isinstance(value, str) and value in choices):
+        raise error(f"{owner}: {name} must be {', '.join(map(repr, choices))} or None, got {brief(value)}")
+
+
+def check_row(
+    owner: str,
+    name: str,
+    value: Any,
+    count: int,
+    low: float = -math.inf,
+    below: float | None = None,
+    first: Any = (),
+    error: type[Exception] = TypeError,
+) -> None:
+    """Raise `error` unless `value` has entries in an order, ValueError unless they are `count` numbers in a range.
+
+    The first entry may be `first`, which is not a number.
+    """
+    words = f"{owner}: {name} must be {COUNTS[count]} numbers, got {brief(value)}"
+    if not is_row(value):
+        raise error(words)
+    entries = entries_of(value, count)
+    if entries is None:
+        raise ValueError(words)
+    for i, entry in enumerate(entries):
+        if i or entry is not first:
+            check_number(owner, f"{name}[{i}]", entry, low, below)
 
 
 def check_betas(owner: str, betas: Any) -> None:
     """Raise ValueError unless `betas` are two numbers in [0, 1)."""
-    check_pair(owner, "betas", betas, 0.0, 1.0)
+    check_row(owner, "betas", betas, 2, 0.0, 1.0)
 
 
 def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise TypeError for an option that should be True or False (or None, for torch's modes) and is neither."""
     for name in names:
         value = options.get(name)
-        if value is not None and not (isinstance(value, (bool, int)) and value in (0, 1)):
-            raise TypeError(f"{owner}: {name} must be True or False, got {value!r:.60}")
+        if value is not None and as_flag(value) is None:
+            raise TypeError(f"{owner}: {name} must be True or False, got {brief(value)}")
 
 
-def filled(like: Tensor, value: float | Tensor) -> Tensor:
-    """A tensor like another with one value everywhere, of complex numbers in both parts.
+def filled(like: Tensor, value: Any, name: str) -> Tensor:
+    """A tensor like another with one value everywhere, of complex numbers in both parts; `name` is the value's option.
 
     A value that lies on the tensor's device is not read by the host.
     """
-    if isinstance(value, Tensor):
-        stays = type(like) in kernel.PLAIN and value.device == like.device and not kernel.on_host(value.device)
-        value = value.detach().reshape(()) if stays else float(value)
+    stays = isinstance(value, Tensor) and type(like) in kernel.PLAIN and value.device == like.device
+    if stays and not kernel.on_host(value.device) and value.numel() == 1:
+        value = value.detach().reshape(())
+    else:
+        value = number(value, name)
     new = torch.empty_like(like)
     (torch.view_as_real(new) if new.is_complex() else new).fill_(value)
     return new
@@ -70,12 +115,24 @@ def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> b
 
 def is_zero(value: Any) -> bool:
     """Whether an option is 0; not, where it lies on a device, which then need not be asked."""
-    return not (isinstance(value, Tensor) and not kernel.on_host(value.device)) and bool(value == 0)
+    return not (isinstance(value, Tensor) and not kernel.on_host(value.device)) and as_number(value) == 0
+
+
+def is_off(value: Any) -> bool:
+    """Whether a flag is False, or not given; what is not a flag is not off."""
+    return value is None or as_flag(value) is False
+
+
+def is_positive(value: Any, name: str) -> bool:
+    """Whether an option is a number above 0; raises `StepError` where it is not a number."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_meta or kernel.on_host(value.device)):
+        return bool(value > 0)
+    return number(value, name) > 0
 
 
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:
     """Raise RuntimeError for torch's modes where they exclude each other."""
     if options.get("fused") and options.get("differentiable"):
         raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
-    if options.get("fused") and options["foreach"]:
+    if options.get("fused") and options.get("foreach"):
         raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")

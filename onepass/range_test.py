@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checks import as_number, brief, number_for
 from .snapshot import undone_afterwards
 
 __all__ = ["RangeTest", "lr_find"]
@@ -24,6 +25,8 @@ _SIGNIFICANT, _LEAP = 3.0, 5.0
 # Of normally distributed numbers, the standard deviation over the median distance of two.
 _DEVIATION = 1.048
 _ROUNDING = 2.0**-23
+# Each step's rate is listed before the first.
+_MOST_STEPS = 10**8
 
 
 @dataclass(frozen=True)
@@ -261,11 +264,10 @@ def _read_ratios(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def _read_rate(i: int, lr: Any) -> float:
-    is_number = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1)
-    rate = float(lr) if is_number else math.nan
-    if not (rate >= 0 and math.isfinite(rate)):
+    rate = as_number(lr)
+    if rate is None or not (rate >= 0 and math.isfinite(rate)):
         raise ValueError(
-            f"lr_find: lr of param group {i} must be a finite number of at least 0, got {lr!r:.60}; it says how the "
+            f"lr_find: lr of param group {i} must be a finite number of at least 0, got {brief(lr)}; it says how the "
             "groups' rates relate"
         )
     return rate
@@ -301,12 +303,17 @@ def _check(model: object, loss: object, data: object, optimizer: object) -> None
 
 
 def _check_numbers(lowest: float, highest: float, steps: int, smoothing: float, stop: float) -> None:
+    for name, value in (("lowest", lowest), ("highest", highest), ("smoothing", smoothing), ("stop", stop)):
+        if isinstance(value, bool) or as_number(value) is None:
+            raise TypeError(f"lr_find: {name} must be {number_for(value)}, got {brief(value)}")
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"lr_find: lowest and highest must be 0 < lowest < highest, got {lowest} and {highest}")
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(
-            f"lr_find: steps must be a whole number of at least 2, got {steps!r}; 100 do for eight decades"
+            f"lr_find: steps must be a whole number of at least 2, got {brief(steps)}; 100 do for eight decades"
         )
+    if steps > _MOST_STEPS:
+        raise ValueError(f"lr_find: steps must be at most {_MOST_STEPS}, got {brief(steps)}; 100 do for eight decades")
     if not 0 <= smoothing < 1:
         raise ValueError(f"lr_find: smoothing must lie in [0, 1), got {smoothing}; 0 leaves the loss as it is")
     if not stop > 1:

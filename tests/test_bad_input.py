@@ -287,6 +287,39 @@ def test_closures_and_state_dicts_of_the_wrong_kind():
     assert snapshot(opt) == before
 
 
+NOT_A_NUMBER: list[Any] = [
+    None,
+    "0.1",
+    "",
+    (),
+    [1.0],
+    {},
+    object(),
+    1j,
+    10**400,
+    torch.ones(3),
+    torch.ones(()).to("meta"),
+]
+
+
+@pytest.mark.parametrize("name", ["lowest", "highest", "steps", "smoothing", "stop", "lr"])
+def test_the_range_test(name):
+    """Bounds and rates that are not numbers: a sentence, before a batch is asked for."""
+    p = parameter()
+    opt = onepass.SGD([p])
+
+    def batches():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    for bad in NOT_A_NUMBER:
+        given = {} if name == "lr" else {name: bad}
+        opt.param_groups[0]["lr"] = bad if name == "lr" else 0.1
+        with pytest.raises((TypeError, ValueError)) as caught:
+            onepass.lr_find(nn.Linear(1, 1), lambda model, batch: batch, batches(), opt, **given)
+        assert_sentence(caught.value, "lr_find", name, "got")
+
+
 class TestRules:
     """A rule of the user's own is checked with the same care."""
 

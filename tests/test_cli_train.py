@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import signal
 import subprocess
@@ -250,6 +251,133 @@ def test_one_sentence_and_nothing_changed(
     assert err.startswith("onepass: ")
     assert err.count("\n") == 1
     assert snapshot() == before
+
+
+EVIL = [
+    *(
+        "evil:X",
+        "evil.sub:X",
+        "evil.sub:X.Y",
+        "onepass.evil:X",
+        ":X",
+        "evil:",
+        ":",
+        "::",
+        "evil::X",
+        " evil:X",
+        "EVIL:X",
+    ),
+    *("os:system", "builtins:eval", "evil:X\n", "evil/sub:X", "./evil:X", "evil.py:X", "evil:X,sgd", "evil\uff1aX"),
+    *(
+        "evil.X",
+        "evil",
+        "../evil",
+        "file:evil",
+        "__main__:X",
+        "sgd:momentum",
+        "onepass:SGD",
+        "onepass.algorithms.sgd:SGD",
+    ),
+]
+RESUME = """
+import json, sys
+from onepass import cli
+for folder in sys.argv[1:]:
+    code = cli.main(["train", "--resume", "--out", folder])
+    print(json.dumps([code, [name for name in sys.modules if "evil" in name.lower()]]))
+"""
+
+
+def test_what_a_file_names_is_not_imported(tmp_path: Path) -> None:
+    """However it is spelt: one sentence, and neither a module nor a file of another's making."""
+    make_run()
+    Path("evil").mkdir()
+    for name in ("__init__.py", "sub.py"):
+        (Path("evil") / name).write_text(f"open('marker', 'w').close()\n{LION}\nX = Lion")
+    tree = checkpoint.load("run/last.safetensors")
+    folders = [f"run{i}" for i in range(len(EVIL))]
+    for folder, name in zip(folders, EVIL, strict=True):
+        Path(folder).mkdir()
+        settings = {**tree["settings"], "optimizer": name}
+        checkpoint.save(f"{folder}/last.safetensors", {**tree, "settings": settings})
+    before = snapshot()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", RESUME, *folders]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert [json.loads(line) for line in child.stdout.splitlines()] == [[2, []]] * len(EVIL)
+    sentences = child.stderr.splitlines()
+    assert len(sentences) == len(EVIL), child.stderr
+    for sentence, name in zip(sentences, EVIL, strict=True):
+        assert sentence.startswith("onepass: ")
+        if ":" in name:
+            assert "what a file names is not imported: give --optimizer" in sentence
+            assert repr(name) in sentence
+    assert snapshot() == before
+
+
+LION = """
+import onepass
+class Lion(onepass.Optimizer):
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr})
+    @staticmethod
+    def rule(p, g, m, *, lr):
+        return {"p": p - lr * (m + g), "m": 0.9 * m + g}
+"""
+
+
+def test_a_module_of_the_users_own_is_named_again(short_digits: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with an own class goes on where the command line says which, and only there."""
+    Path("my_lion_rules.py").write_text(LION)
+    name = "my_lion_rules:Lion"
+    try:
+        assert cli.main(["train", "--epochs", "1", "--optimizer", name, "--out", "own"]) == 0
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "--out", "own", "--optimizer", name]) == 0
+        assert "is a finished run" in capsys.readouterr().out
+        for arguments, words in (
+            ([], f"what a file names is not imported: give --optimizer '{name}'"),
+            (["--optimizer", "sgd"], f"what a file names is not imported: give --optimizer '{name}'"),
+        ):
+            assert cli.main(["train", "--resume", "--out", "own", *arguments]) == 2
+            err = capsys.readouterr().err
+            assert words in err
+            assert err.count("\n") == 1
+    finally:
+        sys.modules.pop("my_lion_rules", None)
+        sys.path[:] = [place for place in sys.path if place != os.getcwd()]
+
+
+def test_ctrl_c_names_the_users_own_class_too(
+    short_digits: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    Path("my_lion_rules.py").write_text(LION)
+    monkeypatch.setattr("onepass.training.display.TrainDisplay.finished_epoch", interrupt)
+    try:
+        assert cli.main(["train", "--optimizer", "my_lion_rules:Lion", "--out", "own"]) == 130
+        assert "--resume --out own --optimizer my_lion_rules:Lion\n" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("my_lion_rules", None)
+        sys.path[:] = [place for place in sys.path if place != os.getcwd()]
+
+
+def test_an_absurd_checkpoint_ends_the_program_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A few of the many that the tests of training try."""
+    make_run()
+    whole = checkpoint.load("run/last.safetensors")
+    for key, value in (("epoch", -5), ("epoch", 10**9), ("epoch", "1"), ("history", {"lr": 1}), ("rng", 3), ("new", 1)):
+        checkpoint.save("run/last.safetensors", {**whole, key: value})
+        before = snapshot()
+        assert cli.main(["train", "--resume", "--out", "run"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "run/last.safetensors does not fit this version of the task or of the optimizer: " in err
+        assert key in err
+        assert snapshot() == before
 
 
 def snapshot() -> dict[str, bytes | None]:

@@ -477,7 +477,7 @@ SAVED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (change(d=torch.zeros(24, dtype=torch.int64)), "vectors of 24 numbers"),
     (change(old_dirs=[torch.zeros(24)] * 9), "lists of one length"),
     (change(old_dirs=torch.zeros(24)), "lists of one length"),
-    (change(old_dirs=[None], old_stps=[torch.zeros(24)], ro=[1.0]), "vectors of 24 numbers.*NoneType"),
+    (change(old_dirs=[None], old_stps=[torch.zeros(24)], ro=[1.0]), "vectors of 24 numbers, but 'old_dirs' has None"),
     (change(prev_flat_grad=None), "has no 'prev_flat_grad'; a whole state has"),
     (change(prev_loss="low"), "numbers for t, H_diag, prev_loss and in ro, got 'low'"),
     (lambda state: state.update({0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 4)}}), "another optimizer"),
@@ -741,7 +741,7 @@ def test_a_closure_sees_the_caller_s_settings() -> None:
 # What does not make sense.
 
 BAD: list[tuple[dict[str, Any], type[Exception]]] = [
-    *[({"lr": bad}, ValueError) for bad in (-1.0, math.nan, math.inf, torch.ones(2))],
+    *[({"lr": bad}, ValueError) for bad in (-1.0, math.nan, -math.inf, torch.ones(2))],
     *[({name: bad}, ValueError) for name in ("max_iter", "max_eval", "history_size") for bad in (0, -3, 2.5, math.nan)],
     *[({name: "5"}, TypeError) for name in ("lr", "max_iter", "max_eval", "history_size", "tolerance_grad")],
     *[({name: None}, TypeError) for name in ("lr", "max_iter", "history_size", "tolerance_change")],
@@ -805,8 +805,86 @@ def test_parameters_that_cannot_step() -> None:
 def test_parameters_that_grew() -> None:
     run = Run(onepass, *least_squares(torch.float32), {"max_iter": 3, "lr": 0.01}).step()
     run.params[0].data = torch.zeros(9)
-    with pytest.raises(onepass.StepError, match="vectors of 8 numbers and the parameters have 9"):
+    with pytest.raises(onepass.StepError, match=r"vectors of 9 numbers, but 'd' has a tensor of shape \(8,\)"):
         run.step()
+
+
+def freed(n: int) -> Tensor:
+    t = torch.zeros(n)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def made_in_inference(n: int) -> Tensor:
+    with torch.inference_mode():
+        return torch.zeros(n)
+
+
+NOT_VECTORS: list[Callable[[], Any]] = [
+    *(lambda: 3, lambda: "d", lambda: [0.0] * 24, lambda: np.zeros(24), object, lambda: torch.zeros(())),
+    *(lambda: torch.zeros(23), lambda: torch.zeros(25), lambda: torch.zeros(24, 1), lambda: torch.zeros(2, 12)),
+    *(lambda: torch.zeros(24, dtype=torch.int64), lambda: torch.zeros(24, dtype=torch.complex64)),
+    *(lambda: torch.zeros(24, device="meta"), lambda: torch.zeros(24).to_sparse(), lambda: torch.zeros(1).expand(24)),
+    *(lambda: freed(24), lambda: made_in_inference(24)),
+]
+NOT_NUMBERS: list[Any] = ["x", [], {}, object(), torch.zeros(2), torch.zeros(()).to("meta"), 1j, True, 10**400]
+NOT_LISTS: list[Any] = [3, "x", {}, (), torch.zeros(24), None, object()]
+
+
+def damages() -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """What can be done to a state of 24 numbers between two steps, after which it is not whole."""
+    done: dict[str, Callable[[dict[str, Any]], Any]] = {}
+    for name in ("d", "prev_flat_grad", "old_dirs", "old_stps", "ro", "t", "H_diag", "prev_loss"):
+        done[f"{name} deleted"] = lambda s, n=name: s.pop(n)
+        done[f"{name} None"] = lambda s, n=name: s.update({n: None})
+    for i, make in enumerate(NOT_VECTORS):
+        for name in ("d", "prev_flat_grad"):
+            done[f"{name} no vector {i}"] = lambda s, n=name, m=make: s.update({n: m()})
+        for name in ("old_dirs", "old_stps"):
+            done[f"{name} no vector {i}"] = lambda s, n=name, m=make: s.update({n: [*s[n][:-1], m()]})
+    for name in ("old_dirs", "old_stps", "ro"):
+        done |= {f"{name} no list {i}": lambda s, n=name, v=v: s.update({n: v}) for i, v in enumerate(NOT_LISTS)}
+        done[f"{name} shorter"] = lambda s, n=name: s.update({n: s[n][1:]})
+        done[f"{name} longer"] = lambda s, n=name: s.update({n: [*s[n], s[n][0]]})
+        done[f"{name} empty"] = lambda s, n=name: s.update({n: []})
+    for i, bad in enumerate(NOT_NUMBERS):
+        done |= {f"{n} no number {i}": lambda s, n=n, b=bad: s.update({n: b}) for n in ("t", "H_diag", "prev_loss")}
+        done[f"ro no number {i}"] = lambda s, b=bad: s.update(ro=[*s["ro"][:-1], b])
+    for i, bad in enumerate([*NOT_NUMBERS[:7], -1, 1.5, math.nan, math.inf, torch.tensor(-1.0)]):
+        done |= {f"{n} no count {i}": lambda s, n=n, b=bad: s.update({n: b}) for n in ("func_evals", "n_iter")}
+    return done
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_damaged_state_is_refused_by_the_step(search: str | None) -> None:
+    """One sentence, before the closure is called, and all is as it was; undamaged, it steps on."""
+    run = Run(onepass, *network(torch.float32), {"max_iter": 4, "lr": 0.1, "line_search_fn": search}).step(3)
+    state, calls, faults = run.optimizer.state[run.params[0]], [], []
+    assert len(state["old_dirs"]) > 1
+    whole = dict(state)
+    for name, damage in damages().items():
+        damage(state)
+        before, values = dict(state), [p.detach().clone() for p in run.params]
+        try:
+            run.optimizer.step(lambda: calls.append(0) or run.closure())
+            faults.append(f"{name}: accepted")
+        except Exception as error:
+            text = str(error)
+            if type(error) is not onepass.StepError or "\n" in text or len(text) > 300 or "LBFGS" not in text:
+                faults.append(f"{name}: {type(error).__name__} {text!r:.150}")
+        same = all(torch.equal(p, q) for p, q in zip(run.params, values, strict=True))
+        if not same or before.keys() != state.keys() or any(state[n] is not v for n, v in before.items()):
+            faults.append(f"{name}: changed something")
+        state.clear()
+        state.update(whole)
+    assert not faults, "\n".join(faults)
+    assert not calls
+    for wrong in (3, None, [], "state"):
+        run.optimizer.state[run.params[0]] = wrong
+        with pytest.raises(onepass.StepError, match="LBFGS: the state of parameter 0 must be a dict"):
+            run.step()
+    run.optimizer.state[run.params[0]] = state
+    run.step()
 
 
 # As a torch optimizer.

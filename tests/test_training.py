@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +190,162 @@ def test_a_checkpoint_of_something_else(missing: str, tmp_path: Path, short_digi
     checkpoint.save(tmp_path / "run", tree)
     with pytest.raises(CheckpointError, match="not one of a training run"):
         Run.load(tmp_path / "run", {})
+
+
+Change = Callable[[dict], object]
+
+
+def put(*where: str | int, value: object) -> Change:
+    """A change that sets an entry of a tree."""
+
+    def change(tree: dict) -> None:
+        found: Any = tree
+        for key in where[:-1]:
+            found = found[key]
+        found[where[-1]] = value
+
+    return change
+
+
+def drop(*where: str | int) -> Change:
+    """A change that deletes an entry of a tree."""
+
+    def change(tree: dict) -> None:
+        found: Any = tree
+        for key in where[:-1]:
+            found = found[key]
+        del found[where[-1]]
+
+    return change
+
+
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
+NAN, INF = float("nan"), float("inf")
+JUNK = [None, True, "x", "", [], [1], {}, {"lr": 1}, (1, 2), NAN, 1.5, torch.ones(3), nested(100)]
+
+
+def junk_but(*fine: object) -> list[Any]:
+    return [v for v in JUNK if not any(type(v) is type(f) and v == f for f in fine)]
+
+
+SETTINGS = ("task", "optimizer", "lr", "epochs", "batch_size", "schedule", "seed")
+TREE = ("kind", "settings", "epoch", "step", "model", "optimizer", "rng", "history", "seconds", "data", "torch")
+HISTORY = ("lr", "train_loss", "train_metric", "held_out_loss", "held_out_metric")
+SECONDS = ("forward", "backward", "optimizer", "evaluation")
+TEXTS = ("kind", "torch")
+# What makes no sense in a run that has finished one epoch of four steps: where in the tree, and the values.
+ABSURD: dict[tuple[str | int, ...], list[Any]] = {
+    **{(key,): [v for v in JUNK if not (key in TEXTS and isinstance(v, str))] for key in TREE},
+    ("epoch",): [*JUNK, -5, -1, 0, 2, 4, 10**9, 10**400, -(10**400), INF, 1.0, "1", torch.tensor(1)],
+    ("step",): [*JUNK, -1, 0, 3, 5, 10**400],
+    **{("settings", key): [*JUNK, INF, -1, 10**400] for key in ("lr", "epochs", "batch_size", "seed")},
+    ("settings", "lr"): [*junk_but(1.5), 0, -0.0, -1.0, INF, -INF, 10**400, "0.1"],
+    ("settings", "epochs"): [*JUNK, 0, -1, 10**10, 10**400, 3.0, "3"],
+    ("settings", "batch_size"): [*JUNK, 0, -1, 1, 16, 10**9, 10**10, 10**12, 10**30, 10**400, 32.0],
+    ("settings", "seed"): [*JUNK, -1, 2**63, 10**400, 0.0],
+    ("settings", "task"): [*JUNK, "digit", "os:system", "../digits"],
+    ("settings", "optimizer"): [*JUNK, "adamx", "LBFGS", "SparseAdam", "onepass"],
+    ("settings", "schedule"): [*JUNK, "linear", "cosine(1)", "__import__('os')"],
+    ("settings", "extra"): [1],
+    ("extra",): [1],
+    (3,): [1],
+    **{
+        ("history", key): [*junk_but([1]), [NAN] * 3, ["x"] * 4, [1.0] * 5, [True] * 4, [10**400] * 4, 5]
+        for key in HISTORY
+    },
+    **{("history", key, 0): [*junk_but(1.5), INF, 10**400] for key in ("lr", "train_loss")},
+    **{("history", key, 0): [v for v in JUNK if not isinstance(v, float)] for key in HISTORY[2:]},
+    ("history", "extra"): [[]],
+    **{("seconds", key): [*junk_but(1.5), -1.0, -1e-9, INF, 10**400] for key in SECONDS},
+    ("seconds", "extra"): [1.0],
+    ("data", "folder"): [v for v in JUNK if not isinstance(v, str)] + ["\0", 3],
+    ("data", "fingerprint"): JUNK,
+    ("data", "extra"): [1],
+    **{("rng", key): [*JUNK, torch.zeros(16), torch.zeros(16, dtype=torch.uint8)] for key in ("torch", "shuffle")},
+    ("rng", "extra"): [1],
+    ("model", "0.weight"): [*JUNK, torch.zeros(32, 1, 3, 3, dtype=torch.float64), torch.zeros(32, 1, 3, 2)],
+    ("model", "extra"): [torch.ones(1)],
+    ("model", 3): [torch.ones(1)],
+    ("optimizer", "state"): JUNK,
+    ("optimizer", "state", 0): JUNK,
+    ("optimizer", "state", 99): [{}],
+    ("optimizer", "state", 0, "step"): [*junk_but(True, 1.5), -1, NAN, INF, -INF, 1e30, 2**62, "3"],
+    ("optimizer", "state", 0, "exp_avg"): [torch.zeros(3), "x", 1.0],
+    ("optimizer", "param_groups"): JUNK,
+    ("optimizer", "param_groups", 0): JUNK,
+    ("optimizer", "param_groups", 0, "lr"): [*junk_but(1.5), -1.0, INF, "0.1"],
+    ("optimizer", "param_groups", 0, "betas"): [*JUNK, (0.9,), [0.9, 0.999], (5.0, 5.0)],
+    ("optimizer", "param_groups", 0, "eps"): [*JUNK, -1.0, INF],
+    ("optimizer", "param_groups", 0, "amsgrad"): JUNK,
+    ("optimizer", "param_groups", 0, "params"): [*JUNK, [0], [[]], [0, 0, 1, 2]],
+    ("optimizer", "param_groups", 0, "extra"): [1],
+    ("optimizer", "extra"): [1],
+}
+LOST = [
+    *((key,) for key in TREE),
+    *(("settings", key) for key in SETTINGS),
+    *(("history", key) for key in HISTORY),
+    *(("seconds", key) for key in SECONDS),
+    *(("rng", key) for key in ("torch", "shuffle")),
+    *(("data", key) for key in ("folder", "fingerprint")),
+    ("model", "0.weight"),
+    ("optimizer", "state"),
+    ("optimizer", "param_groups"),
+    ("optimizer", "param_groups", 0),
+    ("optimizer", "param_groups", 0, "lr"),
+    ("optimizer", "param_groups", 0, "eps"),
+    ("optimizer", "param_groups", 0, "params"),
+    ("optimizer", "state", 0, "exp_avg"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished_epoch(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The checkpoint of a run after the first of its three epochs, each of four steps."""
+    folder = tmp_path_factory.mktemp("run")
+    task = dataclasses.replace(tasks.TASKS["digits"], examples_per_epoch=100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "digits", task)
+        fit(Run(short_settings(), folder), folder / "run", Keeper(folder / "run"))
+    return (folder / "epoch1").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param(where, id=".".join(map(str, where))) for where in {**ABSURD, **dict.fromkeys(LOST)}]
+)
+def test_a_checkpoint_that_makes_no_sense(
+    where: tuple[str | int, ...], finished_epoch: bytes, tmp_path: Path, short_digits: None
+) -> None:
+    """Each entry in turn: one sentence, and the file is as it was; random numbers too."""
+    path, random = tmp_path / "run", torch.get_rng_state()
+    path.write_bytes(finished_epoch)
+    whole = checkpoint.load(path)
+    changes = [put(*where, value=value) for value in ABSURD.get(where, [])]
+    faults = []
+    for i, change in enumerate([*changes, *([drop(*where)] if where in LOST else [])]):
+        tree = copy.deepcopy(whole)
+        change(tree)
+        checkpoint.save(path, tree)
+        before = path.read_bytes()
+        try:
+            Run.load(path, {})
+            faults.append(f"{i}: accepted {ABSURD.get(where, [])[i:][:1]!r:.60}")
+        except (CheckpointError, SettingsError, TaskError) as error:
+            text = str(error)
+            if "\n" in text or len(text) > 450 or "Error" in text:
+                faults.append(f"{i}: {text!r:.200}")
+        assert path.read_bytes() == before
+    assert not faults, "\n".join(faults)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_the_checkpoint_itself_makes_sense(finished_epoch: bytes, tmp_path: Path, short_digits: None) -> None:
+    (tmp_path / "run").write_bytes(finished_epoch)
+    run = Run.load(tmp_path / "run", {})
+    assert (run.epoch, len(run.history.train_loss)) == (1, 4)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ..kernel.functions import (
     where,
 )
 from ..optimizer import Optimizer, Params, Rule
-from ..options import check_modes, check_number, check_pair
+from ..options import check_modes, check_number, check_row, is_off, pick
 
 
 class Adafactor(Optimizer):
@@ -78,24 +78,23 @@ class Adafactor(Optimizer):
             "maximize": maximize,
         }
         # Where it is off, param groups have torch's keys.
-        defaults |= {"capturable": True} if capturable else {}
+        defaults |= {} if is_off(capturable) else {"capturable": capturable}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        owner, eps = type(self).__name__, options["eps"]
+        owner = type(self).__name__
         for name in ("lr", "weight_decay"):
             check_number(owner, name, options[name])
         check_number(owner, "d", options["d"], low=1.0)
         check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0)
-        has_none = isinstance(eps, (tuple, list)) and len(eps) > 0 and eps[0] is None
-        check_pair(owner, "eps", (0.0, *eps[1:]) if has_none else eps)
-        for i, value in enumerate(eps):
-            if value is not None:
-                check_number(owner, f"eps[{i}]", value)
+        check_row(owner, "eps", options["eps"], 2, low=0.0, first=None)
         check_modes(owner, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_eps": group["eps"][0] is not None}
+        eps = pick(group, "eps", None)
+        if type(eps) is not tuple or len(eps) != 2:
+            check_row(type(self).__name__, "eps", eps, 2, first=None)
+        return super().flags(group) | {"has_eps": eps[0] is not None}
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
         # Complex numbers have no rows: the rule of matrices refuses them, whatever their shape.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number, filled, is_zero
+from ..options import check_modes, check_number, filled, is_off, is_zero, pick
 
 
 class Adagrad(Optimizer):
@@ -64,7 +64,7 @@ class Adagrad(Optimizer):
             "fused": fused,
         }
         # Where it is off, param groups have torch's keys.
-        defaults |= {"capturable": True} if capturable else {}
+        defaults |= {} if is_off(capturable) else {"capturable": capturable}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -77,7 +77,8 @@ class Adagrad(Optimizer):
         self.make_state(self.param_groups[-1])
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return filled(like, group["initial_accumulator_value"])
+        name = "initial_accumulator_value"
+        return filled(like, pick(group, name, None), name)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         return super().flags(group) | {"has_decay": not is_zero(group.get("weight_decay", 0))}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import Scalar, maximum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, filled
+from ..options import check_modes, check_number, filled, pick
 
 
 class ASGD(Optimizer):
@@ -66,7 +66,9 @@ class ASGD(Optimizer):
         check_modes(type(self).__name__, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return filled(like, {"eta": group["lr"], "mu": 1.0}.get(name, 0.0))
+        if name == "eta":
+            return filled(like, pick(group, "lr", None), "lr")
+        return filled(like, 1.0 if name == "mu" else 0.0, name)
 
     @staticmethod
     def rule(p, g, ax, eta: Scalar, mu: Scalar, *, lr, lambd, alpha, t0, weight_decay, step):

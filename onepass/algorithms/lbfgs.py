@@ -11,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import StepError
-from ..flat import Flat, largest, precision, scalar
+from ..checks import StepError, as_number, brief, pick
+from ..flat import Flat, largest, precision, scalar, why_no_vector
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
 from ..optimizer import Optimizer, Params
-from ..options import check_number
+from ..options import check_choice, check_count, check_number
 
 # What one iteration leaves to the next, beside the counts: vectors as long as all parameters together, and numbers.
 VECTORS, HISTORY = ("d", "prev_flat_grad"), ("old_dirs", "old_stps")
 NUMBERS = ("t", "H_diag", "prev_loss")
 MEMORY = (*VECTORS, *HISTORY, "ro", *NUMBERS)
+COUNTS = ("func_evals", "n_iter")
+REMEDY = "load a state that fits, or clear the optimizer's state to begin again"
 # Pairs of less curvature than this are left out: they would spoil the inverse Hessian's positive definiteness.
 LEAST_CURVATURE = 1e-10
 
@@ -97,10 +99,7 @@ class LBFGS(Optimizer):
             check_count(owner, name, options[name])
         for name in ("tolerance_grad", "tolerance_change"):
             check_number(owner, name, options[name], low=float("-inf"))
-        if options["line_search_fn"] not in (None, "strong_wolfe"):
-            raise RuntimeError(
-                f"{owner}: line_search_fn must be None or 'strong_wolfe', got {options['line_search_fn']!r:.60}"
-            )
+        check_choice(owner, "line_search_fn", options["line_search_fn"], ("strong_wolfe",), RuntimeError)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the constructor: there is one group, as all parameters share one history. Raises ValueError."""
@@ -129,6 +128,8 @@ class LBFGS(Optimizer):
                 f"{owner}: step needs a closure that computes the loss, calls backward() and returns the loss, got "
                 f"{closure!r:.60}; it is evaluated several times"
             )
+        for name in self.defaults:
+            pick(group, name, None)
         type(self).check_options(self, group)
         if not group["params"]:
             raise StepError(f"{owner}: there are no parameters to optimize; put some into the param group")
@@ -145,7 +146,14 @@ class LBFGS(Optimizer):
             if key not in matched.parameters:
                 state[key] = deepcopy(value)
             elif value != {}:
-                check_memory(f"{owner}: the saved state of parameter {matched.labels[key]}", value, saved.size)
+                what = f"{owner}: the saved state of parameter {matched.labels[key]}"
+                if not isinstance(value, Mapping) or not {*MEMORY, *COUNTS} & value.keys():
+                    got = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"{what} belongs to another optimizer: it must have 'd', 'n_iter' and others, got {got:.60}"
+                    )
+                value = {name: list(entry) if isinstance(entry, tuple) else entry for name, entry in value.items()}
+                check_memory(what, value, saved.size)
                 if key != keys[0]:
                     raise ValueError(f"{owner} keeps all state beside the first parameter, not beside {key!r}")
                 vectors = {name: saved.place(value[name], params) for name in (*VECTORS, *HISTORY) if name in value}
@@ -161,8 +169,11 @@ class _Descent:
         self.tolerance_grad, self.tolerance_change = float(group["tolerance_grad"]), float(group["tolerance_change"])
         self.flat = Flat(owner, group["params"], group.get("param_names", ()))
         self.state: dict[str, Any] = states.get(group["params"][0], {})
-        self.first = self.state.get("d") is None
         self.gradients: list[Tensor] = []
+        what = f"{owner}: the state of parameter {(*map(repr, group.get('param_names', ())), '0')[0]}"
+        if not isinstance(self.state, dict):
+            raise StepError(f"{what} must be a dict, got {brief(self.state)}; delete it to begin again")
+        self.first = not check_memory(what, self.state, self.flat.size, StepError)
         if not self.first:
             self._fit_state()
         self.d = self.flat.new() if self.first else self.state["d"]
@@ -175,15 +186,10 @@ class _Descent:
         self.numpy_errors = np.geterr()
 
     def _fit_state(self) -> None:
-        """See that the state belongs to these parameters, and bring it to their device and the widest dtype."""
+        """Bring the state to the parameters' device and the widest dtype."""
         state, flat = self.state, self.flat
         vectors = [*(state[name] for name in VECTORS), *(v for name in HISTORY for v in state[name])]
         for v in vectors:
-            if v.numel() != flat.size:
-                raise StepError(
-                    f"{self.owner}: the state has vectors of {v.numel()} numbers and the parameters have {flat.size}; "
-                    "load a state that fits, or clear the optimizer's state to begin anew"
-                )
             flat.dtype = torch.promote_types(flat.dtype, v.dtype)
         if any(v.dtype != flat.dtype or v.device != flat.device for v in vectors):
             state.update({name: flat.place(state[name]) for name in (*VECTORS, *HISTORY)})
@@ -336,38 +342,30 @@ class _Descent:
         return free
 
 
-def check_count(owner: str, name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a whole number, at least 1."""
-    check_number(owner, name, value, low=1)
-    if float(value) != int(value):
-        raise ValueError(f"{owner}: {name} must be a whole number, got {value}")
-
-
-def check_memory(what: str, value: Any, size: int) -> None:
-    """Raise ValueError for a saved state that is none of LBFGS, not whole, or of other parameters."""
-    if not isinstance(value, Mapping) or not {*MEMORY, "func_evals", "n_iter"} & value.keys():
-        got = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-        raise ValueError(f"{what} belongs to another optimizer: it must have 'd', 'n_iter' and others, got {got}")
+def check_memory(what: str, value: Mapping[str, Any], size: int, error: type[Exception] = ValueError) -> bool:
+    """Whether a state holds the memory of an iteration; raises for one that is not whole, or of other parameters."""
+    for name in COUNTS:
+        count = as_number(value.get(name, 0))
+        if count is None or count < 0 or count % 1 != 0:
+            raise error(f"{what} must have a whole number for {name!r}, got {brief(value[name])}; {REMEDY}")
     lost = [name for name in MEMORY if value.get(name) is None]
-    if len(lost) == len(MEMORY):
-        return
     if lost:
-        raise ValueError(f"{what} has no {lost[0]!r}; a whole state has {', '.join(MEMORY)}")
-    dirs, steps, ro = (value[name] for name in (*HISTORY, "ro"))
-    if not all(isinstance(entry, (list, tuple)) for entry in (dirs, steps, ro)) or not len(dirs) == len(steps) == len(
-        ro
-    ):
-        raise ValueError(f"{what} must have old_dirs, old_stps and ro as lists of one length")
-    for number in (*(value[name] for name in NUMBERS), *ro):
-        if not (number.numel() == 1 if isinstance(number, Tensor) else isinstance(number, (int, float))):
-            raise ValueError(f"{what} must have numbers for {', '.join(NUMBERS)} and in ro, got {number!r:.60}")
-    for vector in (*(value[name] for name in VECTORS), *dirs, *steps):
-        if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.shape != (size,):
-            got = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else f"a {type(vector).__name__}"
-            raise ValueError(
-                f"{what} must consist of vectors of {size} numbers, as many as the parameters have, got {got}; load a "
-                "checkpoint of this model"
-            )
+        if len(lost) < len(MEMORY):
+            raise error(f"{what} has no {lost[0]!r}; a whole state has {', '.join(MEMORY)}; {REMEDY}")
+        return False
+    lists = [value[name] for name in (*HISTORY, "ro")]
+    if not all(isinstance(entry, list) for entry in lists) or len(set(map(len, lists))) != 1:
+        raise error(f"{what} must have old_dirs, old_stps and ro as lists of one length; {REMEDY}")
+    dirs, steps, ro = lists
+    for entry in (*(value[name] for name in NUMBERS), *ro):
+        if isinstance(entry, bool) or as_number(entry) is None:
+            raise error(f"{what} must have numbers for {', '.join(NUMBERS)} and in ro, got {brief(entry)}; {REMEDY}")
+    vectors = [*((name, value[name]) for name in VECTORS), *(("old_dirs", y) for y in dirs)]
+    for name, entry in (*vectors, *(("old_stps", s) for s in steps)):
+        why = why_no_vector(entry, size)
+        if why:
+            raise error(f"{what} must consist of vectors of {size} numbers, but {name!r} {why}; {REMEDY}")
+    return True
 
 
 # Imports torch's compiler when first called, which inside a compiled function has happened already.

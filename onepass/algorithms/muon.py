@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
-from ..optimizer import Optimizer, Params, Rule
-from ..options import check_betas, check_number
+from ..optimizer import Optimizer, Params, Rule, StepError
+from ..options import check_betas, check_choice, check_count, check_number, check_row, flag, is_off, pick
 from .adam import Adam
 
-ADJUSTMENTS = (None, "original", "match_rms_adamw")
+ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
 class Muon(Optimizer):
@@ -79,33 +79,31 @@ class Muon(Optimizer):
             "adam_eps": adam_eps,
         }
         # Where it is off, param groups have torch's keys.
-        defaults |= {"capturable": True} if capturable else {}
+        defaults |= {} if is_off(capturable) else {"capturable": capturable}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
         for name in ("lr", "weight_decay", "momentum", "eps", "adam_eps"):
             check_number(owner, name, options[name])
-        check_number(owner, "ns_steps", options["ns_steps"], below=100)
-        if float(options["ns_steps"]) % 1:
-            raise ValueError(f"{owner}: ns_steps must be a whole number, got {options['ns_steps']}")
+        check_count(owner, "ns_steps", options["ns_steps"], low=0, below=100)
         check_betas(owner, options["betas"])
-        if not isinstance(options["ns_coefficients"], (tuple, list)) or len(options["ns_coefficients"]) != 3:
-            raise ValueError(f"{owner}: ns_coefficients must be three numbers, got {options['ns_coefficients']!r}")
-        for i, value in enumerate(options["ns_coefficients"]):
-            check_number(owner, f"ns_coefficients[{i}]", value, low=float("-inf"))
-        if options["adjust_lr_fn"] not in ADJUSTMENTS:
-            raise ValueError(
-                f"{owner}: adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got {options['adjust_lr_fn']!r}"
-            )
+        check_row(owner, "ns_coefficients", options["ns_coefficients"], 3, error=ValueError)
+        check_choice(owner, "adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS)
         for p in options.get("params", ()):
             self.rule_of(p, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"is_mixed": group["use_muon"] is None}
+        # These change what is computed without a sign of it, where a value makes no sense.
+        owner, coefficients = type(self).__name__, pick(group, "ns_coefficients", None)
+        if type(coefficients) is not tuple or len(coefficients) != 3:
+            check_row(owner, "ns_coefficients", coefficients, 3)
+        check_choice(owner, "adjust_lr_fn", pick(group, "adjust_lr_fn", None), ADJUSTMENTS, StepError)
+        check_count(owner, "ns_steps", pick(group, "ns_steps", None), low=0, below=100)
+        return super().flags(group) | {"is_mixed": pick(group, "use_muon", None) is None}
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
-        wanted = group["use_muon"]
+        wanted = None if pick(group, "use_muon", None) is None else flag(group["use_muon"], "use_muon")
         if wanted and p.dim() != 2:
             raise ValueError(
                 f"{type(self).__name__} only supports 2D parameters, and one has shape {tuple(p.shape)}; pass "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import lerp, sqrt, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number
+from ..options import check_modes, check_number, is_positive, pick
 
 
 class RMSprop(Optimizer):
@@ -65,7 +65,7 @@ class RMSprop(Optimizer):
         check_modes(type(self).__name__, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_momentum": bool(group.get("momentum", 0) > 0)}
+        return super().flags(group) | {"has_momentum": is_positive(pick(group, "momentum", None), "momentum")}
 
     @staticmethod
     def rule(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import maximum, minimum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, check_pair, filled
+from ..options import brief, check_modes, check_number, check_row, filled, pick
 
 
 class Rprop(Optimizer):
@@ -61,16 +61,16 @@ class Rprop(Optimizer):
         owner = type(self).__name__
         check_number(owner, "lr", options["lr"])
         for name in ("etas", "step_sizes"):
-            check_pair(owner, name, options[name])
-        shrink, grow = map(float, options["etas"])
+            check_row(owner, name, options[name], 2)
+        shrink, grow = (float(options["etas"][i]) for i in range(2))
         if not 0 < shrink < 1 < grow:
-            raise ValueError(f"{owner}: etas must be 0 < shrink < 1 < grow, got {options['etas']}")
+            raise ValueError(f"{owner}: etas must be 0 < shrink < 1 < grow, got {brief(options['etas'])}")
         check_modes(owner, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         if name != "step_size":
             return super().initial_state(name, like, group)
-        return filled(like, group["lr"])
+        return filled(like, pick(group, "lr", None), "lr")
 
     @staticmethod
     def rule(p, g, prev, step_size, *, etas, step_sizes, step):

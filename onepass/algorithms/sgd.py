@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number, is_zero
+from ..options import check_modes, check_number, is_off, is_zero
 
 
 class SGD(Optimizer):
@@ -65,7 +65,7 @@ class SGD(Optimizer):
             "fused": fused,
         }
         # Where it is off, param groups have torch's keys.
-        defaults |= {"capturable": True} if capturable else {}
+        defaults |= {} if is_off(capturable) else {"capturable": capturable}
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:

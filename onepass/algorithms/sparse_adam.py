@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel.functions import lerp, sqrt
 from ..optimizer import Optimizer, Params
-from ..options import check_betas, check_number
+from ..options import brief, check_betas, check_number
 
 
 class SparseAdam(Optimizer):
@@ -50,7 +50,7 @@ class SparseAdam(Optimizer):
         for name in ("lr", "eps"):
             check_number(owner, name, options[name])
             if float(options[name]) == 0:
-                raise ValueError(f"{owner}: {name} must be positive, got {options[name]}")
+                raise ValueError(f"{owner}: {name} must be positive, got {brief(options[name])}")
         check_betas(owner, options["betas"])
         for p in options.get("params", ()):
             if p.is_sparse or p.is_complex():

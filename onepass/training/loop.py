@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from onepass import checkpoint
-from onepass.catalog import UnknownName, find_trainable
-from onepass.schedule import Schedule, constant, cosine, linear, piecewise
 from onepass.tasks import Data, Examples, Task, find_task
+from onepass.training import saved
+from onepass.training.settings import (
+    SCHEDULES,
+    Settings,
+    SettingsError,
+    find_optimizer,
+    make_schedule,
+    make_settings,
+    spell,
+)
 
 __all__ = [
     "CHECKPOINT",
@@ -40,106 +47,11 @@ __all__ = [
 ]
 
 CHECKPOINT = "last.safetensors"  # the file in a run's folder that holds its last finished epoch
-SCHEDULES = ("cosine", "step", "none")
-_KIND = "onepass training run"
 _EVALUATION_BATCH = 128
-
-
-class SettingsError(ValueError):
-    """What to train is not well described; the message says what was passed, what is allowed and what to do."""
 
 
 class Diverged(ArithmeticError):
     """The training loss is no longer a finite number."""
-
-
-# --- what to train ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run's result depends on, besides the data, the machine and the versions of the software."""
-
-    task: str
-    optimizer: str
-    lr: float
-    epochs: int
-    batch_size: int
-    schedule: str
-    seed: int
-
-
-def make_settings(
-    task: str = "digits",
-    optimizer: str | None = None,
-    lr: float | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    schedule: str = "cosine",
-    seed: int = 0,
-) -> Settings:
-    """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for impossible ones."""
-    found = find_task(task)
-    name = _spell(found.optimizer if optimizer is None else optimizer)
-    settings = Settings(
-        task=task,
-        optimizer=name,
-        lr=_default_lr(found, name) if lr is None else lr,
-        epochs=found.epochs if epochs is None else epochs,
-        batch_size=found.batch_size if batch_size is None else batch_size,
-        schedule=schedule,
-        seed=seed,
-    )
-    if not (math.isfinite(settings.lr) and settings.lr > 0):
-        raise SettingsError(f"lr must be a positive finite number, got {settings.lr}.")
-    for key in ("epochs", "batch_size"):
-        if getattr(settings, key) < 1:
-            raise SettingsError(f"{key} must be at least 1, got {getattr(settings, key)}.")
-    if not 0 <= seed < 2**63:
-        raise SettingsError(f"seed must lie in [0, 2**63), got {seed}.")
-    if schedule not in SCHEDULES:
-        raise SettingsError(f"there is no schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-    return settings
-
-
-def find_optimizer(name: str) -> Callable[..., Any]:
-    """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else `SettingsError`."""
-    try:
-        found = find_trainable(name)
-    except UnknownName as error:
-        raise SettingsError(str(error)) from None
-    return partial(found.cls, **found.options) if found.options else found.cls
-
-
-def _spell(name: str) -> str:
-    """An optimizer's name as a run remembers it."""
-    found = find_optimizer(name)
-    return name if ":" in name else getattr(found, "__name__", name.lower())
-
-
-def _default_lr(task: Task, optimizer: str) -> float:
-    """The task's rate for this optimizer, else the optimizer's own default, else that of the task's own optimizer."""
-    if optimizer in task.lr:
-        return task.lr[optimizer]
-    probe = find_optimizer(optimizer)
-    try:
-        own = probe([nn.Parameter(torch.zeros(1, 1))]).defaults.get("lr")
-    except (TypeError, ValueError):
-        own = None
-    return own if isinstance(own, float) and own > 0 else task.lr[task.optimizer]
-
-
-def make_schedule(name: str, lr: float, total: int, warmup: int = 0) -> Schedule:
-    """The learning rate as a function of the step, counted from 0.
-
-    `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a tenth after half of
-    the steps and to a hundredth after three quarters. Both first rise in a line over `warmup` of the `total` steps.
-    """
-    if name == "none":
-        return constant(lr)
-    falls = {max(0, share * total - warmup): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))}
-    after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total - warmup))
-    return linear(lr / warmup, lr / warmup + lr, steps=warmup).then(after) if warmup else after
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -197,7 +109,7 @@ class Run:
             torch.manual_seed(settings.seed)
             self.model = self.task.make_model()
             self.rng_state = torch.get_rng_state()
-            self.optimizer = _make_optimizer(settings, self.model)
+            self.optimizer, self.entries = _make_optimizer(settings, self.model)
 
     @property
     def examples_per_epoch(self) -> int:
@@ -220,7 +132,7 @@ class Run:
         checkpoint.save(
             path,
             {
-                "kind": _KIND,
+                "kind": saved.KIND,
                 "settings": dataclasses.asdict(self.settings),
                 "epoch": self.epoch,
                 "step": len(self.history.train_loss),
@@ -242,50 +154,69 @@ class Run:
         when the data is no longer what it was. `CheckpointError` when the file is no (whole) training run.
         """
         tree = checkpoint.load(path)
-        if tree.get("kind") != _KIND:
-            raise checkpoint.CheckpointError(
-                f"{path} is a checkpoint but not one of a training run; name a folder in which onepass train has run."
-            )
+        saved.check(path, tree, cls._kinds())
+        saved.refuse_import(path, tree["settings"]["optimizer"], asked.get("optimizer"))
         try:
             settings = make_settings(**tree["settings"])
-            folder, fingerprint = Path(tree["data"]["folder"]), tree["data"]["fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise _misfit(path, error) from error
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{path} has settings that make no sense: {error}") from error
         _refuse_conflicts(settings, asked, path)
-        run = cls(settings, data_folder or folder)
-        _refuse_other_data(run, fingerprint, path)
+        run = cls(settings, data_folder or Path(tree["data"]["folder"]))
+        _refuse_other_data(run, tree["data"]["fingerprint"], path)
+        saved.check_progress(path, tree, run.steps_per_epoch, settings.epochs)
+        saved.check_model(path, tree["model"], run.model.state_dict())
+        strict = ":" not in settings.optimizer
+        saved.check_optimizer(path, tree["optimizer"], run.optimizer.state_dict(), strict)
+        if strict and tree["epoch"]:
+            saved.check_entries(path, tree["optimizer"]["state"], run.entries)
         try:
             run._restore(tree)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _misfit(path, error) from error
         return run
+
+    @staticmethod
+    def _kinds() -> dict[str, Mapping[str, Any]]:
+        """The entries of a checkpoint that are mappings of known keys, each with an example of its values."""
+        settings = Settings("digits", "AdamW", 0.1, 1, 1, "cosine", 0)
+        folder = {"folder": "", "fingerprint": ""}
+        return {
+            "settings": dataclasses.asdict(settings),
+            "history": dataclasses.asdict(History()),
+            "seconds": dataclasses.asdict(Seconds()),
+            "data": folder,
+        }
 
     def _restore(self, tree: Mapping[str, Any]) -> None:
         self.model.load_state_dict(tree["model"])
         self.optimizer.load_state_dict(tree["optimizer"])
         self.rng_state = tree["rng"]["torch"]
         self.shuffle.set_state(tree["rng"]["shuffle"])
-        self.epoch = int(tree["epoch"])
+        self.epoch = tree["epoch"]
         self.history = History(**tree["history"])
         self.seconds = Seconds(**tree["seconds"])
 
 
 def _misfit(path: Path, error: Exception) -> checkpoint.CheckpointError:
-    reason = f"{type(error).__name__}: {_first_line(error)}"
     return checkpoint.CheckpointError(
-        f"{path} does not fit this version of the task or of the optimizer ({reason}); start anew."
+        f"{path} does not fit this version of the task or of the optimizer: {_first_line(error)}; start anew."
     )
 
 
-def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer on the model's parameters, once it has shown that it can make a step with dense gradients."""
+def _make_optimizer(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[Any, list[str]]]:
+    """The optimizer on the model's parameters, and the state that each has once it has stepped.
+
+    First it must have shown that it can make a step with dense gradients.
+    """
     make = find_optimizer(settings.optimizer)
     try:
         trial = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
         for p in trial:
             p.grad = torch.zeros_like(p)
-        make(trial, lr=settings.lr).step()
-        return make(model.parameters(), lr=settings.lr)
+        tried = make(trial, lr=settings.lr)
+        tried.step()
+        entries = {key: sorted(state) for key, state in tried.state_dict()["state"].items()}
+        return make(model.parameters(), lr=settings.lr), entries
     except (RuntimeError, TypeError, ValueError) as error:
         raise SettingsError(
             f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr {settings.lr}: "
@@ -296,7 +227,7 @@ def _make_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
 def _refuse_conflicts(settings: Settings, asked: Mapping[str, Any], path: Path) -> None:
     for key, wanted in asked.items():
         if key == "optimizer":
-            wanted = _spell(wanted)
+            wanted = spell(wanted)
         held = getattr(settings, key)
         if held != wanted:
             raise SettingsError(
