@@ -1,9 +1,8 @@
-"""The parameters that step together: one launch of a kernel, or one loop of the eager backend."""
+"""The parameters that step together in one launch of a kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .checks import Group, Member, State, StepError, check_gradient, check_matrix, check_member, check_state, pick
-from .columns import Columns, find_lazy, picker
+from .checks import Group, Member, StepError, check_gradient, check_matrix, check_member, check_state
+from .columns import Columns, picker
+from .mistakes import are_learning_rates, find_refused
+from .reading import Reading
 from .recipes import Recipe
 from .unscale import Unscale
 
@@ -27,9 +28,9 @@ CAPTURE = (
 Gathered = list[Any]
 
 
-def check(owner: str, member: Member, p: Tensor, state: Mapping[str, Any], recipe: Recipe) -> None:
+def check(owner: str, member: Member, p: Tensor, g: Tensor | None, state: Mapping[str, Any], recipe: Recipe) -> None:
     """Whether a parameter can step by this recipe; raises `StepError`."""
-    check_member(owner, member, p, state, recipe.required, recipe.numbers)
+    check_member(owner, member, p, g, state, recipe.required, recipe.numbers)
     if recipe.graph.has_matrices:
         check_matrix(owner, member, p)
     for name in recipe.graph.state:
@@ -48,28 +49,36 @@ class KernelBatch(Columns):
     this step. A parameter without a gradient has no elements in this step. The launch follows with the tensors in hand.
     """
 
-    def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
+    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
         self.members, self.recipe, self.owner = members, recipe, owner
-        self.pick = picker([m.position for m in members])
+        self.positions = np.array([m.position for m in members])
+        self.pick = picker(self.positions.tolist())
+        params, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in params]
         groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
-        # A parameter whose memory has holes is stepped as a dense copy.
-        self.strided = [i for i, p in enumerate(params) if not recipe.fits(p)]
-        self.lazy = find_lazy(params)
+        # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it lies in this step.
+        self.strided = {i: kernel.facts_of(p) for i, p in enumerate(params) if not recipe.fits(p)}
+        self._origins: dict[int, tuple[int, int]] = {}
         like = [recipe.as_dense(p) for p in params]
-        gradients = [
-            t if t.dtype == _gradient_dtype(p) else torch.empty_like(t, dtype=_gradient_dtype(p))
-            for t, p in zip(like, params, strict=True)
-        ]
+        gradients = [_as_gradient(t, g) for t, g in zip(like, grads, strict=True)]
         columns = [[state[name] for state in states] for name in recipe.graph.state]
         numbers = [state[name] for name in recipe.numbers for state in states]
         super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers, self.resident(recipe))
-        self.numbers_at = np.array([number.data_ptr() for number in numbers], np.uint64)
+        wide = bool(numbers) and numbers[0].dtype == torch.float64
+        self._number_dtype = np.dtype(np.float64 if wide else np.float32)
+        self._numbers = kernel.numbers_at(self.number_pointers, self._number_dtype)
+        self._step = recipe.numbers.index("step") if "step" in recipe.numbers else None
         self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
+        self._rate = self.kernel.leaves.get("lr")
+        # The group that has a learning rate that the constructor would refuse, and the rate.
+        self.refused_rate: tuple[int, float] | None = None
         self.launch: Any = None
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
+        # Whether some share memory: one worker then walks them in order, as torch would.
+        self.shares_memory = False
         # How the work is cut and the launch laid out, for some sets of parameters without a gradient.
         self._works: dict[tuple[int, ...], Any] = {(): self.work}
         self._launches: dict[tuple[int, ...], Any] = {}
@@ -84,32 +93,27 @@ class KernelBatch(Columns):
         """A group's numbers, in the order of the recipe's sources."""
         return self.recipe.read(group)
 
-    def find_entries(self, order: Mapping[int, int], params: Sequence[Tensor]) -> None:
-        """Note where in the optimizer's state the parameters' entries are; `order` maps an id to its place."""
-        self.pick_state = picker([order[id(p)] for p in self.pick(params)] if self.recipe.entries else [])
+    def find_entries(self, places: Mapping[int, int], reading: Reading) -> None:
+        """Note where in the optimizer's state the parameters' entries are; `places` are those of `Reading`."""
+        params = self.pick(reading.params)
+        self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
 
-    def gather(
-        self, params: Sequence[Tensor], groups: Sequence[Group], keys: Sequence[Any], entries: Sequence[State]
-    ) -> Gathered | None:
-        """Read options and tensors; None where the plan no longer fits. Raises `StepError` where no plan could.
-
-        `params` are all parameters in order, `keys` and `entries` the optimizer's state.
-        """
-        self.values = [self.read(groups[g]) for g in self.groups]
+    def gather(self, reading: Reading) -> Gathered | None:
+        """Look at options and tensors; None where the plan no longer fits. Raises `StepError` where no plan could."""
+        self.values = [self.read(reading.groups[g]) for g in self.groups]
         self.check_capture()
-        own = self.pick(params)
-        tensors: Gathered = [p.grad for p in own]
-        tensors += own
+        params = self.pick(reading.params)
+        tensors: Gathered = [*self.pick(reading.grads), *params]
         if self.recipe.entries:
-            states = self.pick_state(entries)
-            if not all(map(is_, self.pick_state(keys), own)):
+            states = self.pick_state(reading.entries)
+            if not all(map(is_, self.pick_state(reading.keys), params)):
                 return None
             try:
                 for name in self.recipe.entries:
                     tensors += map(itemgetter(name), states)
             except (KeyError, TypeError, IndexError):
                 return None
-        if not self._fill_in(tensors):
+        if self.strided and not self._copy_strided(tensors):
             return None
         inactive: list[int] = []
         if self.expected.compare(tensors):
@@ -117,11 +121,23 @@ class KernelBatch(Columns):
             inactive = [i for i in changed if i < self.count and tensors[i] is None]
             if len(inactive) < len(changed) and not self._replace_gradients(tensors, inactive):
                 return None
-        tail = self.expected.pointers[len(self.expected.pointers) - len(self.numbers_at) :]
-        if tail.tobytes() != self.numbers_at.tobytes():
-            return None
         self._activate(inactive)
         return tensors
+
+    def starts(self) -> np.ndarray:
+        """Where what this step writes begins in memory."""
+        starts = self.expected.pointers[self.count :]
+        if self.strided:
+            starts = starts.copy()
+            starts[list(self.strided)] = [self._origins[i][0] for i in self.strided]
+        return starts
+
+    def stretches(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        sizes = self.expected.bytes[self.count :].copy()
+        for i in self.strided:
+            sizes[i] = self._origins[i][1]
+        return sizes, np.tile(self.positions, len(sizes) // self.count)
 
     def check_capture(self) -> None:
         """Raise where a step would be captured in a graph that holds what is known now of the host's numbers."""
@@ -149,22 +165,14 @@ class KernelBatch(Columns):
         del self._works[inactive]
         self._launches.pop(inactive, None)
 
-    def _fill_in(self, tensors: Gathered) -> bool:
-        """Dense copies of parameters with holes and of lazy gradients; False where a parameter or state is lazy."""
-        n = self.count
-        for i in self.lazy:
-            for k in range(n + i, len(tensors), n):
-                if isinstance(tensors[k], Tensor) and (tensors[k].is_neg() or tensors[k].is_conj()):
-                    return False
-            g = tensors[i]
-            if g is not None and (g.is_neg() or g.is_conj()):
-                check_gradient(self.owner, self.members[i], tensors[n + i], g)
-                tensors[i] = g.resolve_conj().resolve_neg()
-        for i in self.strided:
-            p = tensors[n + i]
-            if not kernel.has_storage(p):
+    def _copy_strided(self, tensors: Gathered) -> bool:
+        """Put dense copies in the place of parameters with holes; False where one is not what it was."""
+        for i, facts in self.strided.items():
+            p = tensors[self.count + i]
+            if not kernel.is_as(p, facts):
                 return False
-            tensors[n + i] = p.detach().contiguous()
+            self._origins[i] = p.data_ptr(), kernel.extent(p)
+            tensors[self.count + i] = p.detach().contiguous()
         return True
 
     def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
@@ -185,29 +193,43 @@ class KernelBatch(Columns):
             tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
-    def is_as_read(self, tensors: Gathered) -> bool:
-        """Whether what was gathered still is what it was; addresses are read anew."""
+    def is_as_read(self, tensors: Gathered, reading: Reading) -> bool:
+        """Whether what was gathered still is what it was; addresses are read again."""
+        params = self.pick(reading.params) if self.strided else ()
+        for i, facts in self.strided.items():
+            if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
+                return False
         return self.expected.compare(tensors) == len(self.inactive) and self._changed() == self.inactive
 
-    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
+    def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
         """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
 
-        `numbers` hold each parameter's scalars and step number; `first` says whose step is the first.
+        `fresh` are the positions of the parameters that make their first step.
         """
-        self.choose_rows(np.stack([numbers[n] for n in self.recipe.numbers] or [np.zeros(self.count)]), first)
+        numbers = self._numbers.read()
+        if self._step is not None:
+            # Counted in the precision that the counts have.
+            numbers[self._step] = (numbers[self._step] + self.active).astype(self._number_dtype)
+        self.choose_rows(numbers, self.find_first(fresh))
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
-            leaves[leaf] = values[0] if len(values) == 1 else np.array(values)[self.setting_group]
+            each = values[0] if len(values) == 1 else np.array(values)
+            leaves[leaf] = each if len(values) == 1 else each[self.setting_group]
+            if leaf == self._rate and not are_learning_rates(each):
+                self.refused_rate = find_refused(self.groups, values)
         settings = {**dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)), "first": self.setting_first}
         for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, unscale.factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
         self.launch_up_to_stores()
 
+    def find_first(self, fresh: Collection[int]) -> np.ndarray | None:
+        """1.0 for each parameter that makes its first step, else 0.0; None if there is none."""
+        return np.array([m.position in fresh for m in self.members], np.float64) if fresh else None
+
     def launch_up_to_stores(self) -> None:
         """Begin the launch that has been laid out."""
-        # One worker walks written tensors that share memory in order, as torch would.
-        self._workers = 1 if self.overlap(first=1) else self.kernel.concurrency()
+        self._workers = 1 if self.shares_memory else self.kernel.concurrency()
         self.launch.begin(self._workers)
 
     def cancel(self) -> None:
@@ -215,21 +237,34 @@ class KernelBatch(Columns):
         if self.launch is not None:
             self.launch.cancel()
 
-    def finish(self, tensors: Gathered, params: Sequence[Tensor]) -> dict[str, np.ndarray]:
-        """Store what was begun, with the gathered tensors in hand, and return each parameter's new scalars."""
+    def finish(self, tensors: Gathered, reading: Reading) -> None:
+        """Store what was begun, with the gathered tensors in hand. Nothing here may fail."""
         self.launch.finish(self._workers)
+        written = self._written(tensors)
+        if self.strided:
+            params = self.pick(reading.params)
+            for i in self.strided:
+                params[i].detach().copy_(tensors[self.count + i])
+        torch.autograd.graph.increment_version(written)
+        self.keep_numbers()
+
+    def _written(self, tensors: Gathered) -> Gathered:
+        """The gathered tensors that this step writes."""
         columns = len(self.recipe.columns)
         written = tensors[self.count : columns * self.count]
-        if self.strided:
-            own = self.pick(params)
-            for i in self.strided:
-                own[i].detach().copy_(written[i])
         written += tensors[columns * self.count :][: self.count * len(self.resident(self.recipe) or ())]
         if self.inactive:
             missing = set(self.inactive)
-            written = [t for k, t in enumerate(written) if k % self.count not in missing]
-        torch.autograd.graph.increment_version(written)
-        return self.launch.scalars()
+            written = [t for i, t in enumerate(written) if i % self.count not in missing]
+        return written
+
+    def keep_numbers(self) -> None:
+        """Store each parameter's numbers after this step."""
+        numbers = self._numbers.values
+        for name, new in self.launch.scalars().items() if self.recipe.scalars else ():
+            row = self.recipe.numbers.index(name)
+            numbers[row] = np.where(self.active, new, numbers[row])
+        self._numbers.write()
 
     def choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
         """Find the distinct settings (group, first, numbers) and each tensor's.
@@ -257,101 +292,11 @@ class KernelBatch(Columns):
         self.launch = launch
 
 
-def _gradient_dtype(p: Tensor) -> torch.dtype:
-    return p.dtype if p.grad is None else p.grad.dtype
+def _as_gradient(like: Tensor, g: Tensor | None) -> Tensor:
+    """A tensor as the gradient of a parameter that lies like this must be."""
+    return like if g is None or g.dtype == like.dtype else torch.empty_like(like, dtype=g.dtype)
 
 
 def as_filled(g: Tensor) -> Tensor:
     """A gradient, with zeros where a sparse one has no values."""
     return g if g.layout == torch.strided else g.to_dense()
-
-
-@dataclass
-class EagerBatch:
-    """Parameters that no kernel serves: one at a time, by torch's own operations. Everything is checked every time."""
-
-    members: list[Member]
-    recipe: Recipe
-    owner: str
-    differentiable: bool
-    capturable: bool
-
-    def gather(
-        self, params: Sequence[Tensor], groups: Sequence[Group], state: Mapping[Any, State]
-    ) -> list[tuple[Member, Tensor, State, dict[str, Any]]] | None:
-        """Who steps now, with which state and options; None where state is missing that a plan would create."""
-        stepping = []
-        for member in self.members:
-            p = params[member.position]
-            if p.grad is None:
-                continue
-            own = state.get(p, {})
-            if not isinstance(own, dict) or any(own.get(name) is None for name in self.recipe.entries):
-                return None
-            if not member.takes(p.grad):
-                return None
-            check(self.owner, member, p, own, self.recipe)
-            if not (self.capturable or self.differentiable) and kernel.is_capturing(p.device):
-                raise StepError(CAPTURE.format(self.owner))
-            stepping.append((member, p, own, self._read(groups[member.group])))
-        return stepping
-
-    def _read(self, group: Group) -> dict[str, Any]:
-        if self.differentiable or self.capturable:
-            return {name: pick(group, key, j) for name, key, j in self.recipe.sources}
-        names = (name for name, _, _ in self.recipe.sources)
-        return dict(zip(names, self.recipe.read(group), strict=True))
-
-    def run(self, stepping: Gathered, fresh: set[int], unscale: Unscale) -> None:
-        """Step each parameter that was gathered; `fresh`, the positions of those whose state is new, loses them."""
-        for member, p, own, hypers in stepping:
-            hypers |= {"first": float(member.position in fresh), kernel.GRADIENT_FACTOR: unscale.factor}
-            hypers |= {name: _read(own[name], self.capturable) for name in self.recipe.numbers}
-            if self.recipe.counts_steps:
-                hypers["step"] = hypers["step"] + 1
-            self._update(p, own, hypers)
-            fresh.discard(member.position)
-
-    def _update(self, p: Tensor, own: State, hypers: dict[str, Any]) -> None:
-        """Compute everything, then write."""
-        columns: dict[str, Any] = self._columns(p, {name: own[name] for name in self.recipe.graph.state})
-        if p.is_complex():
-            columns = {name: torch.view_as_real(t.resolve_conj()) for name, t in columns.items()}
-        # Autograd keeps what it has read; what is written in place must be another tensor.
-        read = {name: t.clone() for name, t in columns.items()} if self.differentiable else columns
-        new = kernel.evaluate(self.recipe.graph, read, hypers)
-        if self.recipe.counts_steps:
-            write_number(own, "step", hypers["step"])
-        for name in self.recipe.scalars:
-            write_number(own, name, new.pop(name))
-        for name, value in new.items():
-            target = p if name == "p" else own[name]
-            self._store(target, torch.view_as_complex(value.contiguous()) if p.is_complex() else value)
-
-    def _columns(self, p: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the rule is given."""
-        assert p.grad is not None
-        return {"p": p, "g": as_filled(p.grad), **states}
-
-    def _store(self, target: Tensor, value: Tensor) -> None:
-        """Put a column's new value in its place."""
-        target.copy_(value)
-
-
-def _read(value: Tensor | float, capturable: bool) -> Tensor | float:
-    """A number of a parameter's state; a tensor where a graph capture must see it."""
-    if isinstance(value, Tensor):
-        return value.detach().clone() if capturable else value.item()
-    return value
-
-
-def write_number(own: State, name: str, value: Tensor | float) -> None:
-    """Set a number of a parameter's state in place, where it is kept in a tensor."""
-    kept = own[name]
-    if isinstance(kept, Tensor) and not kept.is_inference():
-        with torch.no_grad():
-            kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
-    elif name == "step" and type(kept) is int:
-        own[name] = int(value)
-    else:
-        own[name] = torch.tensor(float(value), device="cpu")

@@ -44,7 +44,9 @@ class Columns:
         walked = self.count * len(names)
         self.pointers = self.expected.pointers[:walked].reshape(len(names), self.count)
         self.addressed = self.expected.pointers[: walked + self.count * len(resident or ())].reshape(-1, self.count)
-        self._bytes = self.expected.bytes[:walked].reshape(len(names), self.count)
+        self.bytes = self.expected.bytes[:walked].reshape(len(names), self.count)
+        # The addresses of the numbers, a row for each name.
+        self.number_pointers = self.expected.pointers[walked:].reshape(-1, self.count)
         formats = tuple((name, format_name(column[0].dtype)) for name, column in zip(names, columns, strict=True))
         number_format = format_name(numbers[0].dtype) if resident else "float32"
         self.kernel = kernel.compile(graph, formats, like[0].device, resident, number_format)
@@ -52,21 +54,38 @@ class Columns:
         self._placed = b""
         self._overlapping = False
 
-    def overlap(self, first: int = 0) -> bool:
-        """Whether tensors that were read, in the columns from `first` on, share memory with one another."""
-        placed = self.pointers[first:]
+    def overlap(self) -> bool:
+        """Whether tensors that were read share memory with one another."""
+        placed = self.pointers
         if placed.tobytes() != self._placed:
-            self._overlapping = _overlap(placed.reshape(-1), self._bytes[first:].reshape(-1))
+            self._overlapping = len(find_clusters(placed, self.bytes, np.arange(placed.size))) > 0
             self._placed = placed.tobytes()
         return self._overlapping
 
 
-def _overlap(placed: np.ndarray, size: np.ndarray) -> bool:
-    """Whether two stretches of memory share a byte."""
-    order = np.argsort(placed, kind="stable")
-    order = order[size[order] > 0]
-    ends = (placed + size.astype(np.uint64))[order]
-    return bool((ends[:-1] > placed[order][1:]).any())
+Clusters = tuple[tuple[int, ...], ...]
+
+
+def find_clusters(starts: np.ndarray, sizes: np.ndarray, owners: np.ndarray) -> Clusters:
+    """The owners of stretches of memory that share bytes with those of others, together and in order.
+
+    Of (0, 8 bytes, owner 0), (4, 8, 1), (10, 8, 2), (20, 8, 3) it is ((0, 1, 2),): each overlaps with the next.
+    """
+    starts, sizes, owners = starts.reshape(-1), sizes.reshape(-1).astype(np.uint64), owners.reshape(-1)
+    order = np.argsort(starts, kind="stable")
+    order = order[sizes[order] > 0]
+    ends = np.maximum.accumulate((starts + sizes)[order])
+    apart = ends[:-1] <= starts[order][1:]
+    if apart.all():
+        return ()
+    parts = np.split(owners[order], np.flatnonzero(apart) + 1)
+    clusters = (tuple(sorted(set(part.tolist()))) for part in parts if len(part) > 1)
+    return tuple(sorted(cluster for cluster in clusters if len(cluster) > 1))
+
+
+def is_plain(t: object) -> bool:
+    """Whether this is a tensor whose elements lie in memory, where its strides say."""
+    return isinstance(t, Tensor) and type(t) in kernel.PLAIN and t.layout == torch.strided and not t.is_meta
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -80,11 +99,3 @@ def format_name(dtype: torch.dtype) -> str:
     """The storage format of a dtype; complex numbers are pairs of real ones."""
     real = dtype.to_real() if dtype.is_complex else dtype
     return str(real).removeprefix("torch.")
-
-
-def find_lazy(tensors: Sequence[Tensor]) -> list[int]:
-    """Which tensors may become lazy conjugates or negations with the same strides: complex ones, and single elements.
-
-    torch's public functions make no other ones.
-    """
-    return [i for i, t in enumerate(tensors) if t.numel() == 1 or t.is_complex()]

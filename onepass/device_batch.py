@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from weakref import ref
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import kernel
 from .batch import KernelBatch
-from .checks import Group, Member, State, StepError
+from .checks import Group, Member, StepError
+from .reading import Reading
 from .recipes import Recipe
 from .unscale import Unscale
 
@@ -25,15 +26,15 @@ class DeviceBatch(KernelBatch):
     the kernel does it, and changes nothing where a gradient is not finite.
     """
 
-    def __init__(self, members: list[Member], params: list[Tensor], states: list[State], recipe: Recipe, owner: str):
-        super().__init__(members, params, states, recipe, owner)
+    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
+        super().__init__(members, reading, recipe, owner)
         # For each parameter 1 until it has stepped, on the device; taken on this stream.
         self.fresh: Tensor | None = None
         self._stream: Any = None
         # Whether a step may have been skipped, and what is known of such steps from former batches.
         self.skipped = False
         self._former: list[tuple[list[int], list[int], Tensor]] = []
-        self._refs = [ref(p) for p in params]
+        self._refs = [ref(p) for p in self.pick(reading.params)]
         self._of_former_launches: list[Tensor] = []
 
     @property
@@ -86,9 +87,10 @@ class DeviceBatch(KernelBatch):
             self._launches[key] = self.kernel.prepare(self.addressed, self.work, self.row_of_group, len(self.groups))
         self.launch = self._launches[key]
 
-    def begin(self, numbers: Mapping[str, np.ndarray], first: np.ndarray | None, unscale: Unscale) -> None:
+    def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
         self.choose_launch()
         launch = self.launch
+        first = self.find_first(fresh)
         self._make_fresh(np.zeros(self.count) if first is None else first)
         launch.fresh = self.fresh
         launch.active[:] = self.active
@@ -103,6 +105,9 @@ class DeviceBatch(KernelBatch):
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
+
+    def keep_numbers(self) -> None:
+        """The kernel has stored them."""
 
     def _make_fresh(self, first: np.ndarray) -> None:
         """Bring to the device what the host knows of first steps; afterwards only the device knows."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _ABSENT = object()
 
 
 class Ledger:
-    """Entries that were set in dicts and memory that tensors were given, each with what was there before."""
+    """Entries that were set in dicts and values that were copied into tensors, each with what was there before."""
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, Any, Any]] = []
@@ -20,16 +21,17 @@ class Ledger:
         self._before.append((entries, key, entries.get(key, _ABSENT)))
         entries[key] = value
 
-    def give(self, tensor: Tensor, memory: Tensor) -> None:
-        """Give a tensor other memory."""
-        self._before.append((tensor, None, tensor.data))
-        tensor.data = memory
+    def copy(self, tensor: Tensor, value: Tensor) -> None:
+        """Copy a value into a tensor."""
+        self._before.append((tensor, None, tensor.detach().clone()))
+        tensor.copy_(value)
 
     def undo(self) -> None:
         """Take everything back, the last first."""
         for changed, key, before in reversed(self._before):
             if isinstance(changed, Tensor):
-                changed.data = before
+                with torch.no_grad():
+                    changed.copy_(before)
             elif before is _ABSENT:
                 changed.pop(key, None)
             else:

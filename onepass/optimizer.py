@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,14 +14,21 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from .batch import Gathered
-from .checks import StepError
+from .checks import StepError, flag
 from .kernel import Rank, Rule, shape_at, signature
+from .kernel.caches import remember
 from .loading import Match, check_state_dict, match
+from .mistakes import Idle, refused_rate, watch_options
 from .options import check_switches
+from .param_groups import Taken, check_params, check_spelling, read_params
 from .plan import Plan
+from .reading import Reading
 from .recipes import MODES, Algorithm, fill_state, recipe_of
+from .turn import Turn
 from .unscale import Unscale
+
+# How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
+MOST_PLANS = 8
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -42,6 +48,11 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        watch_options(cls)
+
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
 
@@ -51,6 +62,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises TypeError for parameters that are no floating-point tensors, ValueError for an empty list, tensors that
         are no leaves, or that occur twice.
         """
+        self._turn = Turn()
+        self._idle, self._zeroed = Idle(), False
         self._plan: Plan | None = None
         self._captured: list[Tensor] = []
         self._warned: set[str] = set()
@@ -61,7 +74,12 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{owner}: params must have an order, got a set; use a list")
         self.defaults = defaults
         self._check(defaults)
-        super().__init__(params, defaults)
+        # Known while groups are added one after another; later the groups may be anything.
+        self._taken: Taken | None = Taken(())
+        try:
+            super().__init__(params, defaults)
+        finally:
+            self._taken = None
 
     # What a subclass may refine.
 
@@ -74,7 +92,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Override it, and add to what it returns, where a flag follows from a number.
         """
-        return {name: bool(group[name]) for name in _switches(type(self)) if name in group}
+        return {name: flag(group[name], name) for name in _switches(type(self)) if name in group}
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
@@ -113,22 +131,54 @@ class Optimizer(torch.optim.Optimizer):
         unscale = Unscale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if not unscale.waits and unscale.read():
             return loss
-        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            plan, gathered = self._make_ready(unscale.scale is not None)
-            plan.run(gathered, unscale)
+        # Outside of it other threads may step: a closure may wait for one that does.
+        with self._turn as turn, torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            turn.refuse_another(_name(self))
+            if type(self)._init_group is not Optimizer._init_group:
+                self._step_as_torch()
+                return loss
+            plan, reading, gathered = self._make_ready(unscale.scale is not None)
+            if self._idle.waits:
+                self._look_for_gradients(reading, closure is not None)
+            plan.run(reading, gathered, unscale)
+        if plan.refused_rate is not None:
+            self._warn_once(refused_rate(_name(self), *plan.refused_rate))
         return loss
 
-    def _make_ready(self, scaled: bool) -> tuple[Plan, list[Gathered]]:
+    def _look_for_gradients(self, reading: Reading, expected: bool) -> None:
+        """Say when steps change nothing. Schedulers are tried out without any gradients: there none is expected."""
+        if expected or self._zeroed or not _is_scheduled(self):
+            self._idle.look(_name(self), reading.params, reading.grads, self._warn_once)
+        self._zeroed = False
+
+    # What torch's own classes have, for those who override it.
+
+    def _init_group(self, group: dict[str, Any], *lists: Any, **named: Any) -> Any:
+        """Fill lists with a group's parameters, gradients and states, as torch's class of this name does.
+
+        Steps do not need it. Where a subclass overrides it, they are torch's own, which call it.
+        """
+        return _torch_class(self)._init_group(self, group, *lists, **named)
+
+    def _step_as_torch(self) -> None:
+        name = _name(self)
+        self._warn_once(f"{name} steps by torch.optim's slower code: it overrides _init_group, which only that calls")
+        step = _torch_class(self).step
+        # Without torch's hooks, which have been called.
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
+    def _make_ready(self, scaled: bool) -> tuple[Plan, Reading, Any]:
         """The plan that fits what is there now, and what it has read for this step."""
         flags, former = type(self).flags, self._plan
-        for known in (former, None):
+        for known in (former, *[None] * MOST_PLANS):
             self._plan = None
             plan = known
             try:
+                reading = Reading(self.param_groups, self.state)
                 if plan is None:
-                    plan = Plan(self._algorithm(), self.param_groups, self.state, scaled, former)
+                    plan = Plan(self._algorithm(), reading, scaled, former)
                 now = [flags(self, g) for g in self.param_groups]
-                gathered = plan.ready(self.param_groups, self.state, scaled, now)
+                gathered = plan.ready(reading, scaled, now)
             except BaseException:
                 self._let_go(plan)
                 # It may know of first steps that were skipped.
@@ -136,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise
             if gathered is not None:
                 self._plan = plan
-                return plan, gathered
+                return plan, reading, gathered
             self._let_go(plan)
         raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
 
@@ -155,6 +205,7 @@ class Optimizer(torch.optim.Optimizer):
             self._zero_grad(set_to_none)
 
     def _zero_grad(self, set_to_none: bool) -> None:
+        self._zeroed = True
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(self)}.zero_grad"):
             for p in chain.from_iterable(group["params"] for group in self.param_groups):
                 if p.grad is None:
@@ -181,6 +232,7 @@ class Optimizer(torch.optim.Optimizer):
             partial(cls._warn_once, self),
             cls.gradients,
             partial(cls.steps_rows, self),
+            self.defaults,
         )
 
     def _check(self, options: Mapping[str, Any]) -> None:
@@ -205,80 +257,19 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(f"{_name(self)}: param_group must be a dict, got {type(param_group).__name__}")
         if "params" not in param_group:
             raise KeyError(f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}")
-        params, names = self._read_params(param_group["params"])
-        self._check_params(params, names)
-        self._check_spelling(param_group)
+        params, names = read_params(_name(self), param_group["params"])
+        check_params(_name(self), params, bool(self.defaults.get("differentiable")), names)
+        check_spelling(_name(self), param_group, self.defaults)
         self._check({**self.defaults, **param_group, "params": params})
-        param_group["params"] = params
-        if names:
-            param_group["param_names"] = names
-        for key, default in self.defaults.items():
-            param_group.setdefault(key, default)
-        self.param_groups.append(param_group)
-
-    def _read_params(self, given: Any) -> tuple[list[Tensor], list[str]]:
-        if isinstance(given, set):
-            raise TypeError(f"{_name(self)}: params must have an order, got a set; use a list")
-        if not isinstance(given, Iterable):
-            raise TypeError(f"{_name(self)}: a param group's params must be tensors, got {torch.typename(given)}")
-        entries = [given] if isinstance(given, Tensor) else list(given)
-        for entry in entries:
-            if isinstance(entry, tuple) and (len(entry) != 2 or not isinstance(entry[0], str)):
-                raise TypeError(
-                    f"{_name(self)} can only optimize tensors or (name, tensor) pairs, got a tuple of "
-                    f"({', '.join(repr(e) if isinstance(e, (str, int)) else torch.typename(e) for e in entry)})"
-                )
-        names = [entry[0] for entry in entries if isinstance(entry, tuple)]
-        params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-        if names and len(names) != len(params):
-            raise ValueError(
-                f"{_name(self)}: all parameters must have names, or none; {len(params) - len(names)} have none"
-            )
-        return params, names
-
-    def _check_params(self, params: list[Tensor], names: list[str]) -> None:
-        labels = [repr(name) for name in names] or [str(i) for i in range(len(params))]
-        for p, label in zip(params, labels, strict=True):
-            if not isinstance(p, Tensor):
-                raise TypeError(
-                    f"{_name(self)} can only optimize tensors, but parameter {label} is {torch.typename(p)}"
-                )
-            if not (p.is_floating_point() or p.is_complex()):
-                raise TypeError(
-                    f"{_name(self)}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
-                    "gradients, leave it out of the list"
-                )
-            if not self.defaults.get("differentiable") and not (p.is_leaf or p.retains_grad):
-                raise ValueError(
-                    f"{_name(self)} can't optimize a non-leaf Tensor: parameter {label} is computed from others"
-                )
-        taken = {name for group in self.param_groups for name in group.get("param_names", ())}
-        for name in names:
-            if name in taken:
-                raise ValueError(f"{_name(self)}: the parameter name {name!r} is given twice; give each its own")
-            taken.add(name)
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
-        for p, label in zip(params, labels, strict=True):
-            if id(p) in mine:
-                raise ValueError(
-                    f"{_name(self)}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
-                    "in more than one parameter group; give each once"
-                )
-            mine.add(id(p))
-        if self.param_groups and bool(names) != ("param_names" in self.param_groups[0]) and params:
-            have = "with" if names else "without"
-            raise ValueError(f"{_name(self)}: all param groups must have names, or none; this one comes {have} names")
-
-    def _check_spelling(self, group: Mapping[str, Any]) -> None:
-        """Other keys are welcome in a group (schedulers add some), but not an option's name with a letter wrong."""
-        for key in group:
-            if key in self.defaults or key in ("params", "param_names"):
-                continue
-            meant = [
-                n for n in difflib.get_close_matches(str(key), self.defaults, 1, 0.8) if abs(len(n) - len(key)) < 2
-            ]
-            if meant:
-                raise ValueError(f"{_name(self)}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+        with self._turn:
+            taken = self._taken if self._taken is not None else Taken(self.param_groups)
+            taken.add(_name(self), params, names)
+            param_group["params"] = params
+            if names:
+                param_group["param_names"] = names
+            for key, default in self.defaults.items():
+                param_group.setdefault(key, default)
+            self.param_groups.append(param_group)
 
     def make_state(self, group: dict[str, Any]) -> None:
         """Create the state of a group's parameters now, and not in their first step."""
@@ -295,6 +286,16 @@ class Optimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        with self._turn:
+            state, groups = self._pack()
+        result: dict[str, Any] = {"state": state, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def _pack(self) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+        """State and groups, with positions in the place of parameters."""
         position: dict[int, int] = {}
         groups = []
         for group in self.param_groups:
@@ -303,11 +304,7 @@ class Optimizer(torch.optim.Optimizer):
             packed = {key: value for key, value in group.items() if key != "params"}
             groups.append(packed | {"params": [position[id(p)] for p in group["params"]]})
         state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in self.state.items()}
-        result: dict[str, Any] = {"state": state, "param_groups": groups}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, result)
-            result = result if changed is None else changed
-        return result
+        return state, groups
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
@@ -326,8 +323,9 @@ class Optimizer(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
-        state, groups = self._load(match(_name(self), self.param_groups, state_dict))
-        self.__setstate__({"state": state, "param_groups": groups})
+        with self._turn:
+            state, groups = self._load(match(_name(self), self.param_groups, state_dict))
+            self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -367,6 +365,10 @@ class Optimizer(torch.optim.Optimizer):
     # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_turn", Turn())
+        self.__dict__.setdefault("_idle", Idle())
+        self.__dict__.setdefault("_zeroed", False)
+        self.__dict__.setdefault("_taken", None)
         self.__dict__.setdefault("_plan", None)
         self.__dict__.setdefault("_captured", [])
         self._let_go(self._plan)
@@ -377,11 +379,28 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(key, default)
 
 
+def _torch_class(optimizer: Optimizer) -> Any:
+    """torch's class of which an optimizer's class is ours; TypeError if there is none."""
+    for cls in type(optimizer).__mro__:
+        if (
+            cls.__module__.partition(".")[0] == __package__
+            and cls is not Optimizer
+            and hasattr(torch.optim, cls.__name__)
+        ):
+            return getattr(torch.optim, cls.__name__)
+    raise TypeError(f"{_name(optimizer)} is not derived from a class that torch.optim has, and has no _init_group")
+
+
+def _is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether a scheduler drives an optimizer, one of torch's or of ours."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched") or bool(vars(optimizer).get("_lr_schedulers"))
+
+
 def _name(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer).__name__
 
 
-@lru_cache(maxsize=256)
+@remember(most=256)
 def _switches(cls: type[Optimizer]) -> tuple[str, ...]:
     """The arguments whose default in a constructor, the class's own or an inherited one, is True or False."""
     constructors = [inspect.signature(base.__init__).parameters for base in cls.__mro__ if "__init__" in vars(base)]

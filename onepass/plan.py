@@ -1,17 +1,19 @@
 """Columns to plan: which parameters step together, what is checked each step, when the plan is built again.
 
 **Built again** when a parameter list, an option that is no number, the set of parameters that have ever had a
-gradient, a state dict, or any fact of a parameter or state tensor differs from what the plan was built for. Building
-checks everything first and creates missing state last, so that an error leaves all as it was.
+gradient, a state dict, any fact of a parameter or state tensor, or which of them share memory differs from what the
+plan was built for. Building checks everything first and creates missing state last, so that an error leaves all as it
+was.
 
-**Each step** `ready` reads parameter lists, options, gradients, states and all tensors' facts anew (see `KernelBatch`);
-only if every batch is ready does anything change: step counts, then the launches. No address outlives a step, and a
-plan keeps no parameter, gradient or state alive.
+**A step** descends three times. `ready` looks at everything: parameter lists, options, gradients, states and all
+tensors' facts. `run` then begins whatever may fail: functions of matrices, torch's operations, memory. Only when all
+has begun does anything change, and nothing of that may fail. So an error changes nothing, at the price of three walks
+over the batches. No address outlives a step, and a plan keeps no parameter, gradient or state alive. Threads take turns
+(`Optimizer._turn`): a plan's tables are in use by one step at a time.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -22,58 +24,52 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Gathered, KernelBatch, check
-from .checks import Group, Member, State, StepError, sparse_kind
-from .columns import format_name
+from .batch import Gathered, KernelBatch, check
+from .checks import Member, StepError, sparse_kind
+from .columns import find_clusters, format_name
 from .device_batch import DeviceBatch
+from .eager_batch import EagerBatch
+from .group_recipes import GroupRecipes
 from .ledger import Ledger
-from .recipes import Algorithm, Mode, Recipe, describe, fill_state, make_recipe, new_counter, switches
+from .numbers import Numbers
+from .reading import Reading
+from .recipes import Algorithm, Mode, fill_state
 from .rows import EagerRows, RowsBatch
+from .scratch import Scratch
+from .sharing import SHARING, find_shared, out_of_order
 from .unscale import Unscale
 
 # Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
 MOST_ELEMENTS = 1 << 24
 
 
-def _kind(value: object) -> int:
-    return len(value) if type(value) in (tuple, list) else -1 if value is None else -2  # type: ignore[arg-type]
-
-
 class Plan:
     """One optimizer's parameters, in batches, ready to step."""
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        groups: list[Group],
-        state: dict[Any, State],
-        scaled: bool,
-        former: Plan | None = None,
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, reading: Reading, scaled: bool, former: Plan | None = None) -> None:
         """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed.
 
         A `former` plan may know of parameters whose first step was skipped.
         """
-        self.scaled = scaled
+        groups = reading.groups
+        self.owner, self.scaled, self.inference = algorithm.name, scaled, torch.is_inference_mode_enabled()
         self.sizes = [len(group["params"]) for group in groups]
-        self._find_recipes(algorithm, groups)
-        params = list(chain.from_iterable(group["params"] for group in groups))
+        found = GroupRecipes(algorithm, groups, scaled)
+        self._options, self.recipes, self.modes = found, found.recipes, found.modes
+        self.kind_of, self.graph_of = found.kind_of, found.graph_of
         self.dormant: list[int] = []
-        self.members = self._find_members(algorithm, groups, state)
+        self.members = self._find_members(algorithm, reading)
         # Positions of the parameters whose state is made now, and what to take back if a step does not come of it.
         self.fresh: set[int] = set()
         self._ledger = Ledger()
-        plain = [p for p in params if type(p) in kernel.PLAIN and p.layout == torch.strided]
-        storages = Counter(p.untyped_storage().data_ptr() for p in plain)
-        self.shared = {address for address, count in storages.items() if count > 1}
         try:
-            for member in self.members:
-                self._complete_state(algorithm, member, params[member.position], groups[member.group], state)
-            self._make_batches(algorithm, params, state)
+            why = [self._complete_state(algorithm, member, reading) for member in self.members]
+            reading.read_state()
+            self._make_batches(algorithm, reading, dict(zip((m.position for m in self.members), why, strict=True)))
         except BaseException:
             self.undo()
             raise
-        self.size = len(state)
+        self.size = len(reading.state)
         for batch in self.residents:
             for other in () if former is None else former.residents:
                 batch.take_over(other)
@@ -82,182 +78,169 @@ class Plan:
         """Take back the state that building this plan has made, where no step came of it."""
         self._ledger.undo()
 
-    def _find_recipes(self, algorithm: Algorithm, groups: list[Group]) -> None:
-        """How each parameter steps: one recipe for each group and each rule in it, numbered by `kind_of`."""
-        self.recipes: list[Recipe] = []
-        self.modes: list[Mode] = []
-        self.kind_of: list[int] = []
-        self.switches: list[tuple[list[str], list[str]]] = []
-        flags = [algorithm.flags(group) for group in groups]
-        for group, own in zip(groups, flags, strict=True):
-            mode = Mode.of(group)
-            known: dict[kernel.Rule, int] = {}
-            keywords: dict[str, kernel.Argument] = {}
-            for p in group["params"]:
-                rule = algorithm.rule_of(p, group)
-                if rule not in known:
-                    arguments = describe(algorithm.name, rule, group, own)
-                    keywords |= dict(arguments)
-                    how = {"maximize": mode.maximize, "scaled": self.scaled, "exact": not mode.differentiable}
-                    known[rule] = len(self.recipes)
-                    self.recipes.append(make_recipe(algorithm.name, rule, arguments, **how))
-                    self.recipes[-1].look_at(group)
-                    self.modes.append(mode)
-                self.kind_of.append(known[rule])
-            self.switches.append(switches(keywords.items()))
-        self.switched = self._switched(groups, flags)
-
-    def _find_members(self, algorithm: Algorithm, groups: list[Group], state: Mapping[Any, State]) -> list[Member]:
+    def _find_members(self, algorithm: Algorithm, reading: Reading) -> list[Member]:
         """The parameters that step now, checked, and those that have stepped and still could; others are dormant."""
         members: list[Member] = []
         owner, position = algorithm.name, 0
-        for g, group in enumerate(groups):
+        for g, group in enumerate(reading.groups):
             names = group.get("param_names")
-            for i, p in enumerate(group["params"]):
+            for i in range(self.sizes[g]):
                 label = repr(names[i]) if names and i < len(names) else str(position)
-                sparse = sparse_kind(owner, label, p.grad, algorithm.gradients, partial(algorithm.steps_rows, group))
+                grad, steps_rows = reading.grads[position], partial(algorithm.steps_rows, group)
+                sparse = sparse_kind(owner, label, grad, algorithm.gradients, steps_rows)
                 member = Member(position, g, self.kind_of[position], label, sparse)
-                position += 1
-                if self._is_awake(owner, member, p, state.get(p, {})):
+                if self._is_awake(owner, member, reading):
                     members.append(member)
                 else:
-                    self.dormant.append(member.position)
+                    self.dormant.append(position)
+                position += 1
         return members
 
-    def _is_awake(self, owner: str, member: Member, p: Tensor, known: Any) -> bool:
+    def _is_awake(self, owner: str, member: Member, reading: Reading) -> bool:
         """Whether a parameter belongs into the plan. One without a gradient may be in any condition: frozen, freed."""
-        recipe = self.recipes[member.kind]
-        if p.grad is None and (not isinstance(known, dict) or any(known.get(n) is None for n in recipe.entries)):
+        p, grad = reading.params[member.position], reading.grads[member.position]
+        recipe, state = self.recipes[member.kind], reading.state_of(p)
+        if grad is None and (not isinstance(state, dict) or any(state.get(n) is None for n in recipe.entries)):
             return False
-        if not isinstance(known, dict):
+        if not isinstance(state, dict):
             raise StepError(
-                f"{owner}: the state of parameter {member.label} must be a dict, got a {type(known).__name__}"
+                f"{owner}: the state of parameter {member.label} must be a dict, got a {type(state).__name__}"
             )
         try:
-            check(owner, member, p, known, recipe)
+            check(owner, member, p, grad, state, recipe)
         except StepError:
-            if p.grad is not None:
+            if grad is not None:
                 raise
             return False
-        return p.grad is not None or bool(recipe.entries)
+        return grad is not None or bool(recipe.entries)
 
-    def _complete_state(
-        self, algorithm: Algorithm, member: Member, p: Tensor, group: Group, state: dict[Any, State]
-    ) -> None:
-        """Create missing entries; lay dense ones that lie otherwise than their parameter as it lies."""
-        recipe = self.recipes[member.kind]
+    def _complete_state(self, algorithm: Algorithm, member: Member, reading: Reading) -> str | None:
+        """Create missing entries, and say why no kernel can serve the parameter, if so.
+
+        For a kernel, dense entries come to lie as their parameter does; for torch, expanded ones cannot be written.
+        """
+        recipe, p = self.recipes[member.kind], reading.params[member.position]
         if not recipe.entries:
-            return
-        if p not in state:
-            self._ledger.set(state, p, {})
-        own = state[p]
-        if all(own.get(name) is None for name in recipe.graph.state):
+            return self._why_eager(member, reading)
+        if p not in reading.state:
+            self._ledger.set(reading.state, p, {})
+        state = reading.state[p]
+        if all(state.get(name) is None for name in recipe.graph.state):
             self.fresh.add(member.position)
-        fill_state(algorithm, recipe, p, group, partial(self._ledger.set, own), own)
-        if self._why_eager(member, p, own) is None:
-            for name in recipe.graph.state:
-                like = recipe.as_dense(p) if own[name].shape == p.shape else own[name].contiguous()
-                if own[name].stride() != like.stride():
-                    self._ledger.set(own, name, torch.empty_like(like, dtype=own[name].dtype).copy_(own[name]))
+        fill_state(algorithm, recipe, p, reading.groups[member.group], partial(self._ledger.set, state), state)
+        why = self._why_eager(member, reading)
+        for name in recipe.graph.state:
+            entry = state[name]
+            if why is not None:
+                lies_well = type(entry) not in kernel.PLAIN or not kernel.is_expanded(entry)
+            elif entry.shape == p.shape and recipe.fits(p):
+                lies_well = entry.stride() == p.stride()
+            else:
+                lies_well = entry.is_contiguous()
+            if not lies_well:
+                like = recipe.as_dense(p) if entry.shape == p.shape and why is None else entry
+                dense = torch.empty_like(like, dtype=entry.dtype, memory_format=torch.preserve_format)
+                self._ledger.set(state, name, dense.copy_(entry))
+        return why
 
-    def _why_eager(self, member: Member, p: Tensor, own: Mapping[str, Any]) -> str | None:
+    def _why_eager(self, member: Member, reading: Reading) -> str | None:
         """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
-        mode = self.modes[member.kind]
-        columns = [p, *(own[name] for name in self.recipes[member.kind].graph.state)]
+        mode, p = self.modes[member.kind], reading.params[member.position]
+        grad, state = reading.grads[member.position], reading.state_of(p)
+        columns = [p, *(state[name] for name in self.recipes[member.kind].graph.state)]
         if mode.eager or mode.differentiable or p.device.type == "meta":
             return ""
         if kernel.why_no_kernels(p.device):
             return kernel.why_no_kernels(p.device)
         if member.sparse == "rows" and not kernel.on_host(p.device):
             return f"there are no kernels for sparse gradients on {p.device.type} devices"
-        for t in (*columns, *(() if p.grad is None else (p.grad,))):
+        for t in (*columns, *(() if grad is None else (grad,))):
             if type(t) not in kernel.PLAIN:
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
-        if not kernel.is_dense(p) and p.untyped_storage().data_ptr() in self.shared:
-            return "a parameter with holes shares its memory with another"
-        numbers = [own[name] for name in self.recipes[member.kind].numbers if isinstance(own.get(name), Tensor)]
-        if any(number.is_cpu and number.is_shared() for number in numbers):
-            return "a step count is in shared memory"
         if any(t.is_conj() or t.is_neg() for t in columns):
             return "a parameter or its state is a lazily conjugated or negated view"
         return None
 
-    def _make_batches(self, algorithm: Algorithm, params: list[Tensor], state: dict[Any, State]) -> None:
-        """Group members by program and dtypes: each kernel batch is one launch."""
-        kernels: dict[object, list[Member]] = {}
-        by_rows: dict[object, list[Member]] = {}
-        eager: dict[tuple[kernel.Graph, Mode, bool], list[Member]] = {}
-        for member in self.members:
-            p, graph = params[member.position], self.recipes[member.kind].graph
-            own = state.get(p, {})
-            why = self._why_eager(member, p, own)
-            if why is None:
-                dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, *(own[name].dtype for name in graph.state))
-                kind = (graph, dtypes, p.device, self._is_resident(member, p))
-                (by_rows if member.sparse == "rows" else kernels).setdefault(kind, []).append(member)
-            else:
-                eager.setdefault((graph, self.modes[member.kind], member.sparse == "rows"), []).append(member)
-                if why:
-                    algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {why}")
-        self._make_kernels(algorithm, list(kernels.values()), params, state)
-        self.eager = [
-            (EagerRows if rows else EagerBatch)(
-                of,
-                self.recipes[of[0].kind],
-                algorithm.name,
-                mode.differentiable,
-                mode.capturable or self._is_resident(of[0], params[of[0].position]),
-            )
-            for (_, mode, rows), of in eager.items()
-        ]
-        self.rows = [RowsBatch(of, params, state, self.recipes[of[0].kind], algorithm.name) for of in by_rows.values()]
+    def _make_batches(self, algorithm: Algorithm, reading: Reading, why: dict[int, str | None]) -> None:
+        """Group members by program and dtypes: each kernel batch is one launch.
 
-    def _make_kernels(
-        self, algorithm: Algorithm, kinds: list[list[Member]], params: list[Tensor], state: dict[Any, State]
+        `why` says of members by position why no kernel can serve them.
+        """
+        kinds = {m.position: self._kind(m, reading) for m in self.members if why[m.position] is None}
+        differentiable = any(mode.differentiable for mode in self.modes)
+        self.clusters = () if differentiable else find_shared(self.members, self.recipes, reading)
+        for position in out_of_order(self.clusters, self.members, kinds, self.recipes, reading):
+            why[position] = SHARING if why[position] is None else why[position]
+        for reason in dict.fromkeys(filter(None, why.values())):
+            algorithm.warn_once(f"{algorithm.name} steps on the slower eager backend: {reason}")
+        dense: dict[object, list[Member]] = {}
+        by_rows: dict[object, list[Member]] = {}
+        eager: dict[tuple[int, Mode, bool], list[Member]] = {}
+        for member in self.members:
+            rows = member.sparse == "rows"
+            if why[member.position] is None:
+                (by_rows if rows else dense).setdefault(kinds[member.position], []).append(member)
+            else:
+                eager.setdefault((self.graph_of[member.kind], self.modes[member.kind], rows), []).append(member)
+        numbers = Numbers(self._ledger)
+        self._make_kernels(list(dense.values()), reading, numbers)
+        self._make_eager(list(eager.items()), reading, numbers)
+        self.rows = [
+            RowsBatch(members, reading, self.recipes[members[0].kind], algorithm.name) for members in by_rows.values()
+        ]
+        shared = {position for cluster in self.clusters for position in cluster}
+        for batch in self.kernels:
+            batch.shares_memory = not shared.isdisjoint(batch.positions.tolist())
+        self._placed: list[bytes] | None = None
+
+    def _kind(self, member: Member, reading: Reading) -> object:
+        """What members have in common that one launch serves."""
+        p, grad = reading.params[member.position], reading.grads[member.position]
+        state = reading.state_of(p)
+        columns = (p, p if grad is None else grad, *(state[name] for name in self.recipes[member.kind].graph.state))
+        dtypes = tuple(t.dtype for t in columns)
+        return self.graph_of[member.kind], dtypes, p.device, self._is_resident(member, p), member.sparse == "rows"
+
+    def _make_eager(
+        self,
+        lists: Sequence[tuple[tuple[int, Mode, bool], list[Member]]],
+        reading: Reading,
+        numbers: Numbers,
     ) -> None:
+        """The batches of members that no kernel serves."""
+        self.eager: list[EagerBatch] = []
+        shared = {position for cluster in self.clusters for position in cluster}
+        for (_, mode, rows), members in lists:
+            recipe = self.recipes[members[0].kind]
+            for member in members:
+                numbers.part(reading.state_of(reading.params[member.position]), recipe)
+            capturable = mode.capturable or self._is_resident(members[0], reading.params[members[0].position])
+            kind = EagerRows if rows else EagerBatch
+            batch = kind(members, reading, recipe, self.owner, mode.differentiable, capturable)
+            batch.find_entries(reading.places(), reading)
+            batch.apart = shared.intersection(batch.positions.tolist())
+            self.eager.append(batch)
+
+    def _make_kernels(self, kinds: list[list[Member]], reading: Reading, numbers: Numbers) -> None:
         """The batches of members that kernels serve, those of each kind together."""
-        lists = [of for together in kinds for of in self._batches(together, params)]
-        own_of = {member: state.get(params[member.position], {}) for of in lists for member in of}
-        resident = [self._is_resident(of[0], params[of[0].position]) for of in lists]
-        self._shared_numbers: set[int] = set()
-        self._share_numbers({m: own_of[m] for of, on in zip(lists, resident, strict=True) if not on for m in of})
-        place = {id(p): i for i, p in enumerate(state)}
+        places = reading.places()
         self.kernels: list[KernelBatch] = []
-        self.slots: list[dict[str, slice]] = []
-        counted = dict.fromkeys(self.vectors, 0)
-        for of, on in zip(lists, resident, strict=True):
-            recipe = self.recipes[of[0].kind]
-            own = [own_of[m] for m in of]
-            if on:
-                self._place_numbers(of, params, own_of)
-            kind = DeviceBatch if on else KernelBatch
-            batch = kind(of, [params[m.position] for m in of], own, recipe, algorithm.name)
-            batch.find_entries(place, params)
+        for members in (batch for together in kinds for batch in self._batches(together, reading.params)):
+            recipe, first = self.recipes[members[0].kind], reading.params[members[0].position]
+            resident = self._is_resident(members[0], first)
+            device = first.device if resident else kernel.HOST
+            for member in members:
+                numbers.place(reading.state_of(reading.params[member.position]), recipe, device)
+            batch = (DeviceBatch if resident else KernelBatch)(members, reading, recipe, self.owner)
+            batch.find_entries(places, reading)
             self.kernels.append(batch)
-            # Batches follow one another in the vectors.
-            self.slots.append({n: slice(counted[n], counted[n] + len(of)) for n in recipe.numbers if not on})
-            counted |= {n: slots.stop for n, slots in self.slots[-1].items()}
 
     def _is_resident(self, member: Member, p: Tensor) -> bool:
         """Whether a parameter's numbers lie on its device, where the kernel keeps them."""
         mode, recipe = self.modes[member.kind], self.recipes[member.kind]
         return not kernel.on_host(p.device) and recipe.is_resident(p, mode._asdict())
-
-    def _place_numbers(self, members: list[Member], params: list[Tensor], own_of: Mapping[Member, State]) -> None:
-        """Let each parameter's numbers lie on its device, each in a tensor of its own."""
-        for member in members:
-            own, device = own_of[member], params[member.position].device
-            for name in self.recipes[member.kind].numbers:
-                entry, now = new_counter(device), own[name]
-                fits = type(now) is Tensor and now.shape == () and (now.dtype, now.device) == (entry.dtype, device)
-                if fits and not now.is_inference() and id(now) not in self._shared_numbers:
-                    self._shared_numbers.add(id(now))
-                    continue
-                # Without reading a number that is there already.
-                entry.copy_(now, non_blocking=True) if isinstance(now, Tensor) else entry.fill_(now)
-                self._ledger.set(own, name, entry)
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
         """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
@@ -274,62 +257,54 @@ class Plan:
             taken += p.numel()
         return batches
 
-    def _share_numbers(self, own_of: Mapping[Member, State]) -> None:
-        """Let the kernels' parameters keep their numbers in one vector for each name, of which each entry is a view.
-
-        All steps then advance in one addition.
-        """
-        having: dict[str, list[Member]] = {}
-        for member in own_of:
-            for name in self.recipes[member.kind].numbers:
-                having.setdefault(name, []).append(member)
-        # The array shares the vector's memory, and keeps torch from resizing it.
-        self.vectors: dict[str, tuple[Tensor, np.ndarray]] = {}
-        for name, members in having.items():
-            vector = new_counter().new_tensor([float(own_of[member][name]) for member in members])
-            for member, entry in zip(members, vector.unbind(), strict=True):
-                self._share_number(own_of[member], name, entry)
-            self.vectors[name] = vector, vector.numpy()
-
-    def _share_number(self, own: State, name: str, entry: Tensor) -> None:
-        """Let a parameter's number lie in the vector: the same tensor as before, where others may hold it."""
-        now = own[name]
-        fits = type(now) is Tensor and now.dtype == entry.dtype and now.shape == () and now.device == entry.device
-        # A tensor that several parameters have as theirs must not become one number for all.
-        if fits and not now.is_inference() and id(now) not in self._shared_numbers:
-            self._shared_numbers.add(id(now))
-            self._ledger.give(now, entry)
-        else:
-            self._ledger.set(own, name, entry)
-
-    def _switched(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
-        """The values of all options that select a program or a backend; of numbers only whether they still are such."""
-        return [
-            [*map(group.get, keys), own, [_kind(group.get(name)) for name in numbers]]
-            for group, (keys, numbers), own in zip(groups, self.switches, flags, strict=True)
-        ]
-
     def ready(
-        self, groups: list[Group], state: dict[Any, State], scaled: bool, flags: Sequence[Mapping[str, bool]]
-    ) -> list[Gathered] | None:
-        """Read all that a step depends on; None where the plan must be built again. Nothing of the user's changes."""
+        self, reading: Reading, scaled: bool, flags: Sequence[Mapping[str, bool]]
+    ) -> tuple[list[Gathered], list[Any]] | None:
+        """Look at all that a step depends on; None where the plan must be built again. Nothing changes."""
+        groups = reading.groups
         if scaled != self.scaled or self.sizes != [len(group["params"]) for group in groups]:
             return None
-        if self.switched != self._switched(groups, flags) or len(state) != self.size:
+        if self.inference != torch.is_inference_mode_enabled() or len(reading.state) != self.size:
             return None
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        if any(params[i].grad is not None for i in self.dormant):
+        if not self._options.are_as_before(groups, flags):
             return None
-        keys, entries = list(state), list(state.values())
-        gathered: list[Gathered] = [params]
-        gathered += (batch.gather(params, groups, keys, entries) for batch in self.kernels)  # type: ignore[arg-type]
-        gathered += (batch.gather(params, groups, state) for batch in (*self.eager, *self.rows))  # type: ignore[arg-type]
-        return None if any(one is None for one in gathered) else gathered
+        if any(reading.grads[i] is not None for i in self.dormant):
+            return None
+        gathered: list[list[Any]] = []
+        for batches in (self.kernels, self.others):
+            gathered.append([batch.gather(reading) for batch in batches])
+            if any(found is None for found in gathered[-1]):
+                return None
+        return (gathered[0], gathered[1]) if self._is_shared_as_before() else None
+
+    def _is_shared_as_before(self) -> bool:
+        """Whether the same parameters share memory with one another as when the plan was built."""
+        batches = (*self.kernels, *self.others)
+        starts = [batch.starts() for batch in batches]
+        placed = [each.tobytes() for each in starts]
+        if placed == self._placed or not batches:
+            return True
+        sizes, positions = zip(*(batch.stretches() for batch in batches), strict=True)
+        found = find_clusters(*map(np.concatenate, (starts, sizes, positions)))
+        if found == self.clusters or any(mode.differentiable for mode in self.modes):
+            self._placed = placed
+            return True
+        return False
+
+    @property
+    def others(self) -> list[EagerBatch | RowsBatch]:
+        """The batches that are not launches over whole tensors."""
+        return [*self.eager, *self.rows]
 
     @property
     def waits(self) -> bool:
         """Whether some of the parameters need numbers that the host computes with."""
         return bool(self.eager or self.rows) or not all(isinstance(batch, DeviceBatch) for batch in self.kernels)
+
+    @property
+    def refused_rate(self) -> tuple[int, float] | None:
+        """A group with a learning rate that the constructor would refuse, and the rate, if there has been one."""
+        return next((b.refused_rate for b in (*self.kernels, *self.eager) if b.refused_rate is not None), None)
 
     @property
     def captured(self) -> list[Tensor]:
@@ -341,60 +316,59 @@ class Plan:
         """The batches whose parameters' numbers lie on their device."""
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
-    def run(self, gathered: list[Gathered], unscale: Unscale) -> None:
+    def run(self, reading: Reading, gathered: tuple[list[Gathered], list[Any]], unscale: Unscale) -> None:
         """Step with what `ready` returned."""
-        params, *of_batches = gathered
-        of_kernels, of_others = of_batches[: len(self.kernels)], of_batches[len(self.kernels) :]
+        of_kernels, of_others = gathered
         try:
             if self.waits and unscale.read():
                 self.undo()
                 return
-            # What may fail comes before anything changes: functions of matrices, those that take the most memory first,
-            # while there are no others' results; a device's memory; compiling for it.
-            for i in sorted(range(len(self.kernels)), key=self._demand, reverse=True):
-                self._begin(i, unscale)
-            self._ledger.close()
-            # torch's operations may still refuse something; the kernels may not, and so come last.
-            for batch, stepping in zip((*self.eager, *self.rows), of_others, strict=True):
-                batch.run(stepping, self.fresh, unscale)
-            self._check_again(of_kernels, of_others)
+            self._begin(reading, of_others, unscale)
+            if of_others:
+                self._check_again(reading, of_kernels, of_others)
+                refusing = [batch.store_refusing(self._ledger) for batch in self.eager]
+                if any(refusing):
+                    self._check_again(reading, of_kernels, of_others)
         except BaseException:
-            for batch in self.kernels:
+            for batch in (*self.kernels, *self.others):
                 batch.cancel()
             self.undo()
             raise
-        for batch, slots in zip(self.kernels, self.slots, strict=True):
-            if "step" in slots:
-                self.vectors["step"][1][slots["step"]] += batch.active
-        torch.autograd.graph.increment_version([vector for vector, _ in self.vectors.values()])
-        for batch, slots, tensors in zip(self.kernels, self.slots, of_kernels, strict=True):
-            for name, new in batch.finish(tensors, params).items():
-                kept = self.vectors[name][1][slots[name]]
-                kept[:] = np.where(batch.active, new, kept)
-            if self.fresh:
-                active = zip(batch.members, batch.active, strict=True)
-                self.fresh.difference_update(m.position for m, on in active if on)
+        self._ledger.close()
+        for batch, tensors in zip(self.kernels, of_kernels, strict=True):
+            batch.finish(tensors, reading)
+        for batch in self.eager:
+            batch.finish(self.fresh)
+        for batch in self.rows:
+            batch.finish()
+        if self.fresh:
+            for batch in self.kernels:
+                active = zip(batch.positions.tolist(), batch.active, strict=True)
+                self.fresh.difference_update(position for position, on in active if on)
 
-    def _demand(self, i: int) -> int:
-        """How much memory a batch takes before it stores anything, in elements."""
-        batch = self.kernels[i]
-        return int(batch.work.numel.sum()) if batch.recipe.graph.has_calls else 0
+    def _begin(self, reading: Reading, of_others: list[Any], unscale: Unscale) -> None:
+        """Do what may fail, which changes nothing: functions of matrices, those that take the most memory first, while
+        there are no others' results; a device's memory; compiling for it; torch's operations."""
+        for batch in sorted(self.kernels, key=_demand, reverse=True):
+            batch.begin(self.fresh, unscale)
+        if not of_others:
+            return
+        scratch = Scratch(chain.from_iterable(batch.tensors_apart(reading) for batch in self.eager))
+        for batch, stepping in zip(self.eager, of_others, strict=False):
+            batch.begin(stepping, self.fresh, unscale, scratch)
+        for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
+            batch.begin(stepping, self.fresh, unscale)
 
-    def _check_again(self, of_kernels: Sequence[Gathered], of_others: Sequence[Gathered]) -> None:
+    def _check_again(self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]) -> None:
         """Where torch's operations have run, which may be those of anybody's class: memory must be what it was."""
-        if any(of_others):
-            for batch, tensors in zip(self.kernels, of_kernels, strict=True):
-                if not batch.is_as_read(tensors):
-                    raise StepError(
-                        f"{batch.owner}: parameters or state changed while others stepped; keep their memory as it is"
-                    )
+        of_rows = of_others[len(self.eager) :]
+        pairs = [*zip(self.kernels, of_kernels, strict=True), *zip(self.rows, of_rows, strict=True)]
+        if not all(batch.is_as_read(tensors, reading) for batch, tensors in pairs):
+            raise StepError(
+                f"{self.owner}: parameters or state changed while others stepped; keep their memory as it is"
+            )
 
-    def _begin(self, i: int, unscale: Unscale) -> None:
-        """Begin a batch's step, with the numbers that its parameters have in it."""
-        batch = self.kernels[i]
-        kept = {name: self.vectors[name][1][slot] for name, slot in self.slots[i].items()}
-        numbers = {name: values.astype(np.float64) for name, values in kept.items()}
-        if "step" in kept:
-            numbers["step"] = (kept["step"] + batch.active).astype(kept["step"].dtype).astype(np.float64)
-        first = np.array([m.position in self.fresh for m in batch.members], np.float64) if self.fresh else None
-        batch.begin(numbers, first, unscale)
+
+def _demand(batch: KernelBatch) -> int:
+    """How much memory a batch takes before it stores anything, in elements."""
+    return int(batch.work.numel.sum()) if batch.recipe.graph.has_calls else 0

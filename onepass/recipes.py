@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .checks import Group, State, StepError, number, pick
+from .checks import Group, State, StepError, flag, is_row, number, pick
 from .options import has_numbers_on_device
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
@@ -94,6 +94,7 @@ class Algorithm(NamedTuple):
     warn_once: Callable[[str], None]
     gradients: str
     steps_rows: Callable[[Group], bool]
+    defaults: Mapping[str, Any]
 
 
 Arguments = tuple[tuple[str, kernel.Argument], ...]
@@ -112,7 +113,7 @@ def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) ->
     if name not in group:
         raise StepError(f"{owner}: param group has no option {name!r}, which its rule needs")
     value = group[name]
-    if isinstance(value, (tuple, list)):
+    if is_row(value):
         return ("tuple", len(value))
     return ("flag", value) if value is None or isinstance(value, (bool, str)) else ("float",)
 
@@ -131,9 +132,11 @@ class Mode(NamedTuple):
 
     @classmethod
     def of(cls, group: Group) -> Mode:
-        eager = group.get("foreach") is False and group.get("fused") is False
-        flags = (bool(group.get(name)) for name in ("maximize", "differentiable", "capturable", "fused"))
-        maximize, differentiable, capturable, fused = flags
+        flags = (
+            flag(group.get(name), name) for name in ("maximize", "differentiable", "capturable", "fused", "foreach")
+        )
+        maximize, differentiable, capturable, fused, foreach = flags
+        eager = not (foreach or fused) and group.get("foreach") is not None and group.get("fused") is not None
         return cls(maximize, eager, differentiable, capturable, fused)
 
 
@@ -174,10 +177,14 @@ def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str
     return [*MODES, *flags], numbers
 
 
+def counter_dtype() -> torch.dtype:
+    """The dtype that torch gives step counts."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def new_counter(device: torch.device = kernel.HOST) -> Tensor:
-    """A parameter's step count before its first step, of the dtype that torch gives it."""
-    wide = torch.get_default_dtype() == torch.float64
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+    """A parameter's step count before its first step, as torch makes it: the value of a fake one is then known."""
+    return torch.tensor(0.0, dtype=counter_dtype(), device=device)
 
 
 def fill_state(

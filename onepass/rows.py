@@ -7,7 +7,7 @@ gradients step rows, too, where they lie: nothing of the parameter's size is wal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import prod
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .batch import EagerBatch, Gathered, write_number
-from .checks import Group, Member, State, StepError
-from .columns import format_name
+from .batch import Gathered
+from .checks import Member, State
+from .columns import format_name, picker
+from .eager_batch import EagerBatch, Stepping, count_steps
 from .kernel.ir import Rank, RuleError, topological
+from .ledger import Ledger
+from .reading import Reading
 from .recipes import Recipe
+from .scratch import Scratch
 from .unscale import Unscale
 
 # A launch is laid out for somewhat more rows than there are, so that it serves steps with more or fewer of them; rows
@@ -130,11 +134,6 @@ class Rows:
         return []
 
 
-def _are_unfit(columns: list[Tensor]) -> bool:
-    """Whether tensors of the expected shapes and strides may not be read: lazy, or with holes and freed memory."""
-    return any(t.is_conj() or t.is_neg() or not kernel.has_storage(t) for t in columns)
-
-
 class RowsBatch:
     """Parameters of one set of dtypes whose gradients are sparse: all their rows are stepped by one launch.
 
@@ -142,19 +141,20 @@ class RowsBatch:
     launch is laid out. Rows that a launch has room for beyond a step's own lie in memory that means nothing.
     """
 
-    def __init__(
-        self, members: list[Member], params: Sequence[Tensor], state: Mapping[Any, State], recipe: Recipe, owner: str
-    ) -> None:
+    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
         check_rule(owner, recipe)
         self.members, self.recipe, self.owner = members, recipe, owner
-        own = [params[m.position] for m in members]
-        columns = [own, *([state[p][name] for p in own] for name in recipe.graph.state)]
+        self.positions = np.array([m.position for m in members])
+        self.pick = picker(self.positions.tolist())
+        own, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in own]
+        columns = [own, *([state[name] for state in states] for name in recipe.graph.state)]
         self.expected = kernel.expect([*chain.from_iterable(columns)])
         each = list(zip(*columns, strict=True))
-        self.copied = [not all(t.is_contiguous() for t in of) for of in each]
-        # Those that may be lazy, see `KernelBatch`, or have holes.
-        self.odd = [on or of[0].is_complex() or of[0].numel() == 1 for on, of in zip(self.copied, each, strict=True)]
-        g = own[0] if own[0].grad is None else own[0].grad
+        self.copied = [not all(t.is_contiguous() for t in tensors) for tensors in each]
+        self.groups = sorted({m.group for m in members})
+        self._rounds: list[list[Rows]] = []
+        g = own[0] if grads[0] is None else grads[0]
         self.dtypes = [g.dtype, *(column[0].dtype for column in columns)]
         self.sizes = [column[0].element_size() // (2 if own[0].is_complex() else 1) for column in columns]
         formats = zip(recipe.columns, map(format_name, self.dtypes), strict=True)
@@ -164,28 +164,37 @@ class RowsBatch:
         # How many rows of a parameter the launch can hold, and of how many numbers.
         self._room: list[tuple[int, int]] = []
 
-    def gather(self, params: Sequence[Tensor], groups: Sequence[Group], state: Mapping[Any, State]) -> Gathered | None:
+    def gather(self, reading: Reading) -> Gathered | None:
         """Who steps now, and options; None where the plan no longer fits, or a new one will say what is wrong."""
-        options = {g: self.recipe.read(groups[g]) for g in {m.group for m in self.members}}
-        own = [params[m.position] for m in self.members]
-        states = [state.get(p, {}) for p in own]
+        options = {g: self.recipe.read(reading.groups[g]) for g in self.groups}
+        own, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in own]
         try:
-            columns = [own, *([one.get(name) for one in states] for name in self.recipe.graph.state)]
-            steps = [float(one["step"]) for one in states] if self.recipe.counts_steps else [0.0] * len(own)
+            columns = [own, *([state.get(name) for state in states] for name in self.recipe.graph.state)]
+            steps = [float(state["step"]) for state in states] if self.recipe.counts_steps else [0.0] * len(own)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         self.expected.compare([*chain.from_iterable(columns)])
         changed = self.expected.changed.reshape(len(columns), -1).max(axis=0).tolist()
         starts = self.expected.pointers.reshape(len(columns), -1).T.tolist()
         stepping: list[Rows] = []
-        for i, (member, p) in enumerate(zip(self.members, own, strict=True)):
-            if p.grad is not None:
-                of = [column[i] for column in columns]
-                found = None if changed[i] or (self.odd[i] and _are_unfit(of)) else self._read(member, p, p.grad)
+        for i, (member, p, g) in enumerate(zip(self.members, own, grads, strict=True)):
+            if g is not None:
+                found = None if changed[i] else self._read(member, p, g)
                 if found is None:
                     return None
-                stepping.append(Rows(member, states[i], steps[i], of, starts[i], *found, self.copied[i]))
+                tensors = [column[i] for column in columns]
+                stepping.append(Rows(member, states[i], steps[i], tensors, starts[i], *found, self.copied[i]))
         return [stepping, options]
+
+    def starts(self) -> np.ndarray:
+        """Where what this step writes begins in memory."""
+        return self.expected.pointers
+
+    def stretches(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        sizes = self.expected.bytes
+        return sizes, np.tile(self.positions, len(sizes) // len(self.members))
 
     def _read(self, member: Member, p: Tensor, g: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
         """A parameter's gradient, see `read`, where it is of the kind that the kernel was compiled for."""
@@ -193,51 +202,68 @@ class RowsBatch:
             return None
         return read(g, p.shape)
 
-    def run(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
-        """Step what was gathered; `fresh`, the positions of those whose state is new, loses them."""
-        stepping, options = gathered
-        self._read_again(stepping)
-        factor = unscale.factor
+    def begin(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
+        """Do what may fail, and store nothing; `fresh` are the positions of those whose state is new."""
+        stepping, self._options = gathered
+        self._fresh, self._factor = fresh, unscale.factor
+        self._rounds = [stepping]
         if _overlap(stepping):
             # One after the other and in one thread, as torch would.
-            for one in stepping:
-                one.values = one.values.clone()
-                self._launch([one], options, fresh, factor, 1)
-        else:
-            self._launch(stepping, options, fresh, factor, self.kernel.concurrency())
-        for one in stepping:
+            self._rounds = [[rows] for rows in stepping]
+            for rows in stepping:
+                rows.values = rows.values.clone()
+        self._lay_out(self._rounds[0] if self._rounds else [])
+
+    def cancel(self) -> None:
+        """Let go what has begun."""
+        self._rounds = []
+
+    def finish(self) -> None:
+        """Store what was begun; those whose state is new are so no longer."""
+        threads = self.kernel.concurrency() if len(self._rounds) == 1 else 1
+        for i, stepping in enumerate(self._rounds):
+            if i:
+                self._lay_out(stepping)
+            self._launch(stepping, threads)
             if self.recipe.counts_steps:
-                write_number(one.own, "step", one.step + 1)
-            fresh.discard(one.member.position)
+                count_steps([rows.own for rows in stepping])
+            self._fresh.difference_update(rows.member.position for rows in stepping)
+        self.cancel()
 
-    def _read_again(self, stepping: list[Rows]) -> None:
-        """Others have stepped since, by torch's operations, which may be anybody's: addresses are those of now."""
-        for one in stepping:
-            if any(t.data_ptr() != start for t, start in zip(one.columns, one.starts, strict=True)):
-                raise StepError(
-                    f"{self.owner}: parameters or state changed while others stepped; keep their memory as it is"
-                )
+    def is_as_read(self, gathered: Gathered, reading: Reading) -> bool:
+        """Whether what was gathered still is what it was; addresses are read again."""
+        return all(
+            kernel.has_storage(t) and t.data_ptr() == start
+            for rows in gathered[0]
+            for t, start in zip(rows.columns, rows.starts, strict=True)
+        )
 
-    def _launch(
-        self, stepping: list[Rows], options: Mapping[int, list[float]], fresh: set[int], factor: float, threads: int
-    ) -> None:
-        stepping = [one for one in stepping if one.count]
+    def _lay_out(self, stepping: list[Rows]) -> None:
+        """Enter addresses and numbers into a launch with room for these rows."""
+        stepping = [rows for rows in stepping if rows.count]
+        self._copies: list[list[Tensor]] = []
         if not stepping:
             return
         self._make_room(stepping)
         begin = 0
-        copies = []
-        for i, (one, (room, _)) in enumerate(zip(stepping, self._room, strict=True)):
-            copies.append(one.find(self._table[:, begin : begin + one.count], self.sizes))
-            self._table[:, begin + one.count : begin + room] = self._nowhere
+        for i, (rows, (room, _)) in enumerate(zip(stepping, self._room, strict=True)):
+            self._copies.append(rows.find(self._table[:, begin : begin + rows.count], self.sizes))
+            self._table[:, begin + rows.count : begin + room] = self._nowhere
             begin += room
-            self._set_leaves(i, one, options[one.member.group], one.member.position in fresh, factor)
+            options = self._options[rows.member.group]
+            self._set_leaves(i, rows, options, rows.member.position in self._fresh, self._factor)
+
+    def _launch(self, stepping: list[Rows], threads: int) -> None:
+        stepping = [rows for rows in stepping if rows.count]
+        if not stepping:
+            return
         self.launch.run(threads)
-        for one, copied in zip(stepping, copies, strict=True):
-            for t, copy, written in zip(one.columns, copied, self.written, strict=False):
+        for rows, copied in zip(stepping, self._copies, strict=True):
+            for t, copy, written in zip(rows.columns, copied, self.written, strict=False):
                 if written:
-                    t.detach()[one.where] = copy
-        columns = (t for one in stepping for t, on in zip(one.columns, self.written, strict=True) if on)
+                    t.detach()[rows.where] = copy
+        self._copies = []
+        columns = (t for rows in stepping for t, on in zip(rows.columns, self.written, strict=True) if on)
         torch.autograd.graph.increment_version(list(columns))
 
     def _set_leaves(self, i: int, one: Rows, options: list[float], first: bool, factor: float) -> None:
@@ -278,27 +304,58 @@ def _overlap(stepping: list[Rows]) -> bool:
     return any(after[0] < before[1] for before, after in pairwise(ranges))
 
 
-@dataclass
 class EagerRows(EagerBatch):
-    """The same by torch's own operations, one parameter at a time: rows are copied out, stepped and put back."""
+    """The same by torch's own operations: rows are copied out, stepped and put back."""
 
-    def __post_init__(self) -> None:
-        check_rule(self.owner, self.recipe)
+    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str, *modes: bool) -> None:
+        check_rule(owner, recipe)
+        super().__init__(members, reading, recipe, owner, *modes)
 
-    def _update(self, p: Tensor, own: State, hypers: dict[str, Any]) -> None:
-        assert p.grad is not None
-        if p.grad._nnz():
-            super()._update(p, own, hypers)
-            self._at = None
-        elif self.recipe.counts_steps:
-            write_number(own, "step", hypers["step"])
+    def _kind(self, tensors: Sequence[Tensor]) -> object:
+        return None
 
-    def _columns(self, p: Tensor, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert p.grad is not None
-        g = coalesced(p.grad)
-        # Without sparse dimensions the parameter is one row.
-        self._at: Any = tuple(g._indices()) or (None,)
-        return {name: t[self._at] for name, t in {"p": p, **states}.items()} | {"g": g._values()}
+    def cancel(self) -> None:
+        super().cancel()
+        # Which rows of a tensor get which values.
+        self._rows: list[tuple[Tensor, Any, Tensor]] = []
 
-    def _store(self, target: Tensor, value: Tensor) -> None:
-        target[self._at] = value.to(target.dtype)
+    def _compute(self, stepping: Stepping, hypers: dict[str, Any], scratch: Scratch) -> None:
+        g = coalesced(stepping.columns["g"][0])
+        if not g._nnz():
+            return
+        # Without sparse dimensions all is one row.
+        rows = tuple(g._indices()) or (None,)
+        targets = {name: stepping.columns[name][0] for name in ("p", *self.recipe.graph.state)}
+        parts = {name: scratch.view(t)[rows] for name, t in targets.items()} | {"g": g._values()}
+        whole = Stepping(
+            stepping.members, {name: [t] for name, t in parts.items()}, stepping.states, {}, together=False
+        )
+        super()._compute(whole, hypers, Scratch())
+        for name, value in zip(dict(self.recipe.graph.outputs), self._take_computed(), strict=True):
+            target, value = targets[name], value.to(targets[name].dtype)
+            if scratch.holds(target):
+                scratch.view(target)[rows] = value
+            self._rows.append((target, rows, value))
+
+    def _take_computed(self) -> list[Tensor]:
+        values = [value for _, value in self._targets_alone]
+        self._targets_alone = []
+        return values
+
+    def store_refusing(self, ledger: Ledger) -> bool:
+        kept, refusing = [], False
+        for target, rows, value in self._rows:
+            if type(target) in kernel.PLAIN:
+                kept.append((target, rows, value))
+                continue
+            refusing = True
+            new = target.detach().clone()
+            new[rows] = value
+            ledger.copy(target, new)
+        self._rows = kept
+        return refusing
+
+    def finish(self, fresh: set[int]) -> None:
+        for target, rows, value in self._rows:
+            target[rows] = value
+        super().finish(fresh)

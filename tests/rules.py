@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from onepass import kernel
 from onepass.kernel import bind, finish, trace
 from onepass.kernel.functions import (
     PerColumn,
@@ -153,3 +155,18 @@ def only_a_call(p, g, s, *, lr):
 
 
 MATRIX_RULES = (factored, edges, largest, nested, turned, in_a_row, only_a_call)
+
+
+def evaluate(graph: kernel.Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, float]) -> dict[str, Tensor]:
+    """A graph's outputs for one tensor by the eager backend, which gives the same for each of several in a row."""
+    new, scalars = kernel.evaluate(graph, columns, hypers)
+    if graph.is_elementwise:
+        lists = {name: [t + 1, t, t + 1] for name, t in columns.items()}
+        for numbers in (
+            {name: [value + 1, value, value + 1] for name, value in hypers.items()},
+            {name: [value] * 3 for name, value in hypers.items()},
+        ):
+            together, _ = kernel.evaluate_together(graph, lists, numbers)
+            for name, (_, t, _) in together.items():
+                torch.testing.assert_close(t, new[name], rtol=0, atol=0, equal_nan=True, check_dtype=False)
+    return new | {name: torch.as_tensor(value, dtype=torch.float64).reshape(()) for name, value in scalars.items()}

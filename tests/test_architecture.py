@@ -16,8 +16,18 @@ import onepass
 ROOT = Path(onepass.__file__).parent
 # From the ground up. A module imports from the floors below its own, and nothing beside it.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("kernel.assembly", "kernel.ir", "ledger", "kernel.sass", "schedule.formulas", "stateless"),
-    ("lr_scheduler.values", "schedule.notation"),
+    (
+        "kernel.assembly",
+        "kernel.caches",
+        "kernel.ir",
+        "ledger",
+        "mistakes",
+        "kernel.sass",
+        "schedule.formulas",
+        "stateless",
+    ),
+    ("lr_scheduler.arguments", "lr_scheduler.values", "schedule.notation"),
+    ("lr_scheduler.overrides",),
     ("lr_scheduler.frame", "schedule"),
     ("lr_scheduler.*",),
     ("lr_scheduler",),
@@ -28,13 +38,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernel.host", "kernel.target", "kernel.walk"),
     ("kernel.chunks", "kernel.lines", "kernel.uniforms"),
     ("kernel.lower", "kernel.temporaries", "kernel.tiles"),
-    ("kernel.eager", "kernel.cpu", "kernel.devices", "kernel.facts", "kernel.units"),
-    ("kernel.gpu",),
+    ("kernel.eager", "kernel.cpu", "kernel.devices", "kernel.facts", "kernel.numbers", "kernel.units"),
+    ("kernel.elementwise", "kernel.gpu"),
     ("kernel",),
-    ("checks", "line_search", "linalg", "options"),
-    ("columns", "loading", "recipes", "unscale"),
-    ("averages", "batch", "flat"),
-    ("device_batch", "rows"),
+    ("checks", "line_search", "linalg"),
+    ("options",),
+    ("columns", "loading", "param_groups", "reading", "recipes", "turn", "unscale"),
+    ("averages", "batch", "flat", "numbers", "scratch", "sharing"),
+    ("device_batch", "eager_batch", "group_recipes"),
+    ("rows",),
     ("plan",),
     ("optimizer",),
     ("algorithms", "algorithms.adam"),
@@ -44,7 +56,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "devices", "eager", "facts", "gpu", "native")},
+    "kernel": {
+        f"onepass.kernel.{name}"
+        for name in ("cpu", "devices", "eager", "elementwise", "facts", "gpu", "native", "numbers")
+    },
     "kernel.devices": {"triton"},
     "kernel.target": {"triton"},
     "cli": {"onepass.commands"},

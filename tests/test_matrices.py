@@ -19,6 +19,7 @@ from rules import (
     Rule,
     backwards,
     edges,
+    evaluate,
     factored,
     in_a_row,
     largest,
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import PerColumn, PerRow, StepError
-from onepass.kernel import cpu, evaluate, finish, shape_at, signature, trace
+from onepass.kernel import cpu, finish, shape_at, signature, trace
 from onepass.kernel.chunks import FEWEST_LINES
 from onepass.kernel.functions import amax, call, column_mean, exp, mean, norm, row_mean
 from onepass.kernel.ir import Rank, RuleError

@@ -20,11 +20,11 @@ from rig import (
     program_of,
     random_columns,
 )
-from rules import ONE_NUMBER, RULES, Rule, centred, lamb, lars, program
+from rules import ONE_NUMBER, RULES, Rule, centred, evaluate, lamb, lars, program
 from table import TABLE, UNIT, Row
 
 import onepass
-from onepass.kernel import bind, cpu, evaluate, finish, signature, trace
+from onepass.kernel import bind, cpu, finish, signature, trace
 from onepass.kernel.functions import amax, mean, norm
 from onepass.kernel.functions import sum as total
 from onepass.kernel.ir import RuleError, const

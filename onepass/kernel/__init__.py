@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .caches import remember
 from .formats import FORMATS
 from .ir import Rank, RuleError
-from .memory import PLAIN, has_storage, is_dense, shape_at, sizes
+from .memory import PLAIN, extent, has_storage, is_dense, is_expanded, shape_at, sizes
 from .passes import Program
 from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 
 if TYPE_CHECKING:
     from .facts import Expected
+    from .numbers import Numbers
 
 HOST = torch.device("cpu")
 
@@ -33,12 +35,18 @@ __all__ = [
     "RuleError",
     "compile",
     "evaluate",
+    "evaluate_together",
     "expect",
+    "extent",
+    "facts_of",
     "finish",
     "has_bfloat16_products",
     "has_storage",
+    "is_as",
     "is_capturing",
     "is_dense",
+    "is_expanded",
+    "numbers_at",
     "on_host",
     "shape_at",
     "signature",
@@ -111,7 +119,7 @@ def has_bfloat16_products() -> bool:
     return native.has_bfloat16_products()
 
 
-@lru_cache(maxsize=1024)
+@remember(most=256, longer=8)
 def compile(
     graph: Graph,
     formats: tuple[tuple[str, str], ...],
@@ -119,7 +127,7 @@ def compile(
     numbers: tuple[str, ...] | None = None,
     number_format: str = "float32",
 ) -> Kernel:
-    """The kernel of a finished graph for columns stored like this; compiled once a process.
+    """The kernel of a finished graph for columns stored like this; compiled once in the graph's life.
 
     `numbers` are the entries of a parameter's state that are one number, where these lie on the device, in the order in
     which their addresses follow those of the columns; None where the host keeps them.
@@ -141,8 +149,40 @@ def expect(tensors: Sequence[Tensor]) -> Expected:
     return Expected(tensors)
 
 
-def evaluate(graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
-    """A finished graph's outputs for one tensor, by the eager backend."""
+def is_as(t: object, facts: Any) -> bool:
+    """Whether something is a plain tensor that has memory and these facts, see `facts_of`."""
+    from . import facts as reading
+
+    return reading.is_as(t, facts)
+
+
+def facts_of(t: Tensor) -> Any:
+    """What `expect` compares of a tensor, beside its memory."""
+    from . import facts as reading
+
+    return reading.facts_of(t)
+
+
+def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
+    """Numbers of the host, to be read and stored at addresses (names, tensors) that are read in each step."""
+    from .numbers import Numbers
+
+    return Numbers(addresses, dtype)
+
+
+def evaluate(
+    graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A finished graph's outputs and scalars for one tensor, by the eager backend."""
     from . import eager
 
     return eager.run(graph, columns, hypers)
+
+
+def evaluate_together(
+    graph: Graph, columns: Mapping[str, Sequence[Tensor]], hypers: Mapping[str, Sequence[float] | float]
+) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[float]]]:
+    """The same for lists of plain tensors, each column's of one dtype and device; for elementwise graphs only."""
+    from . import elementwise
+
+    return elementwise.run(graph, columns, hypers)

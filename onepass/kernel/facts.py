@@ -8,6 +8,9 @@ stale pointer behind. Asking Python for six facts of a tensor takes half a micro
 That interface takes the address of an `at::Tensor`, which every Python tensor has inside, at an offset that is found
 by looking (`object_layout`). Where it is not found, `_cdata` supplies the same at 0.1 us a tensor; where torch exports
 no such interface, Python is asked after all. The three ways are tested to agree.
+
+What kind of tensor it is (lazily negated or conjugated, made in inference mode, a wrapper of functorch's) is said by
+its dispatch keys, one word of the TensorImpl, whose offset is found by looking, too (`keys_offset`).
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .memory import PLAIN, has_storage
+from .memory import PLAIN, extent, has_storage
 from .native import Library
 
 # One row of int64 for each tensor; `layout` is an offset into the sizes and strides of all tensors.
-FACTS = ("dtype", "device_type", "device_index", "dim", "layout", "bytes", "itemsize")
+FACTS = ("dtype", "device_type", "device_index", "dim", "layout", "bytes", "itemsize", "keys")
 QUESTIONS = {
     "layout": "i32",
     "dtype": "i32",
@@ -42,24 +45,28 @@ QUESTIONS = {
 
 
 class Expected:
-    """The facts that tensors must have: those of `like`, one dense tensor for each."""
+    """The facts that tensors must have: those of `like`, one strided tensor for each."""
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self.count = len(like)
-        self.facts = [_facts(t) for t in like]
+        # Most tensors have the facts of others.
+        kinds: dict[tuple[Facts, int], int] = {}
+        kind = [kinds.setdefault((facts_of(t), extent(t)), len(kinds)) for t in like]
         layouts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         words: list[int] = []
         rows = []
-        for t, (dtype, device, sizes, strides) in zip(like, self.facts, strict=True):
+        for (dtype, device, sizes, strides, keys), size in kinds:
             if (sizes, strides) not in layouts:
                 layouts[sizes, strides] = len(words)
                 words += [*sizes, *strides]
             codes = _codes(dtype, device) if answers() else (0, 0, 0)
-            rows.append((*codes, len(sizes), layouts[sizes, strides], t.numel() * t.itemsize, t.itemsize))
-        self.rows = np.array(rows, dtype=np.int64).reshape(-1, len(FACTS))
+            rows.append((*codes, len(sizes), layouts[sizes, strides], size, dtype.itemsize, keys))
+        listed = [facts for facts, _ in kinds]
+        self.facts = [listed[i] for i in kind]
+        self.rows = np.array(rows, dtype=np.int64).reshape(-1, len(FACTS))[kind]
         self.bytes = self.rows[:, FACTS.index("bytes")]
         self.words = np.array(words or [0], dtype=np.int64)
-        # At most one of these is in use at a time: an optimizer steps in one thread.
+        # Filled by `compare`: whoever calls it holds a lock until the launch is over.
         self.pointers = np.zeros(self.count, np.uint64)
         self.changed = np.zeros(self.count, np.uint8)
         kept = (self.rows, self.words, self.pointers, self.changed)
@@ -75,7 +82,7 @@ class Expected:
         native = _native()
         if native is None:
             for i, (t, facts) in enumerate(zip(tensors, self.facts, strict=True)):
-                self.changed[i] = not (type(t) in PLAIN and _matches(t, facts))
+                self.changed[i] = not is_as(t, facts)
                 self.pointers[i] = 0 if self.changed[i] else t.data_ptr()
             return int(np.count_nonzero(self.changed))
         if object_layout():
@@ -87,17 +94,25 @@ class Expected:
         return native[1](self.count, objects.__array_interface__["data"][0], *self._addresses)
 
 
-Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...]]
+Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]
 
 
-def _facts(t: Tensor) -> Facts:
-    return t.dtype, t.device, tuple(t.shape), t.stride()
+def facts_of(t: Tensor) -> Facts:
+    """What may not change between the making of a plan and a step: dtype, device, sizes, strides and dispatch keys."""
+    return t.dtype, t.device, tuple(t.shape), t.stride(), _keys(t)
 
 
-def _matches(t: Tensor, facts: Facts) -> bool:
-    if t.layout != torch.strided or t.is_nested or _facts(t) != facts:
+def _keys(t: Tensor) -> int:
+    keys = torch._C._dispatch_keys(t).raw_repr()
+    # As a signed number of 64 bits.
+    return keys - (1 << 64) if keys >= 1 << 63 else keys
+
+
+def is_as(t: object, facts: Facts) -> bool:
+    """Whether something is a plain tensor with these facts and with memory for all of its elements; Python's way."""
+    if not isinstance(t, Tensor) or type(t) not in PLAIN or t.layout != torch.strided or t.is_nested:
         return False
-    return has_storage(t)
+    return facts_of(t) == facts and has_storage(t)
 
 
 @cache
@@ -128,6 +143,24 @@ def object_layout() -> tuple[int, int] | None:
     return (8 * types[0], 8 * places[0]) if len(types) == len(places) == 1 else None
 
 
+@cache
+def keys_offset() -> int | None:
+    """Where a TensorImpl keeps its dispatch keys, in bytes; None if it cannot be told.
+
+    Found by comparing the words of TensorImpls of several kinds with what Python says of them.
+    """
+    # A TensorImpl is larger than this on every platform of 64 bits.
+    words = 24
+    with torch.inference_mode():
+        odd = [torch.empty(1)]
+    odd += [torch._neg_view(torch.empty(1)), torch.empty(1, dtype=torch.complex64).conj()]
+    odd += [torch.empty(1, device="meta")]
+    tensors = [torch.empty(2), torch.empty(2, 3, dtype=torch.int8), *odd]
+    contents = [list((ctypes.c_int64 * words).from_address(t._cdata)) for t in tensors]
+    places = [i for i in range(words) if all(c[i] == _keys(t) for c, t in zip(contents, tensors, strict=True))]
+    return 8 * places[0] if len(places) == 1 else None
+
+
 @lru_cache(maxsize=256)
 def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     """torch's numbers for a dtype and a device, asked of a tensor that has them."""
@@ -147,20 +180,21 @@ def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
 
 @cache
 def _native():
-    """The compiled comparison and its library, or None where torch exports no C functions to ask."""
-    addresses = answers()
-    if not addresses:
+    """The compiled comparison and its library, or None where torch does not let it ask."""
+    addresses, keys = answers(), keys_offset()
+    if not addresses or keys is None:
         return None
-    library = Library(_source(addresses, object_layout()))
+    library = Library(_source(addresses, object_layout(), keys))
     # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is being read.
     signature = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5)
     return library, ctypes.PYFUNCTYPE(*signature)(library.address("compare"))
 
 
-def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
+def _source(addresses: dict[str, int], places: tuple[int, int] | None, keys: int) -> str:
     """compare(count, objects, rows, words, pointers, changed), asking in the order that makes each question safe.
 
-    `objects` are Python objects where `places` says how to find a tensor inside one, else addresses of `_cdata`.
+    `objects` are Python objects where `places` says how to find a tensor inside one, else addresses of `_cdata`; `keys`
+    is the dispatch keys' place in a TensorImpl.
     """
     lines = [
         "define i64 @compare(i64 %count, ptr %objects, ptr %rows, ptr %words, ptr %pointers, ptr %changed) nounwind {",
@@ -170,6 +204,7 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None) -> str:
         "  %any = icmp sgt i64 %count, 0",
         "  br i1 %any, label %tensor, label %done",
         *_next_tensor(places),
+        *_compare_keys(keys),
         *_compare_codes(),
         *_compare_layout(),
         *_read_address(),
@@ -217,7 +252,22 @@ def _next_tensor(places: tuple[int, int] | None) -> list[str]:
         lines += ["  %known01 = or i1 %known0, %known1", "  %plain = or i1 %known01, %known2"]
     else:
         lines += ["  %impl = load i64, ptr %handle", "  %plain = icmp ne i64 %impl, 0"]
-    return [*lines, "  br i1 %plain, label %ask_layout_, label %differs"]
+    return [*lines, "  br i1 %plain, label %keys, label %differs"]
+
+
+def _compare_keys(offset: int) -> list[str]:
+    """What kind of tensor it is; an undefined one, which only C++ can make, has no TensorImpl."""
+    return [
+        "keys:",
+        "  %tensor_impl = load ptr, ptr %handle",
+        "  %defined = icmp ne ptr %tensor_impl, null",
+        "  br i1 %defined, label %read_keys, label %differs",
+        "read_keys:",
+        f"  %keys_at = getelementptr i8, ptr %tensor_impl, i64 {offset}",
+        "  %is_keys = load i64, ptr %keys_at",
+        "  %same_keys = icmp eq i64 %is_keys, %want_keys",
+        "  br i1 %same_keys, label %ask_layout_, label %differs",
+    ]
 
 
 def _compare_codes() -> list[str]:

@@ -14,16 +14,30 @@ from .ir import Rank, RuleError
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+def extent(t: Tensor) -> int:
+    """How many bytes lie between a strided tensor's first element and the end of its last one, holes included."""
+    if t.is_contiguous() or not t.numel():
+        return t.numel() * t.itemsize
+    return (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.itemsize
+
+
 def has_storage(t: Tensor) -> bool:
     """Whether a strided tensor's storage holds all of its elements; false after `untyped_storage().resize_(0)`."""
     if t.numel() == 0 or t.device.type == "meta":
         return True
-    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().nbytes() >= (last + 1) * t.itemsize and t.data_ptr() != 0
+    end = t.storage_offset() * t.itemsize + extent(t)
+    return t.untyped_storage().nbytes() >= end and t.data_ptr() != 0
+
+
+def is_expanded(t: Tensor) -> bool:
+    """Whether elements of a strided tensor share memory with one another, as after `expand`."""
+    return any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
+    if t.is_contiguous():
+        return True
     expected = 1
     for stride, n in sorted((stride, n) for n, stride in zip(t.shape, t.stride(), strict=True) if n != 1):
         if stride != expected:

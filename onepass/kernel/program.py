@@ -12,9 +12,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
+from .caches import remember
 from .formats import FORMATS, Format, cast
 from .ir import LEAVES, LOADS, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
 from .passes import Program, hyper_names, split
@@ -66,6 +67,12 @@ class Graph:
         )
 
     @cached_property
+    def is_elementwise(self) -> bool:
+        """Whether one walk over a tensor does all: nothing depends on more than an element of it."""
+        reduces = any(node.op in REDUCTIONS for node in topological(self.roots))
+        return not (reduces or self.has_matrices)
+
+    @cached_property
     def has_calls(self) -> bool:
         """Whether functions of whole matrices are called."""
         return any(node.op == "call" for node in topological(self.roots))
@@ -77,7 +84,11 @@ class Graph:
 
     def rank(self, column: str) -> Rank:
         """How often a column has a value."""
-        return dict(self.ranks).get(column, Rank.ELEMENT)
+        return self._ranks.get(column, Rank.ELEMENT)
+
+    @cached_property
+    def _ranks(self) -> Mapping[str, Rank]:
+        return dict(self.ranks)
 
 
 class Signature(NamedTuple):
@@ -96,7 +107,7 @@ class Signature(NamedTuple):
         return tuple(name for name, rank in self.ranks.items() if rank == Rank.UNIFORM)
 
 
-@lru_cache(maxsize=256)
+@remember(most=512)
 def signature(rule: Rule) -> Signature:
     """A rule's columns (positional) and its hyper-parameters (keyword-only), by name."""
     parameters = inspect.signature(rule).parameters.values()
@@ -125,7 +136,7 @@ def _annotated_rank(annotation: Any, rule: Rule) -> Rank | None:
     return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Rank)), None)
 
 
-@lru_cache(maxsize=1024)
+@remember(most=512)
 def trace(rule: Rule, arguments: tuple[tuple[str, Argument], ...]) -> Graph:
     """Call the rule once with nodes. `arguments` says for each keyword whether it is a number, a tuple or a flag.
 
@@ -182,7 +193,7 @@ def _placeholder(name: str, argument: Argument) -> object:
     return FIRST if kind == "condition" else rest[0]
 
 
-@lru_cache(maxsize=1024)
+@remember(most=512)
 def finish(graph: Graph, *, maximize: bool = False, scaled: bool = False, exact: bool = True) -> Graph:
     """What every algorithm shares, and no rule knows.
 
@@ -217,7 +228,7 @@ def rebuild(roots: Iterable[Node], replaced: Mapping[Node, Node]) -> list[Node]:
     return [new[root] for root in roots]
 
 
-@lru_cache(maxsize=1024)
+@remember(most=512)
 def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
     """Put each column's decoding before the rule's nodes and its encoding after them, then split into passes.
 

@@ -1,0 +1,115 @@
+"""Mistakes that would do nothing, or the wrong thing, in every step without a word. Each gets one warning."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+# In how many steps in a row, from the first on, there may be no gradient before it is said.
+PATIENCE = 3
+
+
+class Misplaced:
+    """An option as an attribute of the optimizer, which nothing reads: set from outside, it brings a warning.
+
+    A subclass may set it for its own use, in its methods.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, optimizer: Any, cls: type) -> Any:
+        if optimizer is None:
+            return self
+        try:
+            return vars(optimizer)[self._name]
+        except KeyError:
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {self._name!r}") from None
+
+    def __set__(self, optimizer: Any, value: object) -> None:
+        vars(optimizer)[self._name] = value
+        if not _is_method_of(optimizer, sys._getframe(1)):
+            name, owner = self._name, type(optimizer).__name__
+            warnings.warn(
+                f"{owner}: optimizer.{name} = ... sets an attribute that no step reads; set it in the param groups: "
+                f"for group in optimizer.param_groups: group[{name!r}] = ...",
+                stacklevel=2,
+            )
+
+    def __delete__(self, optimizer: Any) -> None:
+        if vars(optimizer).pop(self._name, self) is self:
+            raise AttributeError(self._name)
+
+
+def watch_options(cls: type) -> None:
+    """Let the options of a class, the arguments of its constructor, be missed where they are set as attributes."""
+    for name in inspect.signature(cls.__init__).parameters:
+        if not (name in ("self", "params", "args", "kwargs", "defaults") or hasattr(cls, name)):
+            setattr(cls, name, Misplaced(name))
+
+
+def _is_method_of(optimizer: Any, frame: Any) -> bool:
+    """Whether code runs in a function whose first argument is the optimizer."""
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    return bool(names) and frame.f_locals.get(names[0]) is optimizer
+
+
+class Idle:
+    """Counts steps without any gradient, as long as there has never been one."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to say, should it go on like this."""
+        return self._steps >= 0
+
+    def look(self, owner: str, params: Sequence[Tensor], grads: Sequence[Any], warn: Callable[[str], None]) -> None:
+        """Note a step in which a backward pass was to be expected before it."""
+        if self._steps < 0 or not grads:
+            return
+        if any(g is not None for g in grads):
+            self._steps = -1
+            return
+        self._steps += 1
+        if self._steps < PATIENCE:
+            return
+        self._steps = -1
+        if any(p.requires_grad for p in params):
+            warn(
+                f"{owner}: no parameter has had a gradient in {PATIENCE} steps, which changed nothing; call "
+                "loss.backward() before step(), on a loss that is computed from these parameters"
+            )
+        else:
+            warn(
+                f"{owner}: all parameters are frozen (requires_grad is False): none has had a gradient in {PATIENCE} "
+                "steps, which changed nothing; call requires_grad_() on those to be trained"
+            )
+
+
+def are_learning_rates(rates: float | np.ndarray) -> bool:
+    """Whether a constructor would take these as learning rates."""
+    if isinstance(rates, np.ndarray):
+        return bool(rates.min() >= 0 and rates.max() < math.inf)
+    return 0 <= rates < math.inf
+
+
+def find_refused(groups: Sequence[int], rates: Sequence[float]) -> tuple[int, float]:
+    """The first group whose learning rate the constructor would refuse, and the rate."""
+    return next((g, rate) for g, rate in zip(groups, rates, strict=True) if not are_learning_rates(rate))
+
+
+def refused_rate(owner: str, index: int, value: float) -> str:
+    """What is said of a learning rate that was written into a group and that the constructor would refuse."""
+    return (
+        f"{owner}: param_groups[{index}]['lr'] is {value:g}, which the constructor would refuse; a learning rate lies "
+        "in [0, inf), and maximize=True ascends"
+    )

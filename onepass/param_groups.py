@@ -1,0 +1,90 @@
+"""What is checked of a param group before an optimizer takes it. Each failure is one sentence."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read_params(owner: str, given: Any) -> tuple[list[Tensor], list[str]]:
+    """A group's parameters in order, and their names, or no names; raises TypeError or ValueError for anything else."""
+    if isinstance(given, set):
+        raise TypeError(f"{owner}: params must have an order, got a set; use a list")
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{owner}: a param group's params must be tensors, got {torch.typename(given)}")
+    entries = [given] if isinstance(given, Tensor) else list(given)
+    for entry in entries:
+        if isinstance(entry, tuple) and (len(entry) != 2 or not isinstance(entry[0], str)):
+            raise TypeError(
+                f"{owner} can only optimize tensors or (name, tensor) pairs, got a tuple of "
+                f"({', '.join(repr(e) if isinstance(e, (str, int)) else torch.typename(e) for e in entry)})"
+            )
+    names = [entry[0] for entry in entries if isinstance(entry, tuple)]
+    params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    if names and len(names) != len(params):
+        raise ValueError(f"{owner}: all parameters must have names, or none; {len(params) - len(names)} have none")
+    return params, names
+
+
+def check_params(owner: str, params: Sequence[Any], differentiable: bool, names: Sequence[str]) -> None:
+    """Raise TypeError for parameters that are not floating-point tensors, ValueError for those that are not leaves."""
+    for p, label in zip(params, _labels(params, names), strict=True):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{owner} can only optimize tensors, but parameter {label} is {torch.typename(p)}")
+        if not (p.is_floating_point() or p.is_complex()):
+            raise TypeError(
+                f"{owner}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
+                "gradients, leave it out of the list"
+            )
+        if not differentiable and not (p.is_leaf or p.retains_grad):
+            raise ValueError(f"{owner} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
+
+
+class Taken:
+    """The parameters and names of an optimizer's groups, none of which may come twice."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._names = {name for group in groups for name in group.get("param_names", ())}
+        self._params = {id(p) for group in groups for p in group["params"]}
+        self._named = "param_names" in groups[0] if groups else None
+
+    def add(self, owner: str, params: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Add a group's; raises ValueError for what is there already, and for names in some groups only."""
+        for name, count in Counter(names).items():
+            if count > 1 or name in self._names:
+                raise ValueError(f"{owner}: the parameter name {name!r} is given twice; give each its own")
+        seen: set[int] = set()
+        for p, label in zip(params, _labels(params, names), strict=True):
+            if id(p) in self._params or id(p) in seen:
+                raise ValueError(
+                    f"{owner}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
+                    "in more than one parameter group; give each once"
+                )
+            seen.add(id(p))
+        if self._named is not None and bool(names) != self._named and params:
+            have = "with" if names else "without"
+            raise ValueError(f"{owner}: all param groups must have names, or none; this one comes {have} names")
+        self._names.update(names)
+        self._params |= seen
+        self._named = bool(names) if self._named is None else self._named
+
+
+def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Other keys are welcome in a group (schedulers add some), but not an option's name with a letter wrong."""
+    for key in group:
+        if key in defaults or key in ("params", "param_names"):
+            continue
+        near = difflib.get_close_matches(str(key), defaults, 1, 0.8)
+        meant = [name for name in near if abs(len(name) - len(key)) < 2]
+        if meant:
+            raise ValueError(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+
+
+def _labels(params: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """What messages call the parameters: by name, or by place."""
+    return [repr(name) for name in names] or [str(i) for i in range(len(params))]
