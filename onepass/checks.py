@@ -74,6 +74,8 @@ def as_number(value: object) -> float | None:
     if kind is float:
         return value  # type: ignore[return-value]
     try:
+        if kind is int:
+            return float(value)  # type: ignore[arg-type]
         if isinstance(value, np.ndarray) and value.size == 1:
             value, kind = value.item(), type(value.item())
         if isinstance(value, Tensor):

@@ -72,6 +72,7 @@ class GroupRecipes:
 
 def _kind(value: Any) -> int:
     """What a recipe needs to know of an option that is a number, or a row of them: its length, or -2."""
-    if type(value) is float:
+    kind = type(value)
+    if kind is float or kind is int:
         return -2
-    return len(value) if type(value) is tuple or is_row(value) else -1 if value is None else -2
+    return len(value) if kind is tuple or is_row(value) else -1 if value is None else -2

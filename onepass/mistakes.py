@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,12 +34,11 @@ class Misplaced:
 
     def __set__(self, optimizer: Any, value: object) -> None:
         vars(optimizer)[self._name] = value
-        if not _is_method_of(optimizer, sys._getframe(1)):
+        if self._name in vars(optimizer).get("defaults", ()) and not _is_method_of(optimizer, sys._getframe(1)):
             name, owner = self._name, type(optimizer).__name__
-            warnings.warn(
+            optimizer._warn_once(
                 f"{owner}: optimizer.{name} = ... sets an attribute that no step reads; set it in the param groups: "
-                f"for group in optimizer.param_groups: group[{name!r}] = ...",
-                stacklevel=2,
+                f"for group in optimizer.param_groups: group[{name!r}] = ..."
             )
 
     def __delete__(self, optimizer: Any) -> None:
@@ -48,10 +46,20 @@ class Misplaced:
             raise AttributeError(self._name)
 
 
+def arguments_of(cls: type) -> dict[str, Any]:
+    """The arguments of a class's constructor, with their defaults."""
+    try:
+        parameters = inspect.signature(cls.__init__).parameters.values()
+    except (TypeError, ValueError):
+        # It is not written in Python.
+        return {}
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
 def watch_options(cls: type) -> None:
-    """Let the options of a class, the arguments of its constructor, be missed where they are set as attributes."""
-    for name in inspect.signature(cls.__init__).parameters:
-        if not (name in ("self", "params", "args", "kwargs", "defaults") or hasattr(cls, name)):
+    """Let the options of a class, arguments of its constructor, be missed where they are set as attributes."""
+    for name in arguments_of(cls):
+        if not hasattr(cls, name) and name not in ("self", "params", "args", "kwargs", "defaults"):
             setattr(cls, name, Misplaced(name))
 
 
@@ -66,19 +74,29 @@ class Idle:
 
     def __init__(self) -> None:
         self._steps = 0
+        # Whether gradients have been dropped since the last step, as before a backward pass.
+        self.expects_gradients = False
 
     @property
     def waits(self) -> bool:
         """Whether there is something to say, should it go on like this."""
         return self._steps >= 0
 
-    def look(self, owner: str, params: Sequence[Tensor], grads: Sequence[Any], warn: Callable[[str], None]) -> None:
-        """Note a step in which a backward pass was to be expected before it."""
-        if self._steps < 0 or not grads:
-            return
+    def look(
+        self, optimizer: Any, params: Sequence[Tensor], grads: Sequence[Any], closure: bool, warn: Callable[[str], None]
+    ) -> None:
+        """Note a step, with a `closure` or without, and warn if it is one too many.
+
+        Schedulers are tried out without any gradients: there none is expected.
+        """
         if any(g is not None for g in grads):
             self._steps = -1
             return
+        expected = closure or self.expects_gradients or not _is_scheduled(optimizer)
+        self.expects_gradients = False
+        if not grads or not expected:
+            return
+        owner = type(optimizer).__name__
         self._steps += 1
         if self._steps < PATIENCE:
             return
@@ -93,6 +111,11 @@ class Idle:
                 f"{owner}: all parameters are frozen (requires_grad is False): none has had a gradient in {PATIENCE} "
                 "steps, which changed nothing; call requires_grad_() on those to be trained"
             )
+
+
+def _is_scheduled(optimizer: Any) -> bool:
+    """Whether a scheduler drives an optimizer, one of torch's or of ours."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched") or bool(vars(optimizer).get("_lr_schedulers"))
 
 
 def are_learning_rates(rates: float | np.ndarray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +15,13 @@ from torch.amp.grad_scaler import GradScaler
 
 from .checks import StepError, flag
 from .kernel import Rank, Rule, shape_at, signature
-from .kernel.caches import remember
 from .loading import Match, check_state_dict, match
 from .mistakes import Idle, refused_rate, watch_options
-from .options import check_switches
+from .options import MODES, check_switches, switches_of
 from .param_groups import Taken, check_params, check_spelling, read_params
 from .plan import Plan
 from .reading import Reading
-from .recipes import MODES, Algorithm, fill_state, recipe_of
+from .recipes import Algorithm, fill_state, recipe_of
 from .turn import Turn
 from .unscale import Unscale
 
@@ -48,10 +46,12 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    _switches: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watch_options(cls)
+        cls._switches = switches_of(cls)
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -63,7 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         are no leaves, or that occur twice.
         """
         self._turn = Turn()
-        self._idle, self._zeroed = Idle(), False
+        self._idle = Idle()
         self._plan: Plan | None = None
         self._captured: list[Tensor] = []
         self._warned: set[str] = set()
@@ -92,7 +92,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Override it, and add to what it returns, where a flag follows from a number.
         """
-        return {name: flag(group[name], name) for name in _switches(type(self)) if name in group}
+        return {name: flag(group[name], name) for name in self._switches if name in group}
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
@@ -139,17 +139,11 @@ class Optimizer(torch.optim.Optimizer):
                 return loss
             plan, reading, gathered = self._make_ready(unscale.scale is not None)
             if self._idle.waits:
-                self._look_for_gradients(reading, closure is not None)
+                self._idle.look(self, reading.params, reading.grads, closure is not None, self._warn_once)
             plan.run(reading, gathered, unscale)
         if plan.refused_rate is not None:
             self._warn_once(refused_rate(_name(self), *plan.refused_rate))
         return loss
-
-    def _look_for_gradients(self, reading: Reading, expected: bool) -> None:
-        """Say when steps change nothing. Schedulers are tried out without any gradients: there none is expected."""
-        if expected or self._zeroed or not _is_scheduled(self):
-            self._idle.look(_name(self), reading.params, reading.grads, self._warn_once)
-        self._zeroed = False
 
     # What torch's own classes have, for those who override it.
 
@@ -205,7 +199,7 @@ class Optimizer(torch.optim.Optimizer):
             self._zero_grad(set_to_none)
 
     def _zero_grad(self, set_to_none: bool) -> None:
-        self._zeroed = True
+        self._idle.expects_gradients = True
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(self)}.zero_grad"):
             for p in chain.from_iterable(group["params"] for group in self.param_groups):
                 if p.grad is None:
@@ -237,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """A group's options, by the class's own checks and as flags."""
-        check_switches(_name(self), options, {*MODES, *_switches(type(self))})
+        check_switches(_name(self), options, {*MODES, *self._switches})
         type(self).check_options(self, options)
 
     def _warn_once(self, message: str) -> None:
@@ -367,7 +361,6 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_turn", Turn())
         self.__dict__.setdefault("_idle", Idle())
-        self.__dict__.setdefault("_zeroed", False)
         self.__dict__.setdefault("_taken", None)
         self.__dict__.setdefault("_plan", None)
         self.__dict__.setdefault("_captured", [])
@@ -391,21 +384,8 @@ def _torch_class(optimizer: Optimizer) -> Any:
     raise TypeError(f"{_name(optimizer)} is not derived from a class that torch.optim has, and has no _init_group")
 
 
-def _is_scheduled(optimizer: Optimizer) -> bool:
-    """Whether a scheduler drives an optimizer, one of torch's or of ours."""
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched") or bool(vars(optimizer).get("_lr_schedulers"))
-
-
 def _name(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer).__name__
-
-
-@remember(most=256)
-def _switches(cls: type[Optimizer]) -> tuple[str, ...]:
-    """The arguments whose default in a constructor, the class's own or an inherited one, is True or False."""
-    constructors = [inspect.signature(base.__init__).parameters for base in cls.__mro__ if "__init__" in vars(base)]
-    found = (name for c in constructors for name, argument in c.items() if isinstance(argument.default, bool))
-    return tuple(dict.fromkeys(name for name in found if name not in MODES))
 
 
 # These import torch's compiler when first called, which inside a compiled function has happened already.

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from . import kernel
 from .checks import as_flag, as_number, brief, entries_of, flag, is_row, number, number_for, pick
+from .mistakes import arguments_of
 
-__all__ = ["brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number", "check_row"]
+__all__ = ["MODES", "brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number", "check_row"]
 __all__ += ["check_switches", "filled", "flag", "has_numbers_on_device", "is_off", "is_positive", "is_zero", "pick"]
+__all__ += ["switches_of"]
 
 COUNTS = {2: "two", 3: "three"}
 
@@ -115,6 +117,8 @@ def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> b
 
 def is_zero(value: Any) -> bool:
     """Whether an option is 0; not, where it lies on a device, which then need not be asked."""
+    if type(value) is float or type(value) is int:
+        return value == 0
     return not (isinstance(value, Tensor) and not kernel.on_host(value.device)) and as_number(value) == 0
 
 
@@ -136,3 +140,17 @@ def check_modes(owner: str, options: Mapping[str, Any]) -> None:
         raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
     if options.get("fused") and options.get("foreach"):
         raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")
+
+
+# The options that choose a program or a backend, whatever the algorithm.
+MODES = ("maximize", "foreach", "fused", "differentiable", "capturable")
+
+
+def switches_of(cls: type) -> tuple[str, ...]:
+    """The arguments whose default in a constructor, the class's own or an inherited one, is True or False."""
+    found: list[str] = []
+    for base in cls.__mro__:
+        for name, default in arguments_of(base).items() if "__init__" in vars(base) else ():
+            if isinstance(default, bool) and name not in MODES:
+                found.append(name)
+    return tuple(dict.fromkeys(found))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import kernel
 from .checks import Group, State, StepError, flag, is_row, number, pick
-from .options import has_numbers_on_device
+from .options import MODES, has_numbers_on_device
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
 SPECIAL = ("step", "first")
@@ -116,9 +116,6 @@ def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) ->
     if is_row(value):
         return ("tuple", len(value))
     return ("flag", value) if value is None or isinstance(value, (bool, str)) else ("float",)
-
-
-MODES = ("maximize", "foreach", "fused", "differentiable", "capturable")
 
 
 class Mode(NamedTuple):

@@ -207,7 +207,7 @@ def problem(
         numbers.append(torch.from_numpy(np.asarray(values)).to(dtype).double().numpy())
     gradients: list[np.ndarray | None] = list(numbers[1:])
     if frozen:
-        gradients[:3] = gradients[9:12] = [None] * 3
+        gradients[:2], gradients[9:12] = [None] * 2, [None] * 3
     return numbers[0], gradients
 
 

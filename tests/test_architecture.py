@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernel.program",),
     ("kernel.ahead", "kernel.code", "kernel.expressions"),
     ("kernel.host", "kernel.target", "kernel.walk"),
-    ("kernel.chunks", "kernel.lines", "kernel.uniforms"),
+    ("kernel.chunks", "kernel.lines", "kernel.team", "kernel.uniforms"),
     ("kernel.lower", "kernel.temporaries", "kernel.tiles"),
     ("kernel.eager", "kernel.cpu", "kernel.devices", "kernel.facts", "kernel.numbers", "kernel.units"),
     ("kernel.elementwise", "kernel.gpu"),

@@ -226,7 +226,7 @@ def problem(rng: np.random.Generator, dtype: torch.dtype, frozen: bool) -> tuple
     numbers = [torch.from_numpy(rng.standard_normal(500)).to(dtype).double().numpy() for _ in range(STEPS + 1)]
     gradients: list[np.ndarray | None] = list(numbers[1:])
     if frozen:
-        gradients[:3] = gradients[9:12] = [None] * 3
+        gradients[:2], gradients[9:12] = [None] * 2, [None] * 3
     return numbers[0], gradients
 
 

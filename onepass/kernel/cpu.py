@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import team
 from .caches import share
 from .chunks import Chunks, Work, address
 from .host import SIZES, leaf_names
@@ -97,6 +98,7 @@ class Launch:
             "leaves": np.zeros((len(self.kernel.leaves), settings)) if own else self.leaves,
         }
         fields = {"counter": 0, "units": chunks.units, "tensors": len(self.work.numel), "settings": settings}
+        fields |= {"finish": team.finish(), "finished": 0}
         fields |= chunks.addresses | {name: address(array) for name, array in arrays.items()}
         arguments = np.array([fields[name] for name in FIELDS], np.uint64)
         return Walk(own, arrays, arguments, address(arguments))

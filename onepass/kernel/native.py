@@ -119,19 +119,27 @@ class Library:
         return machine.emit_assembly(optimize(self.source, machine))
 
 
-@cache
 def openmp() -> int:
     """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0 where there is none.
 
     Running on that runtime means sharing torch's threads instead of adding as many again.
     """
+    functions = openmp_functions()
+    return 0 if functions is None else functions[0]
+
+
+@cache
+def openmp_functions(*names: str) -> list[int] | None:
+    """The addresses of functions of the OpenMP runtime that torch has loaded, or of GOMP_parallel if none is named."""
     for path in _openmp_candidates():
         try:
-            function = ctypes.CDLL(path).GOMP_parallel
+            library = ctypes.CDLL(path)
+            # Where this one is, the others are those of the same runtime.
+            found = [getattr(library, name) for name in ("GOMP_parallel", *names)]
         except (OSError, AttributeError):
             continue
-        return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
+        return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found][bool(names) :]
+    return None
 
 
 def _openmp_candidates() -> list[str]:

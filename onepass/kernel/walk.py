@@ -9,7 +9,8 @@ from .passes import Pass, Program
 
 # Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
 CHUNK = 32768
-# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all.
+# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all;
+# `finish` is what ends a thread's part, with the words at `finished`, see `team.py`.
 FIELDS = (
     "counter",
     "units",
@@ -28,6 +29,8 @@ FIELDS = (
     "partials",
     "settings",
     "leaves",
+    "finish",
+    "finished",
 )
 COUNTS = ("units", "tensors", "settings")
 
@@ -35,6 +38,8 @@ COUNTS = ("units", "tensors", "settings")
 LAUNCH = """
 define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
   store i64 0, ptr %arguments
+  %finished_at = getelementptr i64, ptr %arguments, i64 {finished}
+  store i64 0, ptr %finished_at
 {fields}
   call void @host_{k}(ptr %leaves, i64 %settings, ptr %table)
   switch i32 %threads, label %all [ i32 0, label %none
@@ -54,7 +59,7 @@ all:
 def walk(program: Program, one: Pass, k: int) -> str:
     """`worker_k`, a thread's share of pass k, and `launch_k`, which computes the rows and starts the workers."""
     fields = "\n".join(_fields("settings", "table", "leaves"))
-    return _worker(program, one, k) + "\n" + LAUNCH.format(k=k, fields=fields)
+    return _worker(program, one, k) + "\n" + LAUNCH.format(k=k, fields=fields, finished=FIELDS.index("finished"))
 
 
 def column_names(one: Pass) -> list[str]:
@@ -76,7 +81,7 @@ def body_head(one: Pass, k: int, *, by_lines: bool) -> str:
 def _worker(program: Program, one: Pass, k: int) -> str:
     """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
     names = column_names(one)
-    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-2])]
+    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-4], "finish")]
     lines += [
         "  br label %take",
         "take:",
@@ -113,6 +118,13 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "  %c_more = icmp slt i64 %c_next, %last",
         "  br i1 %c_more, label %chunk, label %take",
         "done:",
+        "  %team = icmp ne ptr %finish, null",
+        "  br i1 %team, label %end_together, label %end",
+        "end_together:",
+        f"  %finished = getelementptr i64, ptr %arguments, i64 {FIELDS.index('finished')}",
+        "  call void %finish(ptr %finished)",
+        "  br label %end",
+        "end:",
         "  ret void",
         "}",
     ]
