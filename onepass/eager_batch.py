@@ -94,12 +94,19 @@ class EagerBatch:
         # Members all of whose tensors are plain, in memory; their tensors' facts, the gradients' first.
         self.known: list[int] = []
         like: list[list[Tensor]] = []
+        numbers: list[list[Any]] = []
         for i, p in enumerate(self.pick(reading.params)):
             state = reading.state_of(p)
-            tensors = [p, *(state[name] for name in recipe.entries)]
+            tensors = [p, *(state[name] for name in recipe.graph.state)]
             if all(map(is_plain, tensors)):
                 self.known.append(i)
                 like.append([_as_gradient(p, reading.grads[members[i].position]), *tensors])
+                numbers.append([state[name] for name in recipe.numbers])
+        # Numbers of Python, or of other classes, are looked at one by one.
+        self._compared = list(recipe.graph.state)
+        if all(is_plain(value) for values in numbers for value in values):
+            self._compared += recipe.numbers
+            like = [[*tensors, *values] for tensors, values in zip(like, numbers, strict=True)]
         self._pick_known = picker(self.known)
         self._kinds = [self._kind(tensors) for tensors in like]
         self._sizes = [tensors[0].numel() for tensors in like]
@@ -113,6 +120,7 @@ class EagerBatch:
         """What plain tensors have in common that are computed together; None for those that are not."""
         columns = tensors[: len(self.recipe.columns)]
         alone = self.differentiable or self.capturable or not self.recipe.graph.is_elementwise
+        alone |= len(self._compared) < len(self.recipe.entries)
         if alone or any(t.is_conj() or t.is_neg() for t in columns):
             return None
         return tensors[0].device, *(t.dtype for t in columns)
@@ -159,7 +167,7 @@ class EagerBatch:
         known = self._pick_known(states)
         columns: dict[str, Sequence[Any]] = {"g": self._pick_known(grads), "p": self._pick_known(params)}
         try:
-            columns |= {name: list(map(itemgetter(name), known)) for name in self.recipe.entries}
+            columns |= {name: list(map(itemgetter(name), known)) for name in self._compared}
         except (KeyError, TypeError, IndexError):
             return None
         self.expected.compare([*chain.from_iterable(columns.values())])

@@ -197,6 +197,7 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None, keys: int
     is the dispatch keys' place in a TensorImpl.
     """
     lines = [
+        "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
         "define i64 @compare(i64 %count, ptr %objects, ptr %rows, ptr %words, ptr %pointers, ptr %changed) nounwind {",
         "entry:",
         *(f"  %{q} = alloca {type}" for q, type in QUESTIONS.items()),
@@ -336,6 +337,8 @@ def _read_address() -> list[str]:
         "ask_data_:",
         *_ask("data_ptr"),
         "  store ptr %is_data_ptr, ptr %pointer_to",
+        # Small tensors are then there when they are needed; an address is all that it takes, also a device's.
+        "  call void @llvm.prefetch.p0(ptr %is_data_ptr, i32 0, i32 3, i32 1)",
         "  %null = icmp eq ptr %is_data_ptr, null",
         "  br i1 %null, label %differs, label %end",
     ]
