@@ -243,7 +243,7 @@ class KernelBatch(Columns):
         written = self._written(tensors)
         if self.strided:
             params = self.pick(reading.params)
-            for i in self.strided:
+            for i in set(self.strided).difference(self.inactive):
                 params[i].detach().copy_(tensors[self.count + i])
         torch.autograd.graph.increment_version(written)
         self.keep_numbers()
