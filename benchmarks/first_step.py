@@ -1,4 +1,4 @@
-"""Many parameters in many groups, each with a learning rate of its own: making the optimizer, its first step, later ones.
+"""Many parameters in many groups, each with its own learning rate: making the optimizer, its first step, later ones.
 
 python benchmarks/first_step.py [--groups 1000] [--params 10]
 """

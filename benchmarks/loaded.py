@@ -2,9 +2,9 @@
 
     python benchmarks/loaded.py [--steps 400] [--busy 1] [--threads 1 2]
 
-Each line is one of torch's modes or ours, all on copies of the same 40 tensors, in turns within one process. Where
-waiting threads spin, they take time from the threads that they wait for: OMP_WAIT_POLICY=passive in the environment lets
-them sleep at once.
+Each line is one of torch's modes or ours, on copies of the same 40 tensors, in turns within one process. Where waiting
+threads spin, they take time from the threads that they wait for. With OMP_WAIT_POLICY=passive in the environment they
+sleep at once.
 """
 
 from __future__ import annotations

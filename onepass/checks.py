@@ -24,7 +24,7 @@ class StepError(RuntimeError):
     """A step that cannot be taken; nothing has been changed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A parameter's place in the list of all parameters and in a group, how it steps, and its name in a message.
 

@@ -14,21 +14,23 @@ class Ledger:
     """Entries that were set in dicts and values that were copied into tensors, each with what was there before."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, Any, Any]] = []
+        # What was changed, at which key, and what was there: one after another, as objects of their own cost time.
+        self._before: list[Any] = []
 
     def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
         """Set an entry of a dict."""
-        self._before.append((entries, key, entries.get(key, _ABSENT)))
+        self._before += entries, key, entries.get(key, _ABSENT)
         entries[key] = value
 
     def copy(self, tensor: Tensor, value: Tensor) -> None:
         """Copy a value into a tensor."""
-        self._before.append((tensor, None, tensor.detach().clone()))
+        self._before += tensor, None, tensor.detach().clone()
         tensor.copy_(value)
 
     def undo(self) -> None:
         """Take everything back, the last first."""
-        for changed, key, before in reversed(self._before):
+        while self._before:
+            before, key, changed = self._before.pop(), self._before.pop(), self._before.pop()
             if isinstance(changed, Tensor):
                 with torch.no_grad():
                     changed.copy_(before)
@@ -36,7 +38,6 @@ class Ledger:
                 changed.pop(key, None)
             else:
                 changed[key] = before
-        self._before.clear()
 
     def close(self) -> None:
         """Nothing of this is taken back any more."""

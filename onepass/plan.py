@@ -83,10 +83,10 @@ class Plan:
         members: list[Member] = []
         owner, position = algorithm.name, 0
         for g, group in enumerate(reading.groups):
-            names = group.get("param_names")
+            names, steps_rows = group.get("param_names"), partial(algorithm.steps_rows, group)
             for i in range(self.sizes[g]):
                 label = repr(names[i]) if names and i < len(names) else str(position)
-                grad, steps_rows = reading.grads[position], partial(algorithm.steps_rows, group)
+                grad = reading.grads[position]
                 sparse = sparse_kind(owner, label, grad, algorithm.gradients, steps_rows)
                 member = Member(position, g, self.kind_of[position], label, sparse)
                 if self._is_awake(owner, member, reading):
@@ -168,7 +168,12 @@ class Plan:
 
         `why` says of members by position why no kernel can serve them.
         """
-        kinds = {m.position: self._kind(m, reading) for m in self.members if why[m.position] is None}
+        known: dict[object, object] = {}
+        kinds: dict[int, object] = {}
+        for member in self.members:
+            if why[member.position] is None:
+                kind = self._kind(member, reading)
+                kinds[member.position] = known.setdefault(kind, kind)
         differentiable = any(mode.differentiable for mode in self.modes)
         self.clusters = () if differentiable else find_shared(self.members, self.recipes, reading)
         for position in out_of_order(self.clusters, self.members, kinds, self.recipes, reading):

@@ -17,13 +17,14 @@ SHARING = "parameters share memory, and their rule needs several walks over them
 
 def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: Reading) -> Clusters:
     """The positions of parameters that share memory with others, or whose states do; `recipes` has each kind's."""
-    found: list[tuple[int, int, int]] = []
+    found: list[int] = []
     for member in members:
         p = reading.params[member.position]
         state = reading.state_of(p)
         tensors = [p, *(state[name] for name in recipes[member.kind].graph.state)]
         if all(map(is_plain, tensors)):
-            found += [(t.data_ptr(), kernel.extent(t), member.position) for t in tensors]
+            for t in tensors:
+                found += t.data_ptr(), kernel.extent(t), member.position
     starts, sizes, positions = np.array(found, np.uint64).reshape(-1, 3).T
     return find_clusters(starts, sizes, positions.astype(np.int64))
 
