@@ -20,7 +20,7 @@ from .mistakes import Idle, refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
 from .param_groups import Taken, check_params, check_spelling, read_params
 from .plan import Plan
-from .reading import Reading
+from .reading import Reading, drop_gradients
 from .recipes import Algorithm, fill_state, recipe_of
 from .turn import Turn
 from .unscale import Unscale
@@ -201,11 +201,12 @@ class Optimizer(torch.optim.Optimizer):
     def _zero_grad(self, set_to_none: bool) -> None:
         self._idle.expects_gradients = True
         with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(self)}.zero_grad"):
-            for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+            if set_to_none:
+                drop_gradients(params)
+                return
+            for p in params:
                 if p.grad is None:
-                    continue
-                if set_to_none:
-                    p.grad = None
                     continue
                 if p.grad.grad_fn is not None:
                     p.grad.detach_()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
 from .checks import Group, State
+
+GRADIENT = attrgetter("grad")
 
 
 class Reading:
@@ -34,3 +37,15 @@ class Reading:
     def places(self) -> Mapping[int, int]:
         """Where in the state a parameter's entry is, by the parameter's id."""
         return {id(p): i for i, p in enumerate(self.keys)}
+
+
+def drop_gradients(params: Sequence[Tensor]) -> None:
+    """Set each parameter's gradient to None, while other threads may read it or set another.
+
+    When torch lets the last reference go, it frees the tensor in the middle of that, without the interpreter lock: a
+    thread that reads `p.grad` meanwhile finds freed memory. So each gradient is held until its parameter has none. It
+    is read and dropped within one C function, between whose parts no other thread runs.
+    """
+    dropped = zip(map(GRADIENT, params), map(setattr, params, repeat("grad"), repeat(None)), strict=False)
+    held = list(dropped)
+    held.clear()
