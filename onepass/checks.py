@@ -248,7 +248,7 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
         raise StepError(
             f"{owner}: parameter {member.label} is on {p.device} and its gradient on {g.device}; move them together"
         )
-    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
+    if g.is_complex() != p.is_complex() or not all(t.is_floating_point() or t.is_complex() for t in (p, g)):
         raise StepError(f"{owner}: parameter {member.label} is {p.dtype} and its gradient {g.dtype}")
     sparse = g.layout == torch.sparse_coo
     parts = (g._indices(), g._values()) if sparse else (g,)

@@ -313,7 +313,28 @@ class EagerBatch:
         for target, value in refusing:
             ledger.copy(target, value)
         self._targets_alone = [pair for pair in self._targets_alone if type(pair[0]) in kernel.PLAIN]
-        return bool(refusing)
+        return self._store_refusing_numbers(ledger) or bool(refusing)
+
+    def _store_refusing_numbers(self, ledger: Ledger) -> bool:
+        """The same for numbers; steps are counted here, too."""
+        kept: list[tuple[State, str, Any]] = []
+        for state, name, value in self._numbers:
+            if not isinstance(state[name], Tensor) or type(state[name]) in kernel.PLAIN:
+                kept.append((state, name, value))
+                continue
+            ledger.copy(state[name], torch.as_tensor(value, dtype=state[name].dtype, device=state[name].device))
+        stored = len(kept) < len(self._numbers)
+        self._numbers = kept
+        self._counted = []
+        for stepping in self._stepping if self.recipe.counts_steps else ():
+            for state in stepping.states:
+                step = state["step"]
+                if isinstance(step, Tensor) and type(step) not in kernel.PLAIN:
+                    ledger.copy(step, step.detach() + 1)
+                    stored = True
+                else:
+                    self._counted.append(state)
+        return stored
 
     def finish(self, fresh: set[int]) -> None:
         """Store the rest; `fresh`, the positions of those whose state is new, loses the parameters that stepped."""
@@ -324,10 +345,10 @@ class EagerBatch:
         for state, name, value in self._numbers:
             write_number(state, name, value)
         for stepping in self._stepping:
-            if self.recipe.counts_steps:
-                count_steps(stepping.states)
             if fresh:
                 fresh.difference_update(member.position for member in stepping.members)
+        if self.recipe.counts_steps:
+            count_steps(self._counted)
         self.cancel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class Ledger:
         while self._before:
             before, key, changed = self._before.pop(), self._before.pop(), self._before.pop()
             if isinstance(changed, Tensor):
-                with torch.no_grad():
+                # What refused to be written may refuse this, too; the others are taken back all the same.
+                with torch.no_grad(), suppress(Exception):
                     changed.copy_(before)
             elif before is _ABSENT:
                 changed.pop(key, None)

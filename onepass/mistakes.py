@@ -66,7 +66,7 @@ def watch_options(cls: type) -> None:
 def _is_method_of(optimizer: Any, frame: Any) -> bool:
     """Whether code runs in a function whose first argument is the optimizer."""
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-    return bool(names) and frame.f_locals.get(names[0]) is optimizer
+    return names[:1] == ("self",) and frame.f_locals.get("self") is optimizer
 
 
 class Idle:
@@ -133,6 +133,6 @@ def find_refused(groups: Sequence[int], rates: Sequence[float]) -> tuple[int, fl
 def refused_rate(owner: str, index: int, value: float) -> str:
     """What is said of a learning rate that was written into a group and that the constructor would refuse."""
     return (
-        f"{owner}: param_groups[{index}]['lr'] is {value:g}, which the constructor would refuse; a learning rate lies "
-        "in [0, inf), and maximize=True ascends"
+        f"{owner}: param_groups[{index}]['lr'] is {value:g}; a learning rate lies in [0, inf), and maximize=True "
+        "ascends"
     )

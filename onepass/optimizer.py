@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -120,9 +121,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
-        return self._step(closure)
+        return self._take_step(closure)
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,7 +143,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._idle.look(self, reading.params, reading.grads, closure is not None, self._warn_once)
             plan.run(reading, gathered, unscale)
         if plan.refused_rate is not None:
-            self._warn_once(refused_rate(_name(self), *plan.refused_rate))
+            index, rate = plan.refused_rate
+            self._warn_once(refused_rate(_name(self), index, rate), f"lr of {index}")
         return loss
 
     # What torch's own classes have, for those who override it.
@@ -167,16 +169,18 @@ class Optimizer(torch.optim.Optimizer):
         for known in (former, *[None] * MOST_PLANS):
             self._plan = None
             plan = known
+            reading = Reading(self.param_groups, self.state)
             try:
-                reading = Reading(self.param_groups, self.state)
                 if plan is None:
                     plan = Plan(self._algorithm(), reading, scaled, former)
                 now = [flags(self, g) for g in self.param_groups]
                 gathered = plan.ready(reading, scaled, now)
-            except BaseException:
+            except BaseException as error:
                 self._let_go(plan)
                 # It may know of first steps that were skipped.
                 self._plan = former
+                if isinstance(error, KeyError) and threading.active_count() > 1:
+                    continue  # another thread may have cleared the state
                 raise
             if gathered is not None:
                 self._plan = plan
@@ -235,10 +239,10 @@ class Optimizer(torch.optim.Optimizer):
         check_switches(_name(self), options, {*MODES, *self._switches})
         type(self).check_options(self, options)
 
-    def _warn_once(self, message: str) -> None:
+    def _warn_once(self, message: str, key: str = "") -> None:
         """Warn, once for each message in an optimizer's life."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if (key or message) not in self._warned:
+            self._warned.add(key or message)
             warnings.warn(message, stacklevel=3)
 
     # Parameter groups.
@@ -390,5 +394,5 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
 
 
 # These import torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(Optimizer._step)
+_step_outside_graphs = torch._disable_dynamo(Optimizer._take_step)
 _zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)

@@ -353,7 +353,7 @@ class EagerRows(EagerBatch):
             new[rows] = value
             ledger.copy(target, new)
         self._rows = kept
-        return refusing
+        return super().store_refusing(ledger) or refusing
 
     def finish(self, fresh: set[int]) -> None:
         for target, rows, value in self._rows:

@@ -56,10 +56,12 @@ class Scratch:
         _, start, _, copy = found
         offset = (t.data_ptr() - start) // t.itemsize
         view = torch.empty(0, dtype=t.dtype, device=t.device)
-        return view.set_(copy.untyped_storage(), offset, t.shape, t.stride())
+        view = view.set_(copy.untyped_storage(), offset, t.shape, t.stride())
+        view = view.conj() if t.is_conj() else view
+        return torch._neg_view(view) if t.is_neg() else view
 
     def _find(self, t: Tensor) -> tuple[torch.device, int, int, Tensor] | None:
-        if not self._copies or not is_plain(t) or not t.numel() or t.is_neg() or t.is_conj():
+        if not self._copies or not is_plain(t) or not t.numel():
             return None
         start, end = t.data_ptr(), t.data_ptr() + kernel.extent(t)
         return next((c for c in self._copies if c[0] == t.device and c[1] <= start and end <= c[2]), None)

@@ -119,9 +119,9 @@ class LBFGS(Optimizer):
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
-        return self._step(closure)
+        return self._take_step(closure)
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         owner, group = type(self).__name__, self.param_groups[0]
         if not callable(closure):
             raise TypeError(
@@ -369,4 +369,4 @@ def check_memory(what: str, value: Mapping[str, Any], size: int, error: type[Exc
 
 
 # Imports torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(LBFGS._step)
+_step_outside_graphs = torch._disable_dynamo(LBFGS._take_step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import partial, update_wrapper, wraps
 from threading import RLock
 from types import MethodType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -132,3 +132,22 @@ def _forget(key: tuple[object, ...], known: dict[Any, tuple[R, list[object]]], l
     entry = known.pop(key, None)
     if entry is not None:
         longer.append(entry[0])
+
+
+def once(function: Callable[[], R]) -> Callable[[], R]:
+    """A function that is called once in the process's life, whichever threads ask first.
+
+    What it returns may be code of which others keep the address only: there must not be a second one that is freed.
+    """
+    lock = RLock()
+    results: list[R] = []
+
+    @wraps(function)
+    def known() -> R:
+        if not results:
+            with lock:
+                if not results:
+                    results.append(function())
+        return results[0]
+
+    return known

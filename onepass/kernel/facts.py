@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .caches import once
 from .memory import PLAIN, extent, has_storage
 from .native import Library
 
@@ -178,7 +179,7 @@ def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     return ask("dtype"), ask("device_type"), ask("device_index")
 
 
-@cache
+@once
 def _native():
     """The compiled comparison and its library, or None where torch does not let it ask."""
     addresses, keys = answers(), keys_offset()

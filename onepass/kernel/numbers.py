@@ -6,10 +6,10 @@ The addresses are those that `facts.Expected` has read in the same step.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import numpy as np
 
+from .caches import once
 from .native import Library
 
 # In LLVM: what a number is stored as, and how it becomes a double and is made of one.
@@ -57,7 +57,6 @@ class Numbers:
             raise ValueError("addresses must be contiguous, since they are read where they are")
         places = (a.__array_interface__["data"][0] for a in (self._addresses, self.values))
         self._arguments = addresses.size, *places
-        # Threads that come here first, all at once, have libraries of their own.
         self._library, functions = _compiled()
         self._read, self._write = functions["read", dtype], functions["write", dtype]
 
@@ -71,7 +70,7 @@ class Numbers:
         self._write(*self._arguments)
 
 
-@cache
+@once
 def _compiled():
     """The library, which must live as long as its functions, and these by name and dtype."""
     source, names = "", {}

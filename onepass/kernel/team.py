@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-from functools import cache
 
+from .caches import once
 from .native import Library, openmp_functions
 
 # The number of the system call, by processor.
@@ -83,7 +83,7 @@ done:
 """
 
 
-@cache
+@once
 def _library() -> Library | None:
     machine = platform.machine()
     functions = openmp_functions("omp_get_thread_num", "omp_get_num_threads")
