@@ -269,7 +269,7 @@ class Plan:
         groups = reading.groups
         if scaled != self.scaled or self.sizes != [len(group["params"]) for group in groups]:
             return None
-        if self.inference != torch.is_inference_mode_enabled() or len(reading.state) != self.size:
+        if self.inference != torch.is_inference_mode_enabled() or not reading.has_state_of(self.size):
             return None
         if not self._options.are_as_before(groups, flags):
             return None

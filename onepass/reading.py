@@ -30,6 +30,10 @@ class Reading:
         """Read which parameters have state, and each one's dict."""
         self.keys, self.entries = list(self.state), list(self.state.values())
 
+    def has_state_of(self, count: int) -> bool:
+        """Whether so many parameters had state, and none was cleared between two looks."""
+        return len(self.keys) == len(self.entries) == count
+
     def state_of(self, p: Tensor) -> Any:
         """A parameter's state, an empty dict if it has none."""
         return self.state.get(p, {})
