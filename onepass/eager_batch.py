@@ -154,6 +154,9 @@ class EagerBatch:
             if not self._has_entries(state) or not member.takes(g):
                 return None
             check(self.owner, member, p, g, state, self.recipe)
+            if any(is_plain(t) and kernel.is_expanded(t) for t in map(state.get, self.recipe.graph.state)):
+                # A new plan makes it dense; it could not be written.
+                return None
             own: dict[str, Sequence[Any]] = {"p": [p], "g": [g]}
             own |= {name: [state[name]] for name in self.recipe.entries}
             stepping.append(Stepping([member], own, [state], dict(options[member.group]), together=False))

@@ -74,6 +74,10 @@ class Plan:
             for other in () if former is None else former.residents:
                 batch.take_over(other)
 
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        # It holds machine code and addresses of this process.
+        return _nothing, ()
+
     def undo(self) -> None:
         """Take back the state that building this plan has made, where no step came of it."""
         self._ledger.undo()
@@ -372,6 +376,10 @@ class Plan:
             raise StepError(
                 f"{self.owner}: parameters or state changed while others stepped; keep their memory as it is"
             )
+
+
+def _nothing() -> None:
+    """What a plan is in a copy."""
 
 
 def _demand(batch: KernelBatch) -> int:
