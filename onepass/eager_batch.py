@@ -108,6 +108,9 @@ class EagerBatch:
             self._compared += recipe.numbers
             like = [[*tensors, *values] for tensors, values in zip(like, numbers, strict=True)]
         self._pick_known = picker(self.known)
+        self._unknown = sorted({*range(len(members))}.difference(self.known))
+        # The plain tensors of members that also have others: where they begin, their bytes, their positions.
+        self._found: np.ndarray = np.zeros((0, 3), np.uint64)
         self._kinds = [self._kind(tensors) for tensors in like]
         self._sizes = [tensors[0].numel() for tensors in like]
         self.expected = kernel.expect([*chain.from_iterable(zip(*like, strict=True))])
@@ -140,8 +143,10 @@ class EagerBatch:
             if not all(map(is_, self.pick_state(reading.keys), params)):
                 return None
         columns = self._read_known(params, grads, states)
-        if columns is None:
+        if columns is None or not all(map(self._has_entries, states)):
             return None
+        if self._unknown:
+            self._find_unknown(params, states)
         changed = tuple(np.flatnonzero(self.expected.changed).tolist())
         if changed and changed[-1] >= len(self.known):
             return None
@@ -175,6 +180,13 @@ class EagerBatch:
             return None
         self.expected.compare([*chain.from_iterable(columns.values())])
         return columns | {STATES: known}
+
+    def _find_unknown(self, params: Sequence[Tensor], states: Sequence[Any]) -> None:
+        found: list[int] = []
+        for i in self._unknown:
+            for t in filter(is_plain, (params[i], *(states[i][name] for name in self.recipe.graph.state))):
+                found += t.data_ptr(), kernel.extent(t), self.members[i].position
+        self._found = np.array(found, np.uint64).reshape(-1, 3)
 
     def _cut(self, changed: tuple[int, ...]) -> tuple[list[Part], list[int]]:
         """What is computed together where some gradients are unusual or missing, and who is computed alone."""
@@ -229,12 +241,14 @@ class EagerBatch:
 
     def starts(self) -> np.ndarray:
         """Where plain tensors begin in memory that this step writes."""
-        return self.expected.pointers[len(self.known) :]
+        return np.concatenate([self.expected.pointers[len(self.known) :], self._found[:, 0]])
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
         """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
         sizes = self.expected.bytes[len(self.known) :]
-        return sizes, np.tile(self.positions[self.known], len(sizes) // max(len(self.known), 1))
+        positions = np.tile(self.positions[self.known], len(sizes) // max(len(self.known), 1))
+        found = self._found.astype(np.int64)
+        return np.concatenate([sizes, found[:, 1]]), np.concatenate([positions, found[:, 2]])
 
     def tensors_apart(self, reading: Reading) -> list[Tensor]:
         """The plain tensors of those that share memory and step now."""
@@ -309,6 +323,8 @@ class EagerBatch:
         self._values: list[Tensor] = []
         self._targets_alone: list[tuple[Tensor, Tensor]] = []
         self._numbers: list[tuple[State, str, Any]] = []
+        # Whose steps are still to be counted.
+        self._counted: list[State] = []
 
     def store_refusing(self, ledger: Ledger) -> bool:
         """Store what may refuse to be stored, as tensors of other classes may; returns whether there was any."""

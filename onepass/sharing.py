@@ -22,9 +22,8 @@ def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: R
         p = reading.params[member.position]
         state = reading.state_of(p)
         tensors = [p, *(state[name] for name in recipes[member.kind].graph.state)]
-        if all(map(is_plain, tensors)):
-            for t in tensors:
-                found += t.data_ptr(), kernel.extent(t), member.position
+        for t in filter(is_plain, tensors):
+            found += t.data_ptr(), kernel.extent(t), member.position
     starts, sizes, positions = np.array(found, np.uint64).reshape(-1, 3).T
     return find_clusters(starts, sizes, positions.astype(np.int64))
 
