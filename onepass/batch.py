@@ -177,9 +177,11 @@ class KernelBatch(Columns):
 
     def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
         """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
-        for i in self._changed():
-            if i >= self.count:
-                return False
+        changed = self._changed()
+        if changed[-1] >= self.count:
+            # Nothing is read of a parameter that is not what it was: it may have no memory.
+            return False
+        for i in changed:
             g, p = tensors[i], tensors[self.count + i]
             if g is None:
                 continue
