@@ -202,7 +202,7 @@ def test_imports_are_at_the_top(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_files_are_short(name: str) -> None:
-    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 400
+    assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def test_environment_variables_are_no_interface() -> None:

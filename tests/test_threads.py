@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import os
 import pickle
 import random
@@ -15,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -518,39 +516,6 @@ def crash_fork_while_a_thread_steps() -> None:
     ones(params)
     opt.step()
     fork_beside(opt, params, opt.step, 25)
-
-
-def fork_while_kernels_are_made(known: bool) -> None:
-    torch.set_num_threads(1)
-    params = zeros(2, 100)
-    names = itertools.cycle(
-        ["RMSprop", "NAdam", "Adadelta", "Adamax", "Adagrad", "RAdam", "ASGD", "Rprop", "Adafactor"]
-    )
-
-    def first_step() -> None:
-        # A rule of its own, which nobody has compiled yet.
-        base = getattr(onepass, next(names))
-        rule = types.FunctionType(base.rule.__code__, base.rule.__globals__, None, None, base.rule.__closure__)
-        rule.__kwdefaults__, rule.__annotations__ = base.rule.__kwdefaults__, base.rule.__annotations__
-        type("Own", (base,), {"rule": staticmethod(rule)})(params, lr=0.01).step()
-
-    opt = onepass.Adam(params, lr=0.01)
-    if known:
-        ones(params)
-        opt.step()
-        # Its plan must be made again, of kernels that are there.
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
-    fork_beside(opt, params, first_step, 30)
-
-
-def crash_fork_while_a_thread_makes_kernels() -> None:
-    """What is locked while rules are traced and compiled is free in the child, too."""
-    fork_while_kernels_are_made(known=True)
-
-
-def crash_fork_while_a_thread_makes_kernels_and_make_some() -> None:
-    """The child needs a kernel that nobody has made yet."""
-    fork_while_kernels_are_made(known=False)
 
 
 def fork_beside(opt: Any, params: list[nn.Parameter], step: Callable[[], Any], forks: int) -> None:
