@@ -61,11 +61,11 @@ class Part:
 
     def stepping(self, columns: Mapping[str, Sequence[Any]], options: Options) -> Stepping:
         """What they step with, of all that is known."""
-        own = {name: self.pick(column) for name, column in columns.items()}
+        picked = {name: self.pick(column) for name, column in columns.items()}
         numbers = dict(options[self.groups[0]])
         if not self.one_group:
             numbers = {name: [options[g][name] for g in self.groups] for name in numbers}
-        return Stepping(self.members, own, own.pop(STATES), numbers, together=True)
+        return Stepping(self.members, picked, picked.pop(STATES), numbers, together=True)
 
 
 class EagerBatch:
@@ -91,33 +91,36 @@ class EagerBatch:
         self.groups = sorted({m.group for m in members})
         # The positions of those that share memory; they step one after the other, in copies.
         self.apart: set[int] = set()
-        # Members all of whose tensors are plain, in memory; their tensors' facts, the gradients' first.
+        self._know(reading)
+        # The plain tensors of members that also have others: where they begin, their bytes, their positions.
+        self._found: np.ndarray = np.zeros((0, 3), np.uint64)
+        self._sets: dict[tuple[int, ...], tuple[list[Part], list[int]]] = {}
+        # As in `KernelBatch`.
+        self.refused_rate: tuple[int, float] | None = None
+        self.cancel()
+
+    def _know(self, reading: Reading) -> None:
+        """Find the members all of whose tensors are plain, in memory; their tensors' facts, the gradients' first."""
         self.known: list[int] = []
         like: list[list[Tensor]] = []
         numbers: list[list[Any]] = []
         for i, p in enumerate(self.pick(reading.params)):
             state = reading.state_of(p)
-            tensors = [p, *(state[name] for name in recipe.graph.state)]
+            tensors = [p, *(state[name] for name in self.recipe.graph.state)]
             if all(map(is_plain, tensors)):
                 self.known.append(i)
-                like.append([_as_gradient(p, reading.grads[members[i].position]), *tensors])
-                numbers.append([state[name] for name in recipe.numbers])
+                like.append([_as_gradient(p, reading.grads[self.members[i].position]), *tensors])
+                numbers.append([state[name] for name in self.recipe.numbers])
         # Numbers of Python, or of other classes, are looked at one by one.
-        self._compared = list(recipe.graph.state)
+        self._compared = list(self.recipe.graph.state)
         if all(is_plain(value) for values in numbers for value in values):
-            self._compared += recipe.numbers
+            self._compared += self.recipe.numbers
             like = [[*tensors, *values] for tensors, values in zip(like, numbers, strict=True)]
         self._pick_known = picker(self.known)
-        self._unknown = sorted({*range(len(members))}.difference(self.known))
-        # The plain tensors of members that also have others: where they begin, their bytes, their positions.
-        self._found: np.ndarray = np.zeros((0, 3), np.uint64)
+        self._unknown = sorted({*range(len(self.members))}.difference(self.known))
         self._kinds = [self._kind(tensors) for tensors in like]
         self._sizes = [tensors[0].numel() for tensors in like]
         self.expected = kernel.expect([*chain.from_iterable(zip(*like, strict=True))])
-        self._sets: dict[tuple[int, ...], tuple[list[Part], list[int]]] = {}
-        # As in `KernelBatch`.
-        self.refused_rate: tuple[int, float] | None = None
-        self.cancel()
 
     def _kind(self, tensors: Sequence[Tensor]) -> object:
         """What plain tensors have in common that are computed together; None for those that are not."""
@@ -156,15 +159,15 @@ class EagerBatch:
             member, p, g, state = self.members[i], params[i], grads[i], states[i]
             if g is None:
                 continue
-            if not self._has_entries(state) or not member.takes(g):
+            if not member.takes(g):
                 return None
             check(self.owner, member, p, g, state, self.recipe)
             if any(is_plain(t) and kernel.is_expanded(t) for t in map(state.get, self.recipe.graph.state)):
                 # A new plan makes it dense; it could not be written.
                 return None
-            own: dict[str, Sequence[Any]] = {"p": [p], "g": [g]}
-            own |= {name: [state[name]] for name in self.recipe.entries}
-            stepping.append(Stepping([member], own, [state], dict(options[member.group]), together=False))
+            tensors: dict[str, Sequence[Any]] = {"p": [p], "g": [g]}
+            tensors |= {name: [state[name]] for name in self.recipe.entries}
+            stepping.append(Stepping([member], tensors, [state], dict(options[member.group]), together=False))
         self._check_modes(stepping)
         return stepping
 

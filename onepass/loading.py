@@ -104,25 +104,9 @@ class Match:
             shape = shapes[name]
             what = f"{self.owner}: saved state {name!r} of parameter {label}"
             if shape is None:
-                found = as_number(entry)
-                if found is None or not isinstance(entry, (int, float, Tensor)):
-                    raise ValueError(f"{what} must be one number, got {_describe(entry)}")
-                if name == "step" and not (0 <= found <= MOST_STEPS and found % 1 == 0):
-                    raise ValueError(f"{what} must be a whole number from 0 to 2**53, got {found:g}")
-                continue
-            if not isinstance(entry, Tensor):
-                raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
-            if entry.shape != shape:
-                belongs = (
-                    "the parameter has" if shape == p.shape else f"for a parameter of {tuple(p.shape)} it must have"
-                )
-                raise ValueError(
-                    f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model"
-                )
-            if entry.is_meta and not p.is_meta:
-                raise ValueError(f"{what} has no memory, it is on meta; load a checkpoint of this model")
-            if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
-                raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
+                _check_number(what, name, entry)
+            else:
+                _check_tensor(what, entry, shape, p)
 
 
 def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Match:
@@ -157,6 +141,26 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
                 )
             parameters[key], labels[key] = of_name[name], repr(name) if named else str(key)
     return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels)
+
+
+def _check_number(what: str, name: str, entry: object) -> None:
+    found = as_number(entry)
+    if found is None or not isinstance(entry, (int, float, Tensor)):
+        raise ValueError(f"{what} must be one number, got {_describe(entry)}")
+    if name == "step" and not (0 <= found <= MOST_STEPS and found % 1 == 0):
+        raise ValueError(f"{what} must be a whole number from 0 to 2**53, got {found:g}")
+
+
+def _check_tensor(what: str, entry: object, shape: tuple[int, ...], p: Tensor) -> None:
+    if not isinstance(entry, Tensor):
+        raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
+    if entry.shape != shape:
+        belongs = "the parameter has" if shape == p.shape else f"for a parameter of {tuple(p.shape)} it must have"
+        raise ValueError(f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model")
+    if entry.is_meta and not p.is_meta:
+        raise ValueError(f"{what} has no memory, it is on meta; load a checkpoint of this model")
+    if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
+        raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
 
 
 def _describe(value: object) -> str:

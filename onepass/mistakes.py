@@ -64,7 +64,7 @@ def watch_options(cls: type) -> None:
 
 
 def _is_method_of(optimizer: Any, frame: Any) -> bool:
-    """Whether code runs in a function whose first argument is the optimizer."""
+    """Whether code runs in a method of the optimizer: a function whose first argument is `self`, and is this one."""
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
     return names[:1] == ("self",) and frame.f_locals.get("self") is optimizer
 
@@ -131,7 +131,7 @@ def find_refused(groups: Sequence[int], rates: Sequence[float]) -> tuple[int, fl
 
 
 def refused_rate(owner: str, index: int, value: float) -> str:
-    """What is said of a learning rate that was written into a group and that the constructor would refuse."""
+    """The warning about a group's learning rate that the constructor would refuse."""
     return (
         f"{owner}: param_groups[{index}]['lr'] is {value:g}; a learning rate lies in [0, inf), and maximize=True "
         "ascends"

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -116,8 +117,7 @@ class Optimizer(torch.optim.Optimizer):
         """Update every parameter that has a gradient, and return what `closure`, if given, returned.
 
         Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the class does not take,
-        state that does not fit, memory that is gone. Nothing has been changed then; unless a tensor of another class
-        has moved others' memory while it stepped itself, which is noticed after it.
+        state that does not fit, memory that is gone. The optimizer is unchanged then.
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
@@ -362,6 +362,13 @@ class Optimizer(torch.optim.Optimizer):
         self._amp_scaling = supports
 
     # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._turn:
+            # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
+            state = copy(self.state)
+            state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
+            return {**super().__getstate__(), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_turn", Turn())

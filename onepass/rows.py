@@ -94,7 +94,7 @@ class Rows:
     """
 
     member: Member
-    own: State
+    state: State
     step: float
     columns: list[Tensor]
     starts: list[int]
@@ -146,17 +146,17 @@ class RowsBatch:
         self.members, self.recipe, self.owner = members, recipe, owner
         self.positions = np.array([m.position for m in members])
         self.pick = picker(self.positions.tolist())
-        own, grads = self.pick(reading.params), self.pick(reading.grads)
-        states = [reading.state_of(p) for p in own]
-        columns = [own, *([state[name] for state in states] for name in recipe.graph.state)]
+        params, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in params]
+        columns = [params, *([state[name] for state in states] for name in recipe.graph.state)]
         self.expected = kernel.expect([*chain.from_iterable(columns)])
         each = list(zip(*columns, strict=True))
         self.copied = [not all(t.is_contiguous() for t in tensors) for tensors in each]
         self.groups = sorted({m.group for m in members})
         self._rounds: list[list[Rows]] = []
-        g = own[0] if grads[0] is None else grads[0]
+        g = params[0] if grads[0] is None else grads[0]
         self.dtypes = [g.dtype, *(column[0].dtype for column in columns)]
-        self.sizes = [column[0].element_size() // (2 if own[0].is_complex() else 1) for column in columns]
+        self.sizes = [column[0].element_size() // (2 if params[0].is_complex() else 1) for column in columns]
         formats = zip(recipe.columns, map(format_name, self.dtypes), strict=True)
         self.kernel = kernel.compile(recipe.graph, tuple(formats))
         self.written = [column.written for column in self.kernel.program.columns[1:]]
@@ -167,18 +167,18 @@ class RowsBatch:
     def gather(self, reading: Reading) -> Gathered | None:
         """Who steps now, and options; None where the plan no longer fits, or a new one will say what is wrong."""
         options = {g: self.recipe.read(reading.groups[g]) for g in self.groups}
-        own, grads = self.pick(reading.params), self.pick(reading.grads)
-        states = [reading.state_of(p) for p in own]
+        params, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in params]
         try:
-            columns = [own, *([state.get(name) for state in states] for name in self.recipe.graph.state)]
-            steps = [float(state["step"]) for state in states] if self.recipe.counts_steps else [0.0] * len(own)
+            columns = [params, *([state.get(name) for state in states] for name in self.recipe.graph.state)]
+            steps = [float(state["step"]) for state in states] if self.recipe.counts_steps else [0.0] * len(params)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         self.expected.compare([*chain.from_iterable(columns)])
         changed = self.expected.changed.reshape(len(columns), -1).max(axis=0).tolist()
         starts = self.expected.pointers.reshape(len(columns), -1).T.tolist()
         stepping: list[Rows] = []
-        for i, (member, p, g) in enumerate(zip(self.members, own, grads, strict=True)):
+        for i, (member, p, g) in enumerate(zip(self.members, params, grads, strict=True)):
             if g is not None:
                 found = None if changed[i] else self._read(member, p, g)
                 if found is None:
@@ -226,7 +226,7 @@ class RowsBatch:
                 self._lay_out(stepping)
             self._launch(stepping, threads)
             if self.recipe.counts_steps:
-                count_steps([rows.own for rows in stepping])
+                count_steps([rows.state for rows in stepping])
             self._fresh.difference_update(rows.member.position for rows in stepping)
         self.cancel()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import random
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -286,6 +288,9 @@ def beside_gradients(change: Callable[[Tensor], Any], size: int = 100_000) -> No
     """A thread changes the gradients that others step with."""
     params = zeros(3, size)
     opt = onepass.SGD(params, lr=1.0)
+    # There have been gradients: that some are missing now is not a mistake to be told.
+    ones(params)
+    opt.step()
     over = threading.Event()
 
     def work() -> None:
@@ -302,7 +307,7 @@ def beside_gradients(change: Callable[[Tensor], Any], size: int = 100_000) -> No
                 change(p)
 
     together(work, meddle)
-    assert_whole(params, -60)
+    assert_whole(params, -61)
 
 
 def crash_gradients_are_replaced() -> None:
@@ -340,29 +345,8 @@ def crash_gradients_are_exchanged() -> None:
     beside_gradients(exchange)
 
 
-def crash_state_is_cleared() -> None:
-    params = zeros()
-    opt = onepass.Adam(params, lr=0.01)
-    over = threading.Event()
-
-    def work() -> None:
-        try:
-            for _ in range(150):
-                ones(params)
-                with suppress(*CHANGED):
-                    opt.step()
-        finally:
-            over.set()
-
-    def clear() -> None:
-        while not over.is_set():
-            opt.state.clear()
-
-    together(work, clear)
-    assert all(torch.isfinite(p).all() for p in params)
-
-
-def crash_state_entries_are_replaced() -> None:
+def beside_state(change: Callable[[Any, list[nn.Parameter]], Any]) -> None:
+    """A thread changes the state that another steps with."""
     params = zeros()
     opt = onepass.Adam(params, lr=0.01)
     ones(params)
@@ -378,13 +362,24 @@ def crash_state_entries_are_replaced() -> None:
         finally:
             over.set()
 
-    def replace() -> None:
+    def meddle() -> None:
         while not over.is_set():
-            for p in params:
-                opt.state[p]["exp_avg"] = torch.zeros(SIZE)
+            change(opt, params)
 
-    together(work, replace)
+    together(work, meddle)
     assert all(torch.isfinite(p).all() for p in params)
+
+
+def crash_state_is_cleared() -> None:
+    beside_state(lambda opt, params: opt.state.clear())
+
+
+def crash_state_entries_are_replaced() -> None:
+    def replace(opt: Any, params: list[nn.Parameter]) -> None:
+        for p in params:
+            opt.state[p]["exp_avg"] = torch.zeros(SIZE)
+
+    beside_state(replace)
 
 
 # (d) Steps within steps.
@@ -516,6 +511,41 @@ def crash_fork_while_a_thread_steps() -> None:
     ones(params)
     opt.step()
     fork_beside(opt, params, opt.step, 25)
+
+
+def fork_while_kernels_are_made(known: bool) -> None:
+    torch.set_num_threads(1)
+    params = zeros(2, 100)
+    names = itertools.cycle(
+        ["RMSprop", "NAdam", "Adadelta", "Adamax", "Adagrad", "RAdam", "ASGD", "Rprop", "Adafactor"]
+    )
+
+    def first_step() -> None:
+        # A rule of its own, which nobody has compiled yet.
+        base = getattr(onepass, next(names))
+        rule = types.FunctionType(base.rule.__code__, base.rule.__globals__, None, None, base.rule.__closure__)
+        rule.__kwdefaults__, rule.__annotations__ = base.rule.__kwdefaults__, base.rule.__annotations__
+        type("Own", (base,), {"rule": staticmethod(rule)})(params, lr=0.01).step()
+
+    ones(params)
+    # All modules are imported: Python itself leaves a child waiting that is forked during an import.
+    onepass.SGD(params).step()
+    opt = onepass.Adam(params, lr=0.01)
+    if known:
+        opt.step()
+        # Its plan must be made again, of kernels that are there.
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(7))]})
+    fork_beside(opt, params, first_step, 30)
+
+
+def crash_fork_while_a_thread_makes_kernels() -> None:
+    """What is locked while rules are traced and compiled is free in the child, too."""
+    fork_while_kernels_are_made(known=True)
+
+
+def crash_fork_while_a_thread_makes_kernels_and_make_some() -> None:
+    """The child needs a kernel that nobody has made yet."""
+    fork_while_kernels_are_made(known=False)
 
 
 def fork_beside(opt: Any, params: list[nn.Parameter], step: Callable[[], Any], forks: int) -> None:

@@ -1,13 +1,19 @@
 """What is kept for later, and how long: while somebody can still use it, and never more than so much of it.
 
 `remember` keeps what a function has returned as long as its first argument lives, a rule or a graph; of the last few
-that have died, it keeps it a while longer. `share` gives all who ask for the same the same, and keeps nothing.
+that have died, it keeps it a while longer. `share` gives all who ask for the same the same, and keeps nothing. `once`
+makes a thing once in the process's life.
+
+There are two locks for all of these. A process that forks waits for both, and so for what another thread compiles: the
+child would find them held by a thread that it does not have.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial, update_wrapper, wraps
 from threading import RLock
 from types import MethodType
@@ -16,6 +22,32 @@ from weakref import WeakValueDictionary, ref
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Held while something is made that there must be once; within it the other one, never the other way round.
+_making = RLock()
+# Held while results are looked up and put.
+_knowing = RLock()
+
+_locks: list[AbstractContextManager[Any]] = [_making, _knowing]
+
+
+def hold_in_forks(lock: AbstractContextManager[Any]) -> None:
+    """Let a process that forks wait for a lock, within which neither of the two is taken; the child finds it free."""
+    _locks.append(lock)
+
+
+def _hold() -> None:
+    for lock in _locks:
+        lock.__enter__()
+
+
+def _let_go() -> None:
+    for lock in reversed(_locks):
+        lock.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go)
 
 
 class CacheInfo(NamedTuple):
@@ -39,12 +71,11 @@ class Remembered(Generic[P, R]):
         self._known: dict[tuple[object, ...], tuple[R, list[object]]] = {}
         self._longer: deque[R] = deque(maxlen=longer)
         self._misses = 0
-        self._lock = RLock()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         owners = _owners(args[0])
         key = (tuple(map(id, owners)), args[1:], tuple(sorted(kwargs.items())))
-        with self._lock:
+        with _knowing:
             entry = self._known.pop(key, None)
             if entry is not None:
                 self._known[key] = entry
@@ -54,7 +85,7 @@ class Remembered(Generic[P, R]):
         value = self._function(*args, **kwargs)
         forget = partial(_forget, key, self._known, self._longer)
         entry = value, [_watch(owner, forget) for owner in owners]
-        with self._lock:
+        with _knowing:
             value, _ = self._known.setdefault(key, entry)
             surplus = [self._known.pop(old, None) for old in list(self._known)[: -self._most]]
         # What is freed may wait for a lock of its own.
@@ -79,12 +110,11 @@ class Shared(Generic[P, R]):
         self._function = function
         self._living: WeakValueDictionary[tuple[object, ...], R] = WeakValueDictionary()
         self._misses = 0
-        self._lock = RLock()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         key = (args, tuple(sorted(kwargs.items())))
         # With the lock: of two threads that ask at once, the second waits for what the first makes.
-        with self._lock:
+        with _making:
             value = self._living.get(key)
             if value is None:
                 self._misses += 1
@@ -139,13 +169,12 @@ def once(function: Callable[[], R]) -> Callable[[], R]:
 
     What it returns may be code of which others keep the address only: there must not be a second one that is freed.
     """
-    lock = RLock()
     results: list[R] = []
 
     @wraps(function)
     def known() -> R:
         if not results:
-            with lock:
+            with _making:
                 if not results:
                     results.append(function())
         return results[0]

@@ -182,7 +182,7 @@ class Node:
 
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
 # Not only one thread may look and, where nothing is found, put: there would be two nodes for one expression.
-_interning = RLock()
+INTERNING = RLock()
 
 
 def make(op: str, *args: object, attr: object = None, type: str | None = None) -> Node:
@@ -196,7 +196,7 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
     # A float's bits, not its value: 0.0 and -0.0 are equal and differ, nan differs from itself.
     shape = attr.hex() if isinstance(attr, float) else attr
     key = (op, tuple(map(id, nodes)), type, shape)
-    with _interning:
+    with INTERNING:
         node = _interned.get(key)
         if node is None:
             node = Node()

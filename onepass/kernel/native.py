@@ -17,6 +17,11 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import torch
 
+from .caches import hold_in_forks
+
+# It is held in each of llvmlite's calls; what is freed calls llvmlite at any time.
+hold_in_forks(llvm.ffi.lib._lock)
+
 
 @cache
 def _host() -> tuple[llvm.Target, str, str]:

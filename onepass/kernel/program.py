@@ -15,9 +15,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from .caches import remember
+from .caches import hold_in_forks, remember
 from .formats import FORMATS, Format, cast
-from .ir import LEAVES, LOADS, REDUCTIONS, Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
+from .ir import (
+    INTERNING,
+    LEAVES,
+    LOADS,
+    REDUCTIONS,
+    Node,
+    Rank,
+    RuleError,
+    const,
+    hyper,
+    load,
+    make,
+    topological,
+    verify,
+    where,
+)
 from .passes import Program, hyper_names, split
 
 Rule = Callable[..., Mapping[str, Node]]
@@ -27,6 +42,9 @@ Argument = tuple[object, ...]
 GRADIENT_FACTOR = "gradient_factor"
 # Holds in the step that created a parameter's state.
 FIRST = hyper("first") > 0
+
+
+hold_in_forks(INTERNING)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,14 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "  %c_next = add i64 %c, 1",
         "  %c_more = icmp slt i64 %c_next, %last",
         "  br i1 %c_more, label %chunk, label %take",
+        *_worker_end(),
+    ]
+    return "\n".join(lines)
+
+
+def _worker_end() -> list[str]:
+    """`done`: a worker that is one of a team tells it."""
+    return [
         "done:",
         "  %team = icmp ne ptr %finish, null",
         "  br i1 %team, label %end_together, label %end",
@@ -128,7 +136,6 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "  ret void",
         "}",
     ]
-    return "\n".join(lines)
 
 
 def _column_pointers(program: Program, names: Sequence[str]) -> list[str]:
