@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_script
+from quick import slow_but
 from sides import ALGORITHMS, CLOSE, assert_same, both, make_side, on_both, snapshot
 from table import on_eager_backend
 from torch import nn
@@ -1301,7 +1302,7 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", slow_but([2], [1, 2]))
 def test_sharded_parameters(tmp_path, size):
     import concurrent.futures
 

@@ -218,7 +218,7 @@ def test_methods_are_rules_too(built: list[str]) -> None:
 
 def test_rules_that_differ_are_told_apart() -> None:
     """Where a rule has died, another may come to lie in its place."""
-    for i in range(16):
+    for i in range(6):
         assert torch.equal(step(new_class(1 + i / 64)), torch.full((3,), -1 - i / 64))
         gc.collect()
 

@@ -18,6 +18,7 @@ from collections import defaultdict
 import pytest
 import torch
 from processes import fates
+from quick import slow_but
 from sides import ALGORITHMS, CLOSE, SHAPES, Side, assert_same, both, make_side, on_both, quietly, refuses, snapshot
 from torch import Tensor, nn
 
@@ -394,7 +395,8 @@ OPERATIONS = [
 ]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+# All kinds of state are among them: none, columns, numbers.
+@pytest.mark.parametrize("algorithm", slow_but(["sgd", "momentum", "amsgrad", "nadam", "asgd"], ALGORITHMS))
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 def test_goes_on_like_torch_after(operation, algorithm):
     sides = both(algorithm, (*SHAPES, (5,)))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quick import slow_but
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim import swa_utils as torch_swa_utils
 
@@ -21,7 +22,7 @@ from onepass import lr_scheduler, swa_utils
 
 OURS = SimpleNamespace(**{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR)
 TORCHS = SimpleNamespace(**{**vars(OURS), **vars(torch_schedulers), "SWALR": torch_swa_utils.SWALR})
-LIBRARIES = pytest.mark.parametrize("optimizers", [torch.optim, onepass], ids=["torch", "onepass"])
+LIBRARIES = pytest.mark.parametrize("optimizers", slow_but([onepass], [torch.optim, onepass]), ids=["torch", "onepass"])
 STEPS = 15
 
 
@@ -986,7 +987,7 @@ def test_from_a_lr_that_was_set_torchs_recursion_goes_on(name: str, optimizers: 
 @TENSORS
 @LIBRARIES
 @pytest.mark.parametrize("found", ["fresh", "this step", "last step", "torch's"])
-@pytest.mark.parametrize("last", [0, 1, 2, 4, 5, 8])
+@pytest.mark.parametrize("last", slow_but([0, 2, 5], [0, 1, 2, 4, 5, 8]))
 def test_the_formula_goes_on(name: str, tensor: Any, optimizers: Any, found: str, last: int) -> None:
     library = TORCHS if found == "torch's" else OURS
     whole = Side(getattr(library, name), name, optimizers, tensor)

@@ -46,26 +46,24 @@ def run(
     params = columns["p"]
     shapes = [p.shape for p in params]
     sizes = [shape.numel() for shape in shapes]
-    rows = {name: _in_a_row(column) for name, column in columns.items()}
+    are_flat = all(len(shape) == 1 for shape in shapes)
+    rows = {name: _in_a_row(column, are_flat) for name, column in columns.items()}
     dtype = compute_dtype(*rows.values())
     rows = {name: row if row.dtype == dtype else row.to(dtype) for name, row in rows.items()}
     compiled = compile(graph)
     hosts = compiled.host(hypers, sizes, torch.finfo(params[0].dtype).eps)
     new = compiled.tensors(hosts)(rows, Beside(hosts, sizes, rows["p"]))
-    outputs = {name: _apart(_spread(value, name, rows), sizes, shapes) for name, value in new.items()}
+    outputs: dict[str, Sequence[Tensor]]
+    outputs = {name: _spread(value, name, rows).split_with_sizes(sizes) for name, value in new.items()}
+    if not are_flat:
+        outputs = {name: list(map(Tensor.view, parts, shapes)) for name, parts in outputs.items()}
     return outputs, {name: np.broadcast_to(hosts[i], len(params)).tolist() for name, i in compiled.scalars}
 
 
-def _in_a_row(tensors: Sequence[Tensor]) -> Tensor:
+def _in_a_row(tensors: Sequence[Tensor], are_flat: bool) -> Tensor:
     """The elements of tensors, one after another."""
-    flat = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _apart(row: Tensor, sizes: Sequence[int], shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
-    """The tensors whose elements stand in a row."""
-    parts = row.split_with_sizes(sizes)
-    return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    flat = tensors if are_flat else [t.reshape(-1) for t in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(list(flat))
 
 
 def _spread(value: Any, name: str, rows: Mapping[str, Tensor]) -> Tensor:
