@@ -6,7 +6,8 @@ another class, is stored first and can be taken back. Plain tensors of elementwi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
@@ -118,6 +119,10 @@ class EagerBatch:
             like = [[*tensors, *values] for tensors, values in zip(like, numbers, strict=True)]
         self._pick_known = picker(self.known)
         self._unknown = sorted({*range(len(self.members))}.difference(self.known))
+        # Those of whose states not all entries are compared.
+        self._unread: Sequence[int] = range(len(self.members))
+        if len(self._compared) == len(self.recipe.entries):
+            self._unread = self._unknown
         self._kinds = [self._kind(tensors) for tensors in like]
         self._sizes = [tensors[0].numel() for tensors in like]
         self.expected = kernel.expect([*chain.from_iterable(zip(*like, strict=True))])
@@ -146,7 +151,7 @@ class EagerBatch:
             if not all(map(is_, self.pick_state(reading.keys), params)):
                 return None
         columns = self._read_known(params, grads, states)
-        if columns is None or not all(map(self._has_entries, states)):
+        if columns is None or not all(self._has_entries(states[i]) for i in self._unread):
             return None
         if self._unknown:
             self._find_unknown(params, states)
@@ -217,8 +222,8 @@ class EagerBatch:
 
     def _check_modes(self, stepping: list[Stepping]) -> None:
         """Raise where operations would be recorded, by a graph or by autograd, in a way that cannot work."""
-        params = [p for s in stepping for p in s.columns["p"]]
         if self.differentiable:
+            params = [p for s in stepping for p in s.columns["p"]]
             for p, member in zip(params, (member for s in stepping for member in s.members), strict=True):
                 if p.requires_grad and p.is_leaf and torch.is_grad_enabled():
                     raise StepError(
@@ -226,7 +231,8 @@ class EagerBatch:
                         f"under differentiable=True give p.clone() in the place of parameter {member.label}"
                     )
         elif not self.capturable:
-            for device in {p.device for p in params}:
+            # Those who are computed together are on one device.
+            for device in {s.columns["p"][0].device for s in stepping}:
                 if kernel.is_capturing(device):
                     raise StepError(CAPTURE.format(self.owner))
 
@@ -262,16 +268,24 @@ class EagerBatch:
                 tensors += [p, *(reading.state_of(p)[name] for name in self.recipe.graph.state)]
         return [t for t in tensors if is_plain(t)]
 
-    def begin(self, stepping: list[Stepping], fresh: Collection[int], unscale: Unscale, scratch: Scratch) -> None:
-        """Compute all new values, and store nothing."""
+    def begin(
+        self, stepping: list[Stepping], fresh: Collection[int], unscale: Unscale, scratch: Scratch
+    ) -> list[tuple[int, Callable[[], None]]]:
+        """Compute new values, and store nothing. Returns what computes those of parameters that share memory, each with
+        the parameter's position: their order is that of the whole optimizer, whose batches it runs through.
+        """
         self.cancel()
         self._stepping = stepping
+        later: list[tuple[int, Callable[[], None]]] = []
         for s in stepping:
             hypers = self._hypers(s, fresh, unscale)
             if s.together:
                 self._compute_together(s, hypers)
+            elif s.members[0].position in self.apart:
+                later.append((s.members[0].position, partial(self._compute, s, hypers, scratch)))
             else:
                 self._compute(s, hypers, scratch)
+        return later
 
     def _hypers(self, stepping: Stepping, fresh: Collection[int], unscale: Unscale) -> dict[str, Any]:
         """The rule's numbers: one for all, or a list with one for each parameter."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,9 @@ class Plan:
     def _is_awake(self, owner: str, member: Member, reading: Reading) -> bool:
         """Whether a parameter belongs into the plan. One without a gradient may be in any condition: frozen, freed."""
         p, grad = reading.params[member.position], reading.grads[member.position]
-        recipe, state = self.recipes[member.kind], reading.state_of(p)
+        recipe = self.recipes[member.kind]
+        # What no rule reads may be anything, whether a plan is built in this step or not.
+        state = reading.state_of(p) if recipe.entries else {}
         if grad is None and (not isinstance(state, dict) or any(state.get(n) is None for n in recipe.entries)):
             return False
         if not isinstance(state, dict):
@@ -142,8 +145,10 @@ class Plan:
             else:
                 lies_well = entry.is_contiguous()
             if not lies_well:
-                like = recipe.as_dense(p) if entry.shape == p.shape and why is None else entry
-                dense = torch.empty_like(like, dtype=entry.dtype, memory_format=torch.preserve_format)
+                like, form = entry, torch.contiguous_format
+                if entry.shape == p.shape and why is None:
+                    like, form = recipe.as_dense(p), torch.preserve_format
+                dense = torch.empty_like(like, dtype=entry.dtype, memory_format=form)
                 self._ledger.set(state, name, dense.copy_(entry))
         return why
 
@@ -363,8 +368,13 @@ class Plan:
         if not of_others:
             return
         scratch = Scratch(chain.from_iterable(batch.tensors_apart(reading) for batch in self.eager))
-        for batch, stepping in zip(self.eager, of_others, strict=False):
-            batch.begin(stepping, self.fresh, unscale, scratch)
+        later = [
+            delayed
+            for batch, stepping in zip(self.eager, of_others, strict=False)
+            for delayed in batch.begin(stepping, self.fresh, unscale, scratch)
+        ]
+        for _, compute in sorted(later, key=itemgetter(0)):
+            compute()
         for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
             batch.begin(stepping, self.fresh, unscale)
 

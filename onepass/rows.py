@@ -318,6 +318,8 @@ class EagerRows(EagerBatch):
         super().cancel()
         # Which rows of a tensor get which values.
         self._rows: list[tuple[Tensor, Any, Tensor]] = []
+        # The same of memory that is shared, with the tensors' places in the copy.
+        self._rows_apart: list[tuple[Tensor, Any, Tensor]] = []
 
     def _compute(self, stepping: Stepping, hypers: dict[str, Any], scratch: Scratch) -> None:
         g = coalesced(stepping.columns["g"][0])
@@ -334,8 +336,12 @@ class EagerRows(EagerBatch):
         for name, value in zip(dict(self.recipe.graph.outputs), self._take_computed(), strict=True):
             target, value = targets[name], value.to(targets[name].dtype)
             if scratch.holds(target):
-                scratch.view(target)[rows] = value
-            self._rows.append((target, rows, value))
+                # Those who step next see it, and may change it again.
+                place = scratch.view(target)
+                place[rows] = value
+                self._rows_apart.append((target, rows, place))
+            else:
+                self._rows.append((target, rows, value))
 
     def _take_computed(self) -> list[Tensor]:
         values = [value for _, value in self._targets_alone]
@@ -358,4 +364,6 @@ class EagerRows(EagerBatch):
     def finish(self, fresh: set[int]) -> None:
         for target, rows, value in self._rows:
             target[rows] = value
+        for target, rows, place in self._rows_apart:
+            target[rows] = place[rows]
         super().finish(fresh)

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from state_machine import UNIT, Fault, Machine, Snapshot, numbers, plain
+from state_machine import UNIT, Fault, Machine, Snapshot, is_used, numbers, plain
 from torch import Tensor, nn
+
+import onepass
 
 SKIP = int(os.environ.get("SKIP", 0))
 Mend = Callable[[], Any]
@@ -1089,7 +1091,7 @@ def put(target: Any, name: Any, value: Any) -> Mend:
     return lambda: target.pop(name) if former is missing else target.update({name: former})
 
 
-@damage(descent=True)
+@damage()
 def parameter_without_storage(machine: Machine) -> Mend | None:
     p = machine.any()
     storage = p.untyped_storage()
@@ -1128,11 +1130,7 @@ def some_column(machine: Machine) -> tuple[dict[str, Any], str] | None:
     if not found:
         return None
     p, name = machine.choose.choice(found)
-    group = group_of(machine, p)
-    used = {"max_exp_avg_sq": "amsgrad", "grad_avg": "centered", "momentum_buffer": "momentum"}.get(name)
-    if used is not None and not group[used]:
-        return None
-    return machine.entry(p), name
+    return (machine.entry(p), name) if is_used(group_of(machine, p), name) else None
 
 
 @damage()
@@ -1190,9 +1188,10 @@ def state_that_lacks_an_entry(machine: Machine) -> Mend | None:
 
 @damage()
 def state_that_is_no_dict(machine: Machine) -> Mend | None:
-    if not has_state(machine):
+    p = machine.any()
+    if machine.kind.cls == "SGD" and not group_of(machine, p)["momentum"]:
         return None
-    return put(machine.opt.state, machine.any(), machine.choose.choice([[], 3, torch.zeros(2), "text"]))
+    return put(machine.opt.state, p, machine.choose.choice([[], 3, torch.zeros(2), "text"]))
 
 
 @damage()
@@ -1285,11 +1284,9 @@ def gradient_of_a_layout_not_taken(machine: Machine) -> Mend | None:
     p = machine.any()
     if machine.kind.sparse == "only":
         p.grad = machine.values(p.shape, p.dtype)
-    elif not p.dim() or (machine.kind.sparse and not group_of(machine, p).get("weight_decay")):
+    elif not p.dim() or p.is_complex() or (takes_sparse(machine) and not group_of(machine, p).get("weight_decay")):
         return None
     else:
-        if p.is_complex():
-            return None
         p.grad = machine.sparse_gradient(p, 3)
     return lambda: setattr(p, "grad", machine.gradient(p))
 
@@ -1301,7 +1298,8 @@ def option_of_no_use(machine: Machine) -> Mend | None:
     bad += [("betas", (0.9,)), ("betas", 0.9), ("betas", (0.9, "x")), ("weight_decay", 1j), ("eps", "tiny")]
     bad += [("amsgrad", "yes"), ("maximize", 3), ("centered", [True]), ("momentum", "0.9"), ("etas", (0.5,))]
     name, value = machine.choose.choice([(name, value) for name, value in bad if name in group])
-    if machine.kind.cls == "Rprop" and name == "lr":
+    # The first is read once, the second by groups without matrices.
+    if (machine.kind.cls, name) in (("Rprop", "lr"), ("Muon", "betas")):
         return None
     return put(group, name, value)
 
@@ -1386,7 +1384,20 @@ class DescentMachine(Machine):
         twin.params = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in self.members()]
         twin.opt = torch.optim.LBFGS(twin.params, lr=0.1)
         twin.opt.load_state_dict(copy.deepcopy(self.opt.state_dict()))
+        group, memory = self.opt.param_groups[0], twin.opt.state[twin.params[0]]
+        # What torch writes before it reads; it does not make it longer where the history has become so.
+        memory.pop("al", None)
+        # Nor does torch shorten a history of which less is wanted.
+        for name in ("old_dirs", "old_stps", "ro"):
+            memory.update({name: memory[name][-group["history_size"] :]} if name in memory else {})
+        stays = bool(group["line_search_fn"]) and float(group["lr"]) == 0
         how()
+        if stays:
+            # torch divides by the distance of two trials that are one.
+            if before.seen["parameters"] != Snapshot(self.params, self.opt).seen["parameters"]:
+                raise Fault("a step with a rate of 0 has changed a parameter")
+            self.counts["steps"] += 1
+            return True
         twin.call(twin.closure())
         after = Snapshot(self.params, self.opt)
         if before.seen["options"] != after.seen["options"] or before.seen["groups"] != after.seen["groups"]:
@@ -1433,6 +1444,28 @@ def descent_by_a_closure_that_raises_at_once(machine: Machine) -> Any:
         raise KeyboardInterrupt
 
     machine.fails(lambda: machine.call(closure), KeyboardInterrupt)
+    machine.step()
+
+
+@action(descent=True, fits=is_descent)
+def descent_by_a_closure_that_leaves_no_memory(machine: Machine) -> Any:
+    """Parameters are looked at once a closure was called, as it may be what brings them."""
+    p, good = machine.any(), machine.closure()
+    former = p.data
+
+    def closure() -> Any:
+        loss = good()
+        p.data = former.clone()
+        p.untyped_storage().resize_(0)
+        return loss
+
+    def how() -> None:
+        try:
+            machine.call(closure)
+        finally:
+            p.data = former
+
+    machine.fails(how, onepass.StepError)
     machine.step()
 
 

@@ -90,7 +90,11 @@ M, V = "exp_avg", "exp_avg_sq"
 KINDS: dict[str, Kind] = {
     "sgd": Kind("SGD", {"lr": 0.1}, table.sgd, sparse="any"),
     "momentum": Kind(
-        "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}, table.sgd, ("momentum_buffer",)
+        "SGD",
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05},
+        table.sgd,
+        ("momentum_buffer",),
+        sparse="any",
     ),
     "nesterov": Kind(
         "SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": True}, table.sgd, ("momentum_buffer",), sparse="any"
@@ -218,6 +222,11 @@ class Snapshot:
         return [name for name, seen in self.seen.items() if seen != other.seen[name]]
 
 
+def _coarser(x: Any, lost: float) -> Any:
+    """A number that plain ones meet with so many more units of error."""
+    return Rounded(x.value, x.error, x.unit, x.inexact + lost) if isinstance(x, Rounded) else x
+
+
 def _is_empty(entry: Any) -> bool:
     return isinstance(entry, dict) and not entry
 
@@ -291,11 +300,12 @@ class Oracle:
             count = number(entry["step"]) if "step" in entry else None
             return Expected(p, set(entry), {name: (t, np.zeros_like(t)) for name, t in kept.items()}, count, lr, False)
         states = self._states(p, entry, group)
-        dtypes = [plain(t).dtype for t in (p, g, *states.values())]
+        # A column that no rule reads now, as that of a momentum of 0, has no say in the precision.
+        used = [t for name, t in states.items() if is_used(group, name)]
+        dtypes = [plain(t).dtype for t in (p, g, *used)]
         wide = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
         unit = UNIT[torch.float64 if wide else torch.float32]
-        given = {name: Rounded(numbers(t), 0.0, unit) for name, t in states.items()}
-        inexact = self._roundings_of_scalars(options)
+        given = {name: Rounded(numbers(t), 0.0, unit, table.ROUNDINGS) for name, t in states.items()}
         state: dict[str, Any] = given | self._scalars(entry, lr)
         before = None if entry.get("step") is None else number(entry["step"])
         step = int(before or 0) + 1
@@ -306,17 +316,26 @@ class Oracle:
         gradient, rows = self._gradient(g, unit)
         if self.kind.cls == "SparseAdam":
             options = options | {"rows": rows}
-        with np.errstate(all="ignore"):
-            new = self.kind.reference(
-                Rounded(values.copy(), errors.copy(), unit, inexact), gradient, state, step, **options
-            )
+        new = self._refer(Rounded(values.copy(), errors.copy(), unit, table.ROUNDINGS), gradient, state, step, options)
         good = self._is_ordinary(values, numbers(g), given)
-        self.ordinary = self.ordinary and good
+        # No rate is so small that it makes a number of what is none.
+        self.ordinary = self.ordinary and good and bool(np.isfinite(new.value).all())
         self._write(p, values, errors, new, good)
         stored = states | {name: t for name, t in entry.items() if name in SCALARS and isinstance(t, Tensor)}
         changed = {name: self._tolerated(p, name, value, stored, good, wide) for name, value in state.items()}
         keys = set(entry) | set(state) | ({"step"} if self.kind.counts else set())
         return Expected(p, keys, changed, float(step) if self.kind.counts else None, lr)
+
+    def _refer(self, p: Rounded, g: Rounded, state: dict[str, Any], step: int, options: Mapping[str, Any]) -> Any:
+        """The parameter's new value by the reference, which puts the new state into `state`."""
+        lost, former = self._lost_in_corrections(options, step), dict(state)
+        with np.errstate(all="ignore"):
+            new = self.kind.reference(p, g, state, step, **options)
+            if not lost:
+                return new
+            # What corrects moments has no part in them: their own bounds stay.
+            former = {name: _coarser(value, lost) for name, value in former.items()}
+            return self.kind.reference(_coarser(p, lost), _coarser(g, lost), former, step, **options)
 
     def _states(self, p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The columns that there are, and those that begin at something else than zero."""
@@ -342,19 +361,25 @@ class Oracle:
         lifted = {name: Rounded(value, error[name] * abs(value), UNIT[torch.float64]) for name, value in found.items()}
         return first | {name: lifted[name] if error[name] else value for name, value in found.items()}
 
-    def _roundings_of_scalars(self, options: Mapping[str, Any]) -> float:
-        """How many units factors such as bias corrections may err, which float64 arithmetic takes as they come.
+    def _lost_in_corrections(self, options: Mapping[str, Any], step: int) -> float:
+        """How many units more the factors that correct moments may err, as differences that cancel.
 
-        RAdam's rho is the small difference of numbers as large as its limit 2 / (1 - beta2).
+        The powers of two libraries differ by a unit. Of x = beta^t, 1 - x errs by x / (1 - x) units of its own size.
+        RAdam's rho is the small difference of its limit, about 2 / (1 - beta2), and of 2 t x / (1 - x), which errs by
+        2 t x / (1 - x)^2 units, twice that between two libraries; the rectification errs by 2/3 of it, since rho > 5.
         """
-        return table.ROUNDINGS + (4 / (1 - options["betas"][1]) if self.kind.cls == "RAdam" else 0)
+        powers = [beta**step for beta in options.get("betas", ())]
+        lost = max((x / (1 - x) for x in powers), default=0.0)
+        if self.kind.cls == "RAdam":
+            lost += 4 / (1 - options["betas"][1]) + 4 * step * powers[1] / (1 - powers[1]) ** 2
+        return lost
 
     @staticmethod
     def _gradient(g: Tensor, unit: float) -> tuple[Rounded, np.ndarray]:
         """A gradient, and which of its elements are in rows for which a sparse one has values."""
         g = plain(g)
         if g.layout == torch.strided:
-            return Rounded(numbers(g), 0.0, unit), np.array(True)
+            return Rounded(numbers(g), 0.0, unit, table.ROUNDINGS), np.array(True)
         indices, values = g._indices(), g._values()
         size, exact = (
             torch.sparse_coo_tensor(indices, v, g.shape, check_invariants=False).to_dense().numpy()
@@ -364,7 +389,7 @@ class Oracle:
         rows[tuple(indices)] = True
         repeated = indices.shape[1] > torch.unique(indices, dim=1).shape[1]
         error = UNIT[values.dtype] * indices.shape[1] * size if repeated else 0.0
-        return Rounded(exact, error, unit), rows.numpy()
+        return Rounded(exact, error, unit, table.ROUNDINGS), rows.numpy()
 
     @staticmethod
     def _is_ordinary(p: np.ndarray, g: np.ndarray, given: Mapping[str, Rounded]) -> bool:
@@ -439,6 +464,13 @@ class Oracle:
 
 
 SCALARS = ("step", "mu_product", "eta", "mu")
+# Columns that a step neither reads nor writes where an option is off.
+OPTION_OF = {"max_exp_avg_sq": "amsgrad", "grad_avg": "centered", "momentum_buffer": "momentum"}
+
+
+def is_used(group: Mapping[str, Any], column: str) -> bool:
+    """Whether a step of this group has to do with a column of state."""
+    return bool(group.get(OPTION_OF.get(column, ""), True))
 
 
 class Machine:
@@ -509,7 +541,9 @@ class Machine:
         def loss() -> Tensor:
             for p in self.params:
                 p.grad = None
-            value = sum(((real(p).double() - 0.5) ** 2).sum() + (real(p).double() ** 4).sum() / 50 for p in self.params)
+            # A sum over memory that lies otherwise adds in another order, and a search compares losses.
+            wide = [real(p).double().contiguous() for p in self.params]
+            value = sum(((x - 0.5) ** 2).sum() + (x**4).sum() / 50 for x in wide)
             assert isinstance(value, Tensor)
             value.backward()
             return value.float()

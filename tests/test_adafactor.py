@@ -474,6 +474,25 @@ def test_copies_go_on_alike(way: str) -> None:
         assert_same_bits(flat(a.contiguous()), flat(b.contiguous()), way)
 
 
+@pytest.mark.parametrize("name", ["row_var", "col_var"])
+@pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
+def test_state_that_lies_in_another_order(eager: bool, name: str) -> None:
+    """Transposed it is as dense as before, but a kernel reads its numbers one after the other."""
+    ends = []
+    for moved in (False, True):
+        random = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(2, 3, 4, 5, generator=random))
+        opt = ROWS[0].make([p], eager)
+        for _ in range(3):
+            p.grad = torch.randn(2, 3, 4, 5, generator=random)
+            opt.step()
+            if moved:
+                entry = opt.state[p][name]
+                opt.state[p][name] = entry.transpose(0, 1).contiguous().transpose(0, 1)
+        ends.append(flat(p))
+    assert_same_bits(*ends, "p")
+
+
 def test_low_precision_states_keep_their_type() -> None:
     """float32 means of a bfloat16 parameter, as a checkpoint may hold them, stay float32."""
     p = torch.ones(4, 3, dtype=torch.bfloat16)

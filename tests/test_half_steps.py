@@ -565,6 +565,25 @@ def test_shared_memory_of_parameters(groups: bool, layout: str, rule: str, backe
 
 
 @on_each_backend
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "amsgrad"])
+def test_shared_memory_of_groups_that_compute_differently(rule: str, backend: str) -> None:
+    """The order is that of the parameters, also where one before both steps together with the second of them."""
+    ends = []
+    for library in (onepass, torch.optim):
+        buffer = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        params = [nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(buffer[:8]), nn.Parameter(buffer[4:])]
+        opt = make(library, rule, [{"params": [p], "lr": 0.1, "weight_decay": 0.3} for p in params])
+        opt.param_groups[1]["maximize"] = True
+        for group in opt.param_groups:
+            group.update(BACKENDS[backend] if library is onepass else {"foreach": False})
+        for t in range(3):
+            set_gradients(params, t)
+            opt.step()
+        ends.append(buffer)
+    torch.testing.assert_close(*ends, **STRICT)
+
+
+@on_each_backend
 @pytest.mark.parametrize(("layout", "rule"), LAID_OUT)
 def test_memory_becomes_shared(layout: str, rule: str, backend: str) -> None:
     """By `.data =` after two steps, and after two others it is shared no more."""
@@ -662,6 +681,23 @@ def test_shared_memory_and_a_failing_step(later: str, rule: str, backend: str) -
         opt.step()
         twin.step()
     assert values(opt) == values(twin)
+
+
+@on_each_backend
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_state_that_no_rule_reads_may_be_anything(good_steps: int, backend: str) -> None:
+    """As in torch: without momentum SGD does not look for any."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt, twin = make(onepass, "sgd", [p], backend), make(onepass, "sgd", [q], backend)
+    for t in range(4):
+        if t == good_steps:
+            opt.state[p] = "text"
+        set_gradients([p], t)
+        set_gradients([q], t)
+        opt.step()
+        twin.step()
+    assert torch.equal(p, q)
+    assert opt.state[p] == "text"
 
 
 # The bits that say "negated" and "conjugated".

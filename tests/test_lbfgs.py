@@ -626,6 +626,40 @@ def test_memory_of_the_history() -> None:
         assert len({row.data_ptr() for row in rows}) == 2 * size
 
 
+def test_a_lowered_history_is_short_also_where_no_pair_enters() -> None:
+    """As on a plane, which has no curvature."""
+    run = Run(onepass, *network(torch.float32), {"lr": 0.1, "history_size": 4, "max_iter": 10})
+    run.step(2)
+    run.loss = lambda params: params[0].sum()
+    run.optimizer.param_groups[0]["max_iter"] = 1
+    run.step()
+    assert len(run.state["old_dirs"]) == 4
+    newest = run.state["old_stps"][-2:]
+    run.optimizer.param_groups[0]["history_size"] = 2
+    run.step()
+    assert len(run.state["old_dirs"]) == len(run.state["ro"]) == 2
+    assert all(s is kept for s, kept in zip(run.state["old_stps"], newest, strict=True))
+
+
+@SEARCHES
+@pytest.mark.parametrize("name", ["d", "prev_flat_grad"])
+def test_a_vector_with_holes_becomes_torchs(name: str, search: str | None) -> None:
+    """Its memory is not used again: sums over it would add in another order."""
+    curvatures = torch.logspace(0, 3, 1001)
+
+    def loss(params: list[torch.Tensor]) -> torch.Tensor:
+        return (curvatures * params[0] ** 2).sum() + (params[0] ** 4).sum()
+
+    options = {"lr": 0.5, "max_iter": 3, "line_search_fn": search}
+    start = [torch.sin(torch.arange(1001.0))]
+    run, other = Run(onepass, start, loss, options), Run(torch.optim, start, loss, options)
+    for _ in range(4):
+        run.step()
+        other.step()
+        run.state[name] = torch.stack([run.state[name]] * 2, -1)[:, 0]
+    assert_same(run, other, state=False)
+
+
 # What a closure does.
 
 

@@ -741,6 +741,27 @@ def test_parameters_that_share_rows_step_one_after_the_other():
     assert memory.sum(0).tolist() == [-20, 0, 0, -20, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:.*parameters share memory", "ignore:Sparse invariant checks")
+@pytest.mark.parametrize("first", ["rows", "whole"])
+@pytest.mark.parametrize("algorithm", ["SGD", "Adagrad"])
+def test_rows_of_memory_that_another_parameter_steps_whole(algorithm, first):
+    """Neither takes back what the other has done, in whatever order they and a third one are computed."""
+    ends = []
+    for library in (onepass, torch.optim):
+        memory = torch.linspace(-1, 1, 90, dtype=torch.float64).view(10, 9)
+        by_rows, whole = nn.Parameter(memory[:6]), nn.Parameter(memory[4:])
+        params = [nn.Parameter(torch.ones(3)), *([by_rows, whole] if first == "rows" else [whole, by_rows])]
+        opt = getattr(library, algorithm)(params, lr=0.1)
+        opt.param_groups[0].update(foreach=False, fused=False)
+        for t in range(3):
+            params[0].grad = torch.ones(3)
+            by_rows.grad = random_gradient((6, 9), 1, 4, seed=t).double()
+            whole.grad = torch.linspace(2, t, 54, dtype=torch.float64).view(6, 9)
+            opt.step()
+        ends.append(memory)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
+
+
 def test_a_failing_step_leaves_no_trace():
     good, bad = nn.Parameter(torch.ones(5, 9)), nn.Parameter(torch.ones(5, 9))
     for opt in (onepass.SparseAdam([good, bad]), onepass.SGD([good, bad], lr=0.1), onepass.Adagrad([good, bad])):

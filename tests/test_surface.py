@@ -266,7 +266,7 @@ def drive(opt: Any, params: Sequence[Tensor], steps: int = 3, seed: int = 1) -> 
     name = type(opt).__name__
     for k in range(steps):
         random = torch.Generator().manual_seed(100 * seed + k)
-        gradients = [torch.randn(p.shape, generator=random) for p in params]
+        gradients = [torch.randn(p.shape, generator=random).to(p.dtype) for p in params]
 
         def closure(gradients: Sequence[Tensor] = gradients) -> Tensor:
             opt.zero_grad()
@@ -398,6 +398,9 @@ def test_layouts_step_as_in_torch(name: str, layout: str) -> None:
         start = LAYOUTS[layout]()
         if library is torch.optim and name in CONTIGUOUS_IN_TORCH:
             start = start.contiguous()
+        if name == "LBFGS":
+            # It divides by differences of gradients: sums that add in another order soon lead elsewhere.
+            start = start.double()
         p = nn.Parameter(start)
         opt = make(library, name, [p])
         after = drive(opt, [p])

@@ -176,7 +176,7 @@ class _Descent:
         self.first = not check_memory(what, self.state, self.flat.size, StepError)
         if not self.first:
             self._fit_state()
-        self.d = self.flat.new() if self.first else self.state["d"]
+        self.d = self.flat.new() if self.first else self.state["d"].contiguous()
         self.direction = self.flat.split(self.d)
         self.origin: tuple[Tensor, list[Tensor]] | None = None
         self.spare_pair: tuple[Tensor, Tensor] | None = None
@@ -193,7 +193,9 @@ class _Descent:
             flat.dtype = torch.promote_types(flat.dtype, v.dtype)
         if any(v.dtype != flat.dtype or v.device != flat.device for v in vectors):
             state.update({name: flat.place(state[name]) for name in (*VECTORS, *HISTORY)})
-        self.gradients.append(state["prev_flat_grad"])
+        # A sum over memory with holes adds in another order than torch's, whose vectors are new.
+        if state["prev_flat_grad"].is_contiguous():
+            self.gradients.append(state["prev_flat_grad"])
 
     def run(self) -> Any:
         returned, loss = self._evaluate_loss()
@@ -250,12 +252,15 @@ class _Descent:
         torch.sub(gradient, state["prev_flat_grad"], out=y)
         torch.mul(self.d, float(state["t"]), out=s)
         curvature = y.dot(s)
-        if not scalar(curvature) > LEAST_CURVATURE:
-            return
-        self.spare_pair = None
-        while len(dirs) >= self.group["history_size"]:
-            self.spare_pair = dirs.pop(0), steps.pop(0)
+        enters = bool(scalar(curvature) > LEAST_CURVATURE)
+        self.spare_pair = None if enters else self.spare_pair
+        # There may be more than one too many: history_size may have become smaller.
+        while len(dirs) + enters > self.group["history_size"]:
+            oldest = dirs.pop(0), steps.pop(0)
+            self.spare_pair = self.spare_pair or oldest
             del ro[0], rates[0]
+        if not enters:
+            return
         dirs.append(y)
         steps.append(s)
         ro.append(curvature.reciprocal())
@@ -266,7 +271,7 @@ class _Descent:
         """The inverse Hessian times the negative gradient, by two loops over the pairs."""
         state, rates, d, alphas = self.state, self.rates, self.d, []
         # A step of length 0 until one is made: whatever interrupts it, none enters the history.
-        state["t"] = 0.0
+        state.update(t=0.0, d=d)
         dirs, steps, rounded = state["old_dirs"], state["old_stps"], precision(d.dtype)
         torch.neg(gradient, out=d)
         for y, s, rate in zip(reversed(dirs), reversed(steps), reversed(rates), strict=True):
