@@ -59,6 +59,11 @@ class Flat:
     def check(self) -> None:
         """Raise `StepError` for parameters that cannot be written, and gradients that do not fit."""
         for i, (p, label) in enumerate(zip(self._params, self._labels, strict=True)):
+            if not (p.is_floating_point() or p.is_complex()):
+                raise StepError(
+                    f"{self._owner} moves all parameters as one vector, and parameter {label} is {p.dtype}; leave it "
+                    "out of the list"
+                )
             if p.grad is None or p.grad.layout in (torch.strided, torch.sparse_coo):
                 check_member(self._owner, Member(i, 0, 0, label), p, p.grad, {}, (), ())
 

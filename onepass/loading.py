@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +19,11 @@ from .options import has_numbers_on_device
 Group = dict[str, Any]
 # The largest count of steps that a float64 holds as it is.
 MOST_STEPS = 2**53
+# What wrappers put into the names of a model's parameters: torch.compile, DDP, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # For a parameter and its group: the state that it must have once it has stepped, and the shapes of all that it may
-# have, None for what is one number.
-StateOf = Callable[[Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None]]]
+# have, None for what is one number; no shapes for a class that has no rule, whose state may be anything.
+StateOf = Callable[[Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None] | None]]
 
 
 def check_state_dict(owner: str, state_dict: object) -> None:
@@ -49,33 +53,48 @@ class Match:
     saved_state: Mapping[Any, Any]
     parameters: dict[Any, Tensor]
     labels: dict[Any, str]
+    # The names of all algorithms' states: what else there is beside ours is the user's.
+    states: Set[str]
+    # How the names differ, where parameters are matched by position although both sides have names.
+    difference: str = ""
 
-    def load(self, state_of: StateOf, defaults: Mapping[str, Any]) -> tuple[dict[Any, Any], list[Group]]:
+    def load(
+        self, state_of: StateOf, defaults: Mapping[str, Any], checks_options: bool = True
+    ) -> tuple[dict[Any, Any], list[Group]]:
         """The new state and groups, everything verified first; the optimizer itself is not touched."""
-        groups = self.load_groups(defaults)
+        groups = self.load_groups(defaults, checks_options)
         state: dict[Any, Any] = defaultdict(dict)
         numbers: dict[Any, set[str]] = {}
         for group, saved in zip(groups, self.saved_groups, strict=True):
             for key in saved["params"]:
                 if key in self.saved_state and self.saved_state[key] != {}:
                     required, shapes = state_of(self.parameters[key], group)
+                    if shapes is None:
+                        continue
                     self._check(key, self.saved_state[key], required, shapes)
                     moved = has_numbers_on_device(group, self.parameters[key].device)
                     numbers[key] = set() if moved else {n for n in shapes if shapes[n] is None}
+        self.tell_difference()
         for key, value in self.saved_state.items():
             p = self.parameters.get(key)
             state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, numbers.get(key, set()))
         return state, groups
 
-    def load_groups(self, defaults: Mapping[str, Any]) -> list[Group]:
+    def tell_difference(self) -> None:
+        """Warn where parameters are matched by position although both sides have names."""
+        if self.difference:
+            warnings.warn(f"{self.difference}; parameters are matched by position, as in torch", stacklevel=5)
+
+    def load_groups(self, defaults: Mapping[str, Any], checks_options: bool = True) -> list[Group]:
         """The new groups: the saved options, and this optimizer's parameters and names."""
         groups = []
         for group, saved in zip(self.groups, self.saved_groups, strict=True):
             kept = {k: group[k] for k in ("param_names",) if k in group}
             options = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", *kept)}
             groups.append({**defaults, **options, **kept, "params": group["params"]})
-            like = {k: group.get(k, default) for k, default in defaults.items()}
-            check_kinds(groups[-1], like, f"{self.owner}: the state dict's ", ValueError)
+            if checks_options:
+                like = {k: group.get(k, default) for k, default in defaults.items()}
+                check_kinds(groups[-1], like, f"{self.owner}: the state dict's ", ValueError)
         return groups
 
     def _check(
@@ -84,8 +103,7 @@ class Match:
         p, label = self.parameters[key], self.labels[key]
         if not isinstance(value, Mapping):
             raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
-        unknown = [name for name, entry in value.items() if name not in shapes and isinstance(entry, Tensor)]
-        # Beside ours there may be what a subclass or a wrapper keeps.
+        unknown = [name for name in value if name not in shapes and name in self.states]
         if unknown and not any(value.get(name) is not None for name in shapes if name != "step"):
             known = ", ".join(shapes) or "no state"
             raise ValueError(
@@ -103,14 +121,16 @@ class Match:
                 continue
             shape = shapes[name]
             what = f"{self.owner}: saved state {name!r} of parameter {label}"
+            if self.difference:
+                what = f"{self.difference}; by position, saved state {name!r} of parameter {label}"
             if shape is None:
                 _check_number(what, name, entry)
             else:
                 _check_tensor(what, entry, shape, p)
 
 
-def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Match:
-    """Find each saved entry's parameter: by name where both sides have names, else by position."""
+def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states: Set[str] = frozenset()) -> Match:
+    """Find each saved entry's parameter: by name where both sides have the same names, else by position."""
     saved_groups = list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError(
@@ -120,6 +140,7 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
     named = all("param_names" in g for g in chain(groups, saved_groups))
     parameters: dict[Any, Tensor] = {}
     labels: dict[Any, str] = {}
+    difference = ""
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
@@ -133,14 +154,32 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any]) -> Mat
                     f"{owner}: group {i} of {side} has {len(of['params'])} parameters and {len(names_of)} different "
                     "names; name each once"
                 )
-        of_name = dict(zip(group["param_names"] if named else names, group["params"], strict=True))
-        for key, name in zip(saved["params"], names, strict=True):
-            if name not in of_name:
-                raise ValueError(
-                    f"{owner}: the state dict has a parameter {name!r} in group {i}, this optimizer has not"
-                )
-            parameters[key], labels[key] = of_name[name], repr(name) if named else str(key)
-    return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels)
+        places = _places(names, group["param_names"]) if named else range(len(names))
+        if places is None:
+            pairs = zip(names, group["param_names"], strict=True)
+            theirs, ours = next((a, b) for a, b in pairs if _unwrapped(a) != _unwrapped(b))
+            difference = difference or (
+                f"{owner}: the state dict has a parameter {theirs!r} in group {i} where this optimizer has {ours!r}"
+            )
+            places = range(len(names))
+        for key, name, place in zip(saved["params"], names, places, strict=True):
+            parameters[key], labels[key] = group["params"][place], repr(name) if named else str(key)
+    return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels, states, difference)
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return WRAPPERS.sub("", str(name))
+
+
+def _places(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
+    """Where each name stands among the others, with or without what wrappers put in; None where names differ."""
+    for form in (str, _unwrapped):
+        place = {form(name): i for i, name in enumerate(among)}
+        found = [place.get(form(name)) for name in names]
+        if None not in found and len({*found}) == len(place) == len(among):
+            return found  # type: ignore[return-value]
+    return None
 
 
 def _check_number(what: str, name: str, entry: object) -> None:
@@ -159,6 +198,9 @@ def _check_tensor(what: str, entry: object, shape: tuple[int, ...], p: Tensor) -
         raise ValueError(f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model")
     if entry.is_meta and not p.is_meta:
         raise ValueError(f"{what} has no memory, it is on meta; load a checkpoint of this model")
+    if not (p.is_floating_point() or p.is_complex()):
+        # It never steps.
+        return
     if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
         raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
 
@@ -169,16 +211,18 @@ def _describe(value: object) -> str:
     return brief(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _adopt(value: Mapping[str, Any], p: Tensor, numbers: Collection[str]) -> dict[str, Any]:
+def _adopt(value: Any, p: Tensor, numbers: Collection[str]) -> Any:
     """A copy of a parameter's state: in its own dtype, on the parameter's device but for `numbers`."""
+    if isinstance(value, Tensor):
+        # torch's SGD keeps sparse momentum where gradients are sparse.
+        dense = value.to_dense() if value.is_sparse else value
+        return dense.detach().to(device=p.device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(_adopt(entry, p, ()) for entry in value)
+    if not isinstance(value, Mapping):
+        return deepcopy(value)
     copied = {}
     for name, entry in value.items():
-        if not isinstance(entry, Tensor):
-            copied[name] = deepcopy(entry)
-        elif name in numbers:
-            copied[name] = entry.detach().to("cpu", copy=True)
-        else:
-            # torch's SGD keeps sparse momentum where gradients are sparse.
-            dense = entry.to_dense() if entry.is_sparse else entry
-            copied[name] = dense.detach().to(device=p.device, copy=True)
+        on_host = name in numbers and isinstance(entry, Tensor)
+        copied[name] = entry.detach().to("cpu", copy=True) if on_host else _adopt(entry, p, ())
     return copied

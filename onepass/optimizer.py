@@ -49,11 +49,14 @@ class Optimizer(torch.optim.Optimizer):
 
     rule: Rule
     _switches: tuple[str, ...] = ()
+    # torch's class in whose place this one stands; torch's base of all for a class of somebody's own.
+    _torch_class: Any = torch.optim.Optimizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watch_options(cls)
         cls._switches = switches_of(cls)
+        cls._torch_class = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == "torch")
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -79,7 +82,8 @@ class Optimizer(torch.optim.Optimizer):
         # Known while groups are added one after another; later the groups may be anything.
         self._taken: Taken | None = Taken(())
         try:
-            super().__init__(params, defaults)
+            # Not the constructor of torch's class of the same name, from which an algorithm is derived.
+            torch.optim.Optimizer.__init__(self, params, defaults)
         finally:
             self._taken = None
 
@@ -135,7 +139,8 @@ class Optimizer(torch.optim.Optimizer):
         # Outside of it other threads may step: a closure may wait for one that does.
         with self._turn as turn, torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
             turn.refuse_another(_name(self))
-            if type(self)._init_group is not Optimizer._init_group:
+            torchs = getattr(self._torch_class, "_init_group", None)
+            if torchs is not None and getattr(type(self), "_init_group", None) is not torchs:
                 self._step_as_torch()
                 return loss
             plan, reading, gathered = self._make_ready(unscale.scale is not None)
@@ -147,19 +152,10 @@ class Optimizer(torch.optim.Optimizer):
             self._warn_once(refused_rate(_name(self), index, rate), f"lr of {index}")
         return loss
 
-    # What torch's own classes have, for those who override it.
-
-    def _init_group(self, group: dict[str, Any], *lists: Any, **named: Any) -> Any:
-        """Fill lists with a group's parameters, gradients and states, as torch's class of this name does.
-
-        Steps do not need it. Where a subclass overrides it, they are torch's own, which call it.
-        """
-        return _torch_class(self)._init_group(self, group, *lists, **named)
-
     def _step_as_torch(self) -> None:
         name = _name(self)
         self._warn_once(f"{name} steps by torch.optim's slower code: it overrides _init_group, which only that calls")
-        step = _torch_class(self).step
+        step = self._torch_class.step
         # Without torch's hooks, which have been called.
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
@@ -236,7 +232,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """A group's options, by the class's own checks and as flags."""
-        check_switches(_name(self), options, {*MODES, *self._switches})
+        if hasattr(type(self), "rule"):
+            check_switches(_name(self), options, {*MODES, *self._switches})
         type(self).check_options(self, options)
 
     def _warn_once(self, message: str, key: str = "") -> None:
@@ -308,8 +305,9 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
 
-        Parameters are matched by name where both sides have names, else by position. State keeps its own dtype (fp32
-        moments of a bf16 parameter stay fp32) and moves to the parameter's device. Options, the learning rate
+        Parameters are matched by name where both sides have the same names, else by position, with a warning where
+        names differ; see `check_names`. State keeps its own dtype (fp32 moments of a bf16 parameter stay fp32) and
+        moves to the parameter's device. State that does not belong to the rule is kept. Options, the learning rate
         included, are the saved ones.
 
         Raises ValueError, with the parameter's name and both shapes, where the dict does not fit; nothing has been
@@ -323,20 +321,36 @@ class Optimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
         with self._turn:
-            state, groups = self._load(match(_name(self), self.param_groups, state_dict))
+            state, groups = self._load(match(_name(self), self.param_groups, state_dict, _states_of(Optimizer)))
             self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def check_names(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError where a state dict's parameters have other names than these, or in other groups.
+
+        `load_state_dict` warns of it, and matches by position. What wrappers put into names does not count, as
+        `module.` and `_orig_mod.`.
+        """
+        check_state_dict(_name(self), state_dict)
+        difference = match(_name(self), self.param_groups, state_dict).difference
+        if difference:
+            raise ValueError(f"{difference}; load a checkpoint of this model")
 
     def _load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         """The state and groups that a state dict holds for this optimizer, everything verified first.
 
         Override it where state does not lie beside each parameter.
         """
-        return matched.load(self._state_of, self.defaults)
+        return matched.load(self._state_of, self.defaults, checks_options=hasattr(type(self), "rule"))
 
-    def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None]]:
+    def _state_of(
+        self, p: Tensor, group: Mapping[str, Any]
+    ) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
         """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
+        if not hasattr(type(self), "rule"):
+            # It has a step of its own, which knows.
+            return (), None
         algorithm = self._algorithm()
         recipe = recipe_of(algorithm, p, dict(group))
         said = signature(algorithm.rule_of(p, dict(group)))
@@ -368,7 +382,7 @@ class Optimizer(torch.optim.Optimizer):
             # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
             state = copy(self.state)
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
-            return {**super().__getstate__(), "state": state}
+            return {**torch.optim.Optimizer.__getstate__(self), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_turn", Turn())
@@ -378,22 +392,23 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_captured", [])
         self._let_go(self._plan)
         self.__dict__.setdefault("_warned", set())
-        super().__setstate__(state)
+        defaults = state.get("defaults", vars(self).get("defaults", {}))
+        is_option = "differentiable" in defaults
+        torch.optim.Optimizer.__setstate__(self, state)
+        if not is_option:
+            # torch adds it; a class that has no such option would find it in its checkpoints.
+            self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
 
 
-def _torch_class(optimizer: Optimizer) -> Any:
-    """torch's class of which an optimizer's class is ours; TypeError if there is none."""
-    for cls in type(optimizer).__mro__:
-        if (
-            cls.__module__.partition(".")[0] == __package__
-            and cls is not Optimizer
-            and hasattr(torch.optim, cls.__name__)
-        ):
-            return getattr(torch.optim, cls.__name__)
-    raise TypeError(f"{_name(optimizer)} is not derived from a class that torch.optim has, and has no _init_group")
+def _states_of(cls: Any) -> set[str]:
+    """The names of the states of a class of this package, and of those derived from it here."""
+    if cls.__module__.partition(".")[0] != __package__:
+        return set()
+    names = signature(cls.rule).columns[2:] if "rule" in vars(cls) else ()
+    return {*names}.union(*map(_states_of, cls.__subclasses__()))
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -32,15 +33,10 @@ def read_params(owner: str, given: Any) -> tuple[list[Tensor], list[str]]:
 
 
 def check_params(owner: str, params: Sequence[Any], differentiable: bool, names: Sequence[str]) -> None:
-    """Raise TypeError for parameters that are not floating-point tensors, ValueError for those that are not leaves."""
+    """Raise TypeError for parameters that are not tensors, ValueError for those that are not leaves."""
     for p, label in zip(params, _labels(params, names), strict=True):
         if not isinstance(p, Tensor):
             raise TypeError(f"{owner} can only optimize tensors, but parameter {label} is {torch.typename(p)}")
-        if not (p.is_floating_point() or p.is_complex()):
-            raise TypeError(
-                f"{owner}: parameter {label} holds {p.dtype}; only floating-point and complex tensors have "
-                "gradients, leave it out of the list"
-            )
         if not differentiable and not (p.is_leaf or p.retains_grad):
             raise ValueError(f"{owner} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
 
@@ -75,14 +71,14 @@ class Taken:
 
 
 def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Other keys are welcome in a group (schedulers add some), but not an option's name with a letter wrong."""
+    """Other keys are welcome in a group (schedulers add some); one like an option's, with a letter wrong, is told."""
     for key in group:
         if key in defaults or key in ("params", "param_names"):
             continue
         near = difflib.get_close_matches(str(key), defaults, 1, 0.8)
         meant = [name for name in near if abs(len(name) - len(key)) < 2]
         if meant:
-            raise ValueError(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+            warnings.warn(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?", stacklevel=4)
 
 
 def _labels(params: Sequence[Any], names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -160,8 +161,6 @@ PARAMETERS: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (lambda: [{"params": [parameter()]}, parameter()], TypeError, ("dict", "Parameter")),
     (lambda: [{"lr": 0.1}], KeyError, ("params", "lr")),
     (lambda: [parameter() * 2], ValueError, ("non-leaf", "parameter 0")),
-    (lambda: [parameter(), torch.ones(3, dtype=torch.int64)], TypeError, ("parameter 1", "torch.int64")),
-    (lambda: [torch.ones(3, dtype=torch.bool)], TypeError, ("parameter 0", "torch.bool")),
     (lambda: [SAME, SAME], ValueError, ("parameter 1", "(3,)", "twice")),
     (lambda: [{"params": [SAME]}, {"params": [SAME]}], ValueError, ("parameter 0", "more than one parameter group")),
     (lambda: [("w", SAME), ("v", SAME)], ValueError, ("'v'", "twice")),
@@ -187,7 +186,7 @@ def test_parameters(name, make, error, words):
     assert_sentence(caught.value, *words)
 
 
-@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS[4:17], ids=naming)
+@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS[4:15], ids=naming)
 def test_parameters_added_later(make, error, words):
     opt = onepass.AdamW([parameter()])
     opt.param_groups[0]["params"][0].grad = torch.ones(3)
@@ -220,14 +219,12 @@ def test_a_parameter_that_the_optimizer_has():
 def test_misspelt_options(misspelt, meant):
     with pytest.raises(TypeError, match=misspelt):
         onepass.AdamW([parameter()], **{misspelt: 0.1})
-    with pytest.raises(ValueError, match="did you mean") as caught:
-        onepass.AdamW([{"params": [parameter()], misspelt: 0.1}])
-    assert_sentence(caught.value, "AdamW", repr(misspelt), repr(meant))
-    opt = onepass.AdamW([parameter()])
-    before = snapshot(opt)
-    with pytest.raises(ValueError, match=meant):
+    words = f"AdamW: a param group has no option {misspelt!r}; did you mean {meant!r}"
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        opt = onepass.AdamW([{"params": [parameter()], misspelt: 0.1}])
+    assert opt.param_groups[0][misspelt] == 0.1
+    with pytest.warns(UserWarning, match=re.escape(words)):
         opt.add_param_group({"params": [parameter()], misspelt: 0.1})
-    assert snapshot(opt) == before
 
 
 @pytest.mark.parametrize(

@@ -797,7 +797,10 @@ def test_names_that_are_missing():
     opt = onepass.AdamW(model.named_parameters())
     other = onepass.AdamW([(f"encoder.{name}", p) for name, p in make_model().named_parameters()])
     before = snapshot(other)
-    with pytest.raises(ValueError, match=r"'0\.weight'"):
+    words = r"has a parameter '0\.weight' in group 0 where this optimizer has 'encoder\.0\.weight'"
+    with pytest.raises(ValueError, match=words):
+        other.check_names(opt.state_dict())
+    with pytest.raises(UserWarning, match=words):
         other.load_state_dict(opt.state_dict())
     assert snapshot(other) == before
 

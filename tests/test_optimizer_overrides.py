@@ -579,7 +579,7 @@ def test_init_group_without_a_class_of_torch() -> None:
 
     p = nn.Parameter(torch.ones(2))
     opt = Rule([p], {"lr": 0.1})
-    with pytest.raises(TypeError, match=r"has no _init_group"):
+    with pytest.raises(AttributeError, match="has no attribute '_init_group'"):
         opt._init_group(opt.param_groups[0], [])
 
     class Grouped(Rule):
@@ -588,9 +588,8 @@ def test_init_group_without_a_class_of_torch() -> None:
 
     p.grad = torch.ones(2)
     grouped = Grouped([p], {"lr": 0.1})
-    with pytest.raises(TypeError, match=r"is not derived from a class that torch\.optim has"):
-        grouped.step()
-    assert (p == 1).all()
+    grouped.step()
+    assert (p == 0.9).all()
 
 
 @pytest.mark.parametrize("name", WITH_GROUPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import sqrt, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_modes, check_number
 
 
-class Adadelta(Optimizer):
+class Adadelta(Optimizer, torch.optim.Adadelta):
     r"""Steps as large as recent steps were, along the gradient over its running root: it finds its own scale.
 
     $$ v_t = \rho v_{t-1} + (1-\rho) g_t^2, \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import (
@@ -25,7 +26,7 @@ from ..optimizer import Optimizer, Params, Rule
 from ..options import check_modes, check_number, check_row, is_off, pick
 
 
-class Adafactor(Optimizer):
+class Adafactor(Optimizer, torch.optim.Adafactor):
     r"""Adam's scaling from the mean squares of rows and columns alone: a matrix needs state for its edges only.
 
     $$ R_t = (1-b_t) R_{t-1} + b_t \operatorname{rowmean}(g_t^2), \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import sqrt, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params, StepError
 from ..options import check_modes, check_number, filled, is_off, is_zero, pick
 
 
-class Adagrad(Optimizer):
+class Adagrad(Optimizer, torch.optim.Adagrad):
     r"""The gradient over the root of the sum of all its squares so far: large steps for what is seldom seen.
 
     $$ G_t = G_{t-1} + g_t^2, \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import lerp, maximum, sqrt, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_betas, check_modes, check_number
 
 
-class Adam(Optimizer):
+class Adam(Optimizer, torch.optim.Adam):
     r"""Steps of about lr, along a running mean of the gradient over the root of its running square.
 
     $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
@@ -99,7 +100,7 @@ class Adam(Optimizer):
         return new | {"p": p - lr / (1 - beta1**step) * m / root}
 
 
-class AdamW(Adam):
+class AdamW(Adam, torch.optim.AdamW):
     r"""Adam with decoupled weight decay: the default choice for transformers and most networks.
 
     $$ \theta_t = (1 - \gamma\lambda)\,\theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$

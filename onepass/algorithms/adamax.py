@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import lerp, maximum, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_betas, check_modes, check_number
 
 
-class Adamax(Optimizer):
+class Adamax(Optimizer, torch.optim.Adamax):
     r"""Adam with a decaying maximum of the gradient in the place of its running square.
 
     $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad u_t = \max(\beta_2 u_{t-1}, |g_t| + \epsilon), \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import Scalar, maximum, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_modes, check_number, filled, pick
 
 
-class ASGD(Optimizer):
+class ASGD(Optimizer, torch.optim.ASGD):
     r"""Gradient descent with shrinking steps, beside which the mean of the parameters from step $t_0$ on is kept.
 
     $$ \theta_t = (1 - \lambda \eta_t)\,\theta_{t-1} - \eta_t g_t, \quad

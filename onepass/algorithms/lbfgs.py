@@ -28,7 +28,7 @@ REMEDY = "load a state that fits, or clear the optimizer's state to begin again"
 LEAST_CURVATURE = 1e-10
 
 
-class LBFGS(Optimizer):
+class LBFGS(Optimizer, torch.optim.LBFGS):
     r"""A quasi-Newton method: the gradient times the inverse Hessian that the last `history_size` steps have shown.
 
     With the steps $s_i = \theta_{i+1} - \theta_i$, the gradient's changes $y_i = g_{i+1} - g_i$ and
@@ -91,6 +91,15 @@ class LBFGS(Optimizer):
             "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults)
+        self._know_params()
+
+    def _know_params(self) -> None:
+        """What torch's own methods of this class read."""
+        self._params, self._numel_cache = self.param_groups[0]["params"], None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._know_params()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
@@ -147,7 +156,9 @@ class LBFGS(Optimizer):
                 state[key] = deepcopy(value)
             elif value != {}:
                 what = f"{owner}: the saved state of parameter {matched.labels[key]}"
-                if not isinstance(value, Mapping) or not {*MEMORY, *COUNTS} & value.keys():
+                if not isinstance(value, Mapping) or (
+                    not {*MEMORY, *COUNTS} & value.keys() and matched.states & value.keys()
+                ):
                     got = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
                     raise ValueError(
                         f"{what} belongs to another optimizer: it must have 'd', 'n_iter' and others, got {got:.60}"
@@ -158,6 +169,7 @@ class LBFGS(Optimizer):
                     raise ValueError(f"{owner} keeps all state beside the first parameter, not beside {key!r}")
                 vectors = {name: saved.place(value[name], params) for name in (*VECTORS, *HISTORY) if name in value}
                 state[params[0]] = {name: vectors.get(name, deepcopy(entry)) for name, entry in value.items()}
+        matched.tell_difference()
         return state, groups
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
@@ -16,7 +17,7 @@ from .adam import Adam
 ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
-class Muon(Optimizer):
+class Muon(Optimizer, torch.optim.Muon):
     r"""Momentum made orthogonal: a step moves all directions of a weight matrix by about the same length.
 
     $$ B_t = \mu B_{t-1} + (1-\mu) g_t, \quad

@@ -13,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_betas, check_modes, check_number
 
 
-class NAdam(Optimizer):
+class NAdam(Optimizer, torch.optim.NAdam):
     r"""Adam with Nesterov momentum: a step already looks along the momentum that the next one will have.
 
     $$ \mu_t = \beta_1 \left(1 - \tfrac12 \cdot 0.96^{t\psi}\right), \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import lerp, sqrt, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_betas, check_modes, check_number
 
 
-class RAdam(Optimizer):
+class RAdam(Optimizer, torch.optim.RAdam):
     r"""Adam that does not trust its running square before it has seen enough: a warm-up that needs no tuning.
 
     $$ \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad \rho_t = \rho_\infty - \frac{2t\beta_2^t}{1-\beta_2^t}, \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import lerp, sqrt, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import check_modes, check_number, is_positive, pick
 
 
-class RMSprop(Optimizer):
+class RMSprop(Optimizer, torch.optim.RMSprop):
     r"""The gradient over the root of its running square: steps of about lr, whatever the gradient's scale.
 
     $$ v_t = \alpha v_{t-1} + (1-\alpha) g_t^2, \quad

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import maximum, minimum, where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import brief, check_modes, check_number, check_row, filled, pick
 
 
-class Rprop(Optimizer):
+class Rprop(Optimizer, torch.optim.Rprop):
     r"""Steps by the gradient's sign alone; their sizes grow while a weight's sign stays and shrink when it turns.
 
     $$ s_t = \operatorname{clip}\left(s_{t-1} \cdot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import where
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params, StepError
 from ..options import check_modes, check_number, is_off, is_zero
 
 
-class SGD(Optimizer):
+class SGD(Optimizer, torch.optim.SGD):
     r"""The gradient times lr, or with momentum a decaying sum of the gradients so far.
 
     $$ b_t = \mu b_{t-1} + (1-\tau) g_t, \quad \theta_t = \theta_{t-1} - \gamma b_t $$

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel.functions import lerp, sqrt
@@ -12,7 +13,7 @@ from ..optimizer import Optimizer, Params
 from ..options import brief, check_betas, check_number
 
 
-class SparseAdam(Optimizer):
+class SparseAdam(Optimizer, torch.optim.SparseAdam):
     r"""Adam for sparse gradients: a step moves the rows that they have values for, and touches no others.
 
     $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad

@@ -23,6 +23,9 @@ from .factors import (
 )
 from .frame import LRScheduler
 
+# The name that torch had for it until 1.13.
+_LRScheduler = LRScheduler
+
 __all__ = [
     "ChainedScheduler",
     "ConstantLR",

@@ -1,0 +1,347 @@
+"""Optimizers as what people build on: bases of classes of their own, wrappers, look-ups by class."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from test_surface import CLASSES
+from torch import Tensor, nn
+
+import onepass
+
+EACH = pytest.mark.parametrize("name", CLASSES)
+BOTH = (onepass, torch.optim)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, 12).view(shape or (4, 3)).clone())
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+# What a class is.
+
+
+@EACH
+def test_is_what_it_replaces(name: str) -> None:
+    ours, theirs = getattr(onepass, name), getattr(torch.optim, name)
+    assert issubclass(ours, theirs)
+    assert issubclass(ours, onepass.Optimizer)
+    assert ours.step is not theirs.step
+    table = {theirs: "found"}
+    assert next(table[cls] for cls in ours.__mro__ if cls in table) == "found"
+
+
+def test_adamw_is_adam_as_in_torch() -> None:
+    assert issubclass(onepass.AdamW, onepass.Adam)
+    assert issubclass(onepass.AdamW, torch.optim.AdamW)
+    assert onepass.AdamW([parameter()]).defaults["weight_decay"] == 0.01
+
+
+def test_the_scheduler_of_earlier_torchs() -> None:
+    assert onepass.lr_scheduler._LRScheduler is onepass.lr_scheduler.LRScheduler
+    assert issubclass(onepass.lr_scheduler.StepLR, onepass.lr_scheduler._LRScheduler)
+
+
+# A class with a step of its own, and no rule.
+
+
+def make_own(library: Any) -> Any:
+    """Momentum, with all sorts of state beside it."""
+
+    class Own(library.Optimizer):
+        def __init__(self, params: Any, lr: float = 0.1, verbose: Any = False) -> None:
+            super().__init__(params, {"lr": lr, "verbose": verbose})
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is None:
+                        continue
+                    state = self.state[p]
+                    if not state:
+                        state.update(v=torch.zeros_like(p), mean=torch.zeros(()), history=[], notes={"steps": 0})
+                    state["v"].mul_(0.9).add_(p.grad)
+                    state["mean"] += p.mean()
+                    state["history"] = [*state["history"][-2:], p.clone()]
+                    state["notes"]["steps"] += 1
+                    p.sub_(state["v"], alpha=group["lr"])
+            self.state["all"] = {"calls": self.state.get("all", {}).get("calls", 0) + 1}
+
+    return Own
+
+
+def train(opt: Any, steps: int, seed: int = 0) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=random)
+        opt.step()
+        opt.zero_grad()
+
+
+WAYS: dict[str, Callable[[Any, Any], Any]] = {
+    "state dict": lambda opt, new: new.load_state_dict(opt.state_dict()) or new,
+    "file": lambda opt, new: new.load_state_dict(through_a_file(opt.state_dict())) or new,
+    "deepcopy": lambda opt, new: copy.deepcopy(opt),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_of_its_own(way: str) -> None:
+    ends = []
+    for library in BOTH:
+        cls, params = make_own(library), [parameter(), parameter(12)]
+        opt = cls([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.2}], verbose=2)
+        scheduler = library.lr_scheduler.StepLR(opt, 2, 0.5)
+        calls: list[int] = []
+        opt.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        train(opt, 3)
+        scheduler.step()
+        others = [nn.Parameter(p.detach().clone()) for p in params]
+        new = cls([{"params": [others[0]]}, {"params": [others[1]]}])
+        moved = WAYS[way](opt, new)
+        train(moved, 2, seed=1)
+        ends.append(
+            (
+                [p.detach() for group in moved.param_groups for p in group["params"]],
+                [group["lr"] for group in moved.param_groups],
+                through_a_file(moved.state_dict()),
+            )
+        )
+        assert len(calls) >= 3
+    (ours, theirs) = ends
+    assert ours[1] == theirs[1]
+    for p, q in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(p, q)
+    assert_alike(ours[2], theirs[2])
+
+
+def assert_alike(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, Mapping):
+        assert list(a) == list(b)
+        for key in a:
+            assert_alike(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_alike(x, y)
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_pickles_of_a_class_with_a_step_of_its_own() -> None:
+    p = parameter()
+    opt = Plain([p], {"lr": 0.5})
+    opt.state[p]["seen"] = torch.ones(2)
+    again = pickle.loads(pickle.dumps(opt))
+    (q,) = again.param_groups[0]["params"]
+    q.grad = torch.ones_like(q)
+    again.step()
+    assert torch.equal(q, parameter() - 0.5)
+    assert torch.equal(again.state[q]["seen"], torch.ones(2))
+
+
+class Plain(onepass.Optimizer):
+    """At the module's level, as pickles need it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+def test_without_a_rule_the_step_says_so() -> None:
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="has no rule"):
+        onepass.Optimizer([p], {"lr": 0.1}).step()
+
+
+# State that a wrapper keeps beside the rule's.
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "RMSprop", "Adafactor", "SparseAdam", "LBFGS"])
+def test_state_of_a_wrapper_is_kept(name: str, steps: int) -> None:
+    p, q = parameter(), parameter()
+    opt, new = getattr(onepass, name)([p]), getattr(onepass, name)([q])
+
+    def step(one: Any, at: Tensor) -> None:
+        at.grad = torch.ones_like(at).to_sparse() if name == "SparseAdam" else torch.ones_like(at)
+        one.step(*([lambda: at.sum()] if name == "LBFGS" else []))
+
+    for _ in range(steps):
+        step(opt, p)
+    kept = {"z": p.detach().clone(), "lookahead_slow_buff": [torch.ones(2)], "counter": 3}
+    opt.state[p].update(kept)
+    new.load_state_dict(through_a_file(opt.state_dict()))
+    assert {key: new.state[q][key] for key in kept}.keys() == kept.keys()
+    assert torch.equal(new.state[q]["z"], kept["z"])
+    assert torch.equal(new.state[q]["lookahead_slow_buff"][0], torch.ones(2))
+    q.data.copy_(p.detach())
+    step(opt, p)
+    step(new, q)
+    assert torch.equal(p, q)
+    assert new.state[q]["counter"] == 3
+
+
+def test_state_moves_to_the_parameters_device_wherever_it_lies() -> None:
+    p, q = parameter(), nn.Parameter(torch.empty(4, 3, device="meta"))
+    opt, new = Plain([p], {"lr": 0.1}), Plain([q], {"lr": 0.1})
+    opt.state[p] = {"a": [torch.ones(1), {"b": (torch.ones(2),)}]}
+    new.load_state_dict(opt.state_dict())
+    assert new.state[q]["a"][0].is_meta
+    assert new.state[q]["a"][1]["b"][0].is_meta
+
+
+# Parameters that have no gradients.
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@EACH
+def test_integers_are_never_stepped(name: str, dtype: torch.dtype) -> None:
+    """As the weights of a 4-bit base beside those that are trained."""
+    ends = []
+    for library in BOTH:
+        p = parameter()
+        base = nn.Parameter(torch.ones(4, 3).to(dtype), requires_grad=False)
+        if library is torch.optim and name in ("LBFGS", "Adafactor", "Muon"):
+            continue
+        opt = getattr(library, name)([p, base])
+        for t in range(3):
+            g = torch.full((4, 3), t - 0.5)
+            p.grad = g.to_sparse() if name == "SparseAdam" else g
+            if name == "LBFGS":
+                with pytest.raises(RuntimeError, match="parameter 1"):
+                    opt.step(lambda: 1.0)
+                assert torch.equal(p, parameter())
+                return
+            opt.step()
+        again = getattr(library, name)([p, base])
+        again.load_state_dict(opt.state_dict())
+        assert torch.equal(base, torch.ones(4, 3).to(dtype))
+        ends.append(p.detach())
+    for ours in ends[1:]:
+        torch.testing.assert_close(ends[0], ours, rtol=2e-5, atol=2e-6)
+
+
+def test_an_integer_with_a_gradient_is_refused() -> None:
+    p, base = parameter(), nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    p.grad, base.grad = torch.ones(4, 3), torch.ones(3, dtype=torch.int64)
+    opt = onepass.Adam([p, base])
+    with pytest.raises(RuntimeError, match=r"parameter 1 is torch\.int64"):
+        opt.step()
+    assert torch.equal(p, parameter())
+    assert not opt.state
+
+
+# Names.
+
+
+def named(*names: str) -> tuple[list[nn.Parameter], onepass.Optimizer]:
+    params = [parameter() for _ in names]
+    return params, onepass.Adam(list(zip(names, params, strict=True)), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("module.a", "module.b.c"), ("a", "b.c")),
+        (("a", "b.c"), ("_orig_mod.a", "_orig_mod.b.c")),
+        (("module.a", "module.b"), ("_orig_mod.a", "_orig_mod.b")),
+        (("b.c", "a"), ("a", "module.b.module.c")),
+        (("_fsdp_wrapped_module.a._fsdp_wrapped_module.w", "b"), ("a.w", "b")),
+        (("b", "a"), ("a", "b")),
+    ],
+)
+def test_wrappers_prefixes_do_not_matter(saved: tuple[str, str], loaded: tuple[str, str]) -> None:
+    params, opt = named(*saved)
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, i + 1.0)
+    opt.step()
+    others, new = named(*loaded)
+    new.check_names(opt.state_dict())
+    new.load_state_dict(opt.state_dict())
+    first = 1 if saved[0].startswith("b") else 0
+    assert torch.equal(new.state[others[0]]["exp_avg"], opt.state[params[first]]["exp_avg"])
+    assert torch.equal(new.state[others[1]]["exp_avg"], opt.state[params[1 - first]]["exp_avg"])
+
+
+@pytest.mark.parametrize("names", [("a.w", "module.a.w"), ("module.b", "b")])
+def test_names_that_only_a_wrappers_prefix_tells_apart(names: tuple[str, str]) -> None:
+    _, opt = named(*names)
+    _, new = named(*reversed(names))
+    new.load_state_dict(opt.state_dict())
+    _, other = named("a.w", "c")
+    with pytest.raises(ValueError, match="has a parameter"):
+        other.check_names(opt.state_dict())
+
+
+def test_other_names_are_told_and_matched_by_position() -> None:
+    params, opt = named("encoder.a", "encoder.b")
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, i + 1.0)
+    opt.step()
+    others, new = named("a", "b")
+    with pytest.warns(UserWarning, match=r"'encoder\.a' in group 0 where this optimizer has 'a'; .*by position"):
+        new.load_state_dict(opt.state_dict())
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(opt.state[p]["exp_avg"], new.state[q]["exp_avg"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_names_and_other_shapes_are_refused() -> None:
+    params, opt = named("encoder.a", "encoder.b")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    other = onepass.Adam([("a", parameter()), ("b", parameter(12))])
+    with pytest.raises(ValueError, match=r"'encoder\.a' in group 0 where .*'a'; by position, .*shape \(4, 3\)"):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state
+
+
+# Helpers of torch's classes that public code calls.
+
+
+def test_helpers_of_lbfgs() -> None:
+    rows = []
+    for library in BOTH:
+        params = [parameter(), nn.Parameter(torch.ones(2, dtype=torch.complex64)), parameter(12)]
+        opt = library.LBFGS(params)
+        params[0].grad, params[1].grad = torch.ones(4, 3), torch.ones(2, dtype=torch.complex64)
+        with torch.no_grad():
+            opt._add_grad(0.5, torch.arange(28.0))
+        rows.append((opt._numel(), opt._gather_flat_grad(), [p.detach() for p in opt._params], opt._clone_param()))
+    assert rows[0][0] == rows[1][0]
+    assert torch.equal(rows[0][1], rows[1][1])
+    for mine, its in zip(rows[0][2] + rows[0][3], rows[1][2] + rows[1][3], strict=True):
+        assert torch.equal(mine, its)
+    again = pickle.loads(pickle.dumps(onepass.LBFGS([parameter()])))
+    assert again._numel() == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*graph_capture_health_check")
+def test_helpers_of_the_base() -> None:
+    opt = onepass.Adam([parameter()])
+    opt._cuda_graph_capture_health_check()
+    value = torch.optim.Optimizer._process_value_according_to_param_policy
+    assert onepass.Optimizer._process_value_according_to_param_policy is value
