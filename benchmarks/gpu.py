@@ -213,7 +213,7 @@ def count_uploads(place: Place) -> Result:
             optimizer = make(variant, workload.groups())
             for _ in range(3):
                 optimizer.step()
-            launches = [batch.launch for batch in optimizer._plan.kernels] if optimizer._plan else []
+            launches = [batch.launch for batch in optimizer._onepass.plan.kernels] if optimizer._onepass.plan else []
             before = sum(getattr(launch, "uploads", 0) for launch in launches)
             for _ in range(10):
                 optimizer.step()

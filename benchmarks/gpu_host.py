@@ -33,8 +33,8 @@ def time_steps(tensors: int, groups: int, options: dict[str, bool], steps: int =
     optimizer = onepass.AdamW([{"params": params[i::groups]} for i in range(groups)], **options)
     for _ in range(20):
         optimizer.step()
-    assert optimizer._plan is not None
-    launch = optimizer._plan.kernels[0].launch
+    assert optimizer._onepass.plan is not None
+    launch = optimizer._onepass.plan.kernels[0].launch
     before, times = launch.uploads, []
     for _ in range(steps):
         start = time.perf_counter()

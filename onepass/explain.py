@@ -20,7 +20,7 @@ from onepass.kernel.ir import FACTS, LOADS, Node, Rank
 from onepass.kernel.passes import Pass, Program, element_order
 from onepass.kernel.target import compile_for, report
 from onepass.kernel.tiles import lower
-from onepass.optimizer import Optimizer
+from onepass.optimizer import Optimizer, algorithm_of
 from onepass.recipes import recipe_of
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
@@ -38,7 +38,7 @@ REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
     """The finished graph of an optimizer's first parameter: what its steps compute, in real numbers."""
     group = optimizer.param_groups[0]
-    return recipe_of(optimizer._algorithm(), group["params"][0], group).graph
+    return recipe_of(algorithm_of(optimizer), group["params"][0], group).graph
 
 
 def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Misplaced:
         vars(optimizer)[self._name] = value
         if self._name in vars(optimizer).get("defaults", ()) and not _is_method_of(optimizer, sys._getframe(1)):
             name, owner = self._name, type(optimizer).__name__
-            optimizer._warn_once(
+            optimizer._onepass.warn_once(
                 f"{owner}: optimizer.{name} = ... sets an attribute that no step reads; set it in the param groups: "
                 f"for group in optimizer.param_groups: group[{name!r}] = ..."
             )

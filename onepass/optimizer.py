@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
@@ -18,13 +17,13 @@ from torch.amp.grad_scaler import GradScaler
 from .checks import StepError, flag
 from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
-from .mistakes import Idle, refused_rate, watch_options
+from .mistakes import refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
 from .param_groups import Taken, check_params, check_spelling, read_params
 from .plan import Plan
+from .private import Private
 from .reading import Reading, drop_gradients
 from .recipes import Algorithm, fill_state, recipe_of
-from .turn import Turn
 from .unscale import Unscale
 
 # How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
@@ -48,15 +47,17 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
-    _switches: tuple[str, ...] = ()
+    _onepass: Private
+    _onepass_switches: tuple[str, ...] = ()
     # torch's class in whose place this one stands; torch's base of all for a class of somebody's own.
-    _torch_class: Any = torch.optim.Optimizer
+    _onepass_torch_class: Any = torch.optim.Optimizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watch_options(cls)
-        cls._switches = switches_of(cls)
-        cls._torch_class = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == "torch")
+        cls._onepass_switches = switches_of(cls)
+        bases = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "torch")
+        cls._onepass_torch_class = next(bases)
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -67,25 +68,20 @@ class Optimizer(torch.optim.Optimizer):
         Raises TypeError for parameters that are no floating-point tensors, ValueError for an empty list, tensors that
         are no leaves, or that occur twice.
         """
-        self._turn = Turn()
-        self._idle = Idle()
-        self._plan: Plan | None = None
-        self._captured: list[Tensor] = []
-        self._warned: set[str] = set()
+        self._onepass = Private()
         owner = _name(self)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
             raise TypeError(f"{owner}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
         if isinstance(params, set):
             raise TypeError(f"{owner}: params must have an order, got a set; use a list")
         self.defaults = defaults
-        self._check(defaults)
-        # Known while groups are added one after another; later the groups may be anything.
-        self._taken: Taken | None = Taken(())
+        _check(self, defaults)
+        self._onepass.taken = Taken(())
         try:
             # Not the constructor of torch's class of the same name, from which an algorithm is derived.
             torch.optim.Optimizer.__init__(self, params, defaults)
         finally:
-            self._taken = None
+            self._onepass.taken = None
 
     # What a subclass may refine.
 
@@ -98,7 +94,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Override it, and add to what it returns, where a flag follows from a number.
         """
-        return {name: flag(group[name], name) for name in self._switches if name in group}
+        return {name: flag(group[name], name) for name in self._onepass_switches if name in group}
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
@@ -125,122 +121,14 @@ class Optimizer(torch.optim.Optimizer):
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
-        return self._take_step(closure)
-
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
-        unscale = Unscale(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if not unscale.waits and unscale.read():
-            return loss
-        # Outside of it other threads may step: a closure may wait for one that does.
-        with self._turn as turn, torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
-            turn.refuse_another(_name(self))
-            torchs = getattr(self._torch_class, "_init_group", None)
-            if torchs is not None and getattr(type(self), "_init_group", None) is not torchs:
-                self._step_as_torch()
-                return loss
-            plan, reading, gathered = self._make_ready(unscale.scale is not None)
-            if self._idle.waits:
-                self._idle.look(self, reading.params, reading.grads, closure is not None, self._warn_once)
-            plan.run(reading, gathered, unscale)
-        if plan.refused_rate is not None:
-            index, rate = plan.refused_rate
-            self._warn_once(refused_rate(_name(self), index, rate), f"lr of {index}")
-        return loss
-
-    def _step_as_torch(self) -> None:
-        name = _name(self)
-        self._warn_once(f"{name} steps by torch.optim's slower code: it overrides _init_group, which only that calls")
-        step = self._torch_class.step
-        # Without torch's hooks, which have been called.
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
-
-    def _make_ready(self, scaled: bool) -> tuple[Plan, Reading, Any]:
-        """The plan that fits what is there now, and what it has read for this step."""
-        flags, former = type(self).flags, self._plan
-        for known in (former, *[None] * MOST_PLANS):
-            self._plan = None
-            plan = known
-            reading = Reading(self.param_groups, self.state)
-            try:
-                if plan is None:
-                    plan = Plan(self._algorithm(), reading, scaled, former)
-                now = [flags(self, g) for g in self.param_groups]
-                gathered = plan.ready(reading, scaled, now)
-            except BaseException as error:
-                self._let_go(plan)
-                # It may know of first steps that were skipped.
-                self._plan = former
-                if isinstance(error, KeyError) and threading.active_count() > 1:
-                    continue  # another thread may have cleared the state
-                raise
-            if gathered is not None:
-                self._plan = plan
-                return plan, reading, gathered
-            self._let_go(plan)
-        raise StepError(f"{_name(self)}: parameters or state changed while a step was being prepared; step again")
-
-    def _let_go(self, plan: Plan | None) -> None:
-        """Take back what a plan has made without a step, and keep what graphs that hold its steps will read."""
-        if plan is not None:
-            plan.undo()
-            self._captured += plan.captured
-        self._plan = None
+        return _take_step(self, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` fill them with zeros."""
         if torch.compiler.is_compiling():
             _zero_grad_outside_graphs(self, set_to_none)
         else:
-            self._zero_grad(set_to_none)
-
-    def _zero_grad(self, set_to_none: bool) -> None:
-        self._idle.expects_gradients = True
-        with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(self)}.zero_grad"):
-            params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-            if set_to_none:
-                drop_gradients(params)
-                return
-            for p in params:
-                if p.grad is None:
-                    continue
-                if p.grad.grad_fn is not None:
-                    p.grad.detach_()
-                else:
-                    p.grad.requires_grad_(False)
-                p.grad.zero_()
-
-    def _algorithm(self) -> Algorithm:
-        # Looked up on the class: on an optimizer itself people keep notes under common words.
-        cls = type(self)
-        if not hasattr(cls, "rule"):
-            raise TypeError(f"{_name(self)} has no rule; write a static method `rule(p, g, *states, *, options)`")
-        return Algorithm(
-            _name(self),
-            partial(cls.rule_of, self),
-            partial(cls.flags, self),
-            partial(cls.initial_state, self),
-            partial(cls._warn_once, self),
-            cls.gradients,
-            partial(cls.steps_rows, self),
-            self.defaults,
-        )
-
-    def _check(self, options: Mapping[str, Any]) -> None:
-        """A group's options, by the class's own checks and as flags."""
-        if hasattr(type(self), "rule"):
-            check_switches(_name(self), options, {*MODES, *self._switches})
-        type(self).check_options(self, options)
-
-    def _warn_once(self, message: str, key: str = "") -> None:
-        """Warn, once for each message in an optimizer's life."""
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
-            warnings.warn(message, stacklevel=3)
+            _zero_grad(self, set_to_none)
 
     # Parameter groups.
 
@@ -256,9 +144,9 @@ class Optimizer(torch.optim.Optimizer):
         params, names = read_params(_name(self), param_group["params"])
         check_params(_name(self), params, bool(self.defaults.get("differentiable")), names)
         check_spelling(_name(self), param_group, self.defaults)
-        self._check({**self.defaults, **param_group, "params": params})
-        with self._turn:
-            taken = self._taken if self._taken is not None else Taken(self.param_groups)
+        _check(self, {**self.defaults, **param_group, "params": params})
+        with self._onepass.turn:
+            taken = self._onepass.taken or Taken(self.param_groups)
             taken.add(_name(self), params, names)
             param_group["params"] = params
             if names:
@@ -269,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def make_state(self, group: dict[str, Any]) -> None:
         """Create the state of a group's parameters now, and not in their first step."""
-        algorithm = self._algorithm()
+        algorithm = algorithm_of(self)
         for p in group["params"]:
             fill_state(algorithm, recipe_of(algorithm, p, group), p, group, self.state[p].__setitem__, self.state[p])
 
@@ -282,25 +170,13 @@ class Optimizer(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        with self._turn:
-            state, groups = self._pack()
+        with self._onepass.turn:
+            state, groups = _pack(self)
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
         return result
-
-    def _pack(self) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-        """State and groups, with positions in the place of parameters."""
-        position: dict[int, int] = {}
-        groups = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                position.setdefault(id(p), len(position))
-            packed = {key: value for key, value in group.items() if key != "params"}
-            groups.append(packed | {"params": [position[id(p)] for p in group["params"]]})
-        state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in self.state.items()}
-        return state, groups
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
@@ -320,8 +196,8 @@ class Optimizer(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
-        with self._turn:
-            state, groups = self._load(match(_name(self), self.param_groups, state_dict, _states_of(Optimizer)))
+        with self._onepass.turn:
+            state, groups = self._onepass_load(match(_name(self), self.param_groups, state_dict, _states_of(Optimizer)))
             self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -337,26 +213,12 @@ class Optimizer(torch.optim.Optimizer):
         if difference:
             raise ValueError(f"{difference}; load a checkpoint of this model")
 
-    def _load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         """The state and groups that a state dict holds for this optimizer, everything verified first.
 
         Override it where state does not lie beside each parameter.
         """
-        return matched.load(self._state_of, self.defaults, checks_options=hasattr(type(self), "rule"))
-
-    def _state_of(
-        self, p: Tensor, group: Mapping[str, Any]
-    ) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
-        """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
-        if not hasattr(type(self), "rule"):
-            # It has a step of its own, which knows.
-            return (), None
-        algorithm = self._algorithm()
-        recipe = recipe_of(algorithm, p, dict(group))
-        said = signature(algorithm.rule_of(p, dict(group)))
-        shapes = {name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]}
-        required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
-        return required, dict.fromkeys(recipe.numbers) | shapes
+        return matched.load(partial(_state_of, self), self.defaults, checks_options=hasattr(type(self), "rule"))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -366,32 +228,27 @@ class Optimizer(torch.optim.Optimizer):
         mean that gradients must not be unscaled before a step, for which Lightning refuses to clip them; but a step
         takes them either way, as GradScaler knows which it is.
         """
-        if "_amp_scaling" in self.__dict__:
-            return self._amp_scaling
+        if self._onepass.supports_scaling is not None:
+            return self._onepass.supports_scaling
         asks = sys._getframe(1).f_globals.get("__name__")
         return asks == GradScaler.__module__ and any(g.get("fused") or g.get("capturable") for g in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, supports: bool) -> None:
-        self._amp_scaling = supports
+        self._onepass.supports_scaling = supports
 
     # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._turn:
+        with self._onepass.turn:
             # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
             state = copy(self.state)
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
             return {**torch.optim.Optimizer.__getstate__(self), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.setdefault("_turn", Turn())
-        self.__dict__.setdefault("_idle", Idle())
-        self.__dict__.setdefault("_taken", None)
-        self.__dict__.setdefault("_plan", None)
-        self.__dict__.setdefault("_captured", [])
-        self._let_go(self._plan)
-        self.__dict__.setdefault("_warned", set())
+        private = vars(self).setdefault("_onepass", Private())
+        private.let_go(private.plan)
         defaults = state.get("defaults", vars(self).get("defaults", {}))
         is_option = "differentiable" in defaults
         torch.optim.Optimizer.__setstate__(self, state)
@@ -403,12 +260,146 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(key, default)
 
 
+def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
+    unscale = Unscale(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+    if not unscale.waits and unscale.read():
+        return loss
+    private = optimizer._onepass
+    # Outside of it other threads may step: a closure may wait for one that does.
+    with private.turn as turn, torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+        turn.refuse_another(_name(optimizer))
+        torchs = getattr(optimizer._onepass_torch_class, "_init_group", None)
+        if torchs is not None and getattr(type(optimizer), "_init_group", None) is not torchs:
+            _step_as_torch(optimizer)
+            return loss
+        plan, reading, gathered = _make_ready(optimizer, unscale.scale is not None)
+        if private.idle.waits:
+            private.idle.look(optimizer, reading.params, reading.grads, closure is not None, private.warn_once)
+        plan.run(reading, gathered, unscale)
+    if plan.refused_rate is not None:
+        index, rate = plan.refused_rate
+        private.warn_once(refused_rate(_name(optimizer), index, rate), f"lr of {index}")
+    return loss
+
+
+def _step_as_torch(optimizer: Optimizer) -> None:
+    name = _name(optimizer)
+    told = f"{name} steps by torch.optim's slower code: it overrides _init_group, which only that calls"
+    optimizer._onepass.warn_once(told)
+    step = optimizer._onepass_torch_class.step
+    # Without torch's hooks, which have been called.
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+
+
+def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]:
+    """The plan that fits what is there now, and what it has read for this step."""
+    private, flags = optimizer._onepass, type(optimizer).flags
+    former = private.plan
+    for known in (former, *[None] * MOST_PLANS):
+        private.plan = None
+        plan = known
+        reading = Reading(optimizer.param_groups, optimizer.state)
+        try:
+            if plan is None:
+                plan = Plan(algorithm_of(optimizer), reading, scaled, former)
+            now = [flags(optimizer, g) for g in optimizer.param_groups]
+            gathered = plan.ready(reading, scaled, now)
+        except BaseException as error:
+            private.let_go(plan)
+            # It may know of first steps that were skipped.
+            private.plan = former
+            if isinstance(error, KeyError) and threading.active_count() > 1:
+                continue  # another thread may have cleared the state
+            raise
+        if gathered is not None:
+            private.plan = plan
+            return plan, reading, gathered
+        private.let_go(plan)
+    raise StepError(f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step again")
+
+
+def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
+    optimizer._onepass.idle.expects_gradients = True
+    with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"):
+        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+        if set_to_none:
+            drop_gradients(params)
+            return
+        for p in params:
+            if p.grad is None:
+                continue
+            if p.grad.grad_fn is not None:
+                p.grad.detach_()
+            else:
+                p.grad.requires_grad_(False)
+            p.grad.zero_()
+
+
+def algorithm_of(optimizer: Optimizer) -> Algorithm:
+    """What an optimizer's class says of how its parameters step; TypeError where it has no rule."""
+    # Looked up on the class: on an optimizer itself people keep notes under common words.
+    cls = type(optimizer)
+    if not hasattr(cls, "rule"):
+        raise TypeError(f"{_name(optimizer)} has no rule; write a static method `rule(p, g, *states, *, options)`")
+    return Algorithm(
+        _name(optimizer),
+        partial(cls.rule_of, optimizer),
+        partial(cls.flags, optimizer),
+        partial(cls.initial_state, optimizer),
+        optimizer._onepass.warn_once,
+        cls.gradients,
+        partial(cls.steps_rows, optimizer),
+        optimizer.defaults,
+    )
+
+
+def _check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
+    """A group's options, by the class's own checks and as flags."""
+    if hasattr(type(optimizer), "rule"):
+        check_switches(_name(optimizer), options, {*MODES, *optimizer._onepass_switches})
+    type(optimizer).check_options(optimizer, options)
+
+
+def _pack(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """State and groups, with positions in the place of parameters."""
+    position: dict[int, int] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            position.setdefault(id(p), len(position))
+        packed = {key: value for key, value in group.items() if key != "params"}
+        groups.append(packed | {"params": [position[id(p)] for p in group["params"]]})
+    state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in optimizer.state.items()}
+    return state, groups
+
+
+def _state_of(
+    optimizer: Optimizer, p: Tensor, group: Mapping[str, Any]
+) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
+    """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
+    if not hasattr(type(optimizer), "rule"):
+        # It has a step of its own, which knows.
+        return (), None
+    algorithm = algorithm_of(optimizer)
+    recipe = recipe_of(algorithm, p, dict(group))
+    said = signature(algorithm.rule_of(p, dict(group)))
+    shapes = {name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]}
+    required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
+    return required, dict.fromkeys(recipe.numbers) | shapes
+
+
 def _states_of(cls: Any) -> set[str]:
     """The names of the states of a class of this package, and of those derived from it here."""
     if cls.__module__.partition(".")[0] != __package__:
         return set()
-    names = signature(cls.rule).columns[2:] if "rule" in vars(cls) else ()
-    return {*names}.union(*map(_states_of, cls.__subclasses__()))
+    rules = (value.__func__ for value in vars(cls).values() if isinstance(value, staticmethod))
+    names = (signature(rule).columns[2:] for rule in rules)
+    return set(chain.from_iterable(names)).union(*map(_states_of, cls.__subclasses__()))
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:
@@ -416,5 +407,5 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
 
 
 # These import torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(Optimizer._take_step)
-_zero_grad_outside_graphs = torch._disable_dynamo(Optimizer._zero_grad)
+_step_outside_graphs = torch._disable_dynamo(_take_step)
+_zero_grad_outside_graphs = torch._disable_dynamo(_zero_grad)

@@ -9,7 +9,7 @@ was.
 tensors' facts. `run` then begins whatever may fail: functions of matrices, torch's operations, memory. Only when all
 has begun does anything change, and nothing of that may fail. So an error changes nothing, at the price of three walks
 over the batches. No address outlives a step, and a plan keeps no parameter, gradient or state alive. Threads take turns
-(`Optimizer._turn`): a plan's tables are in use by one step at a time.
+(`Private.turn`): a plan's tables are in use by one step at a time.
 """
 
 from __future__ import annotations

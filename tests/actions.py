@@ -881,7 +881,7 @@ def add_a_group(machine: Machine) -> Any:
 
 @action()
 def add_a_wrong_group(machine: Machine) -> Any:
-    bad: list[Any] = [{"params": [machine.any()]}, {"lr": 0.1}, {"params": [torch.zeros(2, dtype=torch.int32)]}, 3]
+    bad: list[Any] = [{"params": [machine.any()]}, {"lr": 0.1}, {"params": [1.0]}, 3]
     with machine.unchanged():
         try:
             machine.opt.add_param_group(machine.choose.choice(bad))

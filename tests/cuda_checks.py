@@ -122,7 +122,7 @@ def many_groups_are_one_launch(device: torch.device) -> None:
     for _ in range(3):
         step_both(sides)
     compare(*sides)
-    assert len(sides[0].opt._plan.kernels) == 1
+    assert len(sides[0].opt._onepass.plan.kernels) == 1
 
 
 @check

@@ -220,4 +220,4 @@ def compare(got: Side, want: Side, **tolerance: float) -> None:
 
 def uploads(optimizer: Any) -> int:
     """How many tables an optimizer's launches have sent to the device."""
-    return sum(batch.launch.uploads for batch in optimizer._plan.kernels if hasattr(batch.launch, "uploads"))
+    return sum(batch.launch.uploads for batch in optimizer._onepass.plan.kernels if hasattr(batch.launch, "uploads"))

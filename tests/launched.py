@@ -96,7 +96,7 @@ def report(cls: Any, shapes: list[tuple[int, ...]], **options: Any) -> dict[str,
         return LAUNCHED.copy()
 
     first = step()
-    compiled = sum(variants(batch) for batch in opt._plan.kernels)
+    compiled = sum(variants(batch) for batch in opt._onepass.plan.kernels)
     launches = dict(first)
     second = step()
     for change in range(4):
@@ -107,7 +107,7 @@ def report(cls: Any, shapes: list[tuple[int, ...]], **options: Any) -> dict[str,
     params.append(p)
     for _ in range(3):
         step()
-    later = sum(variants(batch) for batch in opt._plan.kernels)
+    later = sum(variants(batch) for batch in opt._onepass.plan.kernels)
     return {"launches": launches, "second": dict(second), "compiled": compiled, "later": later}
 
 

@@ -48,6 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("device_batch", "eager_batch", "group_recipes"),
     ("rows",),
     ("plan",),
+    ("private",),
     ("optimizer",),
     ("algorithms", "algorithms.adam"),
     ("algorithms.*", "range_picture", "snapshot"),

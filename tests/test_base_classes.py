@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from test_surface import CLASSES
 from torch import Tensor, nn
 
 import onepass
+from onepass.mistakes import Misplaced
 
 EACH = pytest.mark.parametrize("name", CLASSES)
 BOTH = (onepass, torch.optim)
@@ -345,3 +347,97 @@ def test_helpers_of_the_base() -> None:
     opt._cuda_graph_capture_health_check()
     value = torch.optim.Optimizer._process_value_according_to_param_policy
     assert onepass.Optimizer._process_value_according_to_param_policy is value
+
+
+# Names that torch's classes leave free, and ours use: a subclass may use each for something else.
+
+
+def free_names(ours: type, theirs: type, one: Any, its: Any) -> list[str]:
+    """The names of ours, of a class or of what it makes, that mean nothing to torch's."""
+    known = {name for cls in theirs.__mro__ for name in vars(cls)} | {*vars(its)}
+    found = {name for cls in ours.__mro__ for name in vars(cls)} | {*vars(one)}
+    return sorted(name for name in found - known if not name.startswith(("__", "_onepass")))
+
+
+def with_attribute(cls: type, name: str) -> type:
+    """A class whose objects have a text of this name, from before they are made until after."""
+
+    class Named(cls):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            setattr(self, name, "mine")
+            super().__init__(*arguments, **options)
+            setattr(self, name, "mine")
+
+    return Named
+
+
+# What a rule's author overrides, by these names; they are looked up on the class.
+DOORS = {"rule", "rule_of", "flags", "initial_state", "steps_rows", "check_options", "gradients"}
+DOORS |= {"make_state", "check_names"}
+
+
+@EACH
+def test_names_of_optimizers_are_few(name: str) -> None:
+    one, its = getattr(onepass, name)([parameter()]), getattr(torch.optim, name)([parameter()])
+    free = {*free_names(type(one), type(its), one, its)}
+    options = {free_name for free_name in free if isinstance(inspect.getattr_static(type(one), free_name), Misplaced)}
+    rules = {free_name for free_name in free if isinstance(inspect.getattr_static(type(one), free_name), staticmethod)}
+    assert free - DOORS - options - rules == {"_step_supports_amp_scaling"}
+
+
+@EACH
+def test_names_of_optimizers_may_be_attributes(name: str) -> None:
+    ours = getattr(onepass, name)
+    for free in DOORS:
+        p, q = parameter(), parameter()
+        opt, plain = with_attribute(ours, free)([p]), ours([q])
+        for one, at in ((opt, p), (plain, q)):
+            for _ in range(2):
+                g = torch.ones_like(at)
+                at.grad = g.to_sparse() if name == "SparseAdam" else g
+                one.step(*([lambda at=at: at.square().sum()] if name == "LBFGS" else []))
+                one.load_state_dict(through_a_file(one.state_dict()))
+                one = copy.copy(one)
+        assert getattr(opt, free) == "mine"
+        assert torch.equal(p, q), free
+
+
+SCHEDULERS: dict[str, tuple[Any, ...]] = {
+    "StepLR": (3,),
+    "MultiStepLR": ([2, 4],),
+    "ConstantLR": (),
+    "LinearLR": (),
+    "ExponentialLR": (0.9,),
+    "PolynomialLR": (),
+    "CosineAnnealingLR": (5,),
+    "CosineAnnealingWarmRestarts": (3,),
+    "LambdaLR": (lambda t: 0.9**t,),
+    "MultiplicativeLR": (lambda t: 0.9,),
+    "CyclicLR": (0.01, 0.2),
+    "OneCycleLR": (0.2, 20),
+    "ReduceLROnPlateau": (),
+}
+
+
+def rates_of(cls: type, arguments: tuple[Any, ...]) -> list[float]:
+    opt = torch.optim.SGD([parameter()], lr=0.1, momentum=0.9)
+    scheduler: Any = cls(opt, *arguments)
+    rates = []
+    for _ in range(6):
+        opt.step()
+        scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        rates.append(opt.param_groups[0]["lr"])
+    scheduler.load_state_dict(scheduler.state_dict())
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_names_of_schedulers_are_free(name: str) -> None:
+    ours, theirs = getattr(onepass.lr_scheduler, name), getattr(torch.optim.lr_scheduler, name)
+    arguments = SCHEDULERS[name]
+    made = [cls(torch.optim.SGD([parameter()], lr=0.1, momentum=0.9), *arguments) for cls in (ours, theirs)]
+    expected = rates_of(theirs, arguments)
+    for free in free_names(ours, theirs, *made):
+        assert rates_of(with_attribute(ours, free), arguments) == pytest.approx(expected, rel=1e-12), free
+        method = type("Method", (ours,), {free: lambda self, *_: "mine"})
+        assert rates_of(method, arguments) == pytest.approx(expected, rel=1e-12), free

@@ -134,7 +134,7 @@ def test_torchs_operations_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
             side.step()
     assert [str(w.message) for w in caught] == ["AdamW steps on the slower eager backend: Triton is missing"]
     assert_same(sides)
-    assert not sides[0].opt._plan.kernels
+    assert not sides[0].opt._onepass.plan.kernels
 
 
 def test_generated_code_never_lies_in_a_file() -> None:

@@ -100,12 +100,12 @@ def test_steps_after_a_capture_keep_nothing_more() -> None:
     Capturing.now = True
     side.opt.step()
     Capturing.now = False
-    kept = len(side.opt._captured) + len(side.opt._plan.captured)
+    kept = len(side.opt._onepass.captured) + len(side.opt._onepass.plan.captured)
     # What a graph reads of the user's is kept, too.
-    assert any(t is lr for t in side.opt._plan.captured)
+    assert any(t is lr for t in side.opt._onepass.plan.captured)
     for _ in range(20):
         side.step()
-    assert len(side.opt._captured) + len(side.opt._plan.captured) == kept
+    assert len(side.opt._onepass.captured) + len(side.opt._onepass.plan.captured) == kept
 
 
 def test_sets_of_gradients_that_alternate_send_nothing_again() -> None:
@@ -119,7 +119,7 @@ def test_sets_of_gradients_that_alternate_send_nothing_again() -> None:
             for i, p in enumerate(side.params):
                 p.grad = gradients[i] if i in only else None
             side.opt.step()
-        (batch,) = side.opt._plan.kernels
+        (batch,) = side.opt._onepass.plan.kernels
         sent.append(sum(launch.uploads for launch in batch._launches.values()))
     assert sent[1:] == [sent[0]] * 3 or sent[2:] == [sent[1]] * 2, sent
 
@@ -172,7 +172,7 @@ def test_a_captured_step_sends_its_addresses_once() -> None:
         side.step()
     for _ in range(3):
         side.set_gradients()
-        launch = side.opt._plan.kernels[0].launch
+        launch = side.opt._onepass.plan.kernels[0].launch
         before = launch.uploads
         Capturing.now = True
         side.opt.step()
@@ -193,7 +193,7 @@ def test_sets_that_alternate_send_rows_alone_by_default() -> None:
 
 
 def _kernels(side: Any) -> list[Any]:
-    return side.opt._plan.kernels if side.opt._plan else []
+    return side.opt._onepass.plan.kernels if side.opt._onepass.plan else []
 
 
 def test_a_matrix_without_rows_may_be_wide() -> None:

@@ -39,8 +39,8 @@ RESIDENT = [case for case in CASES if "default" not in case.id]
 
 def batches(opt: Any) -> list[KernelBatch]:
     """The launches of an optimizer's last step, all of which are kernels."""
-    assert not opt._plan.eager
-    return opt._plan.kernels
+    assert not opt._onepass.plan.eager
+    return opt._onepass.plan.kernels
 
 
 def sent(opt: Any) -> dict[str, int]:
@@ -390,7 +390,7 @@ def test_a_second_step_compiles_nothing_and_sends_only_what_changed(algorithm: s
         def step() -> set[str]:
             for p, g in zip(ours.params, gradients, strict=True):
                 p.grad = g
-            before = {} if ours.opt._plan is None else sent(ours.opt)
+            before = {} if ours.opt._onepass.plan is None else sent(ours.opt)
             ours.opt.step()
             return {name for name, count in sent(ours.opt).items() if count != before.get(name, 0)}
 

@@ -321,14 +321,15 @@ def test_what_a_graph_reads_outlives_plans(counting: Any, monkeypatch: pytest.Mo
     for _ in range(2):
         side.step()
     side.set_gradients()
-    seen = given_to(side.opt._plan.kernels[0].kernel, monkeypatch)
+    seen = given_to(side.opt._onepass.plan.kernels[0].kernel, monkeypatch)
     capture(counting, side)
     graph = [(t.data_ptr(), t.numpy().tobytes()) for t in seen if t.numel()]
     seen.clear()
 
     def is_there() -> bool:
         gc.collect()
-        captured = [*side.opt._captured, *(() if side.opt._plan is None else side.opt._plan.captured)]
+        private = side.opt._onepass
+        captured = [*private.captured, *(() if private.plan is None else private.plan.captured)]
         held = {t.untyped_storage().data_ptr(): t for t in captured}
         # What the step itself writes has changed since; its tables have not.
         tables = [(place, content) for place, content in graph if place in held]
@@ -384,7 +385,7 @@ def test_rows_are_sent_ahead(row: Any, counting: Any) -> None:
             one.param_groups[0]["lr"] = 0.1 if k < 20 else 0.05
             tensor.grad = gradient
             one.step()
-        count.append(opt._plan.kernels[0].launch.uploads)
+        count.append(opt._onepass.plan.kernels[0].launch.uploads)
     # Four tables, then more and more rows at a time; a rate that changes makes it begin anew.
     assert count[-1] - count[2] <= 12
     torch.testing.assert_close(p, theirs, rtol=1e-4, atol=1e-5)

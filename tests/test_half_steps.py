@@ -936,8 +936,8 @@ def test_state_in_shared_memory(share: Callable[[Any], None], algorithm: str) ->
     held = [t for entry in ours.opt.state.values() for t in entry.values()]
     for _ in range(2):
         on_both((ours, twin), Side.step)
-    assert ours.opt._plan.kernels
-    assert not ours.opt._plan.others
+    assert ours.opt._onepass.plan.kernels
+    assert not ours.opt._onepass.plan.others
     assert values(ours.opt) == values(twin.opt)
     after = [t for entry in ours.opt.state.values() for t in entry.values()]
     assert all(a is b and a.is_shared() for a, b in zip(after, held, strict=True))

@@ -1391,7 +1391,7 @@ def test_a_step_that_fails_has_changed_nothing(name: str) -> None:
 def without_count(scheduler: Any) -> str:
     """The state but for the number of calls, which tells nothing but whether to warn."""
     return repr(
-        {key: value for key, value in scheduler.state_dict().items() if key not in ("_step_count", "_products")}
+        {key: value for key, value in scheduler.state_dict().items() if key not in ("_step_count", "_onepass_products")}
     )
 
 

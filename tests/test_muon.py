@@ -321,7 +321,7 @@ def test_calls_take_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch
         params.append(torch.randn(20, 10, generator=random, dtype=torch.float64))
         optimizer = onepass.Muon(params, lr=0.05)
         steps(optimizer, params)
-        assert len(optimizer._plan.kernels) == (2 if most > 130 else 4)
+        assert len(optimizer._onepass.plan.kernels) == (2 if most > 130 else 4)
         ends.append(params)
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -49,7 +49,7 @@ def test_ones_own_rule_gets_the_kernel():
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * torch.sign(0.9 * m + 0.1 * g)
         m = 0.99 * m + 0.01 * g
         optimizer.step()
-    plan = optimizer._plan
+    plan = optimizer._onepass.plan
     assert plan is not None
     assert len(plan.kernels) == 1
     assert not plan.eager

@@ -12,6 +12,7 @@ from actions import ACTIONS
 from state_machine import KINDS, Fault, Machine, make_machine
 
 import onepass
+from onepass import optimizer
 from onepass.batch import KernelBatch
 
 over_algorithms = pytest.mark.parametrize("algorithm", KINDS)
@@ -146,7 +147,7 @@ def test_notices_an_update_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("what", ["parameter", "state", "version", "option"])
 def test_notices_a_failing_step_that_leaves_a_trace(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = onepass.Optimizer._make_ready
+    right = optimizer._make_ready
 
     def make_ready(self: Any, *arguments: Any) -> Any:
         try:
@@ -163,7 +164,7 @@ def test_notices_a_failing_step_that_leaves_a_trace(what: str, monkeypatch: pyte
                 self.param_groups[0]["lr"] = float(self.param_groups[0]["lr"]) + 1e-3
             raise
 
-    monkeypatch.setattr(onepass.Optimizer, "_make_ready", make_ready)
+    monkeypatch.setattr(optimizer, "_make_ready", make_ready)
     assert_noticed("has changed")
 
 

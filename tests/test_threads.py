@@ -624,7 +624,7 @@ def test_copies_step_on(way: str, held: bool) -> None:
     count = float(made.state[p]["step"])
     made.step()
     assert float(made.state[p]["step"]) == count + 1
-    assert "_turn" not in pickle.loads(pickle.dumps(made)).__getstate__()
+    assert "_onepass" not in pickle.loads(pickle.dumps(made)).__getstate__()
 
 
 def test_attributes_go_round() -> None:
@@ -636,7 +636,7 @@ def test_attributes_go_round() -> None:
     opt.step()
     assert float(opt.state[p]["step"]) == 3.0
     hollow = object.__new__(type("Hollow", (Wrapper, onepass.Adam), {}))
-    hollow.__dict__ = {k: v for k, v in vars(opt).items() if k not in ("step", "_turn", "_plan")}
+    hollow.__dict__ = {k: v for k, v in vars(opt).items() if k not in ("step", "_onepass")}
     hollow.__setstate__({})
     hollow.step()
     assert float(opt.state[p]["step"]) == 4.0

@@ -75,9 +75,9 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if self._taken is not None:
+        if self._onepass.taken is not None:
             # Those that are added later get theirs in their first step, as with torch.
-            self.make_state(self.param_groups[-1])
+            type(self).make_state(self, self.param_groups[-1])
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         name = "initial_accumulator_value"

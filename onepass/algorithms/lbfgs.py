@@ -91,15 +91,11 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults)
-        self._know_params()
-
-    def _know_params(self) -> None:
-        """What torch's own methods of this class read."""
-        self._params, self._numel_cache = self.param_groups[0]["params"], None
+        _know_params(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._know_params()
+        _know_params(self)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
@@ -128,25 +124,9 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
-        return self._take_step(closure)
+        return _take_step(self, closure)
 
-    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
-        owner, group = type(self).__name__, self.param_groups[0]
-        if not callable(closure):
-            raise TypeError(
-                f"{owner}: step needs a closure that computes the loss, calls backward() and returns the loss, got "
-                f"{closure!r:.60}; it is evaluated several times"
-            )
-        for name in self.defaults:
-            pick(group, name, None)
-        type(self).check_options(self, group)
-        if not group["params"]:
-            raise StepError(f"{owner}: there are no parameters to optimize; put some into the param group")
-        descent = _Descent(owner, group, self.state, closure)
-        with torch.no_grad(), np.errstate(all="ignore"):
-            return descent.run()
-
-    def _load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         owner, groups = matched.owner, matched.load_groups(self.defaults)
         params, keys = groups[0]["params"], matched.saved_groups[0]["params"]
         saved = Flat(owner, [matched.parameters[key] for key in keys])
@@ -171,6 +151,28 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
                 state[params[0]] = {name: vectors.get(name, deepcopy(entry)) for name, entry in value.items()}
         matched.tell_difference()
         return state, groups
+
+
+def _know_params(optimizer: LBFGS) -> None:
+    """Set what torch's own methods of this class read."""
+    optimizer._params, optimizer._numel_cache = optimizer.param_groups[0]["params"], None
+
+
+def _take_step(optimizer: LBFGS, closure: Callable[[], Any] | None) -> Any:
+    owner, group = type(optimizer).__name__, optimizer.param_groups[0]
+    if not callable(closure):
+        raise TypeError(
+            f"{owner}: step needs a closure that computes the loss, calls backward() and returns the loss, got "
+            f"{closure!r:.60}; it is evaluated several times"
+        )
+    for name in optimizer.defaults:
+        pick(group, name, None)
+    type(optimizer).check_options(optimizer, group)
+    if not group["params"]:
+        raise StepError(f"{owner}: there are no parameters to optimize; put some into the param group")
+    descent = _Descent(owner, group, optimizer.state, closure)
+    with torch.no_grad(), np.errstate(all="ignore"):
+        return descent.run()
 
 
 class _Descent:
@@ -386,4 +388,4 @@ def check_memory(what: str, value: Mapping[str, Any], size: int, error: type[Exc
 
 
 # Imports torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(LBFGS._take_step)
+_step_outside_graphs = torch._disable_dynamo(_take_step)

@@ -92,7 +92,7 @@ class Muon(Optimizer, torch.optim.Muon):
         check_row(owner, "ns_coefficients", options["ns_coefficients"], 3, error=ValueError)
         check_choice(owner, "adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS)
         for p in options.get("params", ()):
-            self.rule_of(p, options)
+            type(self).rule_of(self, p, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         # These change what is computed without a sign of it, where a value makes no sense.

@@ -56,7 +56,7 @@ class _Composite(LRScheduler):
             self._begin()
 
     def _is_replaced(self, method: str) -> bool:
-        return method in vars(self) or getattr(type(self), method) is not getattr(self._house.home, method)
+        return method in vars(self) or getattr(type(self), method) is not getattr(self._onepass.home, method)
 
     def _begin(self) -> None:
         """Take the members' first step."""
@@ -73,7 +73,7 @@ class _Composite(LRScheduler):
             )
         for member, state in zip(self._schedulers, state_dict["_schedulers"], strict=True):
             if isinstance(member, LRScheduler):
-                member._house.home._check(member, state)
+                member._onepass.home._check(member, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         for member, saved in zip(self._schedulers, state.pop("_schedulers"), strict=True):
@@ -95,10 +95,10 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
         increasing("SequentialLR", milestones)
         self._milestones, self.last_epoch = milestones, last_epoch + 1
         if last_epoch >= 0:
-            self._house.home._resume(self, last_epoch + 1)
+            self._onepass.home._resume(self, last_epoch + 1)
         else:
             self._put([group["initial_lr"] for group in optimizer.param_groups])
-            self._house.home._begin(self)
+            self._onepass.home._begin(self)
 
     def _resume(self, step: int) -> None:
         """Begin at a step, with the members' learning rates unless somebody has set others before they were made."""

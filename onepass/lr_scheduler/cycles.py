@@ -46,7 +46,7 @@ class _CycleLR(LRScheduler):
             return
         for group, low, high in zip(self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True):
             group["base_momentum"], group["max_momentum"] = low, high
-        self._house.home._put_momenta(self, self.optimizer.param_groups, self.max_momentums)
+        self._onepass.home._put_momenta(self, self.optimizer.param_groups, self.max_momentums)
 
     def _write(self, values: list[Any], plain: bool) -> None:
         momenta = self.momenta() if self.cycle_momentum else []
@@ -66,10 +66,14 @@ class _CycleLR(LRScheduler):
         return [group["betas"][0] if self.use_beta1 else group["momentum"] for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"_group_momenta": self._found_momenta()}
+        return super().state_dict() | {"_group_momenta": self._onepass.home._found_momenta(self)}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        left, found, saved = vars(self).get("_last_momenta", []), self._found_momenta(), state.pop("_group_momenta", [])
+        left, found, saved = (
+            vars(self).get("_last_momenta", []),
+            self._onepass.home._found_momenta(self),
+            state.pop("_group_momenta", []),
+        )
         super()._restore(state)
         if self.cycle_momentum and self.last_epoch >= 0 and not is_altered(self):
             saved = saved if self._last_momenta == self.momenta() else self.momenta()  # torch's has moved on without it
@@ -134,7 +138,7 @@ def _step(scheduler: CosineAnnealingWarmRestarts, epoch: float | None) -> None:
 
 def _step_as_torch(scheduler: CosineAnnealingWarmRestarts, epoch: float | None) -> None:
     """Take a step as torch's class does, and none where that fails."""
-    scheduler._house.home._adopt(scheduler)
+    scheduler._onepass.home._adopt(scheduler)
     before = {name: getattr(scheduler, name) for name in ("last_epoch", "T_cur", "T_i")}
     try:
         torch_schedulers.CosineAnnealingWarmRestarts.step(scheduler, epoch)  # pyright: ignore[reportArgumentType]
@@ -236,11 +240,11 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
         max_momentum: float = 0.9,
         last_epoch: int = -1,
     ) -> None:
-        self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        self._onepass.home._check_momenta(self, optimizer, cycle_momentum, base_momentum, max_momentum)
         check_numbers(self, base_lr=base_lr, max_lr=max_lr)
         self._lowest, self.max_lrs = per_group("base_lr", optimizer, base_lr), per_group("max_lr", optimizer, max_lr)
         down = step_size_up if step_size_down is None else step_size_down
-        self._set_triangle(step_size_up, down, mode, gamma, scale_fn, scale_mode)
+        self._onepass.home._set_triangle(self, step_size_up, down, mode, gamma, scale_fn, scale_mode)
         self._init_scale_fn()
         lowest = list(map(copied, self._lowest))
         super().__init__(optimizer, last_epoch)
@@ -322,7 +326,7 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         three_phase: bool = False,
         last_epoch: int = -1,
     ) -> None:
-        self._check_momenta(optimizer, cycle_momentum, base_momentum, max_momentum)
+        self._onepass.home._check_momenta(self, optimizer, cycle_momentum, base_momentum, max_momentum)
         check_numbers(self, max_lr=max_lr)
         check_number(self, div_factor=div_factor, final_div_factor=final_div_factor)
         self.total_steps = _count_steps(total_steps, epochs, steps_per_epoch)
@@ -331,7 +335,7 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         if not isinstance(pct_start, float) or not 0 <= pct_start <= 1:
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}.")
         self._anneal_func_type = check_strategy(anneal_strategy)
-        self._set_phases(pct_start, three_phase)
+        self._onepass.home._set_phases(self, pct_start, three_phase)
         self._max_lrs, self._divisors = per_group("max_lr", optimizer, max_lr), (div_factor, final_div_factor)
         super().__init__(optimizer, last_epoch)
 

@@ -74,17 +74,17 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
     r"""The last lr times a function of the step: $\eta_t = \eta_{t-1}\, \lambda(t)$."""
 
     def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
-        self._products: tuple[int, list[float]] = (0, [])
+        self._onepass_products: tuple[int, list[float]] = (0, [])
         super().__init__(optimizer, lr_lambda, last_epoch)
 
     def _closed(self, lrs: Iterable[Any], step: int) -> list[Any]:
         functions = self.lr_lambdas[:1] if self._shared else self.lr_lambdas
-        done, products = self._products
+        done, products = self._onepass_products
         if step < done or len(products) != len(functions):
             done, products = 0, [1.0] * len(functions)
         for t in range(done + 1, step + 1):
             products = [product * function(t) for product, function in zip(products, functions, strict=True)]
-        self._products = step, products
+        self._onepass_products = step, products
         spread = products * len(self.lr_lambdas) if self._shared else products
         return [lr * product for lr, product in zip(lrs, spread, strict=True)]
 

@@ -37,14 +37,14 @@ class LRScheduler(torch_schedulers.LRScheduler):
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
     handed_on: tuple[str, ...] = ()  # the options of param groups that a new one takes from the others
     _last_lr: list[Value]
-    _house: House
+    _onepass: House
     _foreign = False  # whether people's methods make the learning rates
     _left: list[Value] | None = None  # the `_last_lr` that this scheduler itself has written
     _moved: Sequence[bool] = ()  # the groups whose schedule was begun in its middle, from their initial lr
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._house = House(cls) if is_ours(cls) else cls._house.for_subclass(cls)
+        cls._onepass = House(cls) if is_ours(cls) else cls._onepass.for_subclass(cls)
 
     def __init__(self, optimizer: torch.optim.Optimizer, last_epoch: int = -1) -> None:
         check_optimizer(self, optimizer)
@@ -56,8 +56,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         set_before = ["initial_lr" in g and not is_near(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
         self._met = next(_orders), rates(optimizer), set_before  # when it was made, and the lrs that stood there
         if not self._resumed:
-            self._house.home._prepare(self)
-        self._house.home._adopt(self)
+            self._onepass.home._prepare(self)
+        self._onepass.home._adopt(self)
         if "_opt_called" not in vars(optimizer):  # one hook serves all schedulers of an optimizer
             vars(optimizer)["_opt_called"] = False
             optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
@@ -174,7 +174,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     def _adopt(self) -> None:
         """Take in param groups that are new, each with the lr that it came with."""
-        groups, known, handed_on = self.optimizer.param_groups, len(self.base_lrs), self._house.home.handed_on
+        groups, known, handed_on = self.optimizer.param_groups, len(self.base_lrs), self._onepass.home.handed_on
         if len(groups) < known:
             raise ValueError(f"{type(self).__name__} was made for {known} param groups, and finds {len(groups)}.")
         for index, group in enumerate(groups[known:], known):
@@ -206,7 +206,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         A group whose lr is the one that this scheduler has left there gets the lr of the checkpoint: whether the
         optimizer's checkpoint is loaded before or after does not matter.
         """
-        self._house.home._check(self, state_dict)
+        self._onepass.home._check(self, state_dict)
         state, groups = copied_lists(state_dict), self.optimizer.param_groups
         lrs, found = state.get("_last_lr", []), state.pop("_found", {})
         if found.get("after") == lrs:
@@ -215,7 +215,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
             state.pop("_own", None)
         mine = vars(self).get("_last_lr", [])
         untouched = [equals(group["lr"], left) for group, left in zip(groups, mine, strict=False)]
-        self._house.home._restore(self, state)
+        self._onepass.home._restore(self, state)
         self._left = None if is_altered(self) else self._last_lr
         for group, still, lr in zip(groups, untouched, lrs, strict=False):
             if still:
@@ -236,7 +236,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
             raise KeyError(f"the state dict {what}: it is none of a {type(self).__name__}; load that of its own class.")
 
 
-LRScheduler._house = House(LRScheduler)
+LRScheduler._onepass = House(LRScheduler)
 UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_versions")
 
 

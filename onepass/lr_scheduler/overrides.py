@@ -72,7 +72,7 @@ def is_altered(scheduler: Any) -> bool:
 
     All are looked up, at construction and at the first step. Later ones look whether `get_lr` is the same.
     """
-    house, cls = scheduler._house, type(scheduler)
+    house, cls = scheduler._onepass, type(scheduler)
     altered = house.look(cls) != house.found or any(_is_hidden(scheduler, cls, name) for name in house.watched)
     scheduler._foreign = altered
     return altered
@@ -87,7 +87,7 @@ def _is_hidden(scheduler: Any, cls: type, name: str) -> bool:
 def is_same(scheduler: Any) -> bool:
     """As `not is_altered`, for every step."""
     try:
-        if not scheduler._foreign and scheduler.get_lr.__func__ is scheduler._house.formula:
+        if not scheduler._foreign and scheduler.get_lr.__func__ is scheduler._onepass.formula:
             return True
     except AttributeError:  # no method, but another function
         pass
@@ -96,12 +96,12 @@ def is_same(scheduler: Any) -> bool:
 
 def has_new_closed_form(scheduler: Any) -> bool:
     """Whether people's class has a closed form where torch's has none."""
-    return "_get_closed_form_lr" not in scheduler._house.names and hasattr(scheduler, "_get_closed_form_lr")
+    return "_get_closed_form_lr" not in scheduler._onepass.names and hasattr(scheduler, "_get_closed_form_lr")
 
 
 def update_as_torch(scheduler: Any, epoch: int | None) -> None:
     """Take a step as torch's base class does: ask `get_lr`, or for a step by its number the closed form."""
-    scheduler._house.home._adopt(scheduler)
+    scheduler._onepass.home._adopt(scheduler)
     before = scheduler.last_epoch
     scheduler.last_epoch = before + 1 if epoch is None else epoch
     scheduler._get_lr_called_within_step = True

@@ -1,0 +1,47 @@
+"""What an optimizer keeps for itself, under one name: subclasses may call their own attributes whatever they like."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from .mistakes import Idle
+from .param_groups import Taken
+from .plan import Plan
+from .turn import Turn
+
+
+class Private:
+    """`optimizer._onepass`. A copy of it is empty: plans hold machine code and addresses of this process."""
+
+    def __init__(self) -> None:
+        self.turn, self.idle = Turn(), Idle()
+        self.plan: Plan | None = None
+        # What graphs that hold former plans' steps will read.
+        self.captured: list[Tensor] = []
+        # Known while groups are added one after another; later the groups may be anything.
+        self.taken: Taken | None = None
+        # What somebody has set `_step_supports_amp_scaling` to.
+        self.supports_scaling: bool | None = None
+        self._warned: set[str] = set()
+
+    def warn_once(self, message: str, key: str = "") -> None:
+        """Warn, once for each message in an optimizer's life."""
+        if (key or message) not in self._warned:
+            self._warned.add(key or message)
+            warnings.warn(message, stacklevel=3)
+
+    def let_go(self, plan: Plan | None) -> None:
+        """Take back what a plan has made without a step, and keep what graphs that hold its steps will read."""
+        if plan is not None:
+            plan.undo()
+            self.captured += plan.captured
+        self.plan = None
+
+    def __reduce__(self) -> tuple[type[Private], tuple[()]]:
+        return Private, ()
+
+    def __deepcopy__(self, memo: Any) -> Private:
+        return Private()
