@@ -134,8 +134,8 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
     saved_groups = list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError(
-            f"{owner}: the state dict has a different number of parameter groups: {len(saved_groups)}, this optimizer "
-            f"has {len(groups)}"
+            f"{owner}: the loaded state dict has a different number of parameter groups: {len(saved_groups)}, this "
+            f"optimizer has {len(groups)}"
         )
     named = all("param_names" in g for g in chain(groups, saved_groups))
     parameters: dict[Any, Tensor] = {}
@@ -144,8 +144,8 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
-                f"{owner}: group {i} of the state dict has {len(saved['params'])} parameters and doesn't match the "
-                f"size of this optimizer's group, {len(group['params'])}"
+                f"{owner}: the loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                f"group: group {i} has {len(saved['params'])} parameters, this optimizer's has {len(group['params'])}"
             )
         names = saved["param_names"] if named else saved["params"]
         for side, of in (("the state dict", saved), ("this optimizer", group)):

@@ -19,7 +19,7 @@ from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
 from .mistakes import refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
-from .param_groups import Taken, check_params, check_spelling, read_params
+from .param_groups import UNORDERED, Taken, check_params, check_spelling, read_params
 from .plan import Plan
 from .private import Private
 from .reading import Reading, drop_gradients
@@ -71,9 +71,12 @@ class Optimizer(torch.optim.Optimizer):
         self._onepass = Private()
         owner = _name(self)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
-            raise TypeError(f"{owner}: params must be an iterable of tensors or dicts, got a {torch.typename(params)}")
+            raise TypeError(
+                f"{owner}: params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+                f"{torch.typename(params)}; pass model.parameters()"
+            )
         if isinstance(params, set):
-            raise TypeError(f"{owner}: params must have an order, got a set; use a list")
+            raise TypeError(UNORDERED.format(owner))
         self.defaults = defaults
         _check(self, defaults)
         self._onepass.taken = Taken(())
@@ -138,7 +141,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises as the constructor does, and then the optimizer is as it was.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"{_name(self)}: param_group must be a dict, got {type(param_group).__name__}")
+            raise TypeError(f"{_name(self)}: param_group must be a dict, but got {type(param_group).__name__}")
         if "params" not in param_group:
             raise KeyError(f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}")
         params, names = read_params(_name(self), param_group["params"])

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNORDERED = "{}: optimizer parameters need to be organized in ordered collections, but got a set; use a list"
+
 
 def read_params(owner: str, given: Any) -> tuple[list[Tensor], list[str]]:
     """A group's parameters in order, and their names, or no names; raises TypeError or ValueError for anything else."""
     if isinstance(given, set):
-        raise TypeError(f"{owner}: params must have an order, got a set; use a list")
+        raise TypeError(UNORDERED.format(owner))
     if not isinstance(given, Iterable):
         raise TypeError(f"{owner}: a param group's params must be tensors, got {torch.typename(given)}")
     entries = [given] if isinstance(given, Tensor) else list(given)
@@ -28,7 +30,10 @@ def read_params(owner: str, given: Any) -> tuple[list[Tensor], list[str]]:
     names = [entry[0] for entry in entries if isinstance(entry, tuple)]
     params = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
     if names and len(names) != len(params):
-        raise ValueError(f"{owner}: all parameters must have names, or none; {len(params) - len(names)} have none")
+        raise ValueError(
+            f"{owner}: all optimizer params should be with/without names. Some param names are missing: "
+            f"{len(params) - len(names)} have none"
+        )
     return params, names
 
 
@@ -36,7 +41,10 @@ def check_params(owner: str, params: Sequence[Any], differentiable: bool, names:
     """Raise TypeError for parameters that are not tensors, ValueError for those that are not leaves."""
     for p, label in zip(params, _labels(params, names), strict=True):
         if not isinstance(p, Tensor):
-            raise TypeError(f"{owner} can only optimize tensors, but parameter {label} is {torch.typename(p)}")
+            raise TypeError(
+                f"{owner}: optimizer can only optimize Tensors, but one of the params is {torch.typename(p)}: "
+                f"parameter {label}; pass model.parameters()"
+            )
         if not differentiable and not (p.is_leaf or p.retains_grad):
             raise ValueError(f"{owner} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
 
@@ -58,13 +66,16 @@ class Taken:
         for p, label in zip(params, _labels(params, names), strict=True):
             if id(p) in self._params or id(p) in seen:
                 raise ValueError(
-                    f"{owner}: parameter {label} of shape {tuple(p.shape)} appears twice, in this param group or "
-                    "in more than one parameter group; give each once"
+                    f"{owner}: some parameters appear in more than one parameter group, or twice in this one: "
+                    f"parameter {label} of shape {tuple(p.shape)}; give each once"
                 )
             seen.add(id(p))
         if self._named is not None and bool(names) != self._named and params:
             have = "with" if names else "without"
-            raise ValueError(f"{owner}: all param groups must have names, or none; this one comes {have} names")
+            raise ValueError(
+                f"{owner}: all optimizer param groups should be with/without names. cannot add param group {have} "
+                "names to the optimizer"
+            )
         self._names.update(names)
         self._params |= seen
         self._named = bool(names) if self._named is None else self._named

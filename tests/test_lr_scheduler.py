@@ -1198,9 +1198,9 @@ BAD: dict[str, Bad] = {
     "plateau mode": Bad(lambda m, o: m.ReduceLROnPlateau(o, mode="low"), ValueError, "low"),
     "plateau threshold": Bad(lambda m, o: m.ReduceLROnPlateau(o, threshold_mode="no"), ValueError, "no"),
     "plateau min_lr": Bad(lambda m, o: m.ReduceLROnPlateau(o, min_lr=[0.1]), ValueError, "1"),
-    "lambdas": Bad(lambda m, o: m.LambdaLR(o, [decay]), ValueError, "lr_lambda has 1 values for 2 param groups"),
+    "lambdas": Bad(lambda m, o: m.LambdaLR(o, [decay]), ValueError, "lr_lambda has 1 values, param_groups has 2"),
     "more lambdas": Bad(
-        lambda m, o: m.MultiplicativeLR(o, (decay,) * 3), ValueError, "has 3 values for 2 param groups"
+        lambda m, o: m.MultiplicativeLR(o, (decay,) * 3), ValueError, "has 3 values, param_groups has 2"
     ),
     "no function": Bad(
         lambda m, o: m.LambdaLR(o, 0.5), TypeError, "lr_lambda should be a function of the step, got 0.5"
@@ -1223,8 +1223,8 @@ BAD: dict[str, Bad] = {
     "eta_min": Bad(lambda m, o: m.CosineAnnealingWarmRestarts(o, 2, 1, "0"), ValueError, "float or int eta_min"),
     "no momentum": Bad(lambda m, o: m.CyclicLR(o, 0.1, 0.2), ValueError, "must support momentum", optimizer="Adagrad"),
     "no beta": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9), ValueError, "must support momentum", optimizer="Adagrad"),
-    "base_lr": Bad(lambda m, o: m.CyclicLR(o, [0.1], 0.2), ValueError, "base_lr has 1 values for 2 param groups"),
-    "max_lr": Bad(lambda m, o: m.CyclicLR(o, 0.1, [0.2] * 3), ValueError, "max_lr has 3 values for 2 param groups"),
+    "base_lr": Bad(lambda m, o: m.CyclicLR(o, [0.1], 0.2), ValueError, "base_lr has 1 values, param_groups has 2"),
+    "max_lr": Bad(lambda m, o: m.CyclicLR(o, 0.1, [0.2] * 3), ValueError, "max_lr has 3 values, param_groups has 2"),
     "momenta": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9, base_momentum=[0.8]), ValueError, "base_momentum has 1 values"),
     "mode": Bad(
         lambda m, o: m.CyclicLR(o, 0.1, 0.2, mode="square"), ValueError, "mode is invalid and scale_fn is None"
@@ -1256,7 +1256,7 @@ BAD: dict[str, Bad] = {
     "swa epochs float": Bad(
         lambda m, o: m.SWALR(o, 0.1, 2.5), ValueError, "anneal_epochs must be equal or greater than 0"
     ),
-    "swa_lr": Bad(lambda m, o: m.SWALR(o, [0.1]), ValueError, "swa_lr has 1 values for 2 param groups"),
+    "swa_lr": Bad(lambda m, o: m.SWALR(o, [0.1]), ValueError, "swa_lr has 1 values, param_groups has 2"),
     "no members": Bad(
         lambda m, o: m.SequentialLR(o, [], []), ValueError, "SequentialLR expects at least one scheduler"
     ),
@@ -1297,7 +1297,10 @@ BAD: dict[str, Bad] = {
         lambda m, o: onepass.Scheduler(o, {"lr": 0.1}), TypeError, "the schedule of 'lr' must be a func", False
     ),
     "schedules": Bad(
-        lambda m, o: onepass.Scheduler(o, {"lr": [decay]}), ValueError, "schedules['lr'] has 1 values for 2", False
+        lambda m, o: onepass.Scheduler(o, {"lr": [decay]}),
+        ValueError,
+        "schedules['lr'] has 1 values, param_groups has 2",
+        False,
     ),
     "no optimizer": Bad(lambda m, o: onepass.Scheduler([], {"lr": decay}), TypeError, "Scheduler drives an Opt", False),
     "early": Bad(lambda m, o: onepass.Scheduler(o, {"lr": decay}, -3), ValueError, "last_epoch must be -1 or a", False),

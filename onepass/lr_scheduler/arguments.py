@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING
 
 __all__ = ["check_count", "check_number", "check_numbers", "check_optimizer", "check_steps", "check_strategy"]
 __all__ += ["check_word", "increasing", "warn_of_epoch"]
@@ -97,5 +98,4 @@ def increasing(name: str, milestones: Iterable[int]) -> list[int]:
 
 def warn_of_epoch(stacklevel: int) -> None:
     """Say, as torch does, that a step takes no number."""
-    message = "The epoch parameter in `scheduler.step()` was not necessary and is being deprecated where possible. "
-    warnings.warn(message + "Please use `scheduler.step()` to step the scheduler.", UserWarning, stacklevel=stacklevel)
+    warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=stacklevel)

@@ -245,7 +245,8 @@ def _check_step(scheduler: LRScheduler, epoch: int | None) -> None:
     if scheduler._step_count == 1 and not vars(scheduler.optimizer).get("_opt_called", True):
         warnings.warn(
             "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: "
-            "otherwise the first value of the schedule is skipped.",
+            "otherwise the first value of the schedule is skipped. See more details at "
+            "https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate",
             UserWarning,
             stacklevel=3,
         )

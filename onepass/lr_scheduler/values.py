@@ -91,7 +91,10 @@ def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[A
     if not isinstance(value, (list, tuple)):
         return [copied(value) for _ in range(count)]
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} values for {count} param groups: give one for each, or one for all.")
+        raise ValueError(
+            f"{name} must have the same length as optimizer.param_groups. {name} has {len(value)} values, param_groups "
+            f"has {count}: give one for each, or one for all."
+        )
     return list(map(copied, value))
 
 
