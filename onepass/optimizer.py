@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer as TorchOptimizer
 
 from .checks import StepError, flag
 from .kernel import Rank, Rule, shape_at, signature
@@ -32,7 +33,7 @@ MOST_PLANS = 8
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(TorchOptimizer):
     """The base of every optimizer here, and of yours: subclass it, write `__init__` and a static `rule`.
 
     The rule's positional arguments name the columns (p, g and the states, under torch's state-dict names), its
@@ -50,7 +51,7 @@ class Optimizer(torch.optim.Optimizer):
     _onepass: Private
     _onepass_switches: tuple[str, ...] = ()
     # torch's class in whose place this one stands; torch's base of all for a class of somebody's own.
-    _onepass_torch_class: Any = torch.optim.Optimizer
+    _onepass_torch_class: Any = TorchOptimizer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,7 +83,7 @@ class Optimizer(torch.optim.Optimizer):
         self._onepass.taken = Taken(())
         try:
             # Not the constructor of torch's class of the same name, from which an algorithm is derived.
-            torch.optim.Optimizer.__init__(self, params, defaults)
+            TorchOptimizer.__init__(self, params, defaults)
         finally:
             self._onepass.taken = None
 
@@ -247,14 +248,14 @@ class Optimizer(torch.optim.Optimizer):
             # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
             state = copy(self.state)
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
-            return {**torch.optim.Optimizer.__getstate__(self), "state": state}
+            return {**TorchOptimizer.__getstate__(self), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         private = vars(self).setdefault("_onepass", Private())
         private.let_go(private.plan)
         defaults = state.get("defaults", vars(self).get("defaults", {}))
         is_option = "differentiable" in defaults
-        torch.optim.Optimizer.__setstate__(self, state)
+        TorchOptimizer.__setstate__(self, state)
         if not is_option:
             # torch adds it; a class that has no such option would find it in its checkpoints.
             self.defaults.pop("differentiable", None)
@@ -405,7 +406,7 @@ def _states_of(cls: Any) -> set[str]:
     return set(chain.from_iterable(names)).union(*map(_states_of, cls.__subclasses__()))
 
 
-def _name(optimizer: torch.optim.Optimizer) -> str:
+def _name(optimizer: TorchOptimizer) -> str:
     return type(optimizer).__name__
 
 

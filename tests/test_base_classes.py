@@ -441,3 +441,14 @@ def test_names_of_schedulers_are_free(name: str) -> None:
         assert rates_of(with_attribute(ours, free), arguments) == pytest.approx(expected, rel=1e-12), free
         method = type("Method", (ours,), {free: lambda self, *_: "mine"})
         assert rates_of(method, arguments) == pytest.approx(expected, rel=1e-12), free
+
+
+def test_torchs_names_may_be_pointed_at_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As people do who cannot change the line that imports them."""
+    for name in ("Optimizer", "AdamW"):
+        monkeypatch.setattr(torch.optim, name, getattr(onepass, name))
+    opt = torch.optim.AdamW([parameter()])
+    assert type(opt) is onepass.AdamW
+    train(opt, 2)
+    train(pickle.loads(pickle.dumps(opt)), 1)
+    torch.optim.AdamW([parameter()]).load_state_dict(opt.state_dict())
