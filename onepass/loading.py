@@ -70,6 +70,9 @@ class Match:
                 if key in self.saved_state and self.saved_state[key] != {}:
                     required, shapes = state_of(self.parameters[key], group)
                     if shapes is None:
+                        # A count of steps stays where it is, as in torch.
+                        on_device = has_numbers_on_device(group, self.parameters[key].device)
+                        numbers[key] = set() if on_device else {"step"}
                         continue
                     self._check(key, self.saved_state[key], required, shapes)
                     moved = has_numbers_on_device(group, self.parameters[key].device)
@@ -157,7 +160,7 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
         places = _places(names, group["param_names"]) if named else range(len(names))
         if places is None:
             pairs = zip(names, group["param_names"], strict=True)
-            theirs, ours = next((a, b) for a, b in pairs if _unwrapped(a) != _unwrapped(b))
+            theirs, ours = next((a, b) for a, b in pairs if a != b)
             difference = difference or (
                 f"{owner}: the state dict has a parameter {theirs!r} in group {i} where this optimizer has {ours!r}"
             )
@@ -172,11 +175,17 @@ def _unwrapped(name: str) -> str:
     return WRAPPERS.sub("", str(name))
 
 
+def _without_first(name: str) -> str:
+    """A parameter's name without what the outermost wrapper has put before it."""
+    found = WRAPPERS.match(name)
+    return name if found is None else name[found.end() :]
+
+
 def _places(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
     """Where each name stands among the others, with or without what wrappers put in; None where names differ."""
-    for form in (str, _unwrapped):
-        place = {form(name): i for i, name in enumerate(among)}
-        found = [place.get(form(name)) for name in names]
+    for theirs, ours in ((str, str), (_without_first, str), (str, _without_first), (_unwrapped, _unwrapped)):
+        place = {ours(name): i for i, name in enumerate(among)}
+        found = [place.get(theirs(name)) for name in names]
         if None not in found and len({*found}) == len(place) == len(among):
             return found  # type: ignore[return-value]
     return None

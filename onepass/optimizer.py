@@ -66,8 +66,8 @@ class Optimizer(TorchOptimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         """Begin with param groups, each with `defaults` where it names no options of its own.
 
-        Raises TypeError for parameters that are no floating-point tensors, ValueError for an empty list, tensors that
-        are no leaves, or that occur twice.
+        Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors that are not leaves,
+        or that occur twice.
         """
         self._onepass = Private()
         owner = _name(self)

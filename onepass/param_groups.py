@@ -87,7 +87,7 @@ def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
         if key in defaults or key in ("params", "param_names"):
             continue
         near = difflib.get_close_matches(str(key), defaults, 1, 0.8)
-        meant = [name for name in near if abs(len(name) - len(key)) < 2]
+        meant = [name for name in near if abs(len(name) - len(str(key))) < 2]
         if meant:
             warnings.warn(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?", stacklevel=4)
 

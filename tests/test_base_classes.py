@@ -272,6 +272,8 @@ def named(*names: str) -> tuple[list[nn.Parameter], onepass.Optimizer]:
         (("b.c", "a"), ("a", "module.b.module.c")),
         (("_fsdp_wrapped_module.a._fsdp_wrapped_module.w", "b"), ("a.w", "b")),
         (("b", "a"), ("a", "b")),
+        (("_orig_mod.module.a", "_orig_mod.a"), ("module.a", "a")),
+        (("module.a", "a"), ("_orig_mod.module.a", "_orig_mod.a")),
     ],
 )
 def test_wrappers_prefixes_do_not_matter(saved: tuple[str, str], loaded: tuple[str, str]) -> None:
@@ -307,6 +309,22 @@ def test_other_names_are_told_and_matched_by_position() -> None:
         new.load_state_dict(opt.state_dict())
     for p, q in zip(params, others, strict=True):
         assert torch.equal(opt.state[p]["exp_avg"], new.state[q]["exp_avg"])
+
+
+def test_names_that_are_the_same_but_for_prefixes_in_all_ways() -> None:
+    _, opt = named("module.a", "_orig_mod.a")
+    _, new = named("a", "module._orig_mod.a")
+    with pytest.raises(ValueError, match=r"'module\.a' in group 0 where this optimizer has 'a'"):
+        new.check_names(opt.state_dict())
+
+
+def test_a_count_of_steps_stays_on_the_host() -> None:
+    p, q = parameter(), nn.Parameter(torch.empty(4, 3, device="meta"))
+    opt, new = Plain([p], {"lr": 0.1}), Plain([q], {"lr": 0.1})
+    opt.state[p] = {"step": torch.tensor(3.0), "v": torch.ones(2)}
+    new.load_state_dict(opt.state_dict())
+    assert new.state[q]["step"].item() == 3.0
+    assert new.state[q]["v"].is_meta
 
 
 @pytest.mark.filterwarnings("error")

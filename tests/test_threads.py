@@ -528,8 +528,6 @@ def fork_while_kernels_are_made(known: bool) -> None:
         type("Own", (base,), {"rule": staticmethod(rule)})(params, lr=0.01).step()
 
     ones(params)
-    # All modules are imported: Python itself leaves a child waiting that is forked during an import.
-    onepass.SGD(params).step()
     opt = onepass.Adam(params, lr=0.01)
     if known:
         opt.step()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .caches import remember
+from .caches import once, remember
 from .formats import FORMATS
 from .ir import Rank, RuleError
 from .memory import PLAIN, extent, has_storage, is_dense, is_expanded, shape_at, sizes
@@ -94,9 +94,10 @@ def why_no_kernels(device: torch.device) -> str:
     return devices.why_not(device)
 
 
-@cache
+@once
 def _why_not_here() -> str:
-    from . import native
+    # All that a first step imports, while forks wait: a child would find the import of another thread unfinished.
+    from . import cpu, eager, elementwise, facts, native, numbers  # noqa: F401
 
     missing = native.missing_instructions()
     return f"there are no kernels for processors without {missing}" if missing else ""

@@ -31,18 +31,26 @@ _knowing = RLock()
 _locks: list[AbstractContextManager[Any]] = [_making, _knowing]
 
 
+# Those that a fork has taken: another lock may be made known meanwhile.
+_held: list[AbstractContextManager[Any]] = []
+
+
 def hold_in_forks(lock: AbstractContextManager[Any]) -> None:
     """Let a process that forks wait for a lock, within which neither of the two is taken; the child finds it free."""
     _locks.append(lock)
 
 
 def _hold() -> None:
-    for lock in _locks:
+    locks = list(_locks)
+    for lock in locks:
         lock.__enter__()
+    _held[:] = locks
 
 
 def _let_go() -> None:
-    for lock in reversed(_locks):
+    locks = _held[::-1]
+    _held.clear()
+    for lock in locks:
         lock.__exit__(None, None, None)
 
 
