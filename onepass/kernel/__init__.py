@@ -95,9 +95,15 @@ def why_no_kernels(device: torch.device) -> str:
 
 
 @once
-def _why_not_here() -> str:
-    # All that a first step imports, while forks wait: a child would find the import of another thread unfinished.
+def _import() -> None:
+    """Import all that a first step needs, while forks wait: a child would find another thread's import unfinished."""
     from . import cpu, eager, elementwise, facts, native, numbers  # noqa: F401
+
+
+@cache
+def _why_not_here() -> str:
+    _import()
+    from . import native
 
     missing = native.missing_instructions()
     return f"there are no kernels for processors without {missing}" if missing else ""
