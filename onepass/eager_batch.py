@@ -271,8 +271,10 @@ class EagerBatch:
     def begin(
         self, stepping: list[Stepping], fresh: Collection[int], unscale: Unscale, scratch: Scratch
     ) -> list[tuple[int, Callable[[], None]]]:
-        """Compute new values, and store nothing. Returns what computes those of parameters that share memory, each with
-        the parameter's position: their order is that of the whole optimizer, whose batches it runs through.
+        """Compute new values, and store nothing.
+
+        Parameters that share memory step in the order of the whole optimizer, across its batches. For each of them this
+        returns its position and what computes it.
         """
         self.cancel()
         self._stepping = stepping

@@ -140,7 +140,7 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
             f"{owner}: the loaded state dict has a different number of parameter groups: {len(saved_groups)}, this "
             f"optimizer has {len(groups)}"
         )
-    named = all("param_names" in g for g in chain(groups, saved_groups))
+    named = all("param_names" in g for g in chain(groups, saved_groups) if g["params"])
     parameters: dict[Any, Tensor] = {}
     labels: dict[Any, str] = {}
     difference = ""
@@ -150,14 +150,14 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
                 f"{owner}: the loaded state dict contains a parameter group that doesn't match the size of optimizer's "
                 f"group: group {i} has {len(saved['params'])} parameters, this optimizer's has {len(group['params'])}"
             )
-        names = saved["param_names"] if named else saved["params"]
+        names = saved.get("param_names", []) if named else saved["params"]
         for side, of in (("the state dict", saved), ("this optimizer", group)):
-            if named and len(names_of := set(of["param_names"])) != len(of["params"]):
+            if named and len(names_of := set(of.get("param_names", ()))) != len(of["params"]):
                 raise ValueError(
                     f"{owner}: group {i} of {side} has {len(of['params'])} parameters and {len(names_of)} different "
                     "names; name each once"
                 )
-        places = _places(names, group["param_names"]) if named else range(len(names))
+        places = _places(names, group.get("param_names", [])) if named else range(len(names))
         if places is None:
             pairs = zip(names, group["param_names"], strict=True)
             theirs, ours = next((a, b) for a, b in pairs if a != b)
@@ -185,9 +185,9 @@ def _places(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
     """Where each name stands among the others, with or without what wrappers put in; None where names differ."""
     for theirs, ours in ((str, str), (_without_first, str), (str, _without_first), (_unwrapped, _unwrapped)):
         place = {ours(name): i for i, name in enumerate(among)}
-        found = [place.get(theirs(name)) for name in names]
-        if None not in found and len({*found}) == len(place) == len(among):
-            return found  # type: ignore[return-value]
+        found = [place[theirs(name)] for name in names if theirs(name) in place]
+        if len({*found}) == len(names) == len(place):
+            return found
     return None
 
 

@@ -22,7 +22,7 @@ from .mistakes import refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
 from .param_groups import UNORDERED, Taken, check_params, check_spelling, read_params
 from .plan import Plan
-from .private import Private
+from .private import Lazy, Private
 from .reading import Reading, drop_gradients
 from .recipes import Algorithm, fill_state, recipe_of
 from .unscale import Unscale
@@ -48,17 +48,22 @@ class Optimizer(TorchOptimizer):
     """
 
     rule: Rule
-    _onepass: Private
+    _onepass = Lazy()
     _onepass_switches: tuple[str, ...] = ()
     # torch's class in whose place this one stands; torch's base of all for a class of somebody's own.
     _onepass_torch_class: Any = TorchOptimizer
+    # After it come torch's base of all and what others have put before that: their constructors are called, not those
+    # of torch's classes.
+    _onepass_last: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         watch_options(cls)
         cls._onepass_switches = switches_of(cls)
-        bases = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "torch")
-        cls._onepass_torch_class = next(bases)
+        bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
+        torchs = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
+        cls._onepass_torch_class = torchs[0]
+        cls._onepass_last = [Optimizer, *(base for base in torchs if base is not TorchOptimizer)][-1]
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -69,7 +74,7 @@ class Optimizer(TorchOptimizer):
         Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors that are not leaves,
         or that occur twice.
         """
-        self._onepass = Private()
+        vars(self)["_onepass"] = Private()
         owner = _name(self)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
             raise TypeError(
@@ -82,8 +87,7 @@ class Optimizer(TorchOptimizer):
         _check(self, defaults)
         self._onepass.taken = Taken(())
         try:
-            # Not the constructor of torch's class of the same name, from which an algorithm is derived.
-            TorchOptimizer.__init__(self, params, defaults)
+            super(self._onepass_last, self).__init__(params, defaults)
         finally:
             self._onepass.taken = None
 
@@ -248,20 +252,22 @@ class Optimizer(TorchOptimizer):
             # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
             state = copy(self.state)
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
-            return {**TorchOptimizer.__getstate__(self), "state": state}
+            return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        private = vars(self).setdefault("_onepass", Private())
-        private.let_go(private.plan)
+        self._onepass.let_go(self._onepass.plan)
         defaults = state.get("defaults", vars(self).get("defaults", {}))
         is_option = "differentiable" in defaults
-        TorchOptimizer.__setstate__(self, state)
+        super(self._onepass_last, self).__setstate__(state)
         if not is_option:
             # torch adds it; a class that has no such option would find it in its checkpoints.
             self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
+
+
+Optimizer._onepass_last = Optimizer
 
 
 def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
@@ -303,6 +309,7 @@ def _step_as_torch(optimizer: Optimizer) -> None:
 def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]:
     """The plan that fits what is there now, and what it has read for this step."""
     private, flags = optimizer._onepass, type(optimizer).flags
+    private.follow(type(optimizer))
     former = private.plan
     for known in (former, *[None] * MOST_PLANS):
         private.plan = None

@@ -19,6 +19,8 @@ class Private:
     def __init__(self) -> None:
         self.turn, self.idle = Turn(), Idle()
         self.plan: Plan | None = None
+        # The class whose rule the plan follows: an object may get another one.
+        self.cls: type | None = None
         # What graphs that hold former plans' steps will read.
         self.captured: list[Tensor] = []
         # Known while groups are added one after another; later the groups may be anything.
@@ -40,8 +42,21 @@ class Private:
             self.captured += plan.captured
         self.plan = None
 
+    def follow(self, cls: type) -> None:
+        """Let go what was made for another class."""
+        if self.cls is not cls:
+            self.let_go(self.plan)
+            self.cls = cls
+
     def __reduce__(self) -> tuple[type[Private], tuple[()]]:
         return Private, ()
 
     def __deepcopy__(self, memo: Any) -> Private:
         return Private()
+
+
+class Lazy:
+    """Makes an optimizer's `Private` when it is asked for, as in objects that no constructor of ours has made."""
+
+    def __get__(self, optimizer: Any, cls: type) -> Private:
+        return vars(optimizer).setdefault("_onepass", Private())

@@ -186,9 +186,10 @@ def test_state_of_a_wrapper_is_kept(name: str, steps: int) -> None:
     p, q = parameter(), parameter()
     opt, new = getattr(onepass, name)([p]), getattr(onepass, name)([q])
 
-    def step(one: Any, at: Tensor) -> None:
-        at.grad = torch.ones_like(at).to_sparse() if name == "SparseAdam" else torch.ones_like(at)
-        one.step(*([lambda: at.sum()] if name == "LBFGS" else []))
+    def step(optimizer: Any, weights: Tensor) -> None:
+        g = torch.ones_like(weights)
+        weights.grad = g.to_sparse() if name == "SparseAdam" else g
+        optimizer.step(*([lambda: weights.sum()] if name == "LBFGS" else []))
 
     for _ in range(steps):
         step(opt, p)
@@ -370,10 +371,10 @@ def test_helpers_of_the_base() -> None:
 # Names that torch's classes leave free, and ours use: a subclass may use each for something else.
 
 
-def free_names(ours: type, theirs: type, one: Any, its: Any) -> list[str]:
-    """The names of ours, of a class or of what it makes, that mean nothing to torch's."""
-    known = {name for cls in theirs.__mro__ for name in vars(cls)} | {*vars(its)}
-    found = {name for cls in ours.__mro__ for name in vars(cls)} | {*vars(one)}
+def free_names(ours: Any, theirs: Any) -> list[str]:
+    """The names of an object of ours, and of its class, that mean nothing to torch's."""
+    known = {name for cls in type(theirs).__mro__ for name in vars(cls)} | {*vars(theirs)}
+    found = {name for cls in type(ours).__mro__ for name in vars(cls)} | {*vars(ours)}
     return sorted(name for name in found - known if not name.startswith(("__", "_onepass")))
 
 
@@ -396,11 +397,10 @@ DOORS |= {"make_state", "check_names"}
 
 @EACH
 def test_names_of_optimizers_are_few(name: str) -> None:
-    one, its = getattr(onepass, name)([parameter()]), getattr(torch.optim, name)([parameter()])
-    free = {*free_names(type(one), type(its), one, its)}
-    options = {free_name for free_name in free if isinstance(inspect.getattr_static(type(one), free_name), Misplaced)}
-    rules = {free_name for free_name in free if isinstance(inspect.getattr_static(type(one), free_name), staticmethod)}
-    assert free - DOORS - options - rules == {"_step_supports_amp_scaling"}
+    ours, theirs = (getattr(library, name)([parameter()]) for library in BOTH)
+    found = {free: inspect.getattr_static(type(ours), free, None) for free in free_names(ours, theirs)}
+    others = {free for free, value in found.items() if not isinstance(value, (Misplaced, staticmethod))}
+    assert others - DOORS == {"_step_supports_amp_scaling"}
 
 
 @EACH
@@ -409,13 +409,13 @@ def test_names_of_optimizers_may_be_attributes(name: str) -> None:
     for free in DOORS:
         p, q = parameter(), parameter()
         opt, plain = with_attribute(ours, free)([p]), ours([q])
-        for one, at in ((opt, p), (plain, q)):
+        for optimizer, weights in ((opt, p), (plain, q)):
             for _ in range(2):
-                g = torch.ones_like(at)
-                at.grad = g.to_sparse() if name == "SparseAdam" else g
-                one.step(*([lambda at=at: at.square().sum()] if name == "LBFGS" else []))
-                one.load_state_dict(through_a_file(one.state_dict()))
-                one = copy.copy(one)
+                g = torch.ones_like(weights)
+                weights.grad = g.to_sparse() if name == "SparseAdam" else g
+                closure = lambda weights=weights: weights.square().sum()  # noqa: E731
+                optimizer.step(*([closure] if name == "LBFGS" else []))
+                optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
         assert getattr(opt, free) == "mine"
         assert torch.equal(p, q), free
 
@@ -455,7 +455,7 @@ def test_names_of_schedulers_are_free(name: str) -> None:
     arguments = SCHEDULERS[name]
     made = [cls(torch.optim.SGD([parameter()], lr=0.1, momentum=0.9), *arguments) for cls in (ours, theirs)]
     expected = rates_of(theirs, arguments)
-    for free in free_names(ours, theirs, *made):
+    for free in free_names(*made):
         assert rates_of(with_attribute(ours, free), arguments) == pytest.approx(expected, rel=1e-12), free
         method = type("Method", (ours,), {free: lambda self, *_: "mine"})
         assert rates_of(method, arguments) == pytest.approx(expected, rel=1e-12), free
@@ -470,3 +470,62 @@ def test_torchs_names_may_be_pointed_at_ours(monkeypatch: pytest.MonkeyPatch) ->
     train(opt, 2)
     train(pickle.loads(pickle.dumps(opt)), 1)
     torch.optim.AdamW([parameter()]).load_state_dict(opt.state_dict())
+
+
+# Objects that no constructor of ours has made, and classes that change.
+
+
+def test_a_mixin_after_our_class() -> None:
+    rows = []
+    for library in BOTH:
+
+        class Mixin(torch.optim.Optimizer):
+            def __init__(self, params: Any, defaults: Any) -> None:
+                super().__init__(params, defaults)
+                self.mixed = 1
+
+            def __setstate__(self, state: Any) -> None:
+                super().__setstate__(state)
+                self.mixed = 2
+
+        for base in (library.Adam, library.AdamW, library.LBFGS):
+            opt: Any = type("Mixed", (base, Mixin), {})([parameter()])
+            rows.append((opt.mixed, copy.deepcopy(opt).mixed))
+    assert rows == [(1, 2)] * 6
+
+
+@pytest.mark.parametrize("make", [torch.optim.Optimizer.__init__, torch.optim.Adam.__init__], ids=["base", "Adam"])
+def test_constructors_of_torch(make: Any) -> None:
+    class Own(onepass.Adam):
+        def __init__(self, params: Any) -> None:
+            make(self, params, *([onepass.Adam([parameter()]).defaults] if "lr" not in make.__annotations__ else []))
+
+    p, q = parameter(), parameter()
+    opt, twin = Own([p]), onepass.Adam([q])
+    for optimizer in (opt, twin):
+        train(optimizer, 2)
+    assert torch.equal(p, q)
+
+
+def test_an_object_of_another_class() -> None:
+    p, q = parameter(), parameter()
+    opt, twin = onepass.Adam([p], lr=0.1), onepass.Adam([q], lr=0.1)
+    theirs: Any = torch.optim.Adam([p], lr=0.1)
+    for optimizer in (opt, twin):
+        train(optimizer, 1)
+    other = type("Other", (onepass.Adam,), {"rule": staticmethod(lambda p, g, *, lr: {"p": p - lr * g})})
+    opt.__class__ = other
+    train(opt, 1, seed=5)
+    g = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(p.detach(), q.detach() - 0.1 * g)
+    theirs.__class__ = onepass.Adam
+    train(theirs, 1)
+
+
+def test_an_empty_group_without_names() -> None:
+    x, y = parameter(), parameter(12)
+    opt = onepass.Adam([{"params": [("x", x), ("y", y)]}, {"params": []}])
+    train(opt, 1)
+    new = onepass.Adam([{"params": [("y", y), ("x", x)]}, {"params": []}])
+    new.load_state_dict(opt.state_dict())
+    assert torch.equal(new.state[x]["exp_avg"], opt.state[x]["exp_avg"])

@@ -81,8 +81,10 @@ def body_head(one: Pass, k: int, *, by_lines: bool) -> str:
 def _worker(program: Program, one: Pass, k: int) -> str:
     """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
     names = column_names(one)
-    lines = [f"define void @worker_{k}(ptr %arguments) nounwind {{", "entry:", *_fields(*FIELDS[1:-4], "finish")]
-    lines += [
+    lines = [
+        f"define void @worker_{k}(ptr %arguments) nounwind {{",
+        "entry:",
+        *_fields(*FIELDS[1:-4], "finish"),
         "  br label %take",
         "take:",
         "  %unit = atomicrmw add ptr %arguments, i64 1 monotonic",
@@ -109,8 +111,7 @@ def _worker(program: Program, one: Pass, k: int) -> str:
             lines += _load(f"this_{name}", "i64", name, index)
             arguments.append(f"i64 %this_{name}")
     if one.reductions:
-        lines += [f"  %partial_offset = mul i64 %c, {len(one.reductions)}"]
-        lines += ["  %partial = getelementptr double, ptr %partials, i64 %partial_offset"]
+        lines += _partial(len(one.reductions))
         arguments.append("ptr %partial")
     lines += [
         f"  call void @body_{k}({', '.join(arguments)})",
@@ -120,6 +121,14 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         *_worker_end(),
     ]
     return "\n".join(lines)
+
+
+def _partial(reductions: int) -> list[str]:
+    """`%partial`: where a chunk's partial sums are."""
+    return [
+        f"  %partial_offset = mul i64 %c, {reductions}",
+        "  %partial = getelementptr double, ptr %partials, i64 %partial_offset",
+    ]
 
 
 def _worker_end() -> list[str]:
