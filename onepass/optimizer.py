@@ -285,7 +285,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         turn.refuse_another(_name(optimizer))
         torchs = getattr(optimizer._onepass_torch_class, "_init_group", None)
         if torchs is not None and getattr(type(optimizer), "_init_group", None) is not torchs:
-            _step_as_torch(optimizer)
+            step_as_torch(optimizer, "_init_group")
             return loss
         plan, reading, gathered = _make_ready(optimizer, unscale.scale is not None)
         if private.idle.waits:
@@ -297,13 +297,14 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
     return loss
 
 
-def _step_as_torch(optimizer: Optimizer) -> None:
+def step_as_torch(optimizer: Optimizer, method: str, *arguments: Any) -> Any:
+    """Step by the code of torch's class, for a subclass that overrides a method which only that code calls."""
     name = _name(optimizer)
-    told = f"{name} steps by torch.optim's slower code: it overrides _init_group, which only that calls"
+    told = f"{name} steps by torch.optim's slower code: it overrides {method}, which only that calls"
     optimizer._onepass.warn_once(told)
     step = optimizer._onepass_torch_class.step
     # Without torch's hooks, which have been called.
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
+    return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, *arguments)
 
 
 def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]:

@@ -360,6 +360,34 @@ def test_helpers_of_lbfgs() -> None:
     assert again._numel() == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*steps by torch.optim's slower code")
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_overridden_helpers_of_lbfgs_are_called(search: str | None) -> None:
+    rows = []
+    for library in BOTH:
+        calls: list[int] = []
+
+        class Half(library.LBFGS):
+            def _gather_flat_grad(self, calls: list[int] = calls) -> Tensor:
+                calls.append(1)
+                return super()._gather_flat_grad() / 2
+
+        p = parameter()
+        opt = Half([p], max_iter=4, line_search_fn=search)
+
+        def closure(opt: Any = opt, p: Tensor = p) -> Tensor:
+            opt.zero_grad()
+            loss = p.square().sum() + p.sum().cos()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        rows.append((len(calls), p.detach()))
+    assert rows[0][0] == rows[1][0] > 3
+    assert torch.equal(rows[0][1], rows[1][1])
+
+
 @pytest.mark.filterwarnings("ignore:.*graph_capture_health_check")
 def test_helpers_of_the_base() -> None:
     opt = onepass.Adam([parameter()])

@@ -15,7 +15,7 @@ from ..checks import StepError, as_number, brief, pick
 from ..flat import Flat, largest, precision, scalar, why_no_vector
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
-from ..optimizer import Optimizer, Params
+from ..optimizer import Optimizer, Params, step_as_torch
 from ..options import check_choice, check_count, check_number
 
 # What one iteration leaves to the next, beside the counts: vectors as long as all parameters together, and numbers.
@@ -26,6 +26,8 @@ COUNTS = ("func_evals", "n_iter")
 REMEDY = "load a state that fits, or clear the optimizer's state to begin again"
 # Pairs of less curvature than this are left out: they would spoil the inverse Hessian's positive definiteness.
 LEAST_CURVATURE = 1e-10
+# Methods of torch's class that its step calls, and ours does not.
+HELPERS = ("_numel", "_gather_flat_grad", "_add_grad", "_clone_param", "_set_param", "_directional_evaluate")
 
 
 class LBFGS(Optimizer, torch.optim.LBFGS):
@@ -165,6 +167,9 @@ def _take_step(optimizer: LBFGS, closure: Callable[[], Any] | None) -> Any:
             f"{owner}: step needs a closure that computes the loss, calls backward() and returns the loss, got "
             f"{closure!r:.60}; it is evaluated several times"
         )
+    overrides = [name for name in HELPERS if getattr(LBFGS, name) is not getattr(type(optimizer), name)]
+    if overrides:
+        return step_as_torch(optimizer, overrides[0], closure)
     for name in optimizer.defaults:
         pick(group, name, None)
     type(optimizer).check_options(optimizer, group)
