@@ -17,11 +17,12 @@ from contextlib import AbstractContextManager
 from functools import partial, update_wrapper, wraps
 from threading import RLock
 from types import MethodType
-from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, overload
 from weakref import WeakValueDictionary, ref
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S")
 
 # Held while something is made that there must be once; within it the other one, never the other way round.
 _making = RLock()
@@ -41,9 +42,11 @@ def hold_in_forks(lock: AbstractContextManager[Any]) -> None:
 
 
 def _hold() -> None:
-    locks = list(_locks)
-    for lock in locks:
+    locks = []
+    # There may be one more when the others are free.
+    for lock in _locks:
         lock.__enter__()
+        locks.append(lock)
     _held[:] = locks
 
 
@@ -170,6 +173,29 @@ def _forget(key: tuple[object, ...], known: dict[Any, tuple[R, list[object]]], l
     entry = known.pop(key, None)
     if entry is not None:
         longer.append(entry[0])
+
+
+class computed(Generic[S, R]):
+    """A property that is computed when it is first asked for, and kept.
+
+    Up to Python 3.11 `functools.cached_property` holds a lock meanwhile, for all objects of a class: a child that is
+    forked then would wait for a thread that it does not have.
+    """
+
+    def __init__(self, function: Callable[[S], R]) -> None:
+        self._function, self.__doc__ = function, function.__doc__
+
+    @overload
+    def __get__(self, owner: None, cls: type) -> computed[S, R]: ...
+
+    @overload
+    def __get__(self, owner: S, cls: type) -> R: ...
+
+    def __get__(self, owner: S | None, cls: type) -> computed[S, R] | R:
+        if owner is None:
+            return self
+        value = vars(owner)[self._function.__name__] = self._function(owner)
+        return value
 
 
 def once(function: Callable[[], R]) -> Callable[[], R]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
+from .caches import computed
 from .formats import Format
 from .ir import LOADS, REDUCTIONS, Node, Rank, const, load, make, topological
 
@@ -93,12 +93,12 @@ class Program:
     temporaries: tuple[Temporary, ...]
     calls: tuple[Call, ...]
 
-    @cached_property
+    @computed
     def hypers(self) -> tuple[str, ...]:
         """The hyper-parameters that it needs, in a fixed order."""
         return hyper_names(node for _, node in (*self.stores, *self.scalars))
 
-    @cached_property
+    @computed
     def by_lines(self) -> bool:
         """Whether passes must walk row by row, because rows or columns have values of their own."""
         return any(one.domain != Rank.ELEMENT or one.sums for one in self.passes) or any(

@@ -12,10 +12,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
-from .caches import hold_in_forks, remember
+from .caches import computed, hold_in_forks, remember
 from .formats import FORMATS, Format, cast
 from .ir import (
     INTERNING,
@@ -65,18 +64,18 @@ class Graph:
     def roots(self) -> list[Node]:
         return [node for _, node in (*self.outputs, *self.scalars)]
 
-    @cached_property
+    @computed
     def state(self) -> tuple[str, ...]:
         """The columns beside p and g that this graph reads or writes, in the order of the rule's signature."""
         used = {node.attr for node in topological(self.roots) if node.op in LOADS} | {name for name, _ in self.outputs}
         return tuple(name for name in self.columns if name in used and name not in ("p", "g"))
 
-    @cached_property
+    @computed
     def hypers(self) -> tuple[str, ...]:
         """The hyper-parameters that reach an output, in a fixed order."""
         return hyper_names(self.roots)
 
-    @cached_property
+    @computed
     def has_matrices(self) -> bool:
         """Whether it matters what the tensor's last two sizes are."""
         matrices = (Rank.MATRIX, Rank.ROW, Rank.COLUMN)
@@ -84,18 +83,18 @@ class Graph:
             self.ranks
         )
 
-    @cached_property
+    @computed
     def is_elementwise(self) -> bool:
         """Whether one walk over a tensor does all: nothing depends on more than an element of it."""
         reduces = any(node.op in REDUCTIONS for node in topological(self.roots))
         return not (reduces or self.has_matrices)
 
-    @cached_property
+    @computed
     def has_calls(self) -> bool:
         """Whether functions of whole matrices are called."""
         return any(node.op == "call" for node in topological(self.roots))
 
-    @cached_property
+    @computed
     def has_measured_scalars(self) -> bool:
         """Whether a number of a parameter's state follows from its elements, by a sum, or from its sizes."""
         return any(node.rank == Rank.TENSOR for _, node in self.scalars)
@@ -104,7 +103,7 @@ class Graph:
         """How often a column has a value."""
         return self._ranks.get(column, Rank.ELEMENT)
 
-    @cached_property
+    @computed
     def _ranks(self) -> Mapping[str, Rank]:
         return dict(self.ranks)
 
