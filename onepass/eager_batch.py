@@ -223,18 +223,26 @@ class EagerBatch:
     def _check_modes(self, stepping: list[Stepping]) -> None:
         """Raise where operations would be recorded, by a graph or by autograd, in a way that cannot work."""
         if self.differentiable:
-            params = [p for s in stepping for p in s.columns["p"]]
-            for p, member in zip(params, (member for s in stepping for member in s.members), strict=True):
-                if p.requires_grad and p.is_leaf and torch.is_grad_enabled():
-                    raise StepError(
-                        f"{self.owner}: a leaf Variable that requires grad is being used in an in-place operation; "
-                        f"under differentiable=True give p.clone() in the place of parameter {member.label}"
-                    )
+            for s in stepping if torch.is_grad_enabled() else ():
+                self._refuse_leaves(s)
         elif not self.capturable:
             # Those who are computed together are on one device.
             for device in {s.columns["p"][0].device for s in stepping}:
                 if kernel.is_capturing(device):
                     raise StepError(CAPTURE.format(self.owner))
+
+    def _refuse_leaves(self, stepping: Stepping) -> None:
+        """Raise where autograd would refuse to have a tensor written that the step writes."""
+        for name in ("p", *self.recipe.entries):
+            for member, t in zip(stepping.members, stepping.columns.get(name, ()), strict=False):
+                if isinstance(t, Tensor) and t.requires_grad and t.is_leaf:
+                    what = f"parameter {member.label}"
+                    if name != "p":
+                        what = f"state {name!r} of {what}"
+                    raise StepError(
+                        f"{self.owner}: a leaf Variable that requires grad is being used in an in-place operation; "
+                        f"under differentiable=True give a clone() in the place of {what}"
+                    )
 
     def _read(self, index: int, group: Group) -> dict[str, Any]:
         """A group's options, as numbers; under autograd and in captured graphs tensors stay tensors."""
@@ -295,7 +303,7 @@ class EagerBatch:
         # A count that no rule reads is not read here either: its value may not exist, as that of a fake tensor.
         for name in self.recipe.numbers:
             if name in self.recipe.graph.hypers:
-                values = _read(stepping.columns[name], self.capturable)
+                values = _read(stepping.columns[name], self.capturable, self.differentiable and name != "step")
                 hypers[name] = [value + 1 for value in values] if name == "step" else values
         hypers["first"] = [float(m.position in fresh) for m in stepping.members] if fresh else 0.0
         hypers[kernel.GRADIENT_FACTOR] = unscale.factor
@@ -401,8 +409,10 @@ def is_number_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta)
 
 
-def _read(values: Sequence[Tensor | float], capturable: bool) -> list[Tensor | float]:
-    """Numbers of states; as tensors where a graph capture must see them."""
+def _read(values: Sequence[Tensor | float], capturable: bool, differentiable: bool) -> list[Tensor | float]:
+    """Numbers of states; as tensors where a graph capture, or autograd, must see them."""
+    if differentiable:
+        return [value.clone() if isinstance(value, Tensor) else value for value in values]
     if capturable:
         return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
     return [value.item() if isinstance(value, Tensor) else value for value in values]
@@ -425,7 +435,6 @@ def count_steps(states: Sequence[State]) -> None:
         torch._foreach_add_(counts, [torch.ones((), dtype=dtype, device="cpu")] * len(counts))
 
 
-@torch.no_grad()
 def write_number(state: State, name: str, value: Tensor | float) -> None:
     """Set a number of a parameter's state in place, where it is kept in a tensor."""
     kept = state[name]

@@ -20,13 +20,15 @@ from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
 from .mistakes import refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
-from .param_groups import UNORDERED, Taken, check_params, check_spelling, read_params
+from .param_groups import UNORDERED, Taken, check_params, check_spelling, occur_twice, read_params
 from .plan import Plan
 from .private import Lazy, Private
 from .reading import Reading, drop_gradients
 from .recipes import Algorithm, fill_state, recipe_of
 from .unscale import Unscale
 
+# Why a step is taken by torch's code.
+OVERRIDES, REPEATS = "it overrides {}, which only that calls", "a parameter occurs twice in its param groups"
 # How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
 MOST_PLANS = 8
 
@@ -72,10 +74,12 @@ class Optimizer(TorchOptimizer):
         """Begin with param groups, each with `defaults` where it names no options of its own.
 
         Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors that are not leaves,
-        or that occur twice.
+        or that occur in two groups.
         """
         vars(self)["_onepass"] = Private()
         owner = _name(self)
+        self.defaults = defaults
+        _check(self, defaults)
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
             raise TypeError(
                 f"{owner}: params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
@@ -83,8 +87,6 @@ class Optimizer(TorchOptimizer):
             )
         if isinstance(params, set):
             raise TypeError(UNORDERED.format(owner))
-        self.defaults = defaults
-        _check(self, defaults)
         self._onepass.taken = Taken(())
         try:
             super(self._onepass_last, self).__init__(params, defaults)
@@ -155,7 +157,7 @@ class Optimizer(TorchOptimizer):
         _check(self, {**self.defaults, **param_group, "params": params})
         with self._onepass.turn:
             taken = self._onepass.taken or Taken(self.param_groups)
-            taken.add(_name(self), params, names)
+            taken.add(_name(self), params, names, may_repeat=_has_torchs_step(self))
             param_group["params"] = params
             if names:
                 param_group["param_names"] = names
@@ -239,7 +241,10 @@ class Optimizer(TorchOptimizer):
         if self._onepass.supports_scaling is not None:
             return self._onepass.supports_scaling
         asks = sys._getframe(1).f_globals.get("__name__")
-        return asks == GradScaler.__module__ and any(g.get("fused") or g.get("capturable") for g in self.param_groups)
+        if asks != GradScaler.__module__:
+            return False
+        capturable = any(g.get("capturable") for g in self.param_groups) and not _steps_as_torch(self)
+        return capturable or any(g.get("fused") for g in self.param_groups)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, supports: bool) -> None:
@@ -283,11 +288,14 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
     # Outside of it other threads may step: a closure may wait for one that does.
     with private.turn as turn, torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
         turn.refuse_another(_name(optimizer))
-        torchs = getattr(optimizer._onepass_torch_class, "_init_group", None)
-        if torchs is not None and getattr(type(optimizer), "_init_group", None) is not torchs:
-            step_as_torch(optimizer, "_init_group")
+        if _has_own_group_reader(optimizer):
+            step_as_torch(optimizer, OVERRIDES.format("_init_group"))
             return loss
-        plan, reading, gathered = _make_ready(optimizer, unscale.scale is not None)
+        ready = _make_ready(optimizer, unscale.scale is not None)
+        if ready is None:
+            step_as_torch(optimizer, REPEATS)
+            return loss
+        plan, reading, gathered = ready
         if private.idle.waits:
             private.idle.look(optimizer, reading.params, reading.grads, closure is not None, private.warn_once)
         plan.run(reading, gathered, unscale)
@@ -297,18 +305,42 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
     return loss
 
 
-def step_as_torch(optimizer: Optimizer, method: str, *arguments: Any) -> Any:
-    """Step by the code of torch's class, for a subclass that overrides a method which only that code calls."""
-    name = _name(optimizer)
-    told = f"{name} steps by torch.optim's slower code: it overrides {method}, which only that calls"
-    optimizer._onepass.warn_once(told)
+def step_as_torch(optimizer: Optimizer, why: str, *arguments: Any) -> Any:
+    """Step by the code of torch's class, for what only that code does."""
+    optimizer._onepass.warn_once(f"{_name(optimizer)} steps by torch.optim's slower code: {why}")
     step = optimizer._onepass_torch_class.step
     # Without torch's hooks, which have been called.
     return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, *arguments)
 
 
-def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]:
-    """The plan that fits what is there now, and what it has read for this step."""
+def _has_own_group_reader(optimizer: Optimizer) -> bool:
+    """Whether a subclass overrides `_init_group`, through which torch's steps read a group."""
+    torchs = getattr(optimizer._onepass_torch_class, "_init_group", None)
+    return torchs is not None and getattr(type(optimizer), "_init_group", None) is not torchs
+
+
+def _steps_as_torch(optimizer: Optimizer) -> bool:
+    """Whether the next step is by the code of torch's class, which unscales gradients only where it is fused."""
+    if _has_own_group_reader(optimizer):
+        return True
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return optimizer._onepass.plan is None and occur_twice(list(params))
+
+
+def _has_torchs_step(optimizer: Optimizer) -> bool:
+    """Whether a step need not be by a rule: the class has none, or the mathematics of torch's."""
+    cls = type(optimizer)
+    if optimizer._onepass_torch_class is TorchOptimizer or not hasattr(cls, "rule"):
+        return not hasattr(cls, "rule")
+    ours = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == __package__)
+    return all(getattr(cls, name) is getattr(ours, name) for name in ("rule", "rule_of", "flags", "initial_state"))
+
+
+def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any] | None:
+    """The plan that fits what is there now, and what it has read for this step.
+
+    None where a parameter is there twice, for torch's code to step it twice.
+    """
     private, flags = optimizer._onepass, type(optimizer).flags
     private.follow(type(optimizer))
     former = private.plan
@@ -317,6 +349,9 @@ def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]
         plan = known
         reading = Reading(optimizer.param_groups, optimizer.state)
         try:
+            if plan is None and occur_twice(reading.params):
+                private.let_go(former)
+                return _refuse_repeats(optimizer)
             if plan is None:
                 plan = Plan(algorithm_of(optimizer), reading, scaled, former)
             now = [flags(optimizer, g) for g in optimizer.param_groups]
@@ -333,6 +368,12 @@ def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]
             return plan, reading, gathered
         private.let_go(plan)
     raise StepError(f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step again")
+
+
+def _refuse_repeats(optimizer: Optimizer) -> None:
+    """Raise where a parameter is there twice, unless torch's class can step it twice."""
+    if not _has_torchs_step(optimizer):
+        raise StepError(f"{_name(optimizer)}: a parameter occurs twice in the param groups; list each once")
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:

@@ -14,19 +14,42 @@ from . import kernel
 from .checks import as_flag, as_number, brief, entries_of, flag, is_row, number, number_for, pick
 from .mistakes import arguments_of
 
-__all__ = ["MODES", "brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number", "check_row"]
-__all__ += ["check_switches", "filled", "flag", "has_numbers_on_device", "is_off", "is_positive", "is_zero", "pick"]
-__all__ += ["switches_of"]
+__all__ = ["AT_LEAST_0", "MODES", "brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number"]
+__all__ += [
+    "check_row",
+    "check_switches",
+    "filled",
+    "flag",
+    "has_numbers_on_device",
+    "is_off",
+    "is_positive",
+    "is_zero",
+]
+__all__ += ["pick", "switches_of"]
 
 COUNTS = {2: "two", 3: "three"}
+# How torch begins its messages about a number; people match on it.
+WORDS = {
+    "lr": "Invalid learning rate",
+    "eps": "Invalid epsilon value",
+    "betas[0]": "Invalid beta parameter at index 0",
+    "betas[1]": "Invalid beta parameter at index 1",
+}
+AT_LEAST_0 = "{} should be >= 0 but is"
 
 
 def check_number(
-    owner: str, name: str, value: Any, low: float = 0.0, below: float | None = None, up_to: float = math.inf
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    below: float | None = None,
+    up_to: float = math.inf,
+    words: str = "",
 ) -> None:
     """Raise ValueError unless a number, or a tensor of one element, lies in [low, up_to], and is less than `below`.
 
-    TypeError for what is not a number.
+    TypeError for what is not a number. `words` are torch's about a number outside, where they are unusual.
     """
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
@@ -38,7 +61,8 @@ def check_number(
     if not low <= found <= up_to or (below is not None and found >= below):
         allowed = f"[{low:g}, {up_to:g}]" if below is None else f"[{low:g}, {below:g})"
         got = brief(value) if isinstance(value, (int, float)) else f"{found}"
-        raise ValueError(f"{owner}: {name} must lie in {allowed}, got {got}")
+        words = words or WORDS.get(name, f"Invalid {name} value")
+        raise ValueError(f"{owner}: {words}: {got}; {name} must lie in {allowed}")
 
 
 def check_count(owner: str, name: str, value: Any, low: int = 1, below: int | None = None) -> None:
@@ -49,11 +73,13 @@ def check_count(owner: str, name: str, value: Any, low: int = 1, below: int | No
 
 
 def check_choice(
-    owner: str, name: str, value: Any, choices: Sequence[str], error: type[Exception] = ValueError
+    owner: str, name: str, value: Any, choices: Sequence[str], error: type[Exception] = ValueError, words: str = ""
 ) -> None:
-    """Raise unless `value` is one of these words, or None."""
+    """Raise unless `value` is one of these, or None. `words` are torch's about another one."""
     if value is not None and not (isinstance(value, str) and value in choices):
-        raise error(f"{owner}: {name} must be {', '.join(map(repr, choices))} or None, got {brief(value)}")
+        got = brief(value)
+        what = f"{words.format(got[1:-1])}; {name}" if words and isinstance(value, str) else name
+        raise error(f"{owner}: {what} must be {', '.join(map(repr, choices))} or None, got {got}")
 
 
 def check_row(
@@ -65,20 +91,21 @@ def check_row(
     below: float | None = None,
     first: Any = (),
     error: type[Exception] = TypeError,
+    words: Sequence[str] = ("", "", ""),
 ) -> None:
     """Raise `error` unless `value` has entries in an order, ValueError unless they are `count` numbers in a range.
 
-    The first entry may be `first`, which is not a number.
+    The first entry may be `first`, which is not a number. `words` has those of `check_number` for each entry.
     """
-    words = f"{owner}: {name} must be {COUNTS[count]} numbers, got {brief(value)}"
+    message = f"{owner}: {name} must be {COUNTS[count]} numbers, got {brief(value)}"
     if not is_row(value):
-        raise error(words)
+        raise error(message)
     entries = entries_of(value, count)
     if entries is None:
-        raise ValueError(words)
+        raise ValueError(message)
     for i, entry in enumerate(entries):
         if i or entry is not first:
-            check_number(owner, f"{name}[{i}]", entry, low, below)
+            check_number(owner, f"{name}[{i}]", entry, low, below, words=words[i])
 
 
 def check_betas(owner: str, betas: Any) -> None:

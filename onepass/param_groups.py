@@ -49,32 +49,49 @@ def check_params(owner: str, params: Sequence[Any], differentiable: bool, names:
             raise ValueError(f"{owner} can't optimize a non-leaf Tensor: parameter {label} is computed from others")
 
 
+def occur_twice(params: Sequence[Tensor]) -> bool:
+    """Whether a parameter is there more than once."""
+    return len({*map(id, params)}) < len(params)
+
+
 class Taken:
-    """The parameters and names of an optimizer's groups, none of which may come twice."""
+    """The parameters and names of an optimizer's groups: a parameter belongs to one group, a name to one parameter."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self._names = {name for group in groups for name in group.get("param_names", ())}
         self._params = {id(p) for group in groups for p in group["params"]}
         self._named = "param_names" in groups[0] if groups else None
 
-    def add(self, owner: str, params: Sequence[Tensor], names: Sequence[str]) -> None:
-        """Add a group's; raises ValueError for what is there already, and for names in some groups only."""
+    def add(self, owner: str, params: Sequence[Tensor], names: Sequence[str], may_repeat: bool) -> None:
+        """Add a group's; raises ValueError for what is there already, and for names in some groups only.
+
+        With `may_repeat`, a parameter that the group has twice is only warned of.
+        """
         for name, count in Counter(names).items():
             if count > 1 or name in self._names:
                 raise ValueError(f"{owner}: the parameter name {name!r} is given twice; give each its own")
         seen: set[int] = set()
+        repeated = ""
         for p, label in zip(params, _labels(params, names), strict=True):
-            if id(p) in self._params or id(p) in seen:
-                raise ValueError(
-                    f"{owner}: some parameters appear in more than one parameter group, or twice in this one: "
-                    f"parameter {label} of shape {tuple(p.shape)}; give each once"
-                )
+            what = f"parameter {label} of shape {tuple(p.shape)}"
+            if id(p) in self._params:
+                raise ValueError(f"{owner}: some parameters appear in more than one parameter group: {what}")
+            if id(p) in seen:
+                repeated = repeated or what
             seen.add(id(p))
         if self._named is not None and bool(names) != self._named and params:
             have = "with" if names else "without"
             raise ValueError(
                 f"{owner}: all optimizer param groups should be with/without names. cannot add param group {have} "
                 "names to the optimizer"
+            )
+        if repeated and not may_repeat:
+            raise ValueError(f"{owner}: a parameter group with duplicate parameters: {repeated}; give each once")
+        if repeated:
+            warnings.warn(
+                f"{owner}: optimizer contains a parameter group with duplicate parameters: {repeated}; each step moves "
+                "it twice, as in torch, and by torch's slower code; give each once",
+                stacklevel=4,
             )
         self._names.update(names)
         self._params |= seen

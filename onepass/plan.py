@@ -113,6 +113,11 @@ class Plan:
             raise StepError(
                 f"{owner}: the state of parameter {member.label} must be a dict, got a {type(state).__name__}"
             )
+        if grad is not None and p.is_meta and self.modes[member.kind].fused:
+            raise StepError(
+                f"{owner}: `fused=True` requires all the params to be floating point Tensors of a device with memory, "
+                f"and parameter {member.label} is on meta; move it by to_empty(device=...)"
+            )
         try:
             check(owner, member, p, grad, state, recipe)
         except StepError:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -557,3 +558,147 @@ def test_an_empty_group_without_names() -> None:
     new = onepass.Adam([{"params": [("y", y), ("x", x)]}, {"params": []}])
     new.load_state_dict(opt.state_dict())
     assert torch.equal(new.state[x]["exp_avg"], opt.state[x]["exp_avg"])
+
+
+# A parameter that is twice in a group.
+
+
+def closure_of(opt: Any, name: str, p: Tensor, q: Tensor) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = (p @ q).square().sum() + p.sum()
+        loss.backward()
+        for t in (p, q) if name == "SparseAdam" else ():
+            t.grad = t.grad.to_sparse()
+        return loss
+
+    return closure
+
+
+def run_with_repeats(library: Any, name: str) -> list[Tensor]:
+    p, q = parameter(4, 3), parameter(3, 4)
+    opt = getattr(library, name)([p, q, p], lr=0.01)
+    for step in range(4):
+        closure = closure_of(opt, name, p, q)
+        if name == "LBFGS":
+            opt.step(closure)
+        else:
+            closure()
+            opt.step()
+        if step == 1:
+            saved = through_a_file(opt.state_dict())
+            opt = getattr(library, name)([p, q, p], lr=0.01)
+            opt.load_state_dict(saved)
+    return [p.detach(), q.detach(), torch.tensor(float(opt.state[p].get("step", 0)))]
+
+
+@EACH
+def test_a_parameter_twice_in_a_group_steps_twice_as_in_torch(name: str) -> None:
+    p = parameter(4, 3)
+    with pytest.warns(UserWarning, match=r"a parameter group with duplicate parameters: parameter 2 of shape \(4, 3\)"):
+        getattr(onepass, name)([p, parameter(), p])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = (run_with_repeats(library, name) for library in BOTH)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_a_group_that_gets_a_parameter_twice() -> None:
+    """Groups are lists, which people change; and are put right again."""
+    p, q = parameter(), parameter()
+    opts = [library.AdamW([p.detach().clone().requires_grad_(), q.detach().clone()]) for library in BOTH]
+    for step in range(6):
+        for opt in opts:
+            params = opt.param_groups[0]["params"]
+            if step in (2, 4):
+                params[1:] = params[:1] * 2 if step == 2 else [q.detach().clone()]
+            for t in params:
+                t.grad = torch.full_like(t, step + 1.0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                opt.step()
+    for mine, its in zip(*(opt.param_groups[0]["params"] for opt in opts), strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_a_rule_of_ones_own_takes_each_parameter_once() -> None:
+    class Plain(onepass.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+
+        @staticmethod
+        def rule(p: Any, g: Any, *, lr: Any) -> dict[str, Any]:
+            return {"p": p - lr * g}
+
+    class Other(onepass.Adam):
+        rule = Plain.rule
+
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    for cls in (Plain, Other):
+        with pytest.raises(ValueError, match=r"duplicate parameters: parameter 1 of shape \(4, 3\); give each once"):
+            cls([p, p])
+        opt = cls([p])
+        opt.param_groups[0]["params"].append(p)
+        before = p.detach().clone()
+        with pytest.raises(onepass.StepError, match="occurs twice"):
+            opt.step()
+        assert torch.equal(p, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_grad_scaler_unscales_where_torchs_code_steps() -> None:
+    """That code unscales only where it is fused."""
+    p, q = parameter(), parameter()
+    asks = {"__name__": torch.amp.GradScaler.__module__}
+    for params, expected in (([p, q], True), ([p, p], False)):
+        opt = onepass.Adamax(params, capturable=True)
+        assert eval("opt._step_supports_amp_scaling", asks | {"opt": opt}) is expected
+
+
+# What only differentiable steps, meta tensors and old checkpoints meet.
+
+
+def test_autograd_sees_all_of_nadams_state() -> None:
+    def step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, product: Tensor) -> tuple[Tensor, ...]:
+        p = p.clone()
+        p.grad = g
+        opt = onepass.NAdam([p], lr=0.9, differentiable=True)
+        state = {"exp_avg": m.clone(), "exp_avg_sq": v.clone(), "mu_product": product.clone()}
+        opt.state[p] = {"step": torch.tensor(10.0), **state}
+        opt.step()
+        return p, *(opt.state[p][name] for name in state)
+
+    values = [torch.rand(5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    assert torch.autograd.gradcheck(step, (*values, torch.tensor(0.8, dtype=torch.float64, requires_grad=True)))
+
+
+@pytest.mark.parametrize("name", ["p", "exp_avg", "mu_product"])
+def test_a_leaf_that_a_differentiable_step_cannot_write(name: str) -> None:
+    p = torch.ones(3)
+    opt = onepass.NAdam([p], differentiable=True)
+    p.grad = torch.ones(3)
+    opt.step()
+    leaf = p if name == "p" else opt.state[p][name]
+    before = [t.clone() for t in (p, *opt.state[p].values())]
+    leaf.requires_grad_()
+    with pytest.raises(onepass.StepError, match=r"a leaf Variable that requires grad.*clone\(\) in the place of"):
+        opt.step()
+    for t, kept in zip((p, *opt.state[p].values()), before, strict=True):
+        assert torch.equal(t, kept)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_needs_memory(name: str) -> None:
+    model = nn.Linear(2, 2, device="meta")
+    opt = getattr(onepass, name)(model.parameters(), fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+        opt.step()
+    opt.zero_grad()
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()

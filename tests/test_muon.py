@@ -472,8 +472,8 @@ def test_options_are_refused_as_by_torch(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"ns_steps": 100}, ValueError, r"ns_steps must lie in \[0, 100\), got 100"),
-        ({"ns_steps": -1}, ValueError, r"ns_steps must lie in \[0, 100\), got -1"),
+        ({"ns_steps": 100}, ValueError, r"Invalid ns_steps value: 100; ns_steps must lie in \[0, 100\)"),
+        ({"ns_steps": -1}, ValueError, r"Invalid ns_steps value: -1; ns_steps must lie in \[0, 100\)"),
         ({"ns_steps": 2.5}, ValueError, "ns_steps must be a whole number, got 2.5"),
         ({"ns_steps": "5"}, TypeError, "ns_steps must be a number, got '5'"),
         ({"ns_coefficients": (1.0, 2.0)}, ValueError, r"ns_coefficients must be three numbers, got \(1.0, 2.0\)"),
@@ -481,7 +481,7 @@ def test_options_are_refused_as_by_torch(options: dict[str, Any], message: str) 
         ({"ns_coefficients": (1.0, 2.0, "x")}, TypeError, r"ns_coefficients\[2\] must be a number, got 'x'"),
         ({"eps": -1e-7}, ValueError, "eps must lie in"),
         ({"adam_eps": -1e-7}, ValueError, "adam_eps must lie in"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\), got 1.0"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\)"),
         ({"nesterov": "yes"}, TypeError, "nesterov must be True or False"),
         ({"use_muon": "yes"}, TypeError, "use_muon must be True or False"),
     ],

@@ -23,7 +23,7 @@ from ..kernel.functions import (
     where,
 )
 from ..optimizer import Optimizer, Params, Rule
-from ..options import check_modes, check_number, check_row, is_off, pick
+from ..options import AT_LEAST_0, check_modes, check_number, check_row, is_off, pick
 
 
 class Adafactor(Optimizer, torch.optim.Adafactor):
@@ -84,11 +84,13 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
-        for name in ("lr", "weight_decay"):
-            check_number(owner, name, options[name])
-        check_number(owner, "d", options["d"], low=1.0)
-        check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0)
-        check_row(owner, "eps", options["eps"], 2, low=0.0, first=None)
+        check_number(owner, "lr", options["lr"], words=AT_LEAST_0.format("Learning rate"))
+        check_number(owner, "weight_decay", options["weight_decay"], words=AT_LEAST_0.format("weight_decay"))
+        check_number(owner, "d", options["d"], low=1.0, words="Clipping threshold d should be >= 1 but is")
+        words = "beta2_decay should be <= 0 but is"
+        check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0, words=words)
+        words = [AT_LEAST_0.format(name) for name in ("epsilon1", "epsilon2")]
+        check_row(owner, "eps", options["eps"], 2, low=0.0, first=None, words=words)
         check_modes(owner, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:

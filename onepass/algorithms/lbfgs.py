@@ -15,7 +15,7 @@ from ..checks import StepError, as_number, brief, pick
 from ..flat import Flat, largest, precision, scalar, why_no_vector
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
-from ..optimizer import Optimizer, Params, step_as_torch
+from ..optimizer import OVERRIDES, REPEATS, Optimizer, Params, occur_twice, step_as_torch
 from ..options import check_choice, check_count, check_number
 
 # What one iteration leaves to the next, beside the counts: vectors as long as all parameters together, and numbers.
@@ -23,6 +23,7 @@ VECTORS, HISTORY = ("d", "prev_flat_grad"), ("old_dirs", "old_stps")
 NUMBERS = ("t", "H_diag", "prev_loss")
 MEMORY = (*VECTORS, *HISTORY, "ro", *NUMBERS)
 COUNTS = ("func_evals", "n_iter")
+ONE_GROUP = "{} doesn't support per-parameter options (parameter groups); pass all parameters in one group"
 REMEDY = "load a state that fits, or clear the optimizer's state to begin again"
 # Pairs of less curvature than this are left out: they would spoil the inverse Hessian's positive definiteness.
 LEAST_CURVATURE = 1e-10
@@ -93,6 +94,8 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             "line_search_fn": line_search_fn,
         }
         super().__init__(params, defaults)
+        if len(self.param_groups) != 1:
+            raise ValueError(ONE_GROUP.format(type(self).__name__))
         _know_params(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,11 +113,8 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the constructor: there is one group, as all parameters share one history. Raises ValueError."""
-        if self.param_groups:
-            raise ValueError(
-                f"{type(self).__name__} doesn't support per-parameter options (parameter groups); pass all parameters "
-                "in one group"
-            )
+        if self.param_groups and self._onepass.taken is None:
+            raise ValueError(ONE_GROUP.format(type(self).__name__))
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,7 +169,9 @@ def _take_step(optimizer: LBFGS, closure: Callable[[], Any] | None) -> Any:
         )
     overrides = [name for name in HELPERS if getattr(LBFGS, name) is not getattr(type(optimizer), name)]
     if overrides:
-        return step_as_torch(optimizer, overrides[0], closure)
+        return step_as_torch(optimizer, OVERRIDES.format(overrides[0]), closure)
+    if occur_twice(group["params"]):
+        return step_as_torch(optimizer, REPEATS, closure)
     for name in optimizer.defaults:
         pick(group, name, None)
     type(optimizer).check_options(optimizer, group)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
 from ..optimizer import Optimizer, Params, Rule, StepError
-from ..options import check_betas, check_choice, check_count, check_number, check_row, flag, is_off, pick
+from ..options import AT_LEAST_0, check_betas, check_choice, check_count, check_number, check_row, flag, is_off, pick
 from .adam import Adam
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -85,12 +85,16 @@ class Muon(Optimizer, torch.optim.Muon):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
-        for name in ("lr", "weight_decay", "momentum", "eps", "adam_eps"):
+        check_number(owner, "lr", options["lr"], words=AT_LEAST_0.format("Learning rate"))
+        check_number(owner, "weight_decay", options["weight_decay"], words=AT_LEAST_0.format("weight decay"))
+        check_number(owner, "momentum", options["momentum"], words=AT_LEAST_0.format("momentum"))
+        for name in ("eps", "adam_eps"):
             check_number(owner, name, options[name])
         check_count(owner, "ns_steps", options["ns_steps"], low=0, below=100)
         check_betas(owner, options["betas"])
         check_row(owner, "ns_coefficients", options["ns_coefficients"], 3, error=ValueError)
-        check_choice(owner, "adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS)
+        words = "Adjust learning rate function {} is not supported"
+        check_choice(owner, "adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS, words=words)
         for p in options.get("params", ()):
             type(self).rule_of(self, p, options)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernel.functions import maximum, minimum, where
 from ..optimizer import Optimizer, Params
-from ..options import brief, check_modes, check_number, check_row, filled, pick
+from ..options import check_modes, check_number, check_row, filled, pick
 
 
 class Rprop(Optimizer, torch.optim.Rprop):
@@ -65,7 +65,7 @@ class Rprop(Optimizer, torch.optim.Rprop):
             check_row(owner, name, options[name], 2)
         shrink, grow = (float(options["etas"][i]) for i in range(2))
         if not 0 < shrink < 1 < grow:
-            raise ValueError(f"{owner}: etas must be 0 < shrink < 1 < grow, got {brief(options['etas'])}")
+            raise ValueError(f"{owner}: Invalid eta values: {shrink}, {grow}; etas must be 0 < shrink < 1 < grow")
         check_modes(owner, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -48,15 +48,18 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
-        for name in ("lr", "eps"):
+        for name, what in (("lr", "learning rate"), ("eps", "epsilon value")):
             check_number(owner, name, options[name])
             if float(options[name]) == 0:
-                raise ValueError(f"{owner}: {name} must be positive, got {brief(options[name])}")
+                raise ValueError(f"{owner}: Invalid {what}: {brief(options[name])}; {name} must be positive")
         check_betas(owner, options["betas"])
         for p in options.get("params", ()):
-            if p.is_sparse or p.is_complex():
-                kind = "sparse" if p.is_sparse else "complex"
-                raise ValueError(f"{owner}: parameters must be dense and real, one of shape {tuple(p.shape)} is {kind}")
+            if p.is_sparse:
+                raise ValueError(
+                    f"{owner} requires dense parameter tensors, and one of shape {tuple(p.shape)} is sparse"
+                )
+            if p.is_complex():
+                raise ValueError(f"{owner} does not support complex parameters, and one of them is {p.dtype}")
 
     @staticmethod
     def rule(p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch.optim import Optimizer
@@ -103,10 +104,11 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
     def _resume(self, step: int) -> None:
         """Begin at a step, with the members' learning rates unless somebody has set others before they were made."""
         values = self._begun_at(step)
-        found = min((member._met for member in _leaves(self) if hasattr(member, "_met")), default=None)
-        if found is None or not any(found[2]):
+        met = [member._met for member in _leaves(self) if hasattr(member, "_met")]
+        found = min(met, key=attrgetter("order"), default=None)
+        if found is None or not any(found.was_set):
             return
-        lrs, strange = found[1:]
+        lrs, strange = found.lrs, found.was_set
         for formula in (values, self._begun_at(step - 1)):
             strange = [bad and not is_near(lr, value) for lr, value, bad in zip(lrs, formula, strange, strict=True)]
         self._begun_at(step)

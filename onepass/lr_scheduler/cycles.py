@@ -295,9 +295,17 @@ class _Phases(_CycleLR):
         at = next((i for i, phase in enumerate(phases[:-1]) if self.last_epoch <= phase["end_step"]), len(phases) - 1)
         start, end = phases[at - 1]["end_step"] if at else 0.0, phases[at]["end_step"]
         fraction = (self.last_epoch - start) / (end - start) if end != start else 1.0
-        left = anneal(1.0, 0.0, fraction, "cosine" if self._anneal_func_type == "cos" else "linear")
+        left = _share_left(self, fraction)
         first, last = phases[at][f"start_{what}"], phases[at][f"end_{what}"]
         return [group[last] + (group[first] - group[last]) * left for group in self.optimizer.param_groups]
+
+
+def _share_left(scheduler: Any, fraction: float) -> float:
+    """How much is left of the way from a phase's first value to its last; state dicts of old torchs hold a function."""
+    kind = getattr(scheduler, "_anneal_func_type", None)
+    if kind is None:
+        return scheduler.anneal_func(1.0, 0.0, fraction)
+    return anneal(1.0, 0.0, fraction, "cosine" if kind == "cos" else "linear")
 
 
 class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):

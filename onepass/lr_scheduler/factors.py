@@ -358,7 +358,10 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
         if self.default_min_lr is not None:
             self.min_lrs = [self.default_min_lr] * len(groups)
         if len(groups) != len(self.min_lrs):
-            raise RuntimeError(f"min_lr has {len(self.min_lrs)} values for {len(groups)} groups: set min_lrs anew.")
+            raise RuntimeError(
+                f"The number of param groups in the optimizer ({len(groups)}) is not that of the values in min_lrs "
+                f"({len(self.min_lrs)}): set min_lrs anew."
+            )
         olds = [float(copied(group["lr"])) for group in groups]  # all before the first changes: groups may share one
         for group, old, lowest in zip(groups, olds, self.min_lrs, strict=True):
             new = max(old * self.factor, lowest)

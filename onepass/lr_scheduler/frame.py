@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count, repeat
 from operator import is_, setitem
 from typing import Any
@@ -21,6 +22,16 @@ from .values import LR, Value, are_floats, assign, copied, copied_lists, equals,
 
 __all__ = ["ClosedLR", "LRScheduler"]
 _orders = count()
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a scheduler met when it was made. That is not of its state, and does not count in a comparison."""
+
+    order: int = field(compare=False)
+    lrs: list[Value] = field(compare=False)
+    # Of each group, whether somebody had set another lr than its initial one.
+    was_set: list[bool] = field(compare=False)
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -54,7 +65,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         self.optimizer, self.last_epoch, self._resumed = optimizer, last_epoch, bool(last_epoch >= 0)
         self.base_lrs: list[Value] = []
         set_before = ["initial_lr" in g and not is_near(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
-        self._met = next(_orders), rates(optimizer), set_before  # when it was made, and the lrs that stood there
+        self._met = Met(next(_orders), rates(optimizer), set_before)
         if not self._resumed:
             self._onepass.home._prepare(self)
         self._onepass.home._adopt(self)
