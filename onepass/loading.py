@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from copy import deepcopy
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .checks import as_number, brief, check_kinds
+from .mistakes import tell
 from .options import has_numbers_on_device
 
 Group = dict[str, Any]
@@ -65,11 +65,14 @@ class Match:
         groups = self.load_groups(defaults, checks_options)
         state: dict[Any, Any] = defaultdict(dict)
         numbers: dict[Any, set[str]] = {}
+        # Whose state is of a class without a rule.
+        others: set[Any] = set()
         for group, saved in zip(groups, self.saved_groups, strict=True):
             for key in saved["params"]:
                 if key in self.saved_state and self.saved_state[key] != {}:
                     required, shapes = state_of(self.parameters[key], group)
                     if shapes is None:
+                        others.add(key)
                         # A count of steps stays where it is, as in torch.
                         on_device = has_numbers_on_device(group, self.parameters[key].device)
                         numbers[key] = set() if on_device else {"step"}
@@ -80,13 +83,16 @@ class Match:
         self.tell_difference()
         for key, value in self.saved_state.items():
             p = self.parameters.get(key)
-            state[key if p is None else p] = deepcopy(value) if p is None else _adopt(value, p, numbers.get(key, set()))
+            form = _same if key in others else _dense
+            state[key if p is None else p] = (
+                deepcopy(value) if p is None else _adopt(value, p, numbers.get(key, set()), form)
+            )
         return state, groups
 
     def tell_difference(self) -> None:
         """Warn where parameters are matched by position although both sides have names."""
         if self.difference:
-            warnings.warn(f"{self.difference}; parameters are matched by position, as in torch", stacklevel=5)
+            tell(f"{self.difference}; parameters are matched by position, as in torch")
 
     def load_groups(self, defaults: Mapping[str, Any], checks_options: bool = True) -> list[Group]:
         """The new groups: the saved options, and this optimizer's parameters and names."""
@@ -220,18 +226,29 @@ def _describe(value: object) -> str:
     return brief(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _adopt(value: Any, p: Tensor, numbers: Collection[str]) -> Any:
-    """A copy of a parameter's state: in its own dtype, on the parameter's device but for `numbers`."""
+def _adopt(value: Any, p: Tensor, numbers: Collection[str], form: Callable[[Tensor, Any], Tensor]) -> Any:
+    """A copy of a parameter's state: in its own dtype, on the parameter's device but for `numbers`.
+
+    `form` makes the copy of a tensor.
+    """
     if isinstance(value, Tensor):
-        # torch's SGD keeps sparse momentum where gradients are sparse.
-        dense = value.to_dense() if value.is_sparse else value
-        return dense.detach().to(device=p.device, copy=True)
+        return form(value, p.device)
     if type(value) in (list, tuple):
-        return type(value)(_adopt(entry, p, ()) for entry in value)
+        return type(value)(_adopt(entry, p, (), form) for entry in value)
     if not isinstance(value, Mapping):
         return deepcopy(value)
     copied = {}
     for name, entry in value.items():
         on_host = name in numbers and isinstance(entry, Tensor)
-        copied[name] = entry.detach().to("cpu", copy=True) if on_host else _adopt(entry, p, ())
+        copied[name] = form(entry, "cpu") if on_host else _adopt(entry, p, (), form)
     return copied
+
+
+def _dense(t: Tensor, device: Any) -> Tensor:
+    """A copy that a kernel can take: torch's SGD keeps sparse momentum where gradients are sparse."""
+    return (t.to_dense() if t.is_sparse else t).detach().to(device=device, copy=True)
+
+
+def _same(t: Tensor, device: Any) -> Tensor:
+    """A copy of the same class and layout."""
+    return (deepcopy(t) if t.is_leaf else t.detach().clone()).to(device=device)

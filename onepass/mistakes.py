@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,14 @@ from torch import Tensor
 
 # In how many steps in a row, from the first on, there may be no gradient before it is said.
 PATIENCE = 3
+
+
+def tell(message: str) -> None:
+    """Warn, and name the first line that is not of this package or of torch: that of the user."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (__package__, "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 class Misplaced:

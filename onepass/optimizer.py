@@ -259,6 +259,12 @@ class Optimizer(TorchOptimizer):
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
             return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
+    def __copy__(self) -> Optimizer:
+        # A shallow copy has the same state, as in torch.
+        other, state = type(self).__new__(type(self)), self.__getstate__()
+        other.__setstate__({**state, "state": self.state})
+        return other
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._onepass.let_go(self._onepass.plan)
         defaults = state.get("defaults", vars(self).get("defaults", {}))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .mistakes import tell
 
 UNORDERED = "{}: optimizer parameters need to be organized in ordered collections, but got a set; use a list"
 
@@ -88,10 +89,9 @@ class Taken:
         if repeated and not may_repeat:
             raise ValueError(f"{owner}: a parameter group with duplicate parameters: {repeated}; give each once")
         if repeated:
-            warnings.warn(
+            tell(
                 f"{owner}: optimizer contains a parameter group with duplicate parameters: {repeated}; each step moves "
-                "it twice, as in torch, and by torch's slower code; give each once",
-                stacklevel=4,
+                "it twice, as in torch, and by torch's slower code; give each once"
             )
         self._names.update(names)
         self._params |= seen
@@ -106,7 +106,7 @@ def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
         near = difflib.get_close_matches(str(key), defaults, 1, 0.8)
         meant = [name for name in near if abs(len(name) - len(str(key))) < 2]
         if meant:
-            warnings.warn(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?", stacklevel=4)
+            tell(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
 
 
 def _labels(params: Sequence[Any], names: Sequence[str]) -> list[str]:

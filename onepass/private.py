@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
 
-from .mistakes import Idle
+from .mistakes import Idle, tell
 from .param_groups import Taken
 from .plan import Plan
 from .turn import Turn
@@ -33,7 +32,7 @@ class Private:
         """Warn, once for each message in an optimizer's life."""
         if (key or message) not in self._warned:
             self._warned.add(key or message)
-            warnings.warn(message, stacklevel=3)
+            tell(message)
 
     def let_go(self, plan: Plan | None) -> None:
         """Take back what a plan has made without a step, and keep what graphs that hold its steps will read."""

@@ -702,3 +702,64 @@ def test_fused_needs_memory(name: str) -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     opt.step()
+
+
+# Copies and warnings.
+
+
+@pytest.mark.parametrize("library", BOTH, ids=["ours", "torch"])
+def test_a_shallow_copy_shares_the_state(library: Any) -> None:
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    opt = library.Adam([p])
+    other = copy.copy(opt)
+    assert other.state is opt.state
+    other.step()
+    opt.step()
+    assert opt.state[p]["step"] == 2
+
+
+def test_state_of_a_class_with_a_step_of_its_own_keeps_its_kind() -> None:
+    class Keeper(onepass.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+
+    p = parameter()
+    opt = Keeper([p])
+    rows = torch.eye(3).to_sparse()
+    opt.state[p] = {"kept": nn.Parameter(torch.ones(2)), "rows": rows, "both": [rows, {"more": rows * 2}]}
+    other = Keeper([p])
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    kept, found = other.state[p]["kept"], other.state[p]
+    assert isinstance(kept, nn.Parameter)
+    assert kept is not opt.state[p]["kept"]
+    for t in (found["rows"], found["both"][0], found["both"][1]["more"]):
+        assert t.layout == torch.sparse_coo
+    assert torch.equal(found["both"][1]["more"].to_dense(), 2 * torch.eye(3))
+
+
+def test_warnings_name_the_users_line() -> None:
+    def load_other_names() -> None:
+        opt, other = (onepass.Adam([(name, parameter())]) for name in ("a", "b"))
+        other.load_state_dict(opt.state_dict())
+
+    p = parameter()
+    p.grad = torch.ones_like(p)
+    ways: list[Callable[[], Any]] = [
+        lambda: onepass.SGD([{"params": [p], "momentun": 0.9}]),
+        lambda: onepass.SGD([parameter()]).add_param_group({"params": [p], "momentun": 0.9}),
+        lambda: onepass.AdamW([p, p]),
+        load_other_names,
+        lambda: OwnReader([p]).step(),
+    ]
+    for way in ways:
+        with pytest.warns(UserWarning, match=": ") as found:
+            way()
+        assert {w.filename for w in found} == {__file__}
+
+
+class OwnReader(onepass.SGD):
+    """Overrides what only torch's step calls."""
+
+    def _init_group(self, *args: Any) -> Any:
+        return super()._init_group(*args)
