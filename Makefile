@@ -31,7 +31,7 @@ docs: .venv/.dev ## build the documentation: site/index.html
 test: lint docs ## format, lint, types, documentation and all quick tests: pytest $(ARGS)
 	@$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning and transformers
+test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning, transformers, timm and others
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)
 
 test-gpu: .venv/.dev ## the tests which need a GPU
@@ -56,9 +56,12 @@ clean: ## remove caches and built packages; .venv and runs stay
 .venv/.train: EXTRAS := train
 .venv/.dev: EXTRAS := dev
 .venv/.frameworks: EXTRAS := test,frameworks
+# timm without its torchvision, whose builds on package indexes do not load with torch's build for the CPU.
+.venv/.frameworks: ALONE := timm
 .venv/.train .venv/.dev .venv/.frameworks: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing onepass[$(EXTRAS)] into .venv (the first time takes a minute or two) ..."
 	@$(INSTALL) -e '.[$(EXTRAS)]'
+	$(if $(ALONE),@$(INSTALL) --no-deps $(ALONE))
 	@touch $@
 
 $(BIN)/pip:

@@ -35,3 +35,12 @@ def rng() -> np.random.Generator:
 def one_thread() -> None:
     """For models that are too small for more, which on a busy machine only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_warning_of_ours(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """For tests that ignore the warnings of other packages: there must be none of ours, nor one of a wrong order."""
+    yield
+    ours = [w for w in recwarn if "onepass" in str(w.filename) or "eager backend" in str(w.message)]
+    ours += [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
+    assert not ours, [str(w.message) for w in ours]

@@ -7,45 +7,22 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from small_training import CLOSE, make_data, make_model, weights
+from torch.utils.data import DataLoader
 
 import onepass
 
 pytestmark = [
     pytest.mark.frameworks,
+    pytest.mark.usefixtures("no_warning_of_ours"),
     # The frameworks' own: deprecations, missing workers, small data.
     pytest.mark.filterwarnings("ignore"),
 ]
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 OPTIMIZERS = pytest.mark.parametrize(
     ("name", "options"),
     [("SGD", {"lr": 0.05, "momentum": 0.9}), ("Adam", {"lr": 0.02}), ("AdamW", {"lr": 0.02, "amsgrad": True})],
     ids=["sgd", "adam", "adamw"],
 )
-
-
-@pytest.fixture(autouse=True)
-def _onepass_must_not_warn(recwarn):
-    yield
-    ours = [w for w in recwarn if "onepass" in str(w.filename) or "eager backend" in str(w.message)]
-    ours += [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
-    assert not ours, [str(w.message) for w in ours]
-
-
-def make_model(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-
-
-def make_data() -> TensorDataset:
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 4, generator=random)
-    return TensorDataset(x, torch.stack([x.sum(1), x.prod(1)], 1))
-
-
-def weights(model: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
 
 
 # accelerate
