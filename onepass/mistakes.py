@@ -34,12 +34,11 @@ class Misplaced:
         self._name = name
 
     def __get__(self, optimizer: Any, cls: type) -> Any:
-        if optimizer is None:
-            return self
-        try:
-            return vars(optimizer)[self._name]
-        except KeyError:
-            raise AttributeError(f"{cls.__name__!r} object has no attribute {self._name!r}") from None
+        # The class has none either: dataclasses would take it for a default.
+        found = {} if optimizer is None else vars(optimizer)
+        if self._name not in found:
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {self._name!r}")
+        return found[self._name]
 
     def __set__(self, optimizer: Any, value: object) -> None:
         vars(optimizer)[self._name] = value
@@ -67,8 +66,9 @@ def arguments_of(cls: type) -> dict[str, Any]:
 
 def watch_options(cls: type) -> None:
     """Let the options of a class, arguments of its constructor, be missed where they are set as attributes."""
+    known = set().union(*map(vars, cls.__mro__))
     for name in arguments_of(cls):
-        if not hasattr(cls, name) and name not in ("self", "params", "args", "kwargs", "defaults"):
+        if name not in known and name not in ("self", "params", "args", "kwargs", "defaults"):
             setattr(cls, name, Misplaced(name))
 
 

@@ -52,7 +52,7 @@ class Numbers:
 
 def _is_in_place(number: object, device: torch.device) -> bool:
     """Whether a kernel can read and write a number where it is."""
-    if type(number) is not Tensor or number.shape != () or number.layout != torch.strided:
+    if type(number) is not Tensor or number.numel() != 1 or number.layout != torch.strided:
         return False
     if (number.dtype, number.device) != (counter_dtype(), device):
         return False

@@ -20,7 +20,16 @@ from .kernel import Rank, Rule, shape_at, signature
 from .loading import Match, check_state_dict, match
 from .mistakes import refused_rate, watch_options
 from .options import MODES, check_switches, switches_of
-from .param_groups import UNORDERED, Taken, check_params, check_spelling, occur_twice, read_params
+from .param_groups import (
+    UNORDERED,
+    Taken,
+    check_params,
+    check_required,
+    check_spelling,
+    is_iterable,
+    occur_twice,
+    read_params,
+)
 from .plan import Plan
 from .private import Lazy, Private
 from .reading import Reading, drop_gradients
@@ -80,7 +89,7 @@ class Optimizer(TorchOptimizer):
         owner = _name(self)
         self.defaults = defaults
         _check(self, defaults)
-        if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        if isinstance(params, Tensor) or not is_iterable(params):
             raise TypeError(
                 f"{owner}: params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
                 f"{torch.typename(params)}; pass model.parameters()"
@@ -154,6 +163,7 @@ class Optimizer(TorchOptimizer):
         params, names = read_params(_name(self), param_group["params"])
         check_params(_name(self), params, bool(self.defaults.get("differentiable")), names)
         check_spelling(_name(self), param_group, self.defaults)
+        check_required(_name(self), param_group, self.defaults)
         _check(self, {**self.defaults, **param_group, "params": params})
         with self._onepass.turn:
             taken = self._onepass.taken or Taken(self.param_groups)
@@ -228,7 +238,7 @@ class Optimizer(TorchOptimizer):
 
         Override it where state does not lie beside each parameter.
         """
-        return matched.load(partial(_state_of, self), self.defaults, checks_options=hasattr(type(self), "rule"))
+        return matched.load(partial(_state_of, self), self.defaults, checks_options=_steps_by_rule(type(self)))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -437,11 +447,17 @@ def _pack(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     return state, groups
 
 
+def _steps_by_rule(cls: type) -> bool:
+    """Whether a class steps by its rule, and not by a step of its own."""
+    owner = next(base for base in cls.__mro__ if "step" in vars(base))
+    return hasattr(cls, "rule") and owner.__module__.partition(".")[0] == __package__
+
+
 def _state_of(
     optimizer: Optimizer, p: Tensor, group: Mapping[str, Any]
 ) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
     """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
-    if not hasattr(type(optimizer), "rule"):
+    if not _steps_by_rule(type(optimizer)):
         # It has a step of its own, which knows.
         return (), None
     algorithm = algorithm_of(optimizer)

@@ -14,7 +14,17 @@ from . import kernel
 from .checks import as_flag, as_number, brief, entries_of, flag, is_row, number, number_for, pick
 from .mistakes import arguments_of
 
-__all__ = ["AT_LEAST_0", "MODES", "brief", "check_betas", "check_choice", "check_count", "check_modes", "check_number"]
+__all__ = [
+    "AT_LEAST_0",
+    "MODES",
+    "as_tuple",
+    "brief",
+    "check_betas",
+    "check_choice",
+    "check_count",
+    "check_modes",
+    "check_number",
+]
 __all__ += [
     "check_row",
     "check_switches",
@@ -106,6 +116,12 @@ def check_row(
     for i, entry in enumerate(entries):
         if i or entry is not first:
             check_number(owner, f"{name}[{i}]", entry, low, below, words=words[i])
+
+
+def as_tuple(value: Any) -> Any:
+    """Two entries in an order, as of a list of a configuration library, as a tuple; anything else as it is."""
+    entries = entries_of(value, 2)
+    return value if entries is None else tuple(entries)
 
 
 def check_betas(owner: str, betas: Any) -> None:

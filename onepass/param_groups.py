@@ -9,17 +9,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import required
 
 from .mistakes import tell
 
 UNORDERED = "{}: optimizer parameters need to be organized in ordered collections, but got a set; use a list"
 
 
+def is_iterable(given: object) -> bool:
+    """Whether a list can be made of something: it may have entries by index only."""
+    return isinstance(given, Iterable) or hasattr(type(given), "__getitem__")
+
+
+def check_required(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option that a group must set, and does not."""
+    for name, default in defaults.items():
+        if default is required and name not in group:
+            raise ValueError(
+                f"{owner}: parameter group didn't specify a value of required optimization parameter {name}"
+            )
+
+
 def read_params(owner: str, given: Any) -> tuple[list[Tensor], list[str]]:
     """A group's parameters in order, and their names, or no names; raises TypeError or ValueError for anything else."""
     if isinstance(given, set):
         raise TypeError(UNORDERED.format(owner))
-    if not isinstance(given, Iterable):
+    if not is_iterable(given):
         raise TypeError(f"{owner}: a param group's params must be tensors, got {torch.typename(given)}")
     entries = [given] if isinstance(given, Tensor) else list(given)
     for entry in entries:

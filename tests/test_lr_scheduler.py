@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -857,28 +858,38 @@ def test_torch_takes_the_state_of_another_class() -> None:
 # Another number of steps, in the middle of a run.
 
 LONGER = {
-    "CosineAnnealingLR": ("T_max", 5, 12, lambda t, n: 0.5 * (1 + math.cos(math.pi * t / n))),
-    "PolynomialLR": ("total_iters", 7, 12, lambda t, n: (1 - min(t, n) / n) ** 1),
-    "LinearLR": ("total_iters", 6, 12, lambda t, n: 0.2 + 0.5 * min(t, n) / n),
+    "CosineAnnealingLR": ("T_max", 5, 12),
+    "PolynomialLR": ("total_iters", 7, 12),
+    "LinearLR": ("total_iters", 6, 12),
+    "StepLR": ("step_size", 2, 3),
+    "MultiStepLR": ("milestones", [2, 6], Counter([2, 5])),
+    "ExponentialLR": ("gamma", 0.5, 0.9),
+    "ConstantLR": ("total_iters", 5, 9),
+    "MultiplicativeLR": ("lr_lambdas", [lambda t: 0.5], [lambda t: 0.9]),
+    "LambdaLR": ("lr_lambdas", [lambda t: 0.5**t], [lambda t: 0.9**t]),
 }
 
 
 @pytest.mark.parametrize("name", LONGER)
-@pytest.mark.parametrize("way", ["attribute", "made anew"])
-def test_goes_on_with_another_number_of_steps(name: str, way: str) -> None:
-    attribute, short, long, formula = LONGER[name]
-    options = {"start_factor": 0.2, "end_factor": 0.7} if name == "LinearLR" else {}
-    first = Side(Case([(name, options | {attribute: short})], groups=1))
-    first.run(4)
-    if way == "attribute":
-        again = first.resumed(order="optimizer first")
-        setattr(again.schedulers[0], attribute, long)
-    else:
-        again = first.resumed()
-        again.schedulers = [getattr(OURS, name)(again.opt, **options, **{attribute: long}, last_epoch=3)]
-        assert lr_of(again.opt) == pytest.approx([0.1 * formula(4, long)])
-    rates = [row[0] for row in again.run(10)][1:]
-    assert rates == pytest.approx([0.1 * formula(t, long) for t in range(5, 15)], abs=1e-16)
+@pytest.mark.parametrize("way", ["in mid-run", "resumed", "made anew", "other base_lrs"])
+def test_other_options_go_on_from_the_rate_as_with_torch(name: str, way: str) -> None:
+    attribute, short, long = LONGER[name]
+    argument = {"lr_lambdas": "lr_lambda"}.get(attribute, attribute)
+    rows = []
+    for library in (OURS, TORCHS):
+        side = Side(Case([(name, {argument: short})], groups=1), library)
+        side.run(4)
+        if way == "resumed":
+            side = side.resumed(order="optimizer last")
+        if way == "made anew":
+            given = sorted(long.elements()) if isinstance(long, Counter) else long
+            side.schedulers = [getattr(library, name)(side.opt, **{argument: given}, last_epoch=3)]
+        elif way == "other base_lrs":
+            side.schedulers[0].base_lrs = [1.0]
+        else:
+            setattr(side.schedulers[0], attribute, long)
+        rows.append([lr_of(side.opt), *side.run(10)])
+    assert rows[0] == [pytest.approx(row) for row in rows[1]]
 
 
 def test_goes_on_with_another_schedule() -> None:

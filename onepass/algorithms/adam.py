@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernel.functions import lerp, maximum, sqrt, where
 from ..optimizer import Optimizer, Params
-from ..options import check_betas, check_modes, check_number
+from ..options import as_tuple, check_betas, check_modes, check_number
 
 
 class Adam(Optimizer, torch.optim.Adam):
@@ -50,7 +50,7 @@ class Adam(Optimizer, torch.optim.Adam):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": as_tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

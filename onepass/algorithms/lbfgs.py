@@ -194,7 +194,8 @@ class _Descent:
         what = f"{owner}: the state of parameter {(*map(repr, group.get('param_names', ())), '0')[0]}"
         if not isinstance(self.state, dict):
             raise StepError(f"{what} must be a dict, got {brief(self.state)}; delete it to begin again")
-        self.first = not check_memory(what, self.state, self.flat.size, StepError)
+        # Who sets the count to 0 begins again, as with torch.
+        self.first = not check_memory(what, self.state, self.flat.size, StepError) or self.state.get("n_iter") == 0
         if not self.first:
             self._fit_state()
         self.d = self.flat.new() if self.first else self.state["d"].contiguous()
@@ -234,7 +235,10 @@ class _Descent:
             here = self._iterate(here, last=iterations >= self.group["max_iter"])
         if self.alphas is not None:
             alphas = torch.tensor([float(a) for a in reversed(self.alphas)], dtype=self.d.dtype, device=self.d.device)
-            state["al"] = [*alphas.unbind(), *[None] * (int(self.group["history_size"]) - len(alphas))]
+            # What earlier iterations have left behind stays, as with torch.
+            rest = list(state.get("al") or ())[len(alphas) :]
+            missing = int(self.group["history_size"]) - len(alphas) - len(rest)
+            state["al"] = [*alphas.unbind(), *rest, *[None] * missing]
         return returned
 
     def _iterate(self, here: Point, last: bool) -> Point | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,12 +19,24 @@ from .values import Group, assign, copied, per_group, saved_attributes, shared
 __all__ = ["CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"]
 
 
+MOMENTA = ("base_momentums", "max_momentums", "use_beta1")
+
+
 class _CycleLR(LRScheduler):
     """Schedules that move momentum, or the first of the betas, against the lr: `momenta` gives one for each group."""
+
+    cycle_momentum: bool
+    use_beta1: bool
+    base_momentums: list[Any]
+    max_momentums: list[Any]
 
     def momenta(self) -> list[float]:
         """The momentum of each group at `last_epoch`."""
         raise NotImplementedError
+
+    def _check(self, state_dict: Mapping[str, Any]) -> None:
+        # Earlier state dicts have them all.
+        super()._check({key: value for key, value in state_dict.items() if key not in MOMENTA})
 
     def _check_momenta(self, optimizer: Optimizer, cycle: bool, base: Any, top: Any) -> None:
         check_optimizer(self, optimizer)
@@ -33,10 +45,9 @@ class _CycleLR(LRScheduler):
                 "optimizer must support momentum or beta1 with `cycle_momentum` option enabled: "
                 f"{type(optimizer).__name__} has neither momentum nor betas, pass cycle_momentum=False."
             )
-        self.cycle_momentum, self.use_beta1 = cycle, "betas" in optimizer.defaults
-        self.base_momentums: list[Any] = []
-        self.max_momentums: list[Any] = []
+        self.cycle_momentum = cycle
         if cycle:
+            self.use_beta1 = "betas" in optimizer.defaults
             check_numbers(self, base_momentum=base, max_momentum=top)
             self.base_momentums = per_group("base_momentum", optimizer, base)
             self.max_momentums = per_group("max_momentum", optimizer, top)
@@ -207,8 +218,8 @@ class _Triangles(_CycleLR):
             vars(self._scale_fn_custom).update(attributes)
         super()._restore(state)
 
-    def _adopt(self) -> None:
-        super()._adopt()
+    def _adopt(self, is_new: bool = False) -> None:
+        super()._adopt(is_new)
         for name in ("max_lrs", "base_momentums", "max_momentums") if self.cycle_momentum else ("max_lrs",):
             values = getattr(self, name)
             values += [shared(name, values) for _ in self.base_lrs[len(values) :]]
@@ -346,6 +357,9 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         self._onepass.home._set_phases(self, pct_start, three_phase)
         self._max_lrs, self._divisors = per_group("max_lr", optimizer, max_lr), (div_factor, final_div_factor)
         super().__init__(optimizer, last_epoch)
+        # They are in the groups from now on.
+        for name in ("base_momentums", "max_momentums"):
+            vars(self).pop(name, None)
 
     def _prepare(self) -> None:
         super()._prepare()

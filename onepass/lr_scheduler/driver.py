@@ -44,8 +44,9 @@ class Scheduler(LRScheduler):
         super().__init__(optimizer, last_epoch)
         self._resumed = False  # no company for schedulers that multiply
 
-    def _adopt(self) -> None:
+    def _adopt(self, is_new: bool = False) -> None:
         """Initial values play no part."""
+        self.base_lrs = []
 
     def _targets(self) -> Iterator[tuple[str, list[Group], list[Any]]]:
         """Each option with the groups in which it is scheduled, and their schedules."""

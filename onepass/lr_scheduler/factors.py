@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any, Literal, SupportsFloat
 
 from torch.optim import Optimizer
@@ -45,10 +47,14 @@ class _LambdaFrame(LRScheduler):
                 raise TypeError(f"lr_lambda should be a function of the step, got {function!r:.80}.")
         super().__init__(optimizer, last_epoch)
 
-    def _adopt(self) -> None:
-        super()._adopt()
+    def _adopt(self, is_new: bool = False) -> None:
+        super()._adopt(is_new)
         if self._shared:
             self.lr_lambdas += self.lr_lambdas[:1] * (len(self.base_lrs) - len(self.lr_lambdas))
+
+    def _is_one(self) -> bool:
+        """Whether all groups still have one function."""
+        return self._shared and all(map(is_, self.lr_lambdas, repeat(self.lr_lambdas[0])))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"lr_lambdas": [saved_attributes(function) for function in self.lr_lambdas]}
@@ -64,7 +70,7 @@ class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
     r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\, \lambda(t)$."""
 
     def _rates(self) -> list[Any]:
-        if self._shared:
+        if self._is_one():
             scale = self.lr_lambdas[0](self.last_epoch)
             return [base * scale for base in self.base_lrs]
         return [base * scale(self.last_epoch) for base, scale in zip(self.base_lrs, self.lr_lambdas, strict=True)]
@@ -78,15 +84,18 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
         super().__init__(optimizer, lr_lambda, last_epoch)
 
     def _closed(self, lrs: Iterable[Any], step: int) -> list[Any]:
-        functions = self.lr_lambdas[:1] if self._shared else self.lr_lambdas
+        functions = self.lr_lambdas[:1] if self._is_one() else self.lr_lambdas
         done, products = self._onepass_products
         if step < done or len(products) != len(functions):
             done, products = 0, [1.0] * len(functions)
         for t in range(done + 1, step + 1):
             products = [product * function(t) for product, function in zip(products, functions, strict=True)]
         self._onepass_products = step, products
-        spread = products * len(self.lr_lambdas) if self._shared else products
+        spread = products * len(self.lr_lambdas) if len(products) < len(self.lr_lambdas) else products
         return [lr * product for lr, product in zip(lrs, spread, strict=True)]
+
+    def _inputs(self) -> list[Any]:
+        return [*self.lr_lambdas, *self.base_lrs]
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
         return [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
@@ -127,6 +136,9 @@ class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
         self.milestones = Counter(increasing("MultiStepLR", milestones))
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
+
+    def _inputs(self) -> list[Any]:
+        return [*self.milestones.items(), self.gamma, *self.base_lrs]
 
     def scale(self, step: int) -> float:
         return self.gamma ** bisect_right(sorted(self.milestones.elements()), step)
@@ -266,8 +278,8 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         self._anneal_strategy = anneal_strategy
         self.anneal_func = self._cosine_anneal if anneal_strategy == "cos" else self._linear_anneal
 
-    def _adopt(self) -> None:
-        super()._adopt()
+    def _adopt(self, is_new: bool = False) -> None:
+        super()._adopt(is_new)
         for group, lr in zip(self.optimizer.param_groups, self._swa_lrs, strict=False):
             group["swa_lr"] = lr
         self._swa_lrs = []

@@ -7,10 +7,11 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import count, repeat
 from operator import is_, setitem
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
     handed_on: tuple[str, ...] = ()  # the options of param groups that a new one takes from the others
+    base_lrs: list[Value]
     _last_lr: list[Value]
     _onepass: House
     _foreign = False  # whether people's methods make the learning rates
@@ -63,18 +65,17 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if last_epoch < -1:
             raise ValueError(f"{type(self).__name__}: last_epoch must be -1 or a step from 0 on, got {last_epoch}.")
         self.optimizer, self.last_epoch, self._resumed = optimizer, last_epoch, bool(last_epoch >= 0)
-        self.base_lrs: list[Value] = []
         set_before = ["initial_lr" in g and not is_near(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
         self._met = Met(next(_orders), rates(optimizer), set_before)
         if not self._resumed:
             self._onepass.home._prepare(self)
-        self._onepass.home._adopt(self)
-        if "_opt_called" not in vars(optimizer):  # one hook serves all schedulers of an optimizer
+        self._onepass.home._adopt(self, is_new=True)
+        if "_opt_called" not in vars(optimizer):  # once for all schedulers of an optimizer
             vars(optimizer)["_opt_called"] = False
-            optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
+            note_steps(optimizer)
         is_altered(self)
         self._initial_step()
-        vars(optimizer).setdefault("_lr_schedulers", WeakSet()).add(self)
+        vars(optimizer).setdefault("_lr_schedulers", WeakValueDictionary())[self._met.order] = self
 
     def _prepare(self) -> None:
         """What a class writes into the param groups at the start of a run, when all has been checked."""
@@ -158,11 +159,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
     def _replaces(self, index: int) -> bool:
         """Whether a group's lr is what a living scheduler of this class has left, which has got other numbers."""
         lr = self.optimizer.param_groups[index]["lr"]
-        others = (s for s in self._others() if type(s) is type(self))
-        return any(s._has_left(index, lr) for s in others)
+        return any(s._has_left(index, lr) for s in self._others() if type(s) is type(self))
 
     def _others(self) -> list[LRScheduler]:
-        return [s for s in vars(self.optimizer).get("_lr_schedulers", ()) if s is not self]
+        return [s for s in vars(self.optimizer).get("_lr_schedulers", {}).values() if s is not self]
 
     def _has_left(self, index: int, lr: Value) -> bool:
         return index < len(self._last_lr) and equals(lr, self._last_lr[index])
@@ -183,9 +183,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
             deque(map(assign, groups, repeat("lr"), values), maxlen=0)
             self._last_lr = self._left = rates(self.optimizer)
 
-    def _adopt(self) -> None:
+    def _adopt(self, is_new: bool = False) -> None:
         """Take in param groups that are new, each with the lr that it came with."""
-        groups, known, handed_on = self.optimizer.param_groups, len(self.base_lrs), self._onepass.home.handed_on
+        groups, handed_on = self.optimizer.param_groups, self._onepass.home.handed_on
+        known = 0 if is_new else len(self.base_lrs)
         if len(groups) < known:
             raise ValueError(f"{type(self).__name__} was made for {known} param groups, and finds {len(groups)}.")
         for index, group in enumerate(groups[known:], known):
@@ -196,9 +197,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
                 )
             missing = [name for name in handed_on if known and name in groups[0] and name not in group]
             group.update({name: shared(name, [other[name] for other in groups[:known]]) for name in missing})
-            self.base_lrs.append(copied(group.setdefault("initial_lr", copied(group["lr"]))))
+            group.setdefault("initial_lr", copied(group["lr"]))
             if known:
                 vars(self).get("_last_lr", []).append(None)
+        base_lrs = [copied(group["initial_lr"]) for group in groups[known:]]
+        self.base_lrs = base_lrs if is_new else [*self.base_lrs, *base_lrs]
 
     def _enter(self, step: int) -> None:
         """Begin at a step, on top of what other schedulers have made of the learning rates."""
@@ -248,7 +251,22 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
 
 LRScheduler._onepass = House(LRScheduler)
-UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_versions")
+UNSAVED = ("optimizer", "_foreign", "_known", "_left", "_met", "_moved", "_resumed", "_versions")
+
+
+def note_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch does."""
+    if getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer):
+        optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
+        return
+    step = optimizer.step
+
+    @wraps(step)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        vars(optimizer)["_opt_called"] = True
+        return step(*args, **kwargs)
+
+    optimizer.step = stepped
 
 
 def _check_step(scheduler: LRScheduler, epoch: int | None) -> None:
@@ -286,6 +304,7 @@ class ClosedLR(LRScheduler):
     """
 
     _own: list[bool]  # whether each group's lr is the closed form
+    _known: Sequence[Any] | None = None  # what that depended on in the last step
     _versions: list[tuple[Tensor, int] | None]
 
     def scale(self, step: int) -> float:
@@ -314,14 +333,23 @@ class ClosedLR(LRScheduler):
         ratio = after / before
         return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
 
+    def _inputs(self) -> list[Any]:
+        """All that the closed form depends on, beside the step."""
+        return [*(getattr(self, name) for name in self.options), *self.base_lrs, *self.floors()]
+
     def _reset(self) -> None:
         super()._reset()
         self._own = [True] * len(self.base_lrs)
         self._versions = [None] * len(self.base_lrs)
+        self._known = self._inputs()
 
     def _move(self, epoch: int | None) -> None:
         if len(self.optimizer.param_groups) != len(self.base_lrs):
             self._adopt()
+        elif self._known is not None and self._inputs() != self._known:
+            # Somebody has changed an option: the lr goes on from where it is, as with torch's.
+            self._own = [False] * len(self._own)
+        self._known = self._inputs()
         if self._is_initial and self._resumed and epoch is None:
             return self._resume(self.last_epoch + 1)
         if self._last_lr is not self._left:
@@ -383,6 +411,7 @@ class ClosedLR(LRScheduler):
         super()._restore(state)
         if is_altered(self):
             return
+        self._known = self._inputs()
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
@@ -397,6 +426,11 @@ class ClosedLR(LRScheduler):
 
     def _has_left(self, index: int, lr: Value) -> bool:
         return index < len(self._own) and self._own[index] and super()._has_left(index, lr)
+
+    def _replaces(self, index: int) -> bool:
+        # As where a cell of a notebook has run again. What a scheduler that went on has left is the run's lr.
+        lr = self.optimizer.param_groups[index]["lr"]
+        return any(s._has_left(index, lr) for s in self._others() if type(s) is type(self) and s._step_count == 1)
 
     def _joins(self, index: int, lr: Value, step: int) -> bool:
         """Whether another scheduler has just begun this group's schedule at the same step, so that changes add up.

@@ -101,7 +101,8 @@ def has_new_closed_form(scheduler: Any) -> bool:
 
 def update_as_torch(scheduler: Any, epoch: int | None) -> None:
     """Take a step as torch's base class does: ask `get_lr`, or for a step by its number the closed form."""
-    scheduler._onepass.home._adopt(scheduler)
+    if isinstance(vars(scheduler).get("base_lrs"), list):
+        scheduler._onepass.home._adopt(scheduler)
     before = scheduler.last_epoch
     scheduler.last_epoch = before + 1 if epoch is None else epoch
     scheduler._get_lr_called_within_step = True
