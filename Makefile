@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train bench curves docs test test-frameworks test-gpu test-slow lint format clean
+.PHONY: help train bench curves docs test test-frameworks test-pytorch test-gpu test-slow lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ test: lint docs ## format, lint, types, documentation and all quick tests: pytes
 
 test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning, transformers, timm and others
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)
+
+test-pytorch: .venv/.dev ## PyTorch's own optimizer tests: make test-pytorch FOLDER=the folder test of PyTorch's source code
+	@$(BIN)/python tests/pytorch_suite.py "$(FOLDER)" $(ARGS)
 
 test-gpu: .venv/.dev ## the tests which need a GPU
 	@$(BIN)/python -m pytest -m gpu tests/test_cuda.py $(ARGS)
