@@ -45,7 +45,14 @@ class T(unittest.TestCase):
         assert p.tolist() == [0.5, 0.5]
 """,
     "optim/test_optim.py": "class T(unittest.TestCase):\n    def test_it(self):\n        pass\n",
-    "optim/test_lrscheduler.py": "from test_optim import T\nclass U(unittest.TestCase):\n    def test_it(self):\n        pass\n",
+    "optim/test_lrscheduler.py": """
+from test_optim import T
+
+
+class U(unittest.TestCase):
+    def test_it(self):
+        pass
+""",
     "optim/test_swa_utils.py": """
 class T(unittest.TestCase):
     def test_skipped(self):

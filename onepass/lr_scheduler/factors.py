@@ -5,8 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
-from operator import is_
 from typing import Any, Literal, SupportsFloat
 
 from torch.optim import Optimizer
@@ -54,7 +52,7 @@ class _LambdaFrame(LRScheduler):
 
     def _is_one(self) -> bool:
         """Whether all groups still have one function."""
-        return self._shared and all(map(is_, self.lr_lambdas, repeat(self.lr_lambdas[0])))
+        return self._shared and self.lr_lambdas.count(self.lr_lambdas[0]) == len(self.lr_lambdas)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"lr_lambdas": [saved_attributes(function) for function in self.lr_lambdas]}
@@ -94,8 +92,8 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
         spread = products * len(self.lr_lambdas) if len(products) < len(self.lr_lambdas) else products
         return [lr * product for lr, product in zip(lrs, spread, strict=True)]
 
-    def _inputs(self) -> list[Any]:
-        return [*self.lr_lambdas, *self.base_lrs]
+    def _inputs(self) -> Any:
+        return list(self.lr_lambdas)
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
         return [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
@@ -137,8 +135,8 @@ class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
-    def _inputs(self) -> list[Any]:
-        return [*self.milestones.items(), self.gamma, *self.base_lrs]
+    def _inputs(self) -> Any:
+        return *self.milestones.items(), self.gamma
 
     def scale(self, step: int) -> float:
         return self.gamma ** bisect_right(sorted(self.milestones.elements()), step)
@@ -311,6 +309,9 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         if self.anneal_func is torch_swa_utils.SWALR._cosine_anneal:
             return half_cosine(fraction, 1)
         return 1.0 - self.anneal_func(fraction)
+
+    def _inputs(self) -> Any:
+        return super()._inputs(), *self.floors()
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
         step -= self._origin

@@ -251,7 +251,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
 
 LRScheduler._onepass = House(LRScheduler)
-UNSAVED = ("optimizer", "_foreign", "_known", "_left", "_met", "_moved", "_resumed", "_versions")
+UNSAVED = ("optimizer", "_foreign", "_known", "_known_lrs", "_left", "_met", "_moved", "_resumed", "_versions")
 
 
 def note_steps(optimizer: torch.optim.Optimizer) -> None:
@@ -304,7 +304,8 @@ class ClosedLR(LRScheduler):
     """
 
     _own: list[bool]  # whether each group's lr is the closed form
-    _known: Sequence[Any] | None = None  # what that depended on in the last step
+    _known: Any  # what that depended on in the last step
+    _known_lrs: list[Value]
     _versions: list[tuple[Tensor, int] | None]
 
     def scale(self, step: int) -> float:
@@ -333,23 +334,27 @@ class ClosedLR(LRScheduler):
         ratio = after / before
         return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
 
-    def _inputs(self) -> list[Any]:
-        """All that the closed form depends on, beside the step."""
-        return [*(getattr(self, name) for name in self.options), *self.base_lrs, *self.floors()]
+    def _inputs(self) -> Any:
+        """All that the closed form depends on, beside the step and the initial lrs."""
+        return self._onepass.read_options(self)
+
+    def _know(self) -> None:
+        self._known, self._known_lrs = self._inputs(), list(self.base_lrs)
 
     def _reset(self) -> None:
         super()._reset()
         self._own = [True] * len(self.base_lrs)
         self._versions = [None] * len(self.base_lrs)
-        self._known = self._inputs()
+        self._know()
 
     def _move(self, epoch: int | None) -> None:
         if len(self.optimizer.param_groups) != len(self.base_lrs):
             self._adopt()
-        elif self._known is not None and self._inputs() != self._known:
+            self._know()
+        elif self.base_lrs != self._known_lrs or self._inputs() != self._known:
             # Somebody has changed an option: the lr goes on from where it is, as with torch's.
             self._own = [False] * len(self._own)
-        self._known = self._inputs()
+            self._know()
         if self._is_initial and self._resumed and epoch is None:
             return self._resume(self.last_epoch + 1)
         if self._last_lr is not self._left:
@@ -411,7 +416,7 @@ class ClosedLR(LRScheduler):
         super()._restore(state)
         if is_altered(self):
             return
-        self._known = self._inputs()
+        self._know()
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)

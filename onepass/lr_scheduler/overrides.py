@@ -36,6 +36,10 @@ def _is_method(value: Any) -> bool:
     return callable(value) or isinstance(value, (property, staticmethod, classmethod))
 
 
+def _nothing(scheduler: Any) -> tuple[()]:
+    return ()
+
+
 class House:
     """A class of this package, and what its methods are when nobody has replaced any.
 
@@ -53,6 +57,7 @@ class House:
         self.look = attrgetter("get_lr", *sorted(names))
         self.found: tuple[Any, ...] | None = self.look(cls)
         self.formula = self.found[0]
+        self.read_options = attrgetter(*cls.options) if cls.options else _nothing
         ours = [c for c in cls.__mro__ if is_ours(c)]
         self.taken = (_methods(ours) - _methods(classes)) | {"handed_on", "options"}
         self.watched = sorted(name for name in names | self.taken if not isinstance(getattr(cls, name), property))
