@@ -507,7 +507,7 @@ def run(option: Option, **options: Any) -> Tensor:
         if (option.algorithm, name) in (("Adam", "betas"), ("AdamW", "betas")):
             # As in torch: a checkpoint must not hold the list of a configuration library.
             assert type(kept) is tuple
-            assert bits(kept) == bits(tuple(value[i] for i in range(2)))
+            assert [float(beta) for beta in kept] == [float(value[i]) for i in range(2)]
         else:
             assert kept is value
     return p.detach()
