@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import as_number, brief, check_kinds
 from .mistakes import tell
@@ -251,4 +251,5 @@ def _dense(t: Tensor, device: Any) -> Tensor:
 
 def _same(t: Tensor, device: Any) -> Tensor:
     """A copy of the same class and layout."""
-    return (deepcopy(t) if t.is_leaf else t.detach().clone()).to(device=device)
+    copy = deepcopy(t) if isinstance(t, nn.Parameter) else t.detach().clone()
+    return copy.to(device=device)

@@ -34,10 +34,18 @@ from .plan import Plan
 from .private import Lazy, Private
 from .reading import Reading, drop_gradients
 from .recipes import Algorithm, fill_state, recipe_of
+from .steps import (
+    OVERRIDES,
+    REPEATS,
+    has_own_group_reader,
+    has_torchs_step,
+    refuse_repeats,
+    step_as_torch,
+    steps_as_torch,
+    steps_by_rule,
+)
 from .unscale import Unscale
 
-# Why a step is taken by torch's code.
-OVERRIDES, REPEATS = "it overrides {}, which only that calls", "a parameter occurs twice in its param groups"
 # How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
 MOST_PLANS = 8
 
@@ -167,7 +175,7 @@ class Optimizer(TorchOptimizer):
         _check(self, {**self.defaults, **param_group, "params": params})
         with self._onepass.turn:
             taken = self._onepass.taken or Taken(self.param_groups)
-            taken.add(_name(self), params, names, may_repeat=_has_torchs_step(self))
+            taken.add(_name(self), params, names, may_repeat=has_torchs_step(self))
             param_group["params"] = params
             if names:
                 param_group["param_names"] = names
@@ -238,7 +246,7 @@ class Optimizer(TorchOptimizer):
 
         Override it where state does not lie beside each parameter.
         """
-        return matched.load(partial(_state_of, self), self.defaults, checks_options=_steps_by_rule(type(self)))
+        return matched.load(partial(_state_of, self), self.defaults, checks_options=steps_by_rule(type(self)))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -253,7 +261,7 @@ class Optimizer(TorchOptimizer):
         asks = sys._getframe(1).f_globals.get("__name__")
         if asks != GradScaler.__module__:
             return False
-        capturable = any(g.get("capturable") for g in self.param_groups) and not _steps_as_torch(self)
+        capturable = any(g.get("capturable") for g in self.param_groups) and not steps_as_torch(self)
         return capturable or any(g.get("fused") for g in self.param_groups)
 
     @_step_supports_amp_scaling.setter
@@ -265,14 +273,25 @@ class Optimizer(TorchOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         with self._onepass.turn:
             # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
+            if self._onepass.is_shared:
+                return super(self._onepass_last, self).__getstate__()
             state = copy(self.state)
             state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
             return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
-    def __copy__(self) -> Optimizer:
-        # A shallow copy has the same state, as in torch.
-        other, state = type(self).__new__(type(self)), self.__getstate__()
-        other.__setstate__({**state, "state": self.state})
+    def __copy__(self) -> Any:
+        # A shallow copy has the same state, as in torch; else all goes as Python copies objects.
+        self._onepass.is_shared = True
+        try:
+            reduced = self.__reduce_ex__(4)
+        finally:
+            self._onepass.is_shared = False
+        if isinstance(reduced, str):
+            return self
+        make, arguments, *rest = reduced
+        other = make(*arguments)
+        if rest and rest[0] is not None:
+            other.__setstate__(rest[0])
         return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -304,7 +323,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
     # Outside of it other threads may step: a closure may wait for one that does.
     with private.turn as turn, torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
         turn.refuse_another(_name(optimizer))
-        if _has_own_group_reader(optimizer):
+        if has_own_group_reader(optimizer):
             step_as_torch(optimizer, OVERRIDES.format("_init_group"))
             return loss
         ready = _make_ready(optimizer, unscale.scale is not None)
@@ -319,37 +338,6 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         index, rate = plan.refused_rate
         private.warn_once(refused_rate(_name(optimizer), index, rate), f"lr of {index}")
     return loss
-
-
-def step_as_torch(optimizer: Optimizer, why: str, *arguments: Any) -> Any:
-    """Step by the code of torch's class, for what only that code does."""
-    optimizer._onepass.warn_once(f"{_name(optimizer)} steps by torch.optim's slower code: {why}")
-    step = optimizer._onepass_torch_class.step
-    # Without torch's hooks, which have been called.
-    return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, *arguments)
-
-
-def _has_own_group_reader(optimizer: Optimizer) -> bool:
-    """Whether a subclass overrides `_init_group`, through which torch's steps read a group."""
-    torchs = getattr(optimizer._onepass_torch_class, "_init_group", None)
-    return torchs is not None and getattr(type(optimizer), "_init_group", None) is not torchs
-
-
-def _steps_as_torch(optimizer: Optimizer) -> bool:
-    """Whether the next step is by the code of torch's class, which unscales gradients only where it is fused."""
-    if _has_own_group_reader(optimizer):
-        return True
-    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return optimizer._onepass.plan is None and occur_twice(list(params))
-
-
-def _has_torchs_step(optimizer: Optimizer) -> bool:
-    """Whether a step need not be by a rule: the class has none, or the mathematics of torch's."""
-    cls = type(optimizer)
-    if optimizer._onepass_torch_class is TorchOptimizer or not hasattr(cls, "rule"):
-        return not hasattr(cls, "rule")
-    ours = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == __package__)
-    return all(getattr(cls, name) is getattr(ours, name) for name in ("rule", "rule_of", "flags", "initial_state"))
 
 
 def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any] | None:
@@ -367,7 +355,7 @@ def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]
         try:
             if plan is None and occur_twice(reading.params):
                 private.let_go(former)
-                return _refuse_repeats(optimizer)
+                return refuse_repeats(optimizer)
             if plan is None:
                 plan = Plan(algorithm_of(optimizer), reading, scaled, former)
             now = [flags(optimizer, g) for g in optimizer.param_groups]
@@ -384,12 +372,6 @@ def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]
             return plan, reading, gathered
         private.let_go(plan)
     raise StepError(f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step again")
-
-
-def _refuse_repeats(optimizer: Optimizer) -> None:
-    """Raise where a parameter is there twice, unless torch's class can step it twice."""
-    if not _has_torchs_step(optimizer):
-        raise StepError(f"{_name(optimizer)}: a parameter occurs twice in the param groups; list each once")
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
@@ -437,28 +419,23 @@ def _check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
 def _pack(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """State and groups, with positions in the place of parameters."""
     position: dict[int, int] = {}
-    groups = []
+    groups, start = [], 0
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            position.setdefault(id(p), len(position))
+        params = group["params"]
+        # One that is there twice has its last place, as in torch.
+        position.update({id(p): i for i, p in enumerate(params, start) if id(p) not in position})
+        start += len(params)
         packed = {key: value for key, value in group.items() if key != "params"}
-        groups.append(packed | {"params": [position[id(p)] for p in group["params"]]})
+        groups.append(packed | {"params": [position[id(p)] for p in params]})
     state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in optimizer.state.items()}
     return state, groups
-
-
-def _steps_by_rule(cls: type) -> bool:
-    """Whether a class steps by its rule, and not by a step of its own."""
-    # A class's own attribute is torch's wrapper around a step, whoever has written that.
-    author = getattr(getattr(cls, "step", None), "__module__", None) or ""
-    return hasattr(cls, "rule") and author.partition(".")[0] == __package__
 
 
 def _state_of(
     optimizer: Optimizer, p: Tensor, group: Mapping[str, Any]
 ) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
     """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
-    if not _steps_by_rule(type(optimizer)):
+    if not steps_by_rule(type(optimizer)):
         # It has a step of its own, which knows.
         return (), None
     algorithm = algorithm_of(optimizer)

@@ -87,13 +87,13 @@ class Taken:
             if count > 1 or name in self._names:
                 raise ValueError(f"{owner}: the parameter name {name!r} is given twice; give each its own")
         seen: set[int] = set()
-        repeated = ""
-        for p, label in zip(params, _labels(params, names), strict=True):
-            what = f"parameter {label} of shape {tuple(p.shape)}"
+        repeated: list[int] = []
+        for i, p in enumerate(params):
             if id(p) in self._params:
+                what = _describe(params, names, i)
                 raise ValueError(f"{owner}: some parameters appear in more than one parameter group: {what}")
             if id(p) in seen:
-                repeated = repeated or what
+                repeated.append(i)
             seen.add(id(p))
         if self._named is not None and bool(names) != self._named and params:
             have = "with" if names else "without"
@@ -101,12 +101,13 @@ class Taken:
                 f"{owner}: all optimizer param groups should be with/without names. cannot add param group {have} "
                 "names to the optimizer"
             )
-        if repeated and not may_repeat:
-            raise ValueError(f"{owner}: a parameter group with duplicate parameters: {repeated}; give each once")
         if repeated:
+            what = _describe(params, names, repeated[0])
+            if not may_repeat:
+                raise ValueError(f"{owner}: a parameter group with duplicate parameters: {what}; give each once")
             tell(
-                f"{owner}: optimizer contains a parameter group with duplicate parameters: {repeated}; each step moves "
-                "it twice, as in torch, and by torch's slower code; give each once"
+                f"{owner}: optimizer contains a parameter group with duplicate parameters: {what}; each step takes it "
+                "twice, as in torch; give each once"
             )
         self._names.update(names)
         self._params |= seen
@@ -122,6 +123,10 @@ def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
         meant = [name for name in near if abs(len(name) - len(str(key))) < 2]
         if meant:
             tell(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?")
+
+
+def _describe(params: Sequence[Tensor], names: Sequence[str], i: int) -> str:
+    return f"parameter {_labels(params, names)[i]} of shape {tuple(params[i].shape)}"
 
 
 def _labels(params: Sequence[Any], names: Sequence[str]) -> list[str]:

@@ -26,6 +26,8 @@ class Private:
         self.taken: Taken | None = None
         # What somebody has set `_step_supports_amp_scaling` to.
         self.supports_scaling: bool | None = None
+        # Whether a shallow copy is being made, which has the same state.
+        self.is_shared = False
         self._warned: set[str] = set()
 
     def warn_once(self, message: str, key: str = "") -> None:
@@ -57,5 +59,5 @@ class Private:
 class Lazy:
     """Makes an optimizer's `Private` when it is asked for, as in objects that no constructor of ours has made."""
 
-    def __get__(self, optimizer: Any, cls: type) -> Private:
-        return vars(optimizer).setdefault("_onepass", Private())
+    def __get__(self, optimizer: Any, cls: type) -> Any:
+        return self if optimizer is None else vars(optimizer).setdefault("_onepass", Private())

@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("device_batch", "eager_batch", "group_recipes"),
     ("rows",),
     ("plan",),
-    ("private",),
+    ("private", "steps"),
     ("optimizer",),
     ("algorithms", "algorithms.adam"),
     ("algorithms.*", "range_picture", "snapshot"),
@@ -174,7 +174,9 @@ def test_the_compiler_never_sees_a_tensor(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("algorithms.")])
 def test_algorithms_know_mathematics_and_the_contract(name: str) -> None:
     # No rule over elements: the whole problem is one vector, and loss and gradient are asked for at several places.
-    whole = {"checks", "flat", "line_search", "loading"} if name == "algorithms.lbfgs" else set()
+    whole = (
+        {"checks", "flat", "line_search", "loading", "param_groups", "steps"} if name == "algorithms.lbfgs" else set()
+    )
     # Muon calls a function of whole matrices, and gives what is no matrix to AdamW.
     more = {"linalg", "algorithms.adam"} if name == "algorithms.muon" else set()
     assert own(name) <= {"kernel.functions", "optimizer", "options"} | whole | more

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -763,3 +766,150 @@ class OwnReader(onepass.SGD):
 
     def _init_group(self, *args: Any) -> Any:
         return super()._init_group(*args)
+
+
+# A step of one's own that calls ours: what it loads is checked as for ours, whatever was made before.
+
+
+def steps_that_call_ours() -> list[type[onepass.Adam]]:
+    class Plain(onepass.Adam):
+        pass
+
+    class Around(onepass.Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class ByName(Plain):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            return onepass.Adam.step(self, closure)
+
+    return [Plain, Around, ByName]
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_half_right_state_is_refused_where_our_step_runs(i: int) -> None:
+    cls, p = steps_that_call_ours()[i], parameter()
+    p.grad = torch.ones_like(p)
+    opt = cls([p])
+    opt.step()
+    ones = torch.ones_like(p)
+    for bad in (
+        {"momentum_buffer": ones},
+        {"step": torch.tensor(3.0)},
+        {"exp_avg": ones, "exp_avg_sq": ones},
+        {"step": torch.tensor(-5.0), "exp_avg": ones, "exp_avg_sq": ones},
+    ):
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0] = bad
+        with pytest.raises(ValueError, match="parameter 0"):
+            cls([parameter()]).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_begins_again_where_its_count_is_0(search: str | None) -> None:
+    rows = []
+    for library in BOTH:
+        p = parameter()
+        opt = library.LBFGS([p], lr=0.3, max_iter=4, history_size=5, line_search_fn=search)
+        closure = closure_of(opt, "LBFGS", p, torch.ones(3, 2))
+        for step in range(5):
+            if step == 3:
+                opt.state[p]["n_iter"] = 0
+            opt.step(closure)
+        rows.append(p.detach())
+    assert torch.equal(*rows)
+
+
+# Python's protocol of copies.
+
+
+def test_shallow_copies_go_as_a_class_says() -> None:
+    class Pair(onepass.Adam):
+        def __getstate__(self) -> Any:
+            return super().__getstate__(), 1
+
+        def __setstate__(self, state: Any) -> None:
+            super().__setstate__(state[0])
+
+    class Made(onepass.Adam):
+        def __reduce__(self) -> Any:
+            return Made, (self.param_groups[0]["params"], 0.5)
+
+    p = parameter()
+    opt = Pair([p])
+    assert copy.copy(opt).state is opt.state
+    assert copy.copy(Made([p])).defaults["lr"] == 0.5
+    assert pickle.loads(pickle.dumps(onepass.Adam([p]))).state == {}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_state_of_any_kind_is_loaded() -> None:
+    class Kind(Tensor):
+        pass
+
+    class Keeper(onepass.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+
+    p = parameter()
+    opt, other = Keeper([p]), Keeper([p])
+    opt.state[p] = {"kind": torch.ones(2).as_subclass(Kind), "rows": torch.eye(3).to_sparse_csr()}
+    other.load_state_dict(opt.state_dict())
+    assert type(other.state[p]["kind"]) is Kind
+    assert other.state[p]["rows"].layout == torch.sparse_csr
+
+
+def test_classes_can_be_looked_through() -> None:
+    assert dict(inspect.getmembers(onepass.Adam))["step"]
+
+
+# Schedulers of optimizers that no constructor has made.
+
+
+class Around(onepass.Optimizer):
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.param_groups, self.defaults, self.state = (
+            inner,
+            inner.param_groups,
+            inner.defaults,
+            inner.state,
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_a_wrapper_with_a_scheduler_is_saved_and_freed() -> None:
+    wrapper = Around(torch.optim.SGD([parameter()], lr=0.1))
+    scheduler = onepass.lr_scheduler.ExponentialLR(wrapper, 0.5)
+    wrapper.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    pickle.dumps({name: value for name, value in vars(wrapper).items() if name != "step"})
+    known = weakref.ref(wrapper)
+    gc.disable()
+    try:
+        del wrapper, scheduler
+        assert known() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("library", BOTH, ids=["ours", "torch"])
+def test_a_step_that_is_replaced_and_never_calls_the_first(library: Any) -> None:
+    schedulers = library.lr_scheduler
+    opt = torch.optim.SGD([parameter()], lr=0.1)
+    scheduler = schedulers.StepLR(opt, 1)
+    opt.step = types.MethodType(lambda self: None, opt)
+    opt.step()
+    with pytest.warns(UserWarning, match="has been overridden"):
+        scheduler.step()
+    other = torch.optim.SGD([parameter()], lr=0.1)
+    other.step = types.MethodType(lambda self: None, other)
+    scheduler = schedulers.StepLR(other, 1)
+    other.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()

@@ -892,6 +892,63 @@ def test_other_options_go_on_from_the_rate_as_with_torch(name: str, way: str) ->
     assert rows[0] == [pytest.approx(row) for row in rows[1]]
 
 
+# What is set in mid-run, after so many steps; and how many follow.
+SET = {
+    "a power that has become 0": ("ExponentialLR", (0.9999,), 10_000, {"gamma": 0.9}, 10),
+    "a power of steps": ("StepLR", (10, 0.999), 4000, {"gamma": 0.1}, 20),
+    "to 0": ("ExponentialLR", (0.9,), 3, {"gamma": 0.0}, 2),
+    "up, after many steps": ("ExponentialLR", (1.0,), 2000, {"gamma": 1.5}, 2),
+    "to infinity": ("ExponentialLR", (1.5,), 10, {"gamma": math.inf}, 1),
+    "the step, of a power": ("ExponentialLR", (0.9,), 1, {"last_epoch": 9}, 2),
+    "the step, of a cosine": ("CosineAnnealingLR", (20,), 3, {"last_epoch": 9}, 4),
+    "a restart": ("CosineAnnealingWarmRestarts", (4, 2, 0.01), 5, {"T_cur": 0}, 9),
+    "a cycle": ("CosineAnnealingWarmRestarts", (4, 2, 0.01), 5, {"T_i": 20}, 9),
+    "later cycles": ("CosineAnnealingWarmRestarts", (4, 2, 0.01), 5, {"T_0": 3, "T_mult": 1}, 20),
+}
+
+
+@pytest.mark.parametrize("case", SET)
+def test_what_is_set_in_mid_run(case: str) -> None:
+    name, arguments, before, values, after = SET[case]
+    rows = []
+    for library in (OURS, TORCHS):
+        opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        scheduler, row = getattr(library, name)(opt, *arguments), []
+        for t in range(before + after):
+            if t == before:
+                vars(scheduler).update(values)
+            opt.step()
+            scheduler.step()
+            row += lr_of(opt)
+        rows.append(row[before:])
+    assert rows[0] == pytest.approx(rows[1])
+
+
+@pytest.mark.parametrize("way", ["then saved", "in the checkpoint"])
+@pytest.mark.parametrize("name", ["ExponentialLR", "StepLR", "LinearLR", "PolynomialLR", "CosineAnnealingLR"])
+def test_an_option_is_set_and_the_run_resumed(name: str, way: str) -> None:
+    attribute, short, long = LONGER[name]
+    rows = []
+    for library in (OURS, TORCHS):
+        side = Side(Case([(name, {attribute: short})], groups=1), library)
+        side.run(4)
+        if way == "then saved":
+            setattr(side.schedulers[0], attribute, long)
+        state = side.state()
+        state["schedulers"][0][attribute] = long
+        opt = make_optimizer(torch.optim, side.case)
+        scheduler = build(library, opt, side.case.specs[0])
+        scheduler.load_state_dict(state["schedulers"][0])
+        opt.load_state_dict(state["optimizer"])
+        row = []
+        for _ in range(6):
+            opt.step()
+            scheduler.step()
+            row += lr_of(opt)
+        rows.append(row)
+    assert rows[0] == pytest.approx(rows[1])
+
+
 def test_goes_on_with_another_schedule() -> None:
     case = Case((), groups=2)
     opt = make_optimizer(torch.optim, case)

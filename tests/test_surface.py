@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
+import re
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -451,3 +454,17 @@ def test_no_deprecated_name_is_used(name: str) -> None:
         if base.__module__.startswith("onepass"):
             functions = [f for f in vars(base).values() if isinstance(f, types.FunctionType)]
             assert not deprecated & {n for f in functions for n in f.__code__.co_names}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert importlib.metadata.version("onepass") == onepass.__version__
+
+
+def test_what_messages_recommend_is_there() -> None:
+    """Every `onepass.name` in the package's texts."""
+    folder = Path(onepass.__file__).parent
+    names = {
+        name for file in folder.rglob("*.py") for name in re.findall(r"\bonepass\.([a-z_]\w*)\b", file.read_text())
+    }
+    missing = [n for n in names if not hasattr(onepass, n) and importlib.util.find_spec(f"onepass.{n}") is None]
+    assert not missing

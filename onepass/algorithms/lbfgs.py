@@ -15,8 +15,10 @@ from ..checks import StepError, as_number, brief, pick
 from ..flat import Flat, largest, precision, scalar, why_no_vector
 from ..line_search import Point, strong_wolfe
 from ..loading import Match
-from ..optimizer import OVERRIDES, REPEATS, Optimizer, Params, occur_twice, step_as_torch
+from ..optimizer import Optimizer, Params
 from ..options import check_choice, check_count, check_number
+from ..param_groups import occur_twice
+from ..steps import OVERRIDES, REPEATS, step_as_torch
 
 # What one iteration leaves to the next, beside the counts: vectors as long as all parameters together, and numbers.
 VECTORS, HISTORY = ("d", "prev_flat_grad"), ("old_dirs", "old_stps")
@@ -202,7 +204,8 @@ class _Descent:
         self.direction = self.flat.split(self.d)
         self.origin: tuple[Tensor, list[Tensor]] | None = None
         self.spare_pair: tuple[Tensor, Tensor] | None = None
-        self.rates = [scalar(torch.as_tensor(rate)) for rate in self.state.get("ro") or ()]
+        known = () if self.first else self.state["ro"]
+        self.rates = [scalar(torch.as_tensor(rate)) for rate in known]
         self.alphas: list[Any] | None = None
         self.evaluations = 0
         self.numpy_errors = np.geterr()

@@ -99,8 +99,8 @@ class Node:
 
     def __float__(self) -> float:
         raise RuleError(
-            "a rule's values are no numbers yet while it is traced: use onepass.sqrt, exp, log and where in the place "
-            "of functions that take floats, such as those of math"
+            "a rule's values are not numbers while it is traced: use onepass.sqrt, onepass.exp, onepass.log and "
+            "onepass.where instead of functions that take floats, such as those of math"
         )
 
     def __repr__(self) -> str:

@@ -131,8 +131,15 @@ class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingW
 
     def _move(self, epoch: float | None) -> None:
         resumes = self._is_initial and self._resumed and epoch is None
-        step = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
-        _, self.T_cur, self.T_i = find_cycle(step, self.T_0, self.T_mult)
+        if epoch is None and not self._is_initial:
+            # As torch, from the place in the cycle: somebody may have set it.
+            step = self.last_epoch + 1
+            self.T_cur += 1
+            if self.T_cur >= self.T_i:
+                self.T_cur, self.T_i = self.T_cur - self.T_i, self.T_i * self.T_mult
+        else:
+            step = self.last_epoch + self.T_cur % 1 + 1 if epoch is None else epoch
+            _, self.T_cur, self.T_i = find_cycle(step, self.T_0, self.T_mult)
         super()._move(None if resumes else math.floor(step))
 
 

@@ -55,7 +55,8 @@ class _LambdaFrame(LRScheduler):
         return self._shared and self.lr_lambdas.count(self.lr_lambdas[0]) == len(self.lr_lambdas)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"lr_lambdas": [saved_attributes(function) for function in self.lr_lambdas]}
+        state = {key: value for key, value in super().state_dict().items() if key != "_known"}
+        return state | {"lr_lambdas": [saved_attributes(function) for function in self.lr_lambdas]}
 
     def _restore(self, state: dict[str, Any]) -> None:
         for function, saved in zip(self.lr_lambdas, state.pop("lr_lambdas"), strict=False):
@@ -121,6 +122,9 @@ class StepLR(ClosedLR, torch_schedulers.StepLR):
     def scale(self, step: int) -> float:
         return self.gamma ** (step // self.step_size)
 
+    def ratio(self, step: int) -> float:
+        return self.gamma if step > 0 and step % self.step_size == 0 else 1.0
+
 
 class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
     r"""Times `gamma` at each of `milestones`, which increase: $\eta_t = \eta_0\, \gamma^{|\{m \le t\}|}$."""
@@ -140,6 +144,9 @@ class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
 
     def scale(self, step: int) -> float:
         return self.gamma ** bisect_right(sorted(self.milestones.elements()), step)
+
+    def ratio(self, step: int) -> float:
+        return self.gamma ** self.milestones[step]
 
 
 def _fraction(name: str, value: float) -> float:
@@ -206,6 +213,9 @@ class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
 
     def scale(self, step: int) -> float:
         return self.gamma**step
+
+    def ratio(self, step: int) -> float:
+        return self.gamma if step > 0 else 1.0
 
 
 class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
@@ -311,7 +321,7 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         return 1.0 - self.anneal_func(fraction)
 
     def _inputs(self) -> Any:
-        return super()._inputs(), *self.floors()
+        return super()._inputs(), getattr(self.anneal_func, "__name__", ""), *self.floors()
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
         step -= self._origin

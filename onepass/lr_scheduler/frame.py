@@ -7,11 +7,11 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import update_wrapper
 from itertools import count, repeat
 from operator import is_, setitem
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from .values import LR, Value, are_floats, assign, copied, copied_lists, equals,
 
 __all__ = ["ClosedLR", "LRScheduler"]
 _orders = count()
+HOW = "https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate"
+EARLY = (
+    "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: otherwise the "
+    "first value of the schedule is skipped."
+)
+REPLACED = (
+    "Seems like `optimizer.step()` has been overridden after learning rate scheduler initialization. Please, make sure "
+    "to call `optimizer.step()` before `lr_scheduler.step()`."
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,16 @@ class Met:
     lrs: list[Value] = field(compare=False)
     # Of each group, whether somebody had set another lr than its initial one.
     was_set: list[bool] = field(compare=False)
+
+
+class Made(WeakValueDictionary):
+    """The living schedulers of an optimizer, by the order in which they were made. A copy knows of none."""
+
+    def __reduce__(self) -> tuple[type[Made], tuple[()]]:
+        return Made, ()
+
+    def __deepcopy__(self, memo: Any) -> Made:
+        return Made()
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
@@ -75,7 +94,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
             note_steps(optimizer)
         is_altered(self)
         self._initial_step()
-        vars(optimizer).setdefault("_lr_schedulers", WeakValueDictionary())[self._met.order] = self
+        vars(optimizer).setdefault("_lr_schedulers", Made())[self._met.order] = self
 
     def _prepare(self) -> None:
         """What a class writes into the param groups at the start of a run, when all has been checked."""
@@ -201,7 +220,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
             if known:
                 vars(self).get("_last_lr", []).append(None)
         base_lrs = [copied(group["initial_lr"]) for group in groups[known:]]
-        self.base_lrs = base_lrs if is_new else [*self.base_lrs, *base_lrs]
+        if is_new:
+            self.base_lrs = base_lrs
+        elif base_lrs:
+            self.base_lrs.extend(base_lrs)
 
     def _enter(self, step: int) -> None:
         """Begin at a step, on top of what other schedulers have made of the learning rates."""
@@ -251,34 +273,42 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
 
 LRScheduler._onepass = House(LRScheduler)
-UNSAVED = ("optimizer", "_foreign", "_known", "_known_lrs", "_left", "_met", "_moved", "_resumed", "_versions")
+UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_versions")
 
 
 def note_steps(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch does."""
-    if getattr(type(optimizer).step, "hooked", False) and "_optimizer_step_post_hooks" in vars(optimizer):
+    own = vars(optimizer)
+    hooked = getattr(type(optimizer).step, "hooked", False) and "step" not in own
+    if hooked and "_optimizer_step_post_hooks" in own:
         optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
         return
-    step = optimizer.step
+    # Without a circle of references, in which the optimizer would outlive its last user.
+    given = optimizer.step
+    function, reference = getattr(given, "__func__", None), ref(optimizer)
+    bound = given if function is None else None
 
-    @wraps(step)
     def stepped(*args: Any, **kwargs: Any) -> Any:
-        vars(optimizer)["_opt_called"] = True
-        return step(*args, **kwargs)
+        known = reference()
+        vars(known)["_opt_called"] = True
+        return function(known, *args, **kwargs) if bound is None else bound(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
+    update_wrapper(stepped, given)
+    del vars(stepped)["__wrapped__"], given
+    vars(stepped)["_wrapped_by_lr_sched"] = True  # as torch marks it
     optimizer.step = stepped
+
+
+def _is_replaced(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody has put another step into an optimizer since its first scheduler was made."""
+    return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def _check_step(scheduler: LRScheduler, epoch: int | None) -> None:
     altered = is_altered(scheduler)
     if scheduler._step_count == 1 and not vars(scheduler.optimizer).get("_opt_called", True):
-        warnings.warn(
-            "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: "
-            "otherwise the first value of the schedule is skipped. See more details at "
-            "https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate",
-            UserWarning,
-            stacklevel=3,
-        )
+        said = REPLACED if _is_replaced(scheduler.optimizer) else EARLY
+        warnings.warn(f"{said} See more details at {HOW}", UserWarning, stacklevel=3)
     if epoch is not None:
         warn_of_epoch(stacklevel=4)
         if epoch < 0 and not altered:
@@ -306,6 +336,7 @@ class ClosedLR(LRScheduler):
     _own: list[bool]  # whether each group's lr is the closed form
     _known: Any  # what that depended on in the last step
     _known_lrs: list[Value]
+    _known_step: int
     _versions: list[tuple[Tensor, int] | None]
 
     def scale(self, step: int) -> float:
@@ -322,16 +353,22 @@ class ClosedLR(LRScheduler):
             return [lr * scale for lr in lrs]
         return [floor + (lr - floor) * scale for lr, floor in zip(lrs, floors, strict=True)]
 
-    def _carry(self, lrs: list[Value], step: int) -> list[Value]:
-        """Where the step to `step` takes learning rates that somebody else has set."""
+    def ratio(self, step: int) -> float | None:
+        """What a step multiplies the distance from the floor by; None from the floor itself."""
         after, before = self.scale(step), self.scale(step - 1) if step > 0 else 1.0
         if after == before:
+            return 1.0
+        return after / before if before != 0 else None
+
+    def _carry(self, lrs: list[Value], step: int) -> list[Value]:
+        """Where the step to `step` takes learning rates that somebody else has set."""
+        ratio = self.ratio(step)
+        if ratio == 1.0:
             return lrs
         floors = self.floors() or [0.0] * len(lrs)
-        if before == 0:
-            triples = zip(lrs, self.base_lrs, floors, strict=True)
+        if ratio is None:
+            after, triples = self.scale(step), zip(lrs, self.base_lrs, floors, strict=True)
             return [lr + (base - floor) * after for lr, base, floor in triples]
-        ratio = after / before
         return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
 
     def _inputs(self) -> Any:
@@ -339,7 +376,11 @@ class ClosedLR(LRScheduler):
         return self._onepass.read_options(self)
 
     def _know(self) -> None:
-        self._known, self._known_lrs = self._inputs(), list(self.base_lrs)
+        self._known, self._known_lrs, self._known_step = self._inputs(), list(self.base_lrs), self.last_epoch
+
+    def _is_as_known(self) -> bool:
+        same = self.last_epoch == self._known_step and self.base_lrs == self._known_lrs
+        return same and self._inputs() == self._known
 
     def _reset(self) -> None:
         super()._reset()
@@ -351,8 +392,8 @@ class ClosedLR(LRScheduler):
         if len(self.optimizer.param_groups) != len(self.base_lrs):
             self._adopt()
             self._know()
-        elif self.base_lrs != self._known_lrs or self._inputs() != self._known:
-            # Somebody has changed an option: the lr goes on from where it is, as with torch's.
+        elif not self._is_as_known():
+            # Somebody has changed an option or the step: the lr goes on from where it is, as with torch's.
             self._own = [False] * len(self._own)
             self._know()
         if self._is_initial and self._resumed and epoch is None:
@@ -362,7 +403,7 @@ class ClosedLR(LRScheduler):
         step = self.last_epoch + 1 if epoch is None else epoch
         if epoch is None and all(self._own) and self._is_untouched():
             self._write(self._closed(self.base_lrs, step), plain=True)
-            self.last_epoch = step
+            self.last_epoch = self._known_step = step
             return None
         lrs = list(map(LR, self.optimizer.param_groups))
         own = [epoch is not None] * len(lrs)
@@ -399,7 +440,7 @@ class ClosedLR(LRScheduler):
 
     def _settle(self, step: int, values: list[Value], own: list[bool]) -> None:
         self._write(values, plain=False)
-        self.last_epoch, self._own = step, own
+        self.last_epoch, self._known_step, self._own = step, step, own
         lrs = list(map(LR, self.optimizer.param_groups))
         self._versions = [None] * len(lrs)
         if not are_floats(lrs):
@@ -413,10 +454,13 @@ class ClosedLR(LRScheduler):
         return self._settle(step, self._closed(lrs, step), [False] * len(lrs))
 
     def _restore(self, state: dict[str, Any]) -> None:
+        known = [state.pop(name, None) for name in ("_known", "_known_lrs", "_known_step")]
         super()._restore(state)
         if is_altered(self):
             return
         self._know()
+        if None not in known and known != [self._known, self._known_lrs, self._known_step]:
+            self._own = [False] * len(self.base_lrs)  # the state dict was changed after the step
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
