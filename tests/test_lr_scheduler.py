@@ -1534,3 +1534,13 @@ def test_mutations_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(*MUTATIONS[name])
     with pytest.raises(AssertionError):
         check_all()
+
+
+@EACH
+def test_a_state_that_is_loaded_is_saved_as_it_was(name: str) -> None:
+    side, other = Side(case_of(name)), Side(case_of(name))
+    for steps in (0, 3):
+        side.run(steps)
+        state = side.schedulers[0].state_dict()
+        other.schedulers[0].load_state_dict(copy.deepcopy(state))
+        assert other.schedulers[0].state_dict() == state

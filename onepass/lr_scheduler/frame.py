@@ -248,7 +248,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if found.get("after") == lrs:
             lrs = found["lr"]
         else:  # torch's
-            state.pop("_own", None)
+            for name in ("_own", "_known", "_known_lrs", "_known_step"):
+                state.pop(name, None)
         mine = vars(self).get("_last_lr", [])
         untouched = [equals(group["lr"], left) for group, left in zip(groups, mine, strict=False)]
         self._onepass.home._restore(self, state)
@@ -454,13 +455,11 @@ class ClosedLR(LRScheduler):
         return self._settle(step, self._closed(lrs, step), [False] * len(lrs))
 
     def _restore(self, state: dict[str, Any]) -> None:
-        known = [state.pop(name, None) for name in ("_known", "_known_lrs", "_known_step")]
         super()._restore(state)
         if is_altered(self):
             return
-        self._know()
-        if None not in known and known != [self._known, self._known_lrs, self._known_step]:
-            self._own = [False] * len(self.base_lrs)  # the state dict was changed after the step
+        if "_known" not in state or "_known_step" not in state:
+            self._know()  # else the next step sees whether the state dict has been changed
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
