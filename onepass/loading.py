@@ -251,5 +251,5 @@ def _dense(t: Tensor, device: Any) -> Tensor:
 
 def _same(t: Tensor, device: Any) -> Tensor:
     """A copy of the same class and layout."""
-    copy = deepcopy(t) if isinstance(t, nn.Parameter) else t.detach().clone()
-    return copy.to(device=device)
+    copied = deepcopy(t) if isinstance(t, nn.Parameter) else t.detach().clone()
+    return copied.to(device=device)

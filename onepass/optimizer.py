@@ -281,11 +281,13 @@ class Optimizer(TorchOptimizer):
 
     def __copy__(self) -> Any:
         # A shallow copy has the same state, as in torch; else all goes as Python copies objects.
-        self._onepass.is_shared = True
-        try:
-            reduced = self.__reduce_ex__(4)
-        finally:
-            self._onepass.is_shared = False
+        with self._onepass.turn:
+            # Not seen by a thread that pickles meanwhile: it waits for its turn.
+            self._onepass.is_shared = True
+            try:
+                reduced = self.__reduce_ex__(4)
+            finally:
+                self._onepass.is_shared = False
         if isinstance(reduced, str):
             return self
         make, arguments, *rest = reduced

@@ -24,8 +24,6 @@ __all__ = [
     "check_count",
     "check_modes",
     "check_number",
-]
-__all__ += [
     "check_row",
     "check_switches",
     "filled",
@@ -34,8 +32,9 @@ __all__ += [
     "is_off",
     "is_positive",
     "is_zero",
+    "pick",
+    "switches_of",
 ]
-__all__ += ["pick", "switches_of"]
 
 COUNTS = {2: "two", 3: "three"}
 # How torch begins its messages about a number; people match on it.

@@ -279,9 +279,9 @@ UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_ver
 
 def note_steps(optimizer: torch.optim.Optimizer) -> None:
     """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch does."""
-    own = vars(optimizer)
-    hooked = getattr(type(optimizer).step, "hooked", False) and "step" not in own
-    if hooked and "_optimizer_step_post_hooks" in own:
+    attributes = vars(optimizer)
+    hooked = getattr(type(optimizer).step, "hooked", False) and "step" not in attributes
+    if hooked and "_optimizer_step_post_hooks" in attributes:
         optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
         return
     # Without a circle of references, in which the optimizer would outlive its last user.
@@ -460,6 +460,9 @@ class ClosedLR(LRScheduler):
             return
         if "_known" not in state or "_known_step" not in state:
             self._know()  # else the next step sees whether the state dict has been changed
+        elif self._known_lrs == self.base_lrs:
+            # The same tensors: to compare others would be to wait for a device, in each step.
+            self._known_lrs = list(self.base_lrs)
         del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
         if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
