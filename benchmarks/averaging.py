@@ -14,10 +14,10 @@ import torch.optim.swa_utils as theirs
 from torch import nn
 
 from onepass import swa_utils as ours
-from onepass.averages import Plan
-from onepass.bench.machine import describe_machine, time_of
-from onepass.bench.measure import take_turns
-from onepass.bench.shapes import MODELS
+from onepass.app.bench.machine import describe_machine, time_of
+from onepass.app.bench.measure import take_turns
+from onepass.app.bench.shapes import MODELS
+from onepass.swa_utils.averages import Plan
 
 LIBRARIES = {"torch": theirs, "onepass": ours}
 FUNCTIONS = {"EMA": "get_ema_multi_avg_fn", "SWA": "get_swa_multi_avg_fn"}

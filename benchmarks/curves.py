@@ -25,8 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from onepass.tasks import find_task
-from onepass.training.loop import Diverged, Run, fit, make_settings
+from onepass.app.tasks import find_task
+from onepass.app.training.loop import Diverged, Run, fit, make_settings
 
 ROOT = Path(__file__).parent.parent
 RunResult = dict[str, Any]

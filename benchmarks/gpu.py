@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from onepass.bench import measure, suite
-from onepass.bench.contenders import Workload, make_capturable, make_ours, make_torch, seat
-from onepass.bench.goals import GPU_GOALS, judge
-from onepass.bench.gpu import Gpu, condense, find_gpu
-from onepass.bench.machine import describe_machine
-from onepass.bench.report import WIDTH, list_goals, make_device_table, make_step_table
-from onepass.bench.shapes import MODELS, Model
-from onepass.catalog import find_variant
+from onepass.app.bench import measure, suite
+from onepass.app.bench.contenders import Workload, make_capturable, make_ours, make_torch, seat
+from onepass.app.bench.goals import GPU_GOALS, judge
+from onepass.app.bench.gpu import Gpu, condense, find_gpu
+from onepass.app.bench.machine import describe_machine
+from onepass.app.bench.report import WIDTH, list_goals, make_device_table, make_step_table
+from onepass.app.bench.shapes import MODELS, Model
+from onepass.app.catalog import find_variant
 
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent

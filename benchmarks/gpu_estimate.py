@@ -14,14 +14,14 @@ import re
 import torch
 from torch import nn
 
-from onepass.bench.suite import ELEMENTWISE
-from onepass.catalog import find_variant
-from onepass.explain import graph_of
+from onepass.app.bench.suite import ELEMENTWISE
+from onepass.app.catalog import find_variant
+from onepass.app.explain.explanation import graph_of
+from onepass.app.explain.sass import bound, fast_path
+from onepass.app.explain.target import CHIPS, bytes_of, compile_for, disassemble, elements_of
 from onepass.kernel import bind
-from onepass.kernel.ir import Rank
-from onepass.kernel.sass import bound, fast_path
-from onepass.kernel.target import CHIPS, bytes_of, compile_for, disassemble, elements_of
-from onepass.kernel.tiles import lower
+from onepass.kernel.gpu.tiles import lower
+from onepass.kernel.graph.ir import Rank
 
 
 def main() -> None:

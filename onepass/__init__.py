@@ -15,7 +15,8 @@ from .algorithms.rmsprop import RMSprop
 from .algorithms.rprop import Rprop
 from .algorithms.sgd import SGD
 from .algorithms.sparse_adam import SparseAdam
-from .checks import StepError
+from .contract.stateless import swap_in_optimizer_params_and_state
+from .contract.values import StepError
 from .kernel.functions import (
     PerColumn,
     PerRow,
@@ -40,11 +41,10 @@ from .kernel.functions import (
     sum,
     where,
 )
-from .kernel.ir import RuleError
+from .kernel.graph.ir import RuleError
 from .lr_scheduler.driver import Scheduler
 from .optimizer import Optimizer
-from .range_test import RangeTest, lr_find
-from .stateless import swap_in_optimizer_params_and_state
+from .range_test.search import RangeTest, lr_find
 
 __all__ = [
     "ASGD",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kernel import has_bfloat16_products
 from .kernel.functions import call
-from .kernel.ir import Node
+from .kernel.graph.ir import Node
 
 
 def orthogonalize(x: Node, coefficients: tuple[Node, Node, Node], eps: Node, steps: Node) -> Node:

@@ -15,12 +15,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer as TorchOptimizer
 
-from .checks import StepError, flag
-from .kernel import Rank, Rule, shape_at, signature
-from .loading import Match, check_state_dict, match
-from .mistakes import refused_rate, watch_options
-from .options import MODES, check_switches, switches_of
-from .param_groups import (
+from .contract.mistakes import refused_rate, watch_options
+from .contract.options import MODES, check_switches, switches_of
+from .contract.param_groups import (
     UNORDERED,
     Taken,
     check_params,
@@ -30,11 +27,8 @@ from .param_groups import (
     occur_twice,
     read_params,
 )
-from .plan import Plan
-from .private import Lazy, Private
-from .reading import Reading, drop_gradients
-from .recipes import Algorithm, fill_state, recipe_of
-from .steps import (
+from .contract.state_dict import Match, check_state_dict, match
+from .contract.steps import (
     OVERRIDES,
     REPEATS,
     has_own_group_reader,
@@ -44,7 +38,13 @@ from .steps import (
     steps_as_torch,
     steps_by_rule,
 )
-from .unscale import Unscale
+from .contract.values import StepError, flag
+from .kernel import Rank, Rule, shape_at, signature
+from .stepping.gradient_factor import Unscale
+from .stepping.plan import Plan
+from .stepping.private import Lazy, Private
+from .stepping.reading import Reading, drop_gradients
+from .stepping.recipe import Algorithm, fill_state, recipe_of
 
 # How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
 MOST_PLANS = 8

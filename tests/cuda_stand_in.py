@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from onepass.bench.gpu import Gpu
+from onepass.app.bench.gpu import Gpu
 
 
 class StandIn:
-    """What `onepass.bench.gpu` asks of `torch.cuda`. Its device does all work at once, and spins a cycle a ns."""
+    """What `onepass.app.bench.gpu` asks of `torch.cuda`. Its device does all work at once, and spins a cycle a ns."""
 
     memory = 1 << 27
 

@@ -19,12 +19,12 @@ from rig import Memory, Size, assert_same_bits
 from torch import Tensor
 
 from onepass import kernel
-from onepass.kernel import gpu
-from onepass.kernel.gpu import Kernel
-from onepass.kernel.program import Program
-from onepass.kernel.tiles import BLOCK, SPAN
-from onepass.kernel.uploads import Device
-from onepass.unscale import Unscale
+from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.launch import Kernel
+from onepass.kernel.gpu.tiles import BLOCK, SPAN
+from onepass.kernel.gpu.uploads import Device
+from onepass.kernel.graph.trace import Program
+from onepass.stepping.gradient_factor import Unscale
 
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
@@ -63,10 +63,10 @@ def interpreted(device: type[Device] = Interpreter) -> Iterator[None]:
         patch.setattr(kernel, "why_no_kernels", lambda device: "")
         patch.setattr(Unscale, "waits", property(lambda self: isinstance(self.found_inf, Tensor)))
         kernel.compile.cache_clear()
-        gpu.compile.cache_clear()
+        gpu.make_kernel.cache_clear()
         yield
     kernel.compile.cache_clear()
-    gpu.compile.cache_clear()
+    gpu.make_kernel.cache_clear()
 
 
 class OutOfBounds(Exception):

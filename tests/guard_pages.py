@@ -24,7 +24,7 @@ from state_machine import KINDS, Kind
 from torch import Tensor
 
 import onepass
-from onepass.kernel import cpu
+from onepass.kernel.cpu import launch as cpu
 from onepass.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 PAGE = mmap.PAGESIZE

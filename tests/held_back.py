@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onepass.kernel.uploads import Device
+from onepass.kernel.gpu.uploads import Device
 
 GARBAGE = 0xCB
 # Work of a stream: whether it could be done now, and the doing.

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from onepass.kernel.chunks import FEWEST_LINES
-from onepass.kernel.ir import LOADS, Node, Rank, topological
-from onepass.kernel.lower import LANES
-from onepass.kernel.program import Program
-from onepass.kernel.walk import CHUNK
+from onepass.kernel.cpu.chunks import FEWEST_LINES
+from onepass.kernel.cpu.elements import LANES
+from onepass.kernel.cpu.walk import CHUNK
+from onepass.kernel.graph.ir import LOADS, Node, Rank, topological
+from onepass.kernel.graph.trace import Program
 
 # Integers are unsigned, for shifts that bring in zeros; comparisons and conversions take their signed view.
 TYPES = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "i32": np.uint32, "i16": np.uint16, "bool": np.bool_}

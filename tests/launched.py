@@ -17,8 +17,9 @@ from triton.backends.compiler import GPUTarget
 
 import onepass
 from onepass import kernel
-from onepass.kernel import gpu, jit
-from onepass.kernel.uploads import Device
+from onepass.kernel.gpu import jit
+from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.uploads import Device
 
 LAUNCHED: Counter[str] = Counter()
 

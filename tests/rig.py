@@ -12,10 +12,11 @@ import torch
 from interpreter import interpret
 from table import Row
 
-from onepass import explain
-from onepass.kernel import Graph, bind, cpu, shape_at
-from onepass.kernel.cpu import Kernel
-from onepass.kernel.program import Program
+from onepass.app.explain import explanation as explain
+from onepass.kernel import Graph, bind, shape_at
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.cpu.launch import Kernel
+from onepass.kernel.graph.trace import Program
 
 # How NumPy sees what is stored: bfloat16 as its bits.
 STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -151,7 +152,7 @@ def launch(
 @lru_cache(maxsize=256)
 def compiled(program: Program) -> Kernel:
     """The program's kernel, the same that optimizers use."""
-    return cpu.compile(program)
+    return cpu.make_kernel(program)
 
 
 def check_oracle(

@@ -33,8 +33,8 @@ from onepass.kernel.functions import (
     where,
 )
 from onepass.kernel.functions import sum as total
-from onepass.kernel.ir import make
-from onepass.kernel.program import Program
+from onepass.kernel.graph.ir import make
+from onepass.kernel.graph.trace import Program
 
 Rule = Callable[..., Mapping[str, Any]]
 ONE_NUMBER = (("lr", ("float",)),)

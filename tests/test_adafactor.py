@@ -19,10 +19,11 @@ from table import Row, on_eager_backend, tolerance, walk
 from torch import Tensor, nn
 
 import onepass
-from onepass import StepError, explain
+from onepass import StepError
+from onepass.app.explain import explanation as explain
 from onepass.kernel import Graph, bind
-from onepass.kernel.ir import Rank
-from onepass.kernel.program import Program
+from onepass.kernel.graph.ir import Rank
+from onepass.kernel.graph.trace import Program
 from onepass.optimizer import _state_of
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onepass.kernel.ahead import ALIGNMENT, MOST, Rows
+from onepass.kernel.gpu.foretold import ALIGNMENT, MOST, Rows
 
 DECAY, STEP = 0, 1
 

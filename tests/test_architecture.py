@@ -1,8 +1,9 @@
-"""The house has floors: imports go strictly down, files stay short, and importing it costs what torch costs."""
+"""The house has rooms: imports run one way between them, files stay short, and importing it costs what torch costs."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,63 +15,45 @@ import pytest
 import onepass
 
 ROOT = Path(onepass.__file__).parent
-# From the ground up. A module imports from the floors below its own, and nothing beside it.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    (
-        "kernel.assembly",
-        "kernel.caches",
-        "kernel.ir",
-        "ledger",
-        "mistakes",
-        "kernel.sass",
-        "schedule.formulas",
-        "stateless",
-    ),
-    ("lr_scheduler.arguments", "lr_scheduler.values", "schedule.notation"),
-    ("lr_scheduler.overrides",),
-    ("lr_scheduler.frame", "schedule"),
-    ("lr_scheduler.*",),
-    ("lr_scheduler",),
-    ("kernel.formats", "kernel.functions", "kernel.jit", "kernel.memory", "kernel.native", "kernel.uploads"),
-    ("kernel.passes",),
-    ("kernel.program",),
-    ("kernel.ahead", "kernel.code", "kernel.expressions"),
-    ("kernel.host", "kernel.target", "kernel.walk"),
-    ("kernel.chunks", "kernel.lines", "kernel.team", "kernel.uniforms"),
-    ("kernel.lower", "kernel.temporaries", "kernel.tiles"),
-    ("kernel.eager", "kernel.cpu", "kernel.devices", "kernel.facts", "kernel.numbers", "kernel.units"),
-    ("kernel.elementwise", "kernel.gpu"),
-    ("kernel",),
-    ("checks", "line_search", "linalg"),
-    ("options",),
-    ("columns", "loading", "param_groups", "reading", "recipes", "turn", "unscale"),
-    ("averages", "batch", "flat", "numbers", "scratch", "sharing"),
-    ("device_batch", "eager_batch", "group_recipes"),
-    ("rows",),
-    ("plan",),
-    ("private", "steps"),
-    ("optimizer",),
-    ("algorithms", "algorithms.adam"),
-    ("algorithms.*", "range_picture", "snapshot"),
-    ("range_test", "swa_utils"),
-    ("",),
-)
+# Each room, and the rooms and files outside it that it may import. All that is not named here is the program's.
+ROOMS: dict[str, str] = {
+    "kernel.graph": "",
+    "kernel.functions": "kernel.graph",
+    "kernel.llvm": "kernel.graph",
+    "kernel.tensors": "kernel.graph kernel.llvm",
+    "kernel.cpu": "kernel.graph kernel.llvm kernel.tensors",
+    "kernel.gpu": "kernel.graph kernel.llvm kernel.tensors",
+    "kernel.eager": "kernel.graph kernel.tensors",
+    "kernel": "kernel.graph kernel.llvm kernel.tensors kernel.cpu kernel.gpu kernel.eager",
+    "contract": "kernel",
+    "stepping": "kernel kernel.graph contract",
+    "schedule": "",
+    "lr_scheduler": "schedule",
+    "linalg": "kernel kernel.graph kernel.functions",
+    "optimizer": "kernel contract stepping",
+    "algorithms": "kernel.functions linalg contract optimizer",
+    "algorithms.lbfgs": "kernel contract stepping optimizer",
+    "swa_utils": "kernel kernel.functions contract stepping lr_scheduler",
+    "pictures": "",
+    "checkpoint": "",
+    "range_test": "contract pictures",
+    "": "kernel.graph kernel.functions contract schedule lr_scheduler optimizer algorithms algorithms.lbfgs "
+    "swa_utils range_test",
+}
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {
-        f"onepass.kernel.{name}"
-        for name in ("cpu", "devices", "eager", "elementwise", "facts", "gpu", "native", "numbers")
-    },
-    "kernel.devices": {"triton"},
-    "kernel.target": {"triton"},
-    "cli": {"onepass.commands"},
-    "commands": {"onepass.gallery.album", "onepass.gallery.draw_schedules", "onepass.training.curves"},
-    "bench.report": {"matplotlib"},
+    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "tensors")},
+    "kernel.gpu.devices": {"triton"},
+    "app.explain.target": {"triton"},
+    "app.cli": {"onepass.app.commands"},
+    "app.commands": {"onepass.app.gallery", "onepass.app.training.curves"},
+    "app.bench.report": {"matplotlib"},
     "checkpoint": {"safetensors"},
-    "range_test": {"onepass.range_picture"},
-    "tasks.cifar10": {"torchvision"},
-    "tasks.digits": {"sklearn"},
+    "range_test.search": {"onepass.range_test.picture"},
+    "app.tasks.cifar10": {"torchvision"},
+    "app.tasks.digits": {"sklearn"},
 }
+PUBLIC = ("checkpoint", "kernel.functions", "linalg", "lr_scheduler", "schedule", "swa_utils", "optimizer", "__main__")
 
 
 @dataclass(frozen=True)
@@ -122,9 +105,13 @@ def within(module: str) -> str:
     return module.removeprefix("onepass").removeprefix(".") if module.split(".")[0] == "onepass" else "-"
 
 
-def floor(name: str) -> int | None:
-    family = name.split(".")[0] + ".*" if "." in name else name
-    return next((i for i, names in enumerate(FLOORS) if name in names or family in names), None)
+def room_of(name: str) -> str:
+    """The innermost room of a module; `app` for the program's."""
+    parts = name.split(".") if name else []
+    if parts[:1] == ["app"] or name == "__main__":
+        return "app"
+    inward = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+    return next(room for room in inward if room in ROOMS)
 
 
 def own(name: str) -> set[str]:
@@ -132,19 +119,38 @@ def own(name: str) -> set[str]:
     return {within(i.module) for i in imports(name) if within(i.module) != "-"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if floor(name) is not None])
-def test_imports_go_strictly_down(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) != "app"])
+def test_a_room_imports_only_what_it_may(name: str) -> None:
+    room = room_of(name)
+    allowed = {room, *ROOMS[room].split()}
     for target in own(name):
-        assert floor(target) is not None, f"{name} imports {target}, which has no floor"
-        assert floor(target) < floor(name), f"{name} imports {target}"
+        assert room_of(target) in allowed, f"{name} is in {room!r}, which may not import {target}"
 
 
-def test_the_kernel_has_floors_and_knows_nothing_above() -> None:
-    """Every file of the compiler is placed, and none imports what lies outside it."""
-    for name in MODULES:
-        if name.split(".")[0] == "kernel":
-            assert floor(name) is not None, f"{name} has no floor"
-            assert all(target.split(".")[0] == "kernel" for target in own(name)), name
+def test_every_room_is_there_and_says_what_it_knows() -> None:
+    assert set(ROOMS) <= set(MODULES)
+    for name, path in MODULES.items():
+        if path.name == "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+
+
+def test_the_top_level_is_small() -> None:
+    """Rooms, and the few files that are the contract with users."""
+    rooms = [path for path in ROOT.iterdir() if (path / "__init__.py").exists()]
+    files = list(ROOT.glob("*.py"))
+    assert len(files) <= 8
+    assert len(rooms) + len(files) <= 18
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_paths_stay(name: str) -> None:
+    importlib.import_module(f"onepass.{name}")
+
+
+def test_python_runs_the_package_as_a_program() -> None:
+    command = [sys.executable, "-m", "onepass", "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert "train" in run.stdout
 
 
 def test_nothing_imports_in_a_circle() -> None:
@@ -157,50 +163,38 @@ def test_nothing_imports_in_a_circle() -> None:
 
 
 STANDARD = sys.stdlib_module_names
-COMPILER = [
-    f"kernel.{name}" for name in ("ir", "functions", "formats", "passes", "program", "code", "walk", "lines", "lower")
-]
 
 
-@pytest.mark.parametrize("name", COMPILER)
-def test_the_compiler_never_sees_a_tensor(name: str) -> None:
-    """Graphs, programs and code are made with the standard library alone; the intermediate form with nothing else."""
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) in ("kernel.graph", "kernel.functions")])
+def test_the_language_of_rules_needs_only_the_standard_library(name: str) -> None:
     outside = {i.module.split(".")[0] for i in imports(name)} - STANDARD
     assert outside <= {"onepass"}
-    if name == "kernel.ir":
+    if name == "kernel.graph.ir":
         assert not outside
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("algorithms.")])
+@pytest.mark.parametrize(
+    "name", ["kernel.llvm.code", *(f"kernel.cpu.{file}" for file in ("elements", "lines", "walk"))]
+)
+def test_code_is_made_without_a_tensor(name: str) -> None:
+    assert {i.module.split(".")[0] for i in imports(name)} - STANDARD <= {"onepass"}
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room_of(n) == "algorithms"])
 def test_algorithms_know_mathematics_and_the_contract(name: str) -> None:
-    # No rule over elements: the whole problem is one vector, and loss and gradient are asked for at several places.
-    whole = (
-        {"checks", "flat", "line_search", "loading", "param_groups", "steps"} if name == "algorithms.lbfgs" else set()
-    )
-    # Muon calls a function of whole matrices, and gives what is no matrix to AdamW.
+    # Muon calls a function of whole matrices, and gives what is not a matrix to AdamW.
     more = {"linalg", "algorithms.adam"} if name == "algorithms.muon" else set()
-    assert own(name) <= {"kernel.functions", "optimizer", "options"} | whole | more
-
-
-BESIDE = ("checkpoint", "lr_scheduler", "schedule", "swa_utils")
-
-
-@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] in BESIDE])
-def test_what_sits_beside_optimizers_imports_no_algorithm(name: str) -> None:
-    """Nor each other, except that schedulers are made of schedules, and that torch's swa_utils has a scheduler."""
-    room = name.split(".")[0]
-    known = {room} | {"lr_scheduler": {"schedule"}, "swa_utils": {"lr_scheduler"}}.get(room, set())
-    assert not {target.split(".")[0] for target in own(name)} & ({"algorithms", "", *BESIDE} - known)
+    assert own(name) <= {"kernel.functions", "optimizer", "contract.options"} | more
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_are_at_the_top(name: str) -> None:
-    allowed = LAZY.get(name, set())
-    for one in imports(name):
-        if one.lazy:
-            assert one.module in allowed or one.module.split(".")[0] in allowed, f"{name} imports {one.module} late"
-        if one.typing:
-            assert name == "kernel", f"{name} hides an import of {one.module} from the interpreter"
+    allowed = tuple(LAZY.get(name, ()))
+    for found in imports(name):
+        if found.lazy:
+            assert found.module.startswith(allowed or "-"), f"{name} imports {found.module} late"
+        if found.typing:
+            assert name == "kernel", f"{name} hides an import of {found.module} from the interpreter"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -209,7 +203,7 @@ def test_files_are_short(name: str) -> None:
 
 
 def test_environment_variables_are_no_interface() -> None:
-    for name in filter(floor, MODULES):
+    for name in (name for name in MODULES if room_of(name) != "app"):
         tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
         names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         assert not names & {"environ", "getenv", "environb"}, name

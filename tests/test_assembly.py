@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from onepass.kernel.assembly import read_amdgcn, read_ptx
-from onepass.kernel.sass import Chip, bound, fast_path
+from onepass.app.explain.gpu_assembly import read_amdgcn, read_ptx
+from onepass.app.explain.sass import Chip, bound, fast_path
 
 
 def test_accesses_are_read_off_the_assembly() -> None:

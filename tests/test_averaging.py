@@ -24,8 +24,9 @@ from processes import fates, run_script
 from rig import assert_same_bits, flat
 from torch import Tensor, nn
 
-from onepass import averages, kernel, swa_utils
-from onepass.kernel import cpu
+from onepass import kernel, swa_utils
+from onepass.kernel.cpu import launch as cpu
+from onepass.swa_utils import averages
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 FUNCTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {

@@ -19,7 +19,7 @@ from sides import bits, quietly
 from torch import Tensor
 
 import onepass
-from onepass.catalog import optimizers
+from onepass.app.catalog import optimizers
 
 CHOICES = {"adjust_lr_fn": "original", "line_search_fn": "strong_wolfe"}
 COUNTS = ("ns_steps", "max_iter", "max_eval", "history_size")

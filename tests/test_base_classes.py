@@ -19,7 +19,7 @@ from test_surface import CLASSES
 from torch import Tensor, nn
 
 import onepass
-from onepass.mistakes import Misplaced
+from onepass.contract.mistakes import Misplaced
 
 EACH = pytest.mark.parametrize("name", CLASSES)
 BOTH = (onepass, torch.optim)

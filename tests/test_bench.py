@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from onepass import catalog, cli
-from onepass.bench import contenders, descent, goals, measure, probe, report, suite
-from onepass.bench.shapes import MODELS, Model
-from onepass.kernel.ir import Rank
+from onepass.app import catalog, cli
+from onepass.app.bench import contenders, descent, goals, measure, probe, report, suite
+from onepass.app.bench.shapes import MODELS, Model
+from onepass.kernel.graph.ir import Rank
 
 SIZES = {
     "big": (2, 33_554_432),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from cuda_stand_in import StandIn, stand_in
 
-from onepass import catalog, cli
-from onepass.bench import contenders, descent, goals, gpu, measure, probe, report, suite
-from onepass.bench.shapes import Model
+from onepass.app import catalog, cli
+from onepass.app.bench import contenders, descent, goals, gpu, measure, probe, report, suite
+from onepass.app.bench.shapes import Model
 
 FEW = Model("gpt2", "a few matrices and a vector", lambda: [(8, 4), (3,), (4, 8)])
 
@@ -221,7 +221,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         asked.append(name)
         return stand_in()
 
-    monkeypatch.setattr("onepass.commands.find_gpu", find)
+    monkeypatch.setattr("onepass.app.commands.find_gpu", find)
     words = ["--model", "tiny", "--optimizer", "sgd,adamw", "--seconds", "0.01", "--no-fresh", "--device", "cuda:1"]
     out = tmp_path / "out.json"
     assert cli.main(["bench", *words, "--json", str(out), "--plot", str(tmp_path / "out.png")]) == 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from onepass import cli
-from onepass.gallery.summary import BLOCKS, SIGNS, choose_steps, draw_line, summarize
+from onepass.app import cli
+from onepass.app.gallery.summary import BLOCKS, SIGNS, choose_steps, draw_line, summarize
 from onepass.schedule import parse
 
 TEXT = "cosine(3e-4, steps=10000).warmup(500)"

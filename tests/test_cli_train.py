@@ -19,8 +19,9 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-from onepass import checkpoint, cli, commands, tasks
-from onepass.training.comparison import compare_steps
+from onepass import checkpoint
+from onepass.app import cli, commands, tasks
+from onepass.app.training.comparison import compare_steps
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +154,7 @@ def test_ctrl_c_before_the_first_epoch_ends(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onepass.training.display.TrainDisplay.stepped", interrupt)
+    monkeypatch.setattr("onepass.app.training.display.TrainDisplay.stepped", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == (
         "onepass: stopped in epoch 1 of 20; no epoch was finished, so nothing is saved.\n"
@@ -199,7 +200,7 @@ def make_foreign_run() -> None:
 
 
 def make_run() -> None:
-    from onepass.training.loop import Run, make_settings
+    from onepass.app.training.loop import Run, make_settings
 
     Path("run").mkdir()
     Run(make_settings(), Path("data")).save(Path("run/last.safetensors"))
@@ -355,7 +356,7 @@ def test_ctrl_c_names_the_users_own_class_too(
         raise KeyboardInterrupt
 
     Path("my_lion_rules.py").write_text(LION)
-    monkeypatch.setattr("onepass.training.display.TrainDisplay.finished_epoch", interrupt)
+    monkeypatch.setattr("onepass.app.training.display.TrainDisplay.finished_epoch", interrupt)
     try:
         assert cli.main(["train", "--optimizer", "my_lion_rules:Lion", "--out", "own"]) == 130
         assert "--resume --out own --optimizer my_lion_rules:Lion\n" in capsys.readouterr().err
@@ -432,7 +433,7 @@ for name in ("typer", "rich", "matplotlib", "safetensors", "sklearn"):
     sys.modules[name] = None
 import importlib.util
 importlib.util.find_spec = lambda name: None
-from onepass.cli import main
+from onepass.app.cli import main
 sys.exit(main(["train"]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -17,7 +17,7 @@ from sides import assert_same, both, refuses
 
 import onepass
 from onepass import kernel
-from onepass.kernel import devices, jit
+from onepass.kernel.gpu import devices, jit
 
 CUDA = torch.device("cuda", 0)
 ANSWERS = (devices.find_out, devices.try_out, kernel._why_not_here)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import onepass
-from onepass.catalog import find_variant
-from onepass.explain import explain
+from onepass.app.catalog import find_variant
+from onepass.app.explain.explanation import explain
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

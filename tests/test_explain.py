@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import onepass
-from onepass import cli
-from onepass.catalog import UnknownName, find_class, optimizers
-from onepass.explain import explain, function_lines, hot_loop, parse_options, vector_bits
+from onepass.app import cli
+from onepass.app.catalog import UnknownName, find_class, optimizers
+from onepass.app.explain.explanation import explain, function_lines, hot_loop, parse_options, vector_bits
 
 BYTES = [
     ("sgd", [], 12, 0),

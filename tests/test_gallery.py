@@ -16,13 +16,13 @@ import torch
 from matplotlib.figure import Figure
 
 import onepass
-from onepass import cli
-from onepass.catalog import optimizers
-from onepass.gallery import canvas
-from onepass.gallery.album import PICTURES, make
-from onepass.gallery.lr_schedules import EXAMPLES, LR, TEXTS, Curve, trace, trace_plateau
-from onepass.gallery.moments import average, average_weights, decay, noisy_series
-from onepass.gallery.paths import (
+from onepass import pictures as canvas
+from onepass.app import cli
+from onepass.app.catalog import optimizers
+from onepass.app.gallery.album import PICTURES, make
+from onepass.app.gallery.lr_schedules import EXAMPLES, LR, TEXTS, Curve, trace, trace_plateau
+from onepass.app.gallery.moments import average, average_weights, decay, noisy_series
+from onepass.app.gallery.paths import (
     CONTENDERS,
     PARABOLA,
     RATES,

@@ -12,8 +12,9 @@ from sides import make_side, snapshot
 from test_gpu_steps import scaled_step
 
 import onepass
-from onepass.kernel import devices, gpu
-from onepass.unscale import Unscale
+from onepass.kernel.gpu import devices
+from onepass.kernel.gpu import launch as gpu
+from onepass.stepping.gradient_factor import Unscale
 
 
 class Capturing(Interpreter):

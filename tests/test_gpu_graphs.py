@@ -14,7 +14,7 @@ from sides import ALGORITHMS, make_side
 from torch import Tensor
 
 import onepass
-from onepass.kernel import gpu
+from onepass.kernel.gpu import launch as gpu
 
 
 class Recording(Interpreter):

@@ -18,13 +18,14 @@ from rules import MATRIX_RULES, RULES, Rule, edges, everything, factored, lamb, 
 from table import TABLE, UNIT, Row
 
 import onepass
-from onepass import PerColumn, PerRow, explain
+from onepass import PerColumn, PerRow
+from onepass.app.explain import explanation as explain
 from onepass.kernel import Graph, bind, finish, trace
 from onepass.kernel.functions import amax, column_mean, row_mean
 from onepass.kernel.functions import sum as total
-from onepass.kernel.gpu import Kernel
-from onepass.kernel.program import Program
-from onepass.kernel.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel.gpu.launch import Kernel
+from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel.graph.trace import Program
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")
 SIZES = (0, 1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 3)

@@ -18,11 +18,12 @@ from rig import graph_of, hypers_of, is_same, launch, program_of, random_columns
 from rules import ONE_NUMBER, Rule, everything, factored, lamb, largest, program
 from table import TABLE
 
-from onepass.kernel import finish, gpu, trace
-from onepass.kernel.gpu import Kernel
-from onepass.kernel.jit import Source
-from onepass.kernel.program import Program
-from onepass.kernel.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel import finish, trace
+from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.jit import Source
+from onepass.kernel.gpu.launch import Kernel
+from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel.graph.trace import Program
 
 Mistakes = dict[str, tuple[str, ...]]
 # What stands in the source, as a pattern -> what could stand there by mistake.

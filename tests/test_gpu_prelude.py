@@ -11,9 +11,9 @@ import torch
 from devices import interpreted
 from rig import NAN, assert_same_bits
 
-from onepass.kernel.expressions import PRELUDE
-from onepass.kernel.jit import Function, Source, load
-from onepass.kernel.jit import launch as start
+from onepass.kernel.gpu.expressions import PRELUDE
+from onepass.kernel.gpu.jit import Function, Source, load
+from onepass.kernel.gpu.jit import launch as start
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,10 +21,10 @@ from torch.optim import lr_scheduler
 
 import onepass
 from onepass import Scalar, StepError
-from onepass.batch import KernelBatch
-from onepass.device_batch import DeviceBatch
-from onepass.kernel import gpu
 from onepass.kernel.functions import call, norm, sqrt, where
+from onepass.kernel.gpu import launch as gpu
+from onepass.stepping.batch import KernelBatch
+from onepass.stepping.device_batch import DeviceBatch
 
 MODES: dict[str, dict[str, Any]] = {"default": {}, "capturable": {"capturable": True}, "fused": {"fused": True}}
 CASES = [

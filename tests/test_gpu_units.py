@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from rules import MATRIX_RULES, RULES, Rule, program
 
-from onepass.kernel.ir import Rank
-from onepass.kernel.passes import Pass, Program
-from onepass.kernel.tiles import BAND, BLOCK, SPAN, TILES, WIDTHS
-from onepass.kernel.units import Blocks, Tiles, Work
+from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, TILES, WIDTHS
+from onepass.kernel.gpu.units import Blocks, Tiles, Work
+from onepass.kernel.graph.ir import Rank
+from onepass.kernel.graph.passes import Pass, Program
 
 EDGES = [1, 2, WIDTHS[0] - 1, WIDTHS[0], WIDTHS[0] + 1, WIDTHS[-1], WIDTHS[-1] + 1, BAND, BAND + 1, 3 * BAND, 700]
 

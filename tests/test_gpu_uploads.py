@@ -20,8 +20,8 @@ from table import TABLE
 from torch import Tensor
 
 import onepass
-from onepass.kernel import gpu
-from onepass.kernel.uploads import SPARE, Table, fill
+from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.uploads import SPARE, Table, fill
 
 # What a host may do, and how long it may wait between two steps: the number of pieces of work that streams get done.
 CHANGE, STEP, SWITCH, CAPTURE, REPLAY = range(5)

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import onepass
-from onepass import eager_batch
 from onepass.optimizer import StepError
+from onepass.stepping import eager_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slower eager backend.*")
 

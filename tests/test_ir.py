@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import interpret
 
-from onepass.kernel import Graph, eager, functions, ir
+from onepass.kernel import Graph, functions
+from onepass.kernel.eager import single as eager
 from onepass.kernel.functions import numel
-from onepass.kernel.ir import Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
-from onepass.kernel.program import bind, trace
+from onepass.kernel.graph import ir
+from onepass.kernel.graph.ir import Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
+from onepass.kernel.graph.trace import bind, trace
 
 NAN, INF = float("nan"), float("inf")
 p, g, lr = load("p"), load("g"), hyper("lr")

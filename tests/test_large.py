@@ -12,10 +12,10 @@ from table import TABLE
 
 import onepass
 from onepass.algorithms.adafactor import Adafactor
-from onepass.bench.measure import available_memory
-from onepass.explain import graph_of as graph_of_optimizer
-from onepass.kernel.chunks import Work
-from onepass.kernel.ir import Rank
+from onepass.app.bench.measure import available_memory
+from onepass.app.explain.explanation import graph_of as graph_of_optimizer
+from onepass.kernel.cpu.chunks import Work
+from onepass.kernel.graph.ir import Rank
 
 HUGE = 2**31 + 7
 

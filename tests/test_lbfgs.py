@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import onepass
-from onepass import checkpoint, line_search
-from onepass.algorithms import lbfgs
-from onepass.flat import Flat
-from onepass.line_search import Point, strong_wolfe
+from onepass import checkpoint
+from onepass.algorithms.lbfgs import lbfgs, line_search
+from onepass.algorithms.lbfgs.flat import Flat
+from onepass.algorithms.lbfgs.line_search import Point, strong_wolfe
 
 LIBRARIES = (torch.optim, onepass)
 BOTH = [torch.float64, torch.float32]

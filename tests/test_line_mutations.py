@@ -21,12 +21,16 @@ from processes import fates
 from rig import Memory, is_same, launch, random_columns
 from rules import in_a_row, program, turned
 
-from onepass.kernel import chunks, cpu, native, passes, temporaries, walk
-from onepass.kernel.cpu import Kernel
+from onepass.kernel.cpu import chunks, walk
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.cpu.elements import lower
+from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.functions import PerColumn, PerRow, amax, column_mean, mean, row_mean, where
-from onepass.kernel.ir import make
-from onepass.kernel.lower import lower
-from onepass.kernel.program import Program
+from onepass.kernel.graph import passes
+from onepass.kernel.graph.ir import make
+from onepass.kernel.graph.trace import Program
+from onepass.kernel.llvm import native
+from onepass.kernel.tensors import temporaries
 
 # Walks are cut into small chunks here, so that small matrices have several.
 CHUNK, FEWEST_LINES = 512, 4
@@ -253,7 +257,7 @@ def try_chunks(old: str) -> None:
     one.surround(temporaries.Temporaries)
     cpu.Work = recut(old, IN_CHUNKS[old])
     with np.errstate(all="ignore"):
-        assert not one.agrees(cpu.compile(one.program))
+        assert not one.agrees(cpu.make_kernel(one.program))
 
 
 def try_temporaries(rule: Any, mistakes: dict[str, str], old: str) -> None:
@@ -261,7 +265,7 @@ def try_temporaries(rule: Any, mistakes: dict[str, str], old: str) -> None:
     cls = altered(temporaries, old, mistakes[old]).Temporaries
     one.surround(cls)
     cpu.Temporaries = cls
-    assert not one.agrees(cpu.compile(one.program))
+    assert not one.agrees(cpu.make_kernel(one.program))
 
 
 def try_launches(old: str) -> None:
@@ -299,7 +303,7 @@ def try_nothing(rule: Any) -> None:
     one = judge(rule)
     one.surround(temporaries.Temporaries)
     cpu.Work = recut("CHUNK // area", "CHUNK // area")
-    assert one.agrees(cpu.compile(one.program))
+    assert one.agrees(cpu.make_kernel(one.program))
     assert agrees_cut(one, passes.split)
     cpu.lower = lambda program: lower(program)
     assert one.agrees(Kernel(one.program))

@@ -24,7 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import onepass
-from onepass import RangeTest, cli, commands, lr_find, range_test, snapshot
+from onepass import RangeTest, lr_find
+from onepass.app import cli, commands
+from onepass.range_test import search, snapshot
 
 QUICK = {"steps": 12, "lowest": 1e-6, "highest": 1.0}
 BOTH = (onepass, torch.optim)
@@ -422,7 +424,7 @@ def test_what_is_forgotten_is_noticed(line: str, instead: str, monkeypatch: pyte
     assert source.count(line) == 1
     mutant: dict[str, Any] = {"__name__": "mutant"}
     exec(source.replace(line, instead), mutant)
-    monkeypatch.setattr(range_test, "undone_afterwards", mutant["undone_afterwards"])
+    monkeypatch.setattr(search, "undone_afterwards", mutant["undone_afterwards"])
     assert rehearse()
 
 
@@ -645,7 +647,7 @@ def test_the_rates_before_a_warm_up_count() -> None:
     found = lr_find(model, cross_entropy, make_data(), optimizer, highest=1.0)
     assert found.ratios == pytest.approx((1.0, 1 / 3))
     assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
-    assert range_test._read_ratios(onepass.SGD(model.inside.parameters(), lr=0.0)) == [1.0]
+    assert search._read_ratios(onepass.SGD(model.inside.parameters(), lr=0.0)) == [1.0]
 
 
 def test_hooks_before_a_step_see_its_gradients() -> None:
@@ -735,7 +737,7 @@ def test_data_of_every_kind(data: Any) -> None:
 def test_batches_come_in_their_order_and_again() -> None:
     model, optimizer = start(Tied, onepass.SGD, {})
     data, seen = make_data(3), []
-    with closing(range_test._repeat(data, 7)) as batches:
+    with closing(search._repeat(data, 7)) as batches:
         assert [next(batches) for _ in range(7)] == [data[i % 3] for i in range(7)]
     taken = counting(13)
     lr_find(model, lambda m, b: seen.append(b) or cross_entropy(m, b), taken, optimizer, steps=12, highest=1e-3)

@@ -35,13 +35,14 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import PerColumn, PerRow, StepError
-from onepass.kernel import cpu, finish, shape_at, signature, trace
-from onepass.kernel.chunks import FEWEST_LINES
+from onepass.kernel import finish, shape_at, signature, trace
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.cpu.chunks import FEWEST_LINES
+from onepass.kernel.cpu.elements import LANES
+from onepass.kernel.cpu.walk import CHUNK
 from onepass.kernel.functions import amax, call, column_mean, exp, mean, norm, row_mean
-from onepass.kernel.ir import Rank, RuleError
-from onepass.kernel.lower import LANES
-from onepass.kernel.temporaries import Temporaries
-from onepass.kernel.walk import CHUNK
+from onepass.kernel.graph.ir import Rank, RuleError
+from onepass.kernel.tensors.temporaries import Temporaries
 
 over_rules = pytest.mark.parametrize("rule", MATRIX_RULES, ids=lambda rule: rule.__name__)
 FORMATS = ("float32", "float64", "bfloat16", "float16")
@@ -788,7 +789,7 @@ def test_nothing_hides_from_a_reduction(place: int) -> None:
 
 
 def extremes(p, g, row: PerRow, column: PerColumn, *, lr):
-    from onepass.kernel.ir import make
+    from onepass.kernel.graph.ir import make
 
     tall, low = (make("amax", abs(g), attr=over) for over in ("rows", "columns"))
     return {"p": p + amax(g), "row": tall, "column": low}

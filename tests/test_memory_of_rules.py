@@ -19,11 +19,11 @@ from torch import Tensor
 
 import onepass
 from onepass import kernel
-from onepass.kernel import jit
-from onepass.kernel.caches import remember, share
 from onepass.kernel.functions import sqrt
-from onepass.kernel.ir import Node, load, topological
-from onepass.kernel.native import Library
+from onepass.kernel.gpu import jit
+from onepass.kernel.graph.caches import remember, share
+from onepass.kernel.graph.ir import Node, load, topological
+from onepass.kernel.llvm.native import Library
 
 # How many kernels stay a while when their rules have died.
 LONGER = 8
@@ -391,7 +391,7 @@ import gc, os, sys, types
 sys.path.insert(0, {tests!r})
 import torch
 from test_memory_of_rules import new_class, step
-from onepass.kernel.native import Library
+from onepass.kernel.llvm.native import Library
 
 def resident():
     gc.collect()

@@ -1332,7 +1332,7 @@ def crash_many_small_allocations():
 
 def crash_code_disposed_of():
     """Machine code that is no longer needed goes, and takes nothing along that other code needs."""
-    from onepass.kernel.native import Library
+    from onepass.kernel.llvm.native import Library
 
     def make(i: int) -> Library:
         return Library(f"define i64 @f(i64 %x) {{\n  %y = add i64 %x, {i}\n  ret i64 %y\n}}\n")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import onepass
-from onepass.mistakes import PATIENCE
+from onepass.contract.mistakes import PATIENCE
 
 EAGER = {"foreach": False, "fused": False}
 BACKENDS = {"kernel": {}, "eager": EAGER}

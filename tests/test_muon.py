@@ -17,9 +17,10 @@ from table import UNIT, on_eager_backend
 from torch import Tensor, nn
 
 import onepass
-from onepass import StepError, linalg, plan
+from onepass import StepError, linalg
 from onepass.kernel import has_bfloat16_products
 from onepass.kernel.functions import call
+from onepass.stepping import plan
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = ((4, 3), (24, 40), (40, 24), (17, 17), (1, 7), (7, 1), (1, 1))

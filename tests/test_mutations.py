@@ -18,11 +18,12 @@ from rules import everything, program
 from table import TABLE, Row, on_eager_backend, results, tolerance, walk
 
 import onepass
-from onepass.kernel import cpu, finish, functions, trace
-from onepass.kernel.cpu import Kernel
+from onepass.kernel import finish, functions, trace
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.functions import amax
 from onepass.kernel.functions import sum as total
-from onepass.kernel.program import Program
+from onepass.kernel.graph.trace import Program
 
 # Rules.
 

@@ -20,9 +20,11 @@ from torch import Tensor
 
 import onepass
 from onepass import kernel as door
-from onepass.kernel import cpu, facts, native
-from onepass.kernel.facts import Expected
-from onepass.kernel.native import Library
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.llvm import native
+from onepass.kernel.llvm.native import Library
+from onepass.kernel.tensors import facts
+from onepass.kernel.tensors.facts import Expected
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")
 AMSGRAD = TABLE[14]
@@ -196,7 +198,7 @@ def test_an_optimizer_keeps_its_kernel() -> None:
     for _ in range(3):
         p.grad = torch.ones(100)
         optimizer.step()
-        cpu.compile.cache_clear()
+        cpu.make_kernel.cache_clear()
         door.compile.cache_clear()
         gc.collect()
     optimizer = onepass.AdamW([other], lr=0.1)

@@ -30,8 +30,8 @@ from table import TABLE, Row, results, tolerance, walk
 from torch import Tensor
 
 from onepass import ASGD, SGD, Adadelta, Adam, AdamW, NAdam, RAdam, RMSprop
-from onepass.kernel import cpu
-from onepass.kernel.native import Library
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.llvm.native import Library
 
 over_table = pytest.mark.parametrize("row", TABLE, ids=str)
 STEPS = 20
@@ -412,12 +412,12 @@ def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         Library, "__init__", lambda *args, original=Library.__init__: built.append(1) or original(*args)
     )
-    cpu.compile.cache_clear()
+    cpu.make_kernel.cache_clear()
     p = torch.randn(100)
     optimizer = row.make([p])
     three_steps(optimizer, [p])
     built.clear()
-    before = cpu.compile.cache_info().misses
+    before = cpu.make_kernel.cache_info().misses
     for name, value in CHANGES.items():
         if name in optimizer.param_groups[0] and bool(optimizer.param_groups[0][name]) | (name != "momentum"):
             optimizer.param_groups[0][name] = value
@@ -425,4 +425,4 @@ def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch)
     others = [torch.randn(7, 3), torch.randn(40000), torch.randn(())]
     three_steps(row.make(others), others)
     assert not built
-    assert cpu.compile.cache_info().misses == before
+    assert cpu.make_kernel.cache_info().misses == before

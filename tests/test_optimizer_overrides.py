@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 import onepass
 from onepass.optimizer import StepError
-from onepass.turn import Turn
+from onepass.stepping.turn import Turn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*steps by torch.optim's slower code.*"),

@@ -24,12 +24,13 @@ from rules import ONE_NUMBER, RULES, Rule, centred, evaluate, lamb, lars, progra
 from table import TABLE, UNIT, Row
 
 import onepass
-from onepass.kernel import bind, cpu, finish, signature, trace
+from onepass.kernel import bind, finish, signature, trace
+from onepass.kernel.cpu import launch as cpu
+from onepass.kernel.cpu.elements import LANES
+from onepass.kernel.cpu.walk import CHUNK
 from onepass.kernel.functions import amax, mean, norm
 from onepass.kernel.functions import sum as total
-from onepass.kernel.ir import RuleError, const
-from onepass.kernel.lower import LANES
-from onepass.kernel.walk import CHUNK
+from onepass.kernel.graph.ir import RuleError, const
 
 # What a rule may say.
 

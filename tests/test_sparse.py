@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import checkpoint
-from onepass.kernel.cpu import Kernel, Launch
+from onepass.kernel.cpu.launch import Kernel, Launch
 
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_adam": ("SparseAdam", {"lr": 0.05}),

@@ -13,7 +13,7 @@ from state_machine import KINDS, Fault, Machine, make_machine
 
 import onepass
 from onepass import optimizer
-from onepass.batch import KernelBatch
+from onepass.stepping.batch import KernelBatch
 
 over_algorithms = pytest.mark.parametrize("algorithm", KINDS)
 
@@ -188,8 +188,8 @@ def test_notices_a_half_applied_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_notices_updates_that_are_lost_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nobody looked who shares memory: copies of the same memory are written back one after the other."""
-    monkeypatch.setattr("onepass.plan.find_shared", lambda *_: ())
-    monkeypatch.setattr("onepass.plan.Plan._is_shared_as_before", lambda self: True)
+    monkeypatch.setattr("onepass.stepping.plan.find_shared", lambda *_: ())
+    monkeypatch.setattr("onepass.stepping.plan.Plan._is_shared_as_before", lambda self: True)
 
     def run() -> None:
         for seed in range(6):

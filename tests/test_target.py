@@ -21,14 +21,14 @@ from processes import ROOT
 from table import TABLE
 
 import onepass
-from onepass import cli
-from onepass.explain import explain, graph_of
-from onepass.kernel.ir import Rank
-from onepass.kernel.jit import Source
-from onepass.kernel.passes import ITEMSIZE, Program
-from onepass.kernel.program import bind
-from onepass.kernel.target import TARGETS, Compiled, TargetError, compile_for
-from onepass.kernel.tiles import lower
+from onepass.app import cli
+from onepass.app.explain.explanation import explain, graph_of
+from onepass.app.explain.target import TARGETS, Compiled, TargetError, compile_for
+from onepass.kernel.gpu.jit import Source
+from onepass.kernel.gpu.tiles import lower
+from onepass.kernel.graph.ir import Rank
+from onepass.kernel.graph.passes import ITEMSIZE, Program
+from onepass.kernel.graph.trace import bind
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 # The rules of other shapes than one pass over elements; of Adafactor, two programs: a matrix's and a vector's.
@@ -37,7 +37,7 @@ STATE = {"bfloat16": "float32", "float16": "float32", "float32": "float32", "flo
 
 COMPILE = """
 import pickle, sys
-from onepass.kernel.target import compile_for
+from onepass.app.explain.target import compile_for
 with open(sys.argv[1], "rb") as file:
     sources, target = pickle.load(file)
 with open(sys.argv[1], "wb") as file:

@@ -27,7 +27,7 @@ from processes import fates, run_script
 from torch import Tensor, nn
 
 import onepass
-from onepass.reading import drop_gradients
+from onepass.stepping.reading import drop_gradients
 
 SIZE = 3000
 # What a step may say where another thread changes things under it.

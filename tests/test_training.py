@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import onepass
-from onepass import checkpoint, tasks
+from onepass import checkpoint
+from onepass.app import tasks
+from onepass.app.tasks import Data, Examples, TaskError, text
+from onepass.app.training import loop
+from onepass.app.training.comparison import compare_steps
+from onepass.app.training.loop import Diverged, Run, Settings, SettingsError, fit, make_schedule, make_settings
 from onepass.checkpoint import CheckpointError
-from onepass.tasks import Data, Examples, TaskError, text
-from onepass.training import loop
-from onepass.training.comparison import compare_steps
-from onepass.training.loop import Diverged, Run, Settings, SettingsError, fit, make_schedule, make_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

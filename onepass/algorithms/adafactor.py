@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import AT_LEAST_0, check_modes, check_number, check_row, is_off, pick
 from ..kernel.functions import (
     PerColumn,
     PerRow,
@@ -23,7 +24,6 @@ from ..kernel.functions import (
     where,
 )
 from ..optimizer import Optimizer, Params, Rule
-from ..options import AT_LEAST_0, check_modes, check_number, check_row, is_off, pick
 
 
 class Adafactor(Optimizer, torch.optim.Adafactor):

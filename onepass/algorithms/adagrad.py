@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_modes, check_number, filled, is_off, is_zero, pick
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number, filled, is_off, is_zero, pick
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import as_tuple, check_betas, check_modes, check_number
 from ..kernel.functions import lerp, maximum, sqrt, where
 from ..optimizer import Optimizer, Params
-from ..options import as_tuple, check_betas, check_modes, check_number
 
 
 class Adam(Optimizer, torch.optim.Adam):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_betas, check_modes, check_number
 from ..kernel.functions import lerp, maximum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_betas, check_modes, check_number
 
 
 class Adamax(Optimizer, torch.optim.Adamax):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_modes, check_number, filled, pick
 from ..kernel.functions import Scalar, maximum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, filled, pick
 
 
 class ASGD(Optimizer, torch.optim.ASGD):

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import (
+    AT_LEAST_0,
+    check_betas,
+    check_choice,
+    check_count,
+    check_number,
+    check_row,
+    flag,
+    is_off,
+    pick,
+)
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
 from ..optimizer import Optimizer, Params, Rule, StepError
-from ..options import AT_LEAST_0, check_betas, check_choice, check_count, check_number, check_row, flag, is_off, pick
 from .adam import Adam
 
 ADJUSTMENTS = ("original", "match_rms_adamw")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_modes, check_number, is_positive, pick
 from ..kernel.functions import lerp, sqrt, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, is_positive, pick
 
 
 class RMSprop(Optimizer, torch.optim.RMSprop):

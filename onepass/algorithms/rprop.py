@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_modes, check_number, check_row, filled, pick
 from ..kernel.functions import maximum, minimum, where
 from ..optimizer import Optimizer, Params
-from ..options import check_modes, check_number, check_row, filled, pick
 
 
 class Rprop(Optimizer, torch.optim.Rprop):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import check_modes, check_number, is_off, is_zero
 from ..kernel.functions import where
 from ..optimizer import Optimizer, Params, StepError
-from ..options import check_modes, check_number, is_off, is_zero
 
 
 class SGD(Optimizer, torch.optim.SGD):

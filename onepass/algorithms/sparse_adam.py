@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.options import brief, check_betas, check_number
 from ..kernel.functions import lerp, sqrt
 from ..optimizer import Optimizer, Params
-from ..options import brief, check_betas, check_number
 
 
 class SparseAdam(Optimizer, torch.optim.SparseAdam):

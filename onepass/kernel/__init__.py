@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .caches import once, remember
-from .formats import FORMATS
-from .ir import Rank, RuleError
-from .memory import PLAIN, extent, has_storage, is_dense, is_expanded, shape_at, sizes
-from .passes import Program
-from .program import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
+from .graph.caches import once, remember
+from .graph.formats import FORMATS
+from .graph.ir import Rank, RuleError
+from .graph.passes import Program
+from .graph.trace import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
+from .tensors.memory import PLAIN, extent, has_storage, is_dense, is_expanded, shape_at, sizes
 
 if TYPE_CHECKING:
-    from .facts import Expected
-    from .numbers import Numbers
+    from .tensors.facts import Expected
+    from .tensors.numbers import Numbers
 
 HOST = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def why_no_kernels(device: torch.device) -> str:
     """Why programs cannot be compiled for a device, where the eager backend runs; empty where they can."""
     if on_host(device):
         return _why_not_here()
-    from . import devices
+    from .gpu import devices
 
     return devices.why_not(device)
 
@@ -97,13 +97,16 @@ def why_no_kernels(device: torch.device) -> str:
 @once
 def _import() -> None:
     """Import all that a first step needs, while forks wait: a child would find another thread's import unfinished."""
-    from . import cpu, eager, elementwise, facts, native, numbers  # noqa: F401
+    from .cpu import launch  # noqa: F401
+    from .eager import foreach, single  # noqa: F401
+    from .llvm import native  # noqa: F401
+    from .tensors import facts, numbers  # noqa: F401
 
 
 @cache
 def _why_not_here() -> str:
     _import()
-    from . import native
+    from .llvm import native
 
     missing = native.missing_instructions()
     return f"there are no kernels for processors without {missing}" if missing else ""
@@ -113,7 +116,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether work on a device is recorded into a graph now."""
     if on_host(device) or device.type == "meta":
         return False
-    from . import devices
+    from .gpu import devices
 
     return devices.is_capturing(device)
 
@@ -121,7 +124,7 @@ def is_capturing(device: torch.device) -> bool:
 @cache
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies matrices of bfloat16 in hardware."""
-    from . import native
+    from .llvm import native
 
     return native.has_bfloat16_products()
 
@@ -141,38 +144,38 @@ def compile(
     """
     program = bind(graph, formats)
     if on_host(device):
-        from . import cpu
+        from .cpu.launch import make_kernel
 
-        return cpu.compile(program)
-    from . import gpu
+        return make_kernel(program)
+    from .gpu.launch import make_kernel
 
-    return gpu.compile(program, device, numbers, FORMATS[number_format].stored)
+    return make_kernel(program, device, numbers, FORMATS[number_format].stored)
 
 
 def expect(tensors: Sequence[Tensor]) -> Expected:
     """The facts of these tensors, to compare others with before each launch."""
-    from .facts import Expected
+    from .tensors.facts import Expected
 
     return Expected(tensors)
 
 
 def is_as(t: object, facts: Any) -> bool:
     """Whether something is a plain tensor that has memory and these facts, see `facts_of`."""
-    from . import facts as reading
+    from .tensors import facts as read_facts
 
-    return reading.is_as(t, facts)
+    return read_facts.is_as(t, facts)
 
 
 def facts_of(t: Tensor) -> Any:
     """What `expect` compares of a tensor, beside its memory."""
-    from . import facts as reading
+    from .tensors import facts as read_facts
 
-    return reading.facts_of(t)
+    return read_facts.facts_of(t)
 
 
 def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
     """Numbers of the host, to be read and stored at addresses (names, tensors) that are read in each step."""
-    from .numbers import Numbers
+    from .tensors.numbers import Numbers
 
     return Numbers(addresses, dtype)
 
@@ -181,15 +184,15 @@ def evaluate(
     graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A finished graph's outputs and scalars for one tensor, by the eager backend."""
-    from . import eager
+    from .eager import single
 
-    return eager.run(graph, columns, hypers)
+    return single.run(graph, columns, hypers)
 
 
 def evaluate_together(
     graph: Graph, columns: Mapping[str, Sequence[Tensor]], hypers: Mapping[str, Sequence[float] | float]
 ) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[float]]]:
     """The same for lists of plain tensors, each column's of one dtype and device; for elementwise graphs only."""
-    from . import elementwise
+    from .eager import foreach
 
-    return elementwise.run(graph, columns, hypers)
+    return foreach.run(graph, columns, hypers)

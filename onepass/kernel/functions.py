@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated
 
-from .ir import Node, Rank, RuleError, const, make, where
+from .graph.ir import Node, Rank, RuleError, const, make, where
 
 __all__ = [
     "PerColumn",

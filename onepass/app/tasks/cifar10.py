@@ -1,0 +1,94 @@
+"""CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes, and the three-convolution network of many tutorials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .task import ACCURACY, Data, Examples, Task, TaskError
+
+__all__ = ["CIFAR10"]
+
+_ADVICE = (
+    "put the folder cifar-10-batches-py from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into the folder "
+    "that --data names"
+)
+
+
+def _load(folder: Path) -> Data:
+    """The 50,000 training and 10,000 test images, downloaded to `folder` when they are not there."""
+    datasets = _import_datasets()
+    return Data(*(_make_examples(_open(datasets, folder, train=train)) for train in (True, False)))
+
+
+def _import_datasets() -> Any:
+    try:
+        from torchvision import datasets  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise TaskError(
+            f"task cifar10: its images are read by torchvision, which cannot be imported ({_first_line(error)}); "
+            f"install the torchvision that fits your torch, and {_ADVICE}."
+        ) from error
+    return datasets
+
+
+def _open(datasets: Any, folder: Path, *, train: bool) -> Any:
+    try:
+        return datasets.CIFAR10(root=str(folder), train=train, download=False)
+    except (OSError, RuntimeError):  # RuntimeError is torchvision's answer to missing or damaged files
+        pass
+    try:
+        return datasets.CIFAR10(root=str(folder), train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise TaskError(
+            f"task cifar10: there is no CIFAR-10 in {folder} and it cannot be downloaded ({_first_line(error)}); "
+            f"{_ADVICE}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _make_examples(dataset: Any) -> Examples:
+    images = torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()  # stored as (n, height, width, channels)
+    return Examples(images, torch.tensor(dataset.targets, dtype=torch.uint8), _decode)
+
+
+def _decode(images: Tensor) -> Tensor:
+    """Bytes as numbers of about zero mean and unit variance."""
+    return (images.to(torch.float32) - 121.0) / 64.0
+
+
+def _make_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1024, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+CIFAR10 = Task(
+    name="cifar10",
+    make_model=_make_model,
+    load=_load,
+    loss=F.cross_entropy,
+    metric=ACCURACY,
+    lr={"AdamW": 1e-3, "Adam": 1e-3, "SGD": 0.05},
+    epochs=10,
+    batch_size=128,
+)

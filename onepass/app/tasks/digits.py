@@ -1,0 +1,83 @@
+"""Handwritten digits: the 1,797 images of 8x8 pixels that come with scikit-learn, and a small convolutional network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .task import ACCURACY, Data, Examples, Task, TaskError
+
+__all__ = ["DIGITS"]
+
+_SPLIT_SEED = 0  # not the run's seed: every run is judged on the same images
+
+
+def _load(folder: Path) -> Data:
+    """A fifth of each class is held out; `folder` is not used, the images are part of scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise TaskError(
+            "task digits: its images come with scikit-learn, which is not installed; run pip install 'onepass[train]'."
+        ) from error
+    pixels, classes = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+    labels = torch.as_tensor(classes).to(torch.uint8)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        members = order[labels[order] == label]
+        held_out[members[: round(len(members) / 5)]] = True
+    return Data(
+        Examples(images[~held_out], labels[~held_out], _decode), Examples(images[held_out], labels[held_out], _decode)
+    )
+
+
+def _decode(images: Tensor) -> Tensor:
+    """Pixels of 0 to 16 as numbers of about unit variance."""
+    return (images.to(torch.float32) - 5.0) / 6.0
+
+
+def _make_model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(256, 10),
+    )
+
+
+DIGITS = Task(
+    name="digits",
+    make_model=_make_model,
+    load=_load,
+    loss=F.cross_entropy,
+    metric=ACCURACY,
+    lr={
+        "AdamW": 3e-3,
+        "Adam": 3e-3,
+        "SGD": 0.1,
+        "sgd-momentum": 0.03,
+        "Adafactor": 0.1,
+        "Adagrad": 0.1,
+        "ASGD": 0.3,
+        "muon-adamw": 3e-3,
+        "RAdam": 1e-2,
+        "Rprop": 1e-3,
+    },
+    epochs=20,
+    batch_size=64,
+)

@@ -1,0 +1,305 @@
+"""The parameters that step together in one launch of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import kernel
+from ..contract.mistakes import are_learning_rates, find_refused
+from ..contract.values import Group, StepError
+from .checks import Member, check_gradient, check_matrix, check_member, check_state
+from .columns import Columns, picker
+from .gradient_factor import Unscale
+from .reading import Reading
+from .recipe import Recipe
+
+# Sets of parameters that alternate, as experts do, of which so many are known.
+MOST_WORKS = 8
+CAPTURE = (
+    "{}: a step that is captured in a graph needs capturable=True in every param group; set it, and take a few steps "
+    "before the capture"
+)
+# What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
+Gathered = list[Any]
+
+
+def check(owner: str, member: Member, p: Tensor, g: Tensor | None, state: Mapping[str, Any], recipe: Recipe) -> None:
+    """Whether a parameter can step by this recipe; raises `StepError`."""
+    check_member(owner, member, p, g, state, recipe.required, recipe.numbers)
+    if recipe.graph.has_matrices:
+        check_matrix(owner, member, p)
+    for name in recipe.graph.state:
+        if state.get(name) is not None:
+            check_state(owner, member, p, name, state[name], recipe.shape(name, p))
+
+
+class KernelBatch(Columns):
+    """Dense tensors of one device and one set of dtypes, stepped by one launch.
+
+    What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key must be its
+    parameter, and of every tensor its address, dtype, device, sizes, strides and the size of its storage. What is kept
+    is only what these are compared with: neither a tensor nor an address. Where a parameter or a state differs,
+    `gather` returns None and the plan is built again, which checks everything and raises a sentence if something is
+    wrong. Where a gradient differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for
+    this step. A parameter without a gradient has no elements in this step. The launch follows with the tensors in hand.
+    """
+
+    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
+        self.members, self.recipe, self.owner = members, recipe, owner
+        self.positions = np.array([m.position for m in members])
+        self.pick = picker(self.positions.tolist())
+        params, grads = self.pick(reading.params), self.pick(reading.grads)
+        states = [reading.state_of(p) for p in params]
+        groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
+        self.groups = groups.tolist()
+        # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it lies in this step.
+        self.strided = {i: kernel.facts_of(p) for i, p in enumerate(params) if not recipe.fits(p)}
+        self._origins: dict[int, tuple[int, int]] = {}
+        like = [recipe.as_dense(p) for p in params]
+        gradients = [_as_gradient(t, g) for t, g in zip(like, grads, strict=True)]
+        columns = [[state[name] for state in states] for name in recipe.graph.state]
+        numbers = [state[name] for name in recipe.numbers for state in states]
+        super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers, self.resident(recipe))
+        wide = bool(numbers) and numbers[0].dtype == torch.float64
+        self._number_dtype = np.dtype(np.float64 if wide else np.float32)
+        self._numbers = kernel.numbers_at(self.number_pointers, self._number_dtype)
+        self._step = recipe.numbers.index("step") if "step" in recipe.numbers else None
+        self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
+        self._rate = self.kernel.leaves.get("lr")
+        # The group that has a learning rate that the constructor would refuse, and the rate.
+        self.refused_rate: tuple[int, float] | None = None
+        self.launch: Any = None
+        self.inactive: list[int] = []
+        # 1.0 for each parameter that has a gradient in this step, else 0.0.
+        self.active = np.ones(self.count)
+        # Whether some share memory: one worker then walks them in order, as torch would.
+        self.shares_memory = False
+        # How the work is cut and the launch laid out, for some sets of parameters without a gradient.
+        self._works: dict[tuple[int, ...], Any] = {(): self.work}
+        self._launches: dict[tuple[int, ...], Any] = {}
+        self._work: Any = None
+        self._workers = 1
+
+    def resident(self, recipe: Recipe) -> tuple[str, ...] | None:
+        """The parameters' numbers that lie on the device: none, the host keeps them."""
+        return None
+
+    def read(self, group: Group) -> Sequence[Any]:
+        """A group's numbers, in the order of the recipe's sources."""
+        return self.recipe.read(group)
+
+    def find_entries(self, places: Mapping[int, int], reading: Reading) -> None:
+        """Note where in the optimizer's state the parameters' entries are; `places` are those of `Reading`."""
+        params = self.pick(reading.params)
+        self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
+
+    def gather(self, reading: Reading) -> Gathered | None:
+        """Look at options and tensors; None where the plan no longer fits. Raises `StepError` where no plan could."""
+        self.values = [self.read(reading.groups[g]) for g in self.groups]
+        self.check_capture()
+        params = self.pick(reading.params)
+        tensors: Gathered = [*self.pick(reading.grads), *params]
+        if self.recipe.entries:
+            states = self.pick_state(reading.entries)
+            if not all(map(is_, self.pick_state(reading.keys), params)):
+                return None
+            try:
+                for name in self.recipe.entries:
+                    tensors += map(itemgetter(name), states)
+            except (KeyError, TypeError, IndexError):
+                return None
+        if self.strided and not self._copy_strided(tensors):
+            return None
+        inactive: list[int] = []
+        if self.expected.compare(tensors):
+            changed = self._changed()
+            inactive = [i for i in changed if i < self.count and tensors[i] is None]
+            if len(inactive) < len(changed) and not self._replace_gradients(tensors, inactive):
+                return None
+        self._activate(inactive)
+        return tensors
+
+    def starts(self) -> np.ndarray:
+        """Where what this step writes begins in memory."""
+        starts = self.expected.pointers[self.count :]
+        if self.strided:
+            starts = starts.copy()
+            starts[list(self.strided)] = [self._origins[i][0] for i in self.strided]
+        return starts
+
+    def stretches(self) -> tuple[np.ndarray, np.ndarray]:
+        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        sizes = self.expected.bytes[self.count :].copy()
+        for i in self.strided:
+            sizes[i] = self._origins[i][1]
+        return sizes, np.tile(self.positions, len(sizes) // self.count)
+
+    def check_capture(self) -> None:
+        """Raise where a step would be captured in a graph that holds what is known now of the host's numbers."""
+        if self.kernel.is_capturing():
+            raise StepError(CAPTURE.format(self.owner))
+
+    def _changed(self) -> list[int]:
+        return np.flatnonzero(self.expected.changed).tolist()
+
+    def _activate(self, inactive: list[int]) -> None:
+        if inactive != self.inactive:
+            key = tuple(inactive)
+            if key not in self._works:
+                sizes = self.sizes.copy()
+                sizes[inactive] = 0
+                if len(self._works) >= MOST_WORKS:
+                    self.forget(next(iter(self._works)))
+                self._works[key] = self.kernel.split(sizes)
+            self.inactive, self.work = inactive, self._works[key]
+            self.active = np.ones(self.count)
+            self.active[inactive] = 0.0
+
+    def forget(self, inactive: tuple[int, ...]) -> None:
+        """Let go what is known of steps in which these parameters have no gradient."""
+        del self._works[inactive]
+        self._launches.pop(inactive, None)
+
+    def _copy_strided(self, tensors: Gathered) -> bool:
+        """Put dense copies in the place of parameters with holes; False where one is not what it was."""
+        for i, facts in self.strided.items():
+            p = tensors[self.count + i]
+            if not kernel.is_as(p, facts):
+                return False
+            self._origins[i] = p.data_ptr(), kernel.extent(p)
+            tensors[self.count + i] = p.detach().contiguous()
+        return True
+
+    def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
+        """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
+        changed = self._changed()
+        if changed[-1] >= self.count:
+            # Nothing is read of a parameter that is not what it was: it may have no memory.
+            return False
+        for i in changed:
+            g, p = tensors[i], tensors[self.count + i]
+            if g is None:
+                continue
+            if not self.members[i].takes(g):
+                return False
+            check_gradient(self.owner, self.members[i], p, g)
+            if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
+                return False
+            filled, like = as_filled(g.detach()), self.recipe.as_dense(p)
+            fits = g.layout != torch.strided and filled.stride() == like.stride()
+            tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
+        return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
+
+    def is_as_read(self, tensors: Gathered, reading: Reading) -> bool:
+        """Whether what was gathered still is what it was; addresses are read again."""
+        params = self.pick(reading.params) if self.strided else ()
+        for i, facts in self.strided.items():
+            if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
+                return False
+        return self.expected.compare(tensors) == len(self.inactive) and self._changed() == self.inactive
+
+    def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
+        """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
+
+        `fresh` are the positions of the parameters that make their first step.
+        """
+        numbers = self._numbers.read()
+        if self._step is not None:
+            # Counted in the precision that the counts have.
+            numbers[self._step] = (numbers[self._step] + self.active).astype(self._number_dtype)
+        self.choose_rows(numbers, self.find_first(fresh))
+        leaves = self.launch.leaves
+        for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
+            each = values[0] if len(values) == 1 else np.array(values)
+            leaves[leaf] = each if len(values) == 1 else each[self.setting_group]
+            if leaf == self._rate and not are_learning_rates(each):
+                self.refused_rate = find_refused(self.groups, values)
+        settings = {**dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)), "first": self.setting_first}
+        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, unscale.factor)):
+            if name in self.kernel.leaves:
+                leaves[self.kernel.leaves[name]] = values
+        self.launch_up_to_stores()
+
+    def find_first(self, fresh: Collection[int]) -> np.ndarray | None:
+        """1.0 for each parameter that makes its first step, else 0.0; None if there is none."""
+        return np.array([m.position in fresh for m in self.members], np.float64) if fresh else None
+
+    def launch_up_to_stores(self) -> None:
+        """Begin the launch that has been laid out."""
+        self._workers = 1 if self.shares_memory else self.kernel.concurrency()
+        self.launch.begin(self._workers)
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        if self.launch is not None:
+            self.launch.cancel()
+
+    def finish(self, tensors: Gathered, reading: Reading) -> None:
+        """Store what was begun, with the gathered tensors in hand. Nothing here may fail."""
+        self.launch.finish(self._workers)
+        written = self._written(tensors)
+        if self.strided:
+            params = self.pick(reading.params)
+            for i in set(self.strided).difference(self.inactive):
+                params[i].detach().copy_(tensors[self.count + i])
+        torch.autograd.graph.increment_version(written)
+        self.keep_numbers()
+
+    def _written(self, tensors: Gathered) -> Gathered:
+        """The gathered tensors that this step writes."""
+        columns = len(self.recipe.columns)
+        written = tensors[self.count : columns * self.count]
+        written += tensors[columns * self.count :][: self.count * len(self.resident(self.recipe) or ())]
+        if self.inactive:
+            missing = set(self.inactive)
+            written = [t for i, t in enumerate(written) if i % self.count not in missing]
+        return written
+
+    def keep_numbers(self) -> None:
+        """Store each parameter's numbers after this step."""
+        numbers = self._numbers.values
+        for name, new in self.launch.scalars().items() if self.recipe.scalars else ():
+            row = self.recipe.numbers.index(name)
+            numbers[row] = np.where(self.active, new, numbers[row])
+        self._numbers.write()
+
+    def choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
+        """Find the distinct settings (group, first, numbers) and each tensor's.
+
+        Tensors that have stepped together so far do so in most steps; then their settings alone are read anew.
+        """
+        if first is None and self._work is self.work:
+            settings = numbers[:, self._examples]
+            same = settings[:, self._rows] == numbers
+            if (same | (self.active == 0)).all():
+                self.setting_numbers = settings
+                return
+        flags = np.zeros(self.count) if first is None else first
+        keys = np.stack([self.row_of_group, flags, *numbers], axis=1)
+        settings, examples, rows = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        self._rows, self._examples = rows.reshape(-1), examples
+        self.setting_group, self.setting_first = settings[:, 0].astype(np.int64), settings[:, 1].copy()
+        self.setting_numbers = settings[:, 2:].T
+        # In its first step a parameter has settings of its own.
+        self._work = self.work if first is None else None
+        key = tuple(self.inactive)
+        launch = self._launches.get(key)
+        if launch is None or launch.leaves.shape[1] != len(settings) or not np.array_equal(launch.rows, self._rows):
+            launch = self._launches[key] = self.kernel.prepare(self.addressed, self.work, self._rows, len(settings))
+        self.launch = launch
+
+
+def _as_gradient(like: Tensor, g: Tensor | None) -> Tensor:
+    """A tensor as the gradient of a parameter that lies like this must be."""
+    return like if g is None or g.dtype == like.dtype else torch.empty_like(like, dtype=g.dtype)
+
+
+def as_filled(g: Tensor) -> Tensor:
+    """A gradient, with zeros where a sparse one has no values."""
+    return g if g.layout == torch.strided else g.to_dense()
