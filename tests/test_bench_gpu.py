@@ -221,7 +221,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         asked.append(name)
         return stand_in()
 
-    monkeypatch.setattr("onepass.app.commands.find_gpu", find)
+    monkeypatch.setattr("onepass.app.commands.bench.find_gpu", find)
     words = ["--model", "tiny", "--optimizer", "sgd,adamw", "--seconds", "0.01", "--no-fresh", "--device", "cuda:1"]
     out = tmp_path / "out.json"
     assert cli.main(["bench", *words, "--json", str(out), "--plot", str(tmp_path / "out.png")]) == 0

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 
 from onepass import checkpoint
-from onepass.app import cli, commands, tasks
+from onepass.app import cli, tasks
+from onepass.app.commands import train
 from onepass.app.training.comparison import compare_steps
 
 
@@ -30,7 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "compare_steps", partial(compare_steps, budget=0.05))
+    monkeypatch.setattr(train, "compare_steps", partial(compare_steps, budget=0.05))
     yield
     torch.set_num_threads(threads)
 
@@ -112,7 +113,7 @@ def test_a_finished_run_is_not_resumed(short_digits: None, capsys: pytest.Captur
 
 def test_in_a_terminal_there_is_a_bar(short_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(commands, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
     assert cli.main(["train", "--epochs", "2"]) == 0
     for words in ("epoch 1/2", "loss", "accuracy", "ms/step"):
         assert words in screen.getvalue()
@@ -282,7 +283,7 @@ EVIL = [
 ]
 RESUME = """
 import json, sys
-from onepass import cli
+from onepass.app import cli
 for folder in sys.argv[1:]:
     code = cli.main(["train", "--resume", "--out", folder])
     print(json.dumps([code, [name for name in sys.modules if "evil" in name.lower()]]))

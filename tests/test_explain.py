@@ -11,7 +11,8 @@ import pytest
 import onepass
 from onepass.app import cli
 from onepass.app.catalog import UnknownName, find_class, optimizers
-from onepass.app.explain.explanation import explain, function_lines, hot_loop, parse_options, vector_bits
+from onepass.app.explain.explanation import explain, parse_options
+from onepass.app.explain.host_assembly import function_lines, hot_loop, vector_bits
 
 BYTES = [
     ("sgd", [], 12, 0),

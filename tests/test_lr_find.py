@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import onepass
 from onepass import RangeTest, lr_find
-from onepass.app import cli, commands
+from onepass.app import cli
+from onepass.app.commands import lr_find as command
 from onepass.range_test import search, snapshot
 
 QUICK = {"steps": 12, "lowest": 1e-6, "highest": 1.0}
@@ -881,7 +882,7 @@ def test_the_command_where_no_rate_is_found(folder: Path, capfd: pytest.CaptureF
 
 def test_in_a_terminal_there_is_a_bar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(commands, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(command, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
     assert cli.main(["lr-find", "--steps", "8", "--batch-size", "16"]) == 0
     for words in ("8/8", "lr 1.00e+01", "loss", "suggested learning rate"):
         assert words in screen.getvalue()

@@ -262,7 +262,7 @@ def test_a_mutant_of_each_kind_is_found(tmp_path: Path) -> None:
 
 SHOW = """
 import sys
-from onepass import cli
+from onepass.app import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -16,23 +16,16 @@ from torch import nn
 from ... import kernel
 from ...kernel.cpu.launch import Kernel
 from ...kernel.gpu.tiles import lower
-from ...kernel.graph.ir import FACTS, LOADS, Node, Rank
-from ...kernel.graph.passes import Pass, Program, element_order
+from ...kernel.graph.ir import Rank
+from ...kernel.graph.passes import Program
 from ...optimizer import Optimizer, algorithm_of
 from ...stepping.recipe import recipe_of
 from ..catalog import UnknownName, find_class, nearest
+from .host_assembly import function_lines, hot_loop, vector_bits
+from .listing import Listing
 from .target import compile_for, report
 
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
-
-INFIX = dict(
-    zip(
-        ("add", "sub", "mul", "div", "pow", "lt", "le", "eq", "and", "or", "xor", "shl", "shr"),
-        ("+", "-", "*", "/", "**", "<", "<=", "==", "&", "|", "^", "<<", ">>"),
-        strict=True,
-    )
-)
-REGISTERS = (("zmm", 512), ("ymm", 256), ("xmm", 128))
 
 
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
@@ -199,107 +192,3 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     compiled = kernel.compile(graph, formats)
     assert isinstance(compiled, Kernel)  # columns without a device are the host's
     return Explanation(cls, options, dtype, compiled, rule)
-
-
-PLURAL = {Rank.ROW: "row values", Rank.COLUMN: "column values", Rank.MATRIX: "matrices"}
-ALONG: dict[object, str] = {"rows": "row", "columns": "column"}
-
-
-class Listing:
-    """A pass as numbered assignments: `h` for host values, `t` for what is computed for each element."""
-
-    def __init__(self, one: Pass, k: int, passes: int) -> None:
-        self.one, self.k, self.passes = one, k, passes
-        self.names: dict[Node, str] = {node: f"h{i}" for i, node in enumerate(one.inputs)}
-
-    def text(self) -> str:
-        """The lines of the listing, with a title."""
-        stored = [name for name, _ in self.one.stores]
-        order = element_order(self.one.roots)
-        count = len(self.one.reductions) + len(self.one.sums)
-        ends = [f"ends in {count} reductions"] if count else []
-        ends += [f"writes {', '.join(stored)}"] if stored else []
-        loads = ", ".join(str(node.attr) for node in self.one.loads)
-        over = "" if self.one.domain == Rank.ELEMENT else f" over {PLURAL[self.one.domain]}"
-        title = f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; {len(order)} operations"
-        lines = [title, "", "    once a step, on the host, in float64:"]
-        lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
-        lines += ["", f"    for each {self.one.domain.name.lower()}:"]
-        for i, node in enumerate(order):
-            if node.op not in LOADS:
-                self.names[node] = f"t{i}"
-        lines += [f"        {self.names[node]} = {self.spell(node)}" for node in order if node in self.names]
-        lines += [f"        partial {node.op} of {self.element(node.args[0])}" for node in self.one.reductions]
-        lines += [f"        {s.into} <- {self.spell(s.node)} over each {ALONG[s.node.attr]}" for s in self.one.sums]
-        lines += [f"        {name} <- {self.element(root)}" for name, root in self.one.stores]
-        return "\n".join(lines)
-
-    def host(self, node: Node, top: bool = False) -> str:
-        """A host value in full, in the names of the hyper-parameters."""
-        if node.op == "cast":
-            return self.host(node.args[0], top)
-        if node.op == "hyper" or node.op in FACTS:
-            return str(node.attr or node.op)
-        if not node.rank.on_host:
-            return "..."
-        args = [self.host(a) for a in node.args]
-        return f"{node.attr:g}" if node.op == "const" else _spell(node.op, args, bare=top)
-
-    def element(self, node: Node) -> str:
-        """How an operand is called."""
-        if node in self.names:
-            return self.names[node]
-        return str(node.attr) if node.op in LOADS else f"{node.attr:g}"
-
-    def spell(self, node: Node) -> str:
-        """One operation on named operands."""
-        args = [self.element(a) for a in node.args]
-        return _spell(node.op if node.op not in ("cast", "bitcast") else f"{node.op}_{node.type}", args, bare=True)
-
-
-def _spell(op: str, args: list[str], bare: bool) -> str:
-    if op in INFIX:
-        joined = f" {INFIX[op]} ".join(args)
-        return joined if bare else f"({joined})"
-    return f"{op}({', '.join(args)})"
-
-
-def function_lines(assembly: str, name: str) -> list[str]:
-    """A function's lines in an assembly listing, without directives."""
-    lines = assembly.splitlines()
-    labels = [i for i, line in enumerate(lines) if re.match(rf"_?{re.escape(name)}:", line)]
-    if not labels:
-        return []
-    end = next(
-        (i for i in range(labels[0], len(lines)) if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])),
-        len(lines),
-    )
-    kept = [line.split("# ")[0].rstrip() for line in lines[labels[0] : end]]
-    return [line for line in kept if line and not re.match(r"\s+\.", line)]
-
-
-def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
-    """The range of lines of the shortest loop with the widest registers: from a label to the jump back to it."""
-    best, most = (0, 0), (0, 0)
-    label: dict[str, int] = {}
-    for i, line in enumerate(lines):
-        if match := re.match(r"(\S+):", line):
-            label[match[1]] = i
-        target = re.match(r"\s+(?:j\w+|b\.\w+|b|cbn?z\s+\w+,|tbn?z\s.*,)\s+(\S+)$", line)
-        if target and target[1] in label:
-            begin = label[target[1]]
-            # The loop that a usual step takes has the fewest instructions, and an inner loop fewer than the outer one.
-            work = vector_bits(lines[begin : i + 1]), begin - i
-            if work[0] > 0 and (work > most or best == (0, 0)):
-                best, most = (begin, i + 1), work
-    return best
-
-
-def vector_bits(lines: Sequence[str]) -> int:
-    """The widest registers that packed instructions use, in bits; 0 where there are none."""
-    text = "\n".join(lines)
-    for register, bits in REGISTERS[:2]:
-        if register in text:
-            return bits
-    packed = r"\b(v?(mul|add|sub|div|sqrt|and|or|xor|max|min)p[sd]|movup[sd])\b|\bv\d+\.(4s|2d)\b"
-    return 128 if re.search(packed, text) else 0
