@@ -1,4 +1,5 @@
-"""The time of one update of averaged weights: onepass beside torch, on the same tensors, in turns within one process.
+"""The time of one update of averaged weights: onepass beside torch, on the same tensors, in turns
+within one process.
 
 python benchmarks/averaging.py [--seconds 4] [--threads 2] [--model small,tiny]
 """
@@ -52,7 +53,9 @@ def race_updates(model: nn.Module, seconds: float) -> dict[str, dict[str, float]
     for title, name in {**FUNCTIONS, "default (SWA)": None}.items():
         timers = {}
         for who, library in LIBRARIES.items():
-            one = library.AveragedModel(nn.Identity(), multi_avg_fn=getattr(library, name)() if name else None)
+            one = library.AveragedModel(
+                nn.Identity(), multi_avg_fn=getattr(library, name)() if name else None
+            )
             one.module, one.n_averaged = average.module, torch.tensor(1)
             timers[who] = partial(one.update_parameters, model)
         found[f"update_parameters, {title}"] = race(timers, seconds)
@@ -68,7 +71,9 @@ def race_functions(model: nn.Module, seconds: float) -> dict[str, dict[str, floa
     launch = plan.batches[0].launch
     found = {}
     for title, name in FUNCTIONS.items():
-        timers: dict[str, Callable[[], object]] = {"limit": partial(launch.run, torch.get_num_threads())}
+        timers: dict[str, Callable[[], object]] = {
+            "limit": partial(launch.run, torch.get_num_threads())
+        }
         for who, library in LIBRARIES.items():
             timers[who] = partial(getattr(library, name)(), averages, values, 1)
         found[f"the function alone, {title}"] = race(timers, seconds)
@@ -88,10 +93,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in chosen.model.split(","):
         model = make_model(name)
-        for what, ms in (race_updates(model, chosen.seconds) | race_functions(model, chosen.seconds)).items():
+        for what, ms in (
+            race_updates(model, chosen.seconds) | race_functions(model, chosen.seconds)
+        ).items():
             limit = f"{ms['limit']:.3f}" if "limit" in ms else ""
             ratio = ms["torch"] / ms["onepass"]
-            print(f"| {name} | {what} | {ms['torch']:.3f} | {ms['onepass']:.3f} | {ratio:.1f} | {limit} |", flush=True)
+            print(
+                f"| {name} | {what} | {ms['torch']:.3f} | {ms['onepass']:.3f} | {ratio:.1f} | "
+                f"{limit} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What docs/how-to-choose.md shows: every first-order algorithm on two tasks, at each rate of a small grid.
+"""What docs/how-to-choose.md shows: every first-order algorithm on two tasks, at each rate of a
+small grid.
 
-Each run is what `onepass train` does with these settings, on one thread; several run at a time. The numbers go to
-benchmarks/curves.json, where new ones replace those of the same task and algorithm; the pictures go to docs.
+Each run is what `onepass train` does with these settings, on one thread; several run at a time. The
+numbers go to benchmarks/curves.json, where new ones replace those of the same task and algorithm;
+the pictures go to docs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ RunResult = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """An algorithm, by the name that `onepass train` knows, the middle of its rates on each task, and its looks."""
+    """An algorithm, by the name that `onepass train` knows, the middle of its rates on each task,
+    and its looks."""
 
     label: str
     optimizer: str
@@ -76,7 +79,9 @@ CONTENDERS = (
     Contender("SGD, momentum 0.9", "sgd-momentum", {"digits": 0.03, "text": 0.03}, BLUE),
     Contender("ASGD", "asgd", {"digits": 0.3, "text": 0.1}, CYAN),
     Contender("Rprop", "rprop", {"digits": 1e-3, "text": 3e-3}, GREY, "--"),
-    Contender("Rprop, all data a step", "rprop", {"digits": 1e-2}, GREY, epochs=24, batch_size=1438),
+    Contender(
+        "Rprop, all data a step", "rprop", {"digits": 1e-2}, GREY, epochs=24, batch_size=1438
+    ),
     Contender("Adagrad", "adagrad", {"digits": 0.1, "text": 0.03}, GREEN),
     Contender("RMSprop", "rmsprop", {"digits": 3e-3, "text": 3e-4}, OLIVE),
     Contender("Adadelta", "adadelta", {"digits": 3.0, "text": 1.0}, TEAL),
@@ -90,7 +95,7 @@ CONTENDERS = (
 )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 class Silent:
@@ -107,7 +112,12 @@ def train(task: str, contender: Contender, lr: float, seed: int, epochs: int) ->
     """One run's numbers; where the loss became infinite, those up to there."""
     batch_size = contender.batch_size or PLANS[task].batch_size
     settings = make_settings(
-        task=task, optimizer=contender.optimizer, lr=lr, epochs=epochs, batch_size=batch_size, seed=seed
+        task=task,
+        optimizer=contender.optimizer,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
     )
     run = Run(settings, ROOT / "data")
     diverged = False
@@ -129,7 +139,9 @@ def train(task: str, contender: Contender, lr: float, seed: int, epochs: int) ->
         "steps_per_epoch": run.steps_per_epoch,
         "diverged": diverged,
         "train_steps": [min(i + width, len(losses)) for i in range(0, len(losses), width)],
-        "train_loss": [_round(statistics.fmean(losses[i : i + width])) for i in range(0, len(losses), width)],
+        "train_loss": [
+            _round(statistics.fmean(losses[i : i + width])) for i in range(0, len(losses), width)
+        ],
         "held_out_loss": [_round(value) for value in run.history.held_out_loss],
         "held_out_metric": [_round(value) for value in run.history.held_out_metric],
     }
@@ -142,7 +154,9 @@ def _round(value: float) -> float:
 Job = tuple[str, Contender, float, int, int]  # what `train` takes
 
 
-def plan_jobs(tasks: Sequence[str], contenders: Sequence[Contender], epochs: int | None) -> list[Job]:
+def plan_jobs(
+    tasks: Sequence[str], contenders: Sequence[Contender], epochs: int | None
+) -> list[Job]:
     """All runs that are wanted, every algorithm once before the next seed."""
     return [
         (task, contender, lr, seed, epochs or contender.epochs or PLANS[task].epochs)
@@ -157,7 +171,9 @@ def plan_jobs(tasks: Sequence[str], contenders: Sequence[Contender], epochs: int
 def measure(jobs: Sequence[Job]) -> Iterator[RunResult]:
     """The results as the runs end, a process for each core; a line for each."""
     context = get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        os.cpu_count(), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         futures = [pool.submit(train, *job) for job in jobs]
         try:
             for count, future in enumerate(as_completed(futures), 1):
@@ -170,11 +186,17 @@ def measure(jobs: Sequence[Job]) -> Iterator[RunResult]:
 def describe(result: RunResult) -> str:
     """A run in one line."""
     metric = find_task(result["task"]).metric
-    end = "diverged" if result["diverged"] else f"{metric.name} {metric.show(result['held_out_metric'][-1])}"
-    return f"{result['task']:7} {result['name']:22} lr {result['lr']:<7g} seed {result['seed']}  {end}"
+    end = (
+        "diverged"
+        if result["diverged"]
+        else f"{metric.name} {metric.show(result['held_out_metric'][-1])}"
+    )
+    return (
+        f"{result['task']:7} {result['name']:22} lr {result['lr']:<7g} seed {result['seed']}  {end}"
+    )
 
 
-# --- what the runs say -----------------------------------------------------------------------------------------------
+# --- what the runs say ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,7 +218,10 @@ def summarize(results: Sequence[RunResult], task: str) -> list[Summary]:
             if (result["task"], result["name"]) == (task, contender.label):
                 runs.setdefault(result["lr"], []).append(result)
         if runs:
-            final = {lr: statistics.fmean(map(last_loss, several)) for lr, several in sorted(runs.items())}
+            final = {
+                lr: statistics.fmean(map(last_loss, several))
+                for lr, several in sorted(runs.items())
+            }
             found.append(Summary(contender, runs, final, min(final, key=lambda lr: final[lr])))
     return sorted(found, key=lambda summary: summary.final[summary.best])
 
@@ -209,18 +234,29 @@ def last_loss(result: RunResult) -> float:
 def tabulate(summaries: Sequence[Summary], task: str) -> str:
     """The table of the page, in Markdown."""
     metric = find_task(task).metric
-    lines = [f"| algorithm | rates tried | best | held-out loss | {metric.name} |", "|---|---|---|---|---|"]
+    lines = [
+        f"| algorithm | rates tried | best | held-out loss | {metric.name} |",
+        "|---|---|---|---|---|",
+    ]
     for one in summaries:
         best = one.runs[one.best]
         values = [metric.scale * run["held_out_metric"][-1] for run in best if not run["diverged"]]
-        shown = f"{statistics.fmean(values):.{metric.decimals}f}{metric.unit and ' ' + metric.unit}" if values else "-"
+        shown = (
+            f"{statistics.fmean(values):.{metric.decimals}f}{metric.unit and ' ' + metric.unit}"
+            if values
+            else "-"
+        )
         rates = ", ".join(f"{lr:g}" for lr in one.final)
-        lines.append(f"| {one.contender.label} | {rates} | {one.best:g} | {one.final[one.best]:.4f} | {shown} |")
+        lines.append(
+            f"| {one.contender.label} | {rates} | {one.best:g} | {one.final[one.best]:.4f} | "
+            f"{shown} |"
+        )
     return "\n".join(lines)
 
 
 def tabulate_sensitivity(results: Sequence[RunResult]) -> str:
-    """What a rate costs that is about three times too small or too large: the rise of the held-out loss, in percent."""
+    """What a rate costs that is about three times too small or too large: the rise of the held-out
+    loss, in percent."""
     found = {task: {one.contender.label: one for one in summarize(results, task)} for task in PLANS}
     titles = [f"{task}, lr {side}" for task in PLANS for side in ("/ 3", "x 3")]
     lines = [f"| algorithm | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
@@ -233,13 +269,19 @@ def tabulate_sensitivity(results: Sequence[RunResult]) -> str:
                 place = rates.index(one.best) + side if one else -1
                 loss = one.final[rates[place]] if one and 0 <= place < len(rates) else math.nan
                 rise = loss / one.final[one.best] - 1 if one else math.nan
-                cells.append("" if math.isnan(rise) else "diverged" if math.isinf(rise) else f"+{100 * rise:.0f} %")
+                cells.append(
+                    ""
+                    if math.isnan(rise)
+                    else "diverged"
+                    if math.isinf(rise)
+                    else f"+{100 * rise:.0f} %"
+                )
         if any(cells):
             lines.append(f"| {contender.label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def draw(summaries: Sequence[Summary], task: str, path: Path) -> None:
@@ -318,27 +360,44 @@ def _draw_rates(axes: Axes, summaries: Sequence[Summary]) -> None:
     for row, one in enumerate(summaries):
         color = one.contender.color
         for lr, loss in one.final.items():
-            marker = "x" if not loss <= worst else "o" if lr == one.best else "<" if lr < one.best else ">"
+            marker = (
+                "x"
+                if not loss <= worst
+                else "o"
+                if lr == one.best
+                else "<"
+                if lr < one.best
+                else ">"
+            )
             fill = color if lr == one.best else "white"
-            axes.plot(min(loss, worst * 1.2), row, marker, markersize=6, color=color, markerfacecolor=fill)
+            axes.plot(
+                min(loss, worst * 1.2), row, marker, markersize=6, color=color, markerfacecolor=fill
+            )
         spread = [min(last_loss(run), worst) for run in one.runs[one.best]]
         axes.plot([min(spread), max(spread)], [row, row], color=color, linewidth=1.2)
-    axes.set_yticks(range(len(summaries)), [f"{one.contender.label}  {one.best:g}" for one in summaries], fontsize=9)
+    axes.set_yticks(
+        range(len(summaries)),
+        [f"{one.contender.label}  {one.best:g}" for one in summaries],
+        fontsize=9,
+    )
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.set_xscale("log")
     _plain_numbers(axes.xaxis, *axes.get_xlim())
     axes.set_xlabel(
-        "filled: the best rate, beside the name; hollow: lower\nand higher rates; cross: diverged or off the scale"
+        "filled: the best rate, beside the name; hollow: lower\nand higher rates; cross: diverged "
+        "or off the scale"
     )
 
 
 def _plain_numbers(axis: Any, low: float, high: float) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-# --- the program -----------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def write(results: list[RunResult], path: Path) -> None:
@@ -346,29 +405,51 @@ def write(results: list[RunResult], path: Path) -> None:
     order = {contender.label: place for place, contender in enumerate(CONTENDERS)}
     results.sort(key=lambda run: (run["task"], order[run["name"]], run["lr"], run["seed"]))
     lines = ",\n".join(json.dumps(run) for run in results)
-    path.write_text(f'{{"torch": "{torch.__version__}", "runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    path.write_text(
+        f'{{"torch": "{torch.__version__}", "runs": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
 
 
 def main() -> None:
     """Measure what is asked for, merge it into the numbers that are there, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = list(dict.fromkeys(contender.optimizer for contender in CONTENDERS))
-    parser.add_argument("--tasks", default=",".join(PLANS), help="of these, joined by commas (default: all)")
-    parser.add_argument("--optimizers", default=",".join(names), help="of these, joined by commas (default: all)")
-    parser.add_argument("--epochs", type=int, help="epochs of every run (default: 12 for digits, 1 for text)")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/curves.json", help="file of the numbers")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="folder of the pictures")
-    parser.add_argument("--resume", action="store_true", help="measure only what is not among the numbers")
-    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the numbers that are there")
+    parser.add_argument(
+        "--tasks", default=",".join(PLANS), help="of these, joined by commas (default: all)"
+    )
+    parser.add_argument(
+        "--optimizers", default=",".join(names), help="of these, joined by commas (default: all)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of every run (default: 12 for digits, 1 for text)"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks/curves.json", help="file of the numbers"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, default=ROOT / "docs", help="folder of the pictures"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only what is not among the numbers"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="measure nothing, draw the numbers that are there"
+    )
     asked = parser.parse_args()
     tasks = asked.tasks.split(",")
-    chosen = [contender for contender in CONTENDERS if contender.optimizer in asked.optimizers.split(",")]
+    chosen = [
+        contender for contender in CONTENDERS if contender.optimizer in asked.optimizers.split(",")
+    ]
 
-    results = json.loads(asked.json.read_text(encoding="utf-8"))["runs"] if asked.json.exists() else []
+    results = (
+        json.loads(asked.json.read_text(encoding="utf-8"))["runs"] if asked.json.exists() else []
+    )
     if not asked.draw:
         jobs = plan_jobs(tasks, chosen, asked.epochs)
         if asked.resume:
-            done = {(run["task"], run["name"], run["lr"], run["seed"], run["epochs"]) for run in results}
+            done = {
+                (run["task"], run["name"], run["lr"], run["seed"], run["epochs"]) for run in results
+            }
             jobs = [job for job in jobs if (job[0], job[1].label, *job[2:]) not in done]
         else:
             replaced = {(task, contender.label) for task, contender, *_ in jobs}

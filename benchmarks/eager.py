@@ -1,4 +1,5 @@
-"""The eager backend beside torch's default loop and our kernels: microseconds a step, in turns within one process.
+"""The eager backend beside torch's default loop and our kernels: microseconds a step, in turns
+within one process.
 
 python benchmarks/eager.py [--steps 300] [--counts 200 6]
 """
@@ -14,7 +15,19 @@ import torch
 import onepass
 
 SIZE = 64
-NAMES = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+NAMES = (
+    "SGD",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "ASGD",
+    "Rprop",
+)
 
 
 def make(library: object, name: str, count: int) -> torch.optim.Optimizer:
@@ -44,7 +57,9 @@ def measure(name: str, count: int, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--counts", type=int, nargs="+", default=[200, 6], help="how many tensors")
     arguments = parser.parse_args()
@@ -56,7 +71,8 @@ def main() -> None:
             found = measure(name, count, arguments.steps)
             ratio = found["torch"] / found["eager"]
             print(
-                f"{name:10} {count:7} {found['kernel']:8.0f} {found['eager']:8.0f} {found['torch']:8.0f} {ratio:12.2f}"
+                f"{name:10} {count:7} {found['kernel']:8.0f} {found['eager']:8.0f} "
+                f"{found['torch']:8.0f} {ratio:12.2f}"
             )
 
 

@@ -1,4 +1,5 @@
-"""Many parameters in many groups, each with its own learning rate: making the optimizer, its first step, later ones.
+"""Many parameters in many groups, each with its own learning rate: making the optimizer, its first
+step, later ones.
 
 python benchmarks/first_step.py [--groups 1000] [--params 10]
 """
@@ -22,9 +23,13 @@ def seconds(function: object, *arguments: object) -> tuple[float, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", type=int, default=1000)
-    parser.add_argument("--params", type=int, default=10, help="parameters of 16 numbers in each group")
+    parser.add_argument(
+        "--params", type=int, default=10, help="parameters of 16 numbers in each group"
+    )
     arguments = parser.parse_args()
     print(f"AdamW, {arguments.groups} groups of {arguments.params} parameters of 16; milliseconds")
     for name, library in (("onepass", onepass), ("torch", torch.optim)):
@@ -41,7 +46,8 @@ def main() -> None:
         first, _ = seconds(optimizer.step)
         later = statistics.median(seconds(optimizer.step)[0] for _ in range(20))
         print(
-            f"{name:8} constructor {1e3 * made:7.1f}   first step {1e3 * first:7.1f}   later steps {1e3 * later:7.1f}"
+            f"{name:8} constructor {1e3 * made:7.1f}   first step {1e3 * first:7.1f}   later steps "
+            f"{1e3 * later:7.1f}"
         )
 
 

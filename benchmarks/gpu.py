@@ -1,10 +1,11 @@
-"""Everything that is promised on a GPU, in one call of under 8 minutes: first whether it is right, then how fast it is.
+"""Everything that is promised on a GPU, in one call of under 8 minutes: first whether it is right,
+then how fast it is.
 
-    PYTHONPATH=. python benchmarks/gpu.py --out FOLDER        # gpu.json and log
-    PYTHONPATH=. python benchmarks/gpu.py --dry-run           # the same course on the CPU, with next to nothing to do
+    PYTHONPATH=. python benchmarks/gpu.py --out FOLDER # gpu.json and log
+    PYTHONPATH=. python benchmarks/gpu.py --dry-run    # the same course on the CPU, very small
 
-Each stage is a process of its own with a budget of time: one that crashes or hangs costs nothing but itself, and what
-is known is written after each, what such a one had found included.
+Each stage is a process of its own with a budget of time: one that crashes or hangs costs nothing
+but itself, and what is known is written after each, what such a one had found included.
 """
 
 from __future__ import annotations
@@ -44,19 +45,27 @@ from onepass.app.catalog import find_variant
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = (*suite.ELEMENTWISE, "adafactor")
-# Processes at a time that take first steps: they wait for the disk and for compilers on one core each.
+# Processes at a time that take first steps: they wait for the disk and for compilers on one core
+# each.
 AT_ONCE = 4
 
 # A stage is not begun with less.
 LEAST_SECONDS = 5
-# What others say of themselves, for where they cannot be installed; benchmarks/README.md names the sources.
+# What others say of themselves, for where they cannot be installed; benchmarks/README.md names the
+# sources.
 PUBLISHED = {
-    "bitsandbytes": "training of ViT-H takes 0.85 of the time with Adam8bit, on an RTX 4070 Ti SUPER (pytorch/ao#478)",
-    "apex": "training of T5-base is 1.12 times as fast with FusedAdam, on an RTX 3090 (huggingface/transformers#14744)",
-    "optimi": "its Triton kernels are faster than torch's fused ones; a picture, no ratio (optimi, docs/triton.md)",
+    "bitsandbytes": "training of ViT-H takes 0.85 of the time with Adam8bit, "
+    "on an RTX 4070 Ti SUPER (pytorch/ao#478)",
+    "apex": "training of T5-base is 1.12 times as fast with FusedAdam, "
+    "on an RTX 3090 (huggingface/transformers#14744)",
+    "optimi": "its Triton kernels are faster than torch's fused ones; "
+    "a picture, no ratio (optimi, docs/triton.md)",
 }
 OTHERS = {
-    "bitsandbytes": [("bitsandbytes.optim", "AdamW32bit", {}), ("bitsandbytes.optim", "AdamW8bit", {})],
+    "bitsandbytes": [
+        ("bitsandbytes.optim", "AdamW32bit", {}),
+        ("bitsandbytes.optim", "AdamW8bit", {}),
+    ],
     "apex": [("apex.optimizers", "FusedAdam", {"adam_w_mode": True})],
     "optimi": [("optimi", "AdamW", {})],
 }
@@ -64,7 +73,8 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage runs, how long it may take, where it leaves what it finds, and with how much work."""
+    """Where a stage runs, how long it may take, where it leaves what it finds, and with how much
+    work."""
 
     gpu: Gpu
     seconds: float
@@ -78,14 +88,24 @@ class Place:
     def model(self, name: str) -> Model:
         """One of the benchmark's models; in a dry run, a few small tensors by its name."""
         shapes = [(8, 4), (4, 8)] if name == "matrices" else [(8, 4), (3,), (4, 8)]
-        return replace(MODELS[name], list_shapes=lambda: shapes, groups=1) if self.dry else MODELS[name]
+        return (
+            replace(MODELS[name], list_shapes=lambda: shapes, groups=1)
+            if self.dry
+            else MODELS[name]
+        )
 
     def measure(self, models: str, optimizers: tuple[str, ...], seconds: float) -> list[Result]:
         """The report's rows of these optimizers on these models, so many seconds each."""
-        cells = [suite.Cell(self.model(m), find_variant(o), fresh=False) for m in models.split(",") for o in optimizers]
+        cells = [
+            suite.Cell(self.model(m), find_variant(o), fresh=False)
+            for m in models.split(",")
+            for o in optimizers
+        ]
         rows: list[Result] = []
         for cell in cells[: 2 if self.dry else None]:
-            rows += measure.run([cell], seconds=0.01 if self.dry else seconds, fresh=False, gpu=self.gpu)["results"]
+            rows += measure.run(
+                [cell], seconds=0.01 if self.dry else seconds, fresh=False, gpu=self.gpu
+            )["results"]
             self.keep(rows)
         return rows
 
@@ -101,12 +121,27 @@ def check_all(place: Place) -> Result:
     """The checks of tests/test_cuda.py: by pytest, or without it."""
     if importlib.util.find_spec("pytest") is None or place.dry:
         return _run_checks(place)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--durations=10", "-W", "default"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-v",
+        "--tb=short",
+        "--durations=10",
+        "-W",
+        "default",
+    ]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
     log: list[str] = []
     with subprocess.Popen(
-        [*command, "tests/test_cuda.py"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, "tests/test_cuda.py"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         late = threading.Timer(place.seconds - 8, process.kill)
         late.start()
@@ -117,7 +152,8 @@ def check_all(place: Place) -> Result:
     return read_log(log, process.returncode)
 
 
-# A test's fate and name in pytest's lines, in the course and in the summary; with xdist the fate comes first.
+# A test's fate and name in pytest's lines, in the course and in the summary; with xdist the fate
+# comes first.
 FATES = "PASSED|SKIPPED|FAILED|ERROR"
 LINE = re.compile(rf"(?:({FATES}) )?\S+::(\w+(?:\[.*?\])?)(?:\s*$| - | ({FATES})\b)")
 
@@ -128,7 +164,10 @@ def read_log(log: list[str], code: int) -> Result:
     for found in filter(None, map(LINE.search, log)):
         seen.setdefault(found[1] or found[3], set()).add(found[2])
     failed = sorted(seen["FAILED"] | seen["ERROR"])
-    said = f"{len(seen['PASSED'])} passed, {len(failed)} failed, {len(seen['SKIPPED'])} left out; {(log or [''])[-1]}"
+    said = (
+        f"{len(seen['PASSED'])} passed, {len(failed)} failed, {len(seen['SKIPPED'])} left out; "
+        f"{(log or [''])[-1]}"
+    )
     return {"passed": code == 0, "said": said, "failed": failed, "last": log[-40:] if code else []}
 
 
@@ -168,7 +207,9 @@ def measure_whole(place: Place) -> list[Result]:
 
 def measure_many(place: Place) -> list[Result]:
     """Many small tensors, in one group and in a hundred: what the host needs."""
-    return place.measure("groups100,small", ("adamw", "adam", "sgd-momentum", "sgd", "adagrad", "nadam"), 1.0)
+    return place.measure(
+        "groups100,small", ("adamw", "adam", "sgd-momentum", "sgd", "adagrad", "nadam"), 1.0
+    )
 
 
 def measure_every(place: Place) -> list[Result]:
@@ -179,17 +220,33 @@ def measure_every(place: Place) -> list[Result]:
 def measure_matrices(place: Place) -> list[Result]:
     """What is bound by products of matrices, and sparse gradients."""
     rows = place.measure("matrices", ("muon",), 1.0)
-    return rows if place.dry else rows + place.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
+    return (
+        rows
+        if place.dry
+        else rows + place.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
+    )
 
 
 def measure_first(place: Place) -> Result:
-    """First steps in fresh processes, with an empty cache and with a warm one, and the memory beside the state."""
-    asked = [("tiny", "adamw", "onepass")] if place.dry else [("gpt2", name, "onepass") for name in FIRST]
+    """First steps in fresh processes, with an empty cache and with a warm one, and the memory
+    beside the state."""
+    asked = (
+        [("tiny", "adamw", "onepass")]
+        if place.dry
+        else [("gpt2", name, "onepass") for name in FIRST]
+    )
     if not place.dry:
-        asked += [("llama3-1b", "adamw", "onepass"), ("gpt2", "adamw", "default"), ("gpt2", "adamw", "fused")]
+        asked += [
+            ("llama3-1b", "adamw", "onepass"),
+            ("gpt2", "adamw", "default"),
+            ("gpt2", "adamw", "fused"),
+        ]
     found: Result = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = {pool.submit(_try, partial(measure.probe_fresh, *one, place.gpu)): " ".join(one) for one in asked}
+        futures = {
+            pool.submit(_try, partial(measure.probe_fresh, *one, place.gpu)): " ".join(one)
+            for one in asked
+        }
         for future in as_completed(futures):
             found[futures[future]] = future.result()
             place.keep(found)
@@ -204,7 +261,8 @@ def _try(function: Callable[[], Result]) -> Result:
 
 
 def count_uploads(place: Place) -> Result:
-    """Tables sent to the device in ten steps in which nothing moves: none, where step counts are there."""
+    """Tables sent to the device in ten steps in which nothing moves: none, where step counts are
+    there."""
     found = {}
     for name in ("sgd-momentum", "adamw", "adafactor"):
         for mode in ("default", "capturable"):
@@ -213,11 +271,17 @@ def count_uploads(place: Place) -> Result:
             optimizer = make(variant, workload.groups())
             for _ in range(3):
                 optimizer.step()
-            launches = [batch.launch for batch in optimizer._onepass.plan.kernels] if optimizer._onepass.plan else []
+            launches = (
+                [batch.launch for batch in optimizer._onepass.plan.kernels]
+                if optimizer._onepass.plan
+                else []
+            )
             before = sum(getattr(launch, "uploads", 0) for launch in launches)
             for _ in range(10):
                 optimizer.step()
-            found[f"{name} {mode}"] = sum(getattr(launch, "uploads", 0) for launch in launches) - before
+            found[f"{name} {mode}"] = (
+                sum(getattr(launch, "uploads", 0) for launch in launches) - before
+            )
     return found
 
 
@@ -226,9 +290,13 @@ def replay_graphs(place: Place) -> Result:
     found = {}
     for name in ("gpt2", "groups100"):
         workload, variant = Workload(place.model(name), place.gpu.device), find_variant("adamw")
-        steps: dict[str, Callable[[], Any]] = {"onepass": seat(workload, partial(make_capturable, variant)).step}
+        steps: dict[str, Callable[[], Any]] = {
+            "onepass": seat(workload, partial(make_capturable, variant)).step
+        }
         if not place.dry:
-            steps["capturable"] = seat(workload, partial(make_torch, variant, mode="capturable")).step
+            steps["capturable"] = seat(
+                workload, partial(make_torch, variant, mode="capturable")
+            ).step
             for who in list(steps):
                 steps[f"{who}, captured"] = _capture(steps[who])
         timers = {who: place.gpu.timer(step) for who, step in steps.items()}
@@ -250,7 +318,8 @@ def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def measure_others(place: Place) -> Result:
-    """AdamW of other libraries on GPT-2's shapes beside ours; where one is missing, what it says of itself."""
+    """AdamW of other libraries on GPT-2's shapes beside ours; where one is missing, what it says of
+    itself."""
     found: Result = {}
     workload, variant = Workload(place.model("gpt2"), place.gpu.device), find_variant("adamw")
     timers = {"onepass": place.gpu.timer(seat(workload, partial(make_ours, variant)).step)}
@@ -262,7 +331,10 @@ def measure_others(place: Place) -> Result:
                 optimizer.step()
                 timers[f"{library} {name}"] = place.gpu.timer(optimizer.step)
             except Exception as error:
-                found[f"{library} {name}"] = {"missing": f"{type(error).__name__}: {error}", "says": PUBLISHED[library]}
+                found[f"{library} {name}"] = {
+                    "missing": f"{type(error).__name__}: {error}",
+                    "says": PUBLISHED[library],
+                }
     return found | measure.take_turns(timers, 0.01 if place.dry else 4.0, condense)
 
 
@@ -298,9 +370,20 @@ def start_stage(name: str, seconds: float, dry: bool, device: str, log: Path) ->
         said.flush()
         at = said.tell()
         path = Path(folder, "result.json")
-        command = [sys.executable, __file__, "--stage", name, "--out", str(path), "--seconds", str(seconds)]
+        command = [
+            sys.executable,
+            __file__,
+            "--stage",
+            name,
+            "--out",
+            str(path),
+            "--seconds",
+            str(seconds),
+        ]
         command += ["--device", device, *(["--dry-run"] if dry else [])]
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(seconds)
             status = "done" if code == 0 else f"ended with code {code}"
@@ -330,7 +413,11 @@ def summarize(stages: dict[str, Result]) -> list[Result]:
 
 
 def list_judged(rows: list[Result]) -> list[Result]:
-    return [{"model": row["model"], "optimizer": row["optimizer"], **goal} for row in rows for goal in row["goals"]]
+    return [
+        {"model": row["model"], "optimizer": row["optimizer"], **goal}
+        for row in rows
+        for goal in row["goals"]
+    ]
 
 
 def show(stages: dict[str, Result], rows: list[Result], console: Console) -> None:
@@ -359,11 +446,15 @@ def _shorten(value: Any) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for gpu.json and log")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--stages", default=",".join(STAGES), help="those to run, with commas between them")
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), help="those to run, with commas between them"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the same course on the CPU")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
@@ -372,7 +463,10 @@ def main() -> int:
         run_stage(chosen.stage, chosen.out, chosen.seconds, chosen.dry_run, chosen.device)
         return 0
     if not chosen.dry_run and not torch.cuda.is_available():
-        print("gpu.py needs a GPU, and torch sees none: its course can be tried with --dry-run.", file=sys.stderr)
+        print(
+            "gpu.py needs a GPU, and torch sees none: its course can be tried with --dry-run.",
+            file=sys.stderr,
+        )
         return 2
     if unknown := set(chosen.stages.split(",")) - set(STAGES):
         parser.error(f"there is no stage {min(unknown)!r}: choose among {', '.join(STAGES)}")
@@ -386,7 +480,9 @@ def main() -> int:
         if left < LEAST_SECONDS:
             stages[name] = {"status": "left out: no time", "seconds": 0.0, "result": None}
         else:
-            stages[name] = start_stage(name, left, chosen.dry_run, chosen.device, Path(chosen.out, "log"))
+            stages[name] = start_stage(
+                name, left, chosen.dry_run, chosen.device, Path(chosen.out, "log")
+            )
         rows = summarize(stages)
         report = {"schema": measure.SCHEMA, "stages": stages, "goals": list_judged(rows)}
         measure.save(report, Path(chosen.out, "gpu.json"))

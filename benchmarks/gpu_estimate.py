@@ -1,9 +1,10 @@
-"""What kernels would need on a GPU, from their instructions: compiled for a target, without a device.
+"""What kernels would need on a GPU, from their instructions: compiled for a target, without a
+device.
 
     python benchmarks/gpu_estimate.py [--target sm_90] [--dtype float32]      # ten seconds
 
-Prints a Markdown table with a row for each walk over elements: the time that memory takes for one element, and the
-least that instructions take, on the GPU that stands for the target.
+Prints a Markdown table with a row for each walk over elements: the time that memory takes for one
+element, and the least that instructions take, on the GPU that stands for the target.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main() -> None:
     asked = parser.parse_args()
     chip = CHIPS[asked.target]
     print(
-        f"| {chip.name}, {asked.dtype} | bytes | registers | warps | instructions | memory, ps | instructions, ps | |"
+        f"| {chip.name}, {asked.dtype} | bytes | registers | warps | instructions | memory, ps | "
+        "instructions, ps | |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name in (*ELEMENTWISE, "adafactor", "muon"):
@@ -47,12 +49,16 @@ def main() -> None:
             way = fast_path(disassemble(one), one.function.name)
             elements, moved = elements_of(one.function, walk, way), bytes_of(walk)
             least = bound(way, elements, moved, chip)
-            title = name if len(program.passes) == 1 else f"{name}, pass {int(found[1]) + 1} of {len(program.passes)}"
+            title = (
+                name
+                if len(program.passes) == 1
+                else f"{name}, pass {int(found[1]) + 1} of {len(program.passes)}"
+            )
             limit = "memory" if least.memory >= least.arithmetic else f"instructions ({least.by})"
             print(
-                f"| {title} | {moved} | {one.registers} | {one.occupancy[0]} of {one.occupancy[1]} "
-                f"| {len(way.instructions) / elements:.1f} | {1e12 * least.memory:.2f} | {1e12 * least.arithmetic:.2f} "
-                f"| {limit} |",
+                f"| {title} | {moved} | {one.registers} | {one.occupancy[0]} of "
+                f"{one.occupancy[1]} | {len(way.instructions) / elements:.1f} | "
+                f"{1e12 * least.memory:.2f} | {1e12 * least.arithmetic:.2f} | {limit} |",
                 flush=True,
             )
 

@@ -1,9 +1,11 @@
-"""What a step on a GPU takes of the host, without a GPU: everything up to the point where CUDA's driver would begin.
+"""What a step on a GPU takes of the host, without a GPU: everything up to the point where CUDA's
+driver would begin.
 
     python benchmarks/gpu_host.py      # half a minute
 
-Triton binds, chooses and launches kernels as on an H200, through the driver of tests/launched.py, which only takes
-notes; tensors lie in the host's memory. What is missing is the time of CUDA's driver: a launch, and a copy for a table.
+Triton binds, chooses and launches kernels as on an H200, through the driver of tests/launched.py,
+which only takes notes; tensors lie in the host's memory. What is missing is the time of CUDA's
+driver: a launch, and a copy for a table.
 """
 
 from __future__ import annotations
@@ -22,10 +24,15 @@ import launched  # of the tests
 import onepass
 
 MODELS = ((10, 1), (148, 1), (1000, 1), (1000, 100))
-MODES: tuple[tuple[str, dict[str, bool]], ...] = (("default", {}), ("capturable", {"capturable": True}))
+MODES: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("default", {}),
+    ("capturable", {"capturable": True}),
+)
 
 
-def time_steps(tensors: int, groups: int, options: dict[str, bool], steps: int = 300) -> tuple[float, float]:
+def time_steps(
+    tensors: int, groups: int, options: dict[str, bool], steps: int = 300
+) -> tuple[float, float]:
     """The median microseconds of an AdamW step, and how many tables it sends."""
     params = [torch.nn.Parameter(torch.zeros(16)) for _ in range(tensors)]
     for p in params:
@@ -45,7 +52,11 @@ def time_steps(tensors: int, groups: int, options: dict[str, bool], steps: int =
 
 def main(models: Sequence[tuple[int, int]] = MODELS) -> None:
     launched.stand_in()
-    print("| tensors | groups | goal, us | " + " | ".join(f"{mode}, us | tables sent" for mode, _ in MODES) + " |")
+    print(
+        "| tensors | groups | goal, us | "
+        + " | ".join(f"{mode}, us | tables sent" for mode, _ in MODES)
+        + " |"
+    )
     print("|---|---|---|" + "---|---|" * len(MODES))
     for tensors, groups in models:
         cells = (time_steps(tensors, groups, options) for _, options in MODES)

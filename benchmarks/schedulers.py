@@ -1,9 +1,10 @@
-"""What a scheduler's step costs on an optimizer of many param groups: torch's classes and ours, step by step in turn.
+"""What a scheduler's step costs on an optimizer of many param groups: torch's classes and ours,
+step by step in turn.
 
     python benchmarks/schedulers.py
 
-Each pair steps alternately in one run, so that both meet the same machine; a ratio is the median of the ratios of its
-rounds. The goal is at most a quarter of torch's time.
+Each pair steps alternately in one run, so that both meet the same machine; a ratio is the median of
+the ratios of its rounds. The goal is at most a quarter of torch's time.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def keep(step: int) -> float:
 
 def chain(library: Any, optimizer: torch.optim.Optimizer) -> Any:
     """A warm-up times a decay."""
-    return library.ChainedScheduler([library.LinearLR(optimizer, 0.1), library.ExponentialLR(optimizer, 0.999)])
+    return library.ChainedScheduler(
+        [library.LinearLR(optimizer, 0.1), library.ExponentialLR(optimizer, 0.999)]
+    )
 
 
 def sequence(library: Any, optimizer: torch.optim.Optimizer) -> Any:
     """A warm-up, then a cosine."""
     return library.SequentialLR(
-        optimizer, [library.LinearLR(optimizer, 0.1), library.CosineAnnealingLR(optimizer, 10**6)], [5]
+        optimizer,
+        [library.LinearLR(optimizer, 0.1), library.CosineAnnealingLR(optimizer, 10**6)],
+        [5],
     )
 
 
@@ -58,14 +63,20 @@ SCHEDULERS: dict[str, Make] = {
     "PolynomialLR": lambda library, opt: library.PolynomialLR(opt, 10**6),
     "CosineAnnealingLR": lambda library, opt: library.CosineAnnealingLR(opt, 10**6),
     "CosineAnnealingLR, floor": lambda library, opt: library.CosineAnnealingLR(opt, 10**6, 1e-5),
-    "CosineAnnealingWarmRestarts": lambda library, opt: library.CosineAnnealingWarmRestarts(opt, 100, 2),
+    "CosineAnnealingWarmRestarts": lambda library, opt: library.CosineAnnealingWarmRestarts(
+        opt, 100, 2
+    ),
     "LambdaLR": lambda library, opt: library.LambdaLR(opt, keep),
     "MultiplicativeLR": lambda library, opt: library.MultiplicativeLR(opt, keep),
     "SWALR": lambda library, opt: library.SWALR(opt, 0.05, 10**6),
     "CyclicLR": lambda library, opt: library.CyclicLR(opt, 0.01, 0.1),
-    "CyclicLR, lr alone": lambda library, opt: library.CyclicLR(opt, 0.01, 0.1, cycle_momentum=False),
+    "CyclicLR, lr alone": lambda library, opt: library.CyclicLR(
+        opt, 0.01, 0.1, cycle_momentum=False
+    ),
     "OneCycleLR": lambda library, opt: library.OneCycleLR(opt, 0.1, 10**6),
-    "OneCycleLR, lr alone": lambda library, opt: library.OneCycleLR(opt, 0.1, 10**6, cycle_momentum=False),
+    "OneCycleLR, lr alone": lambda library, opt: library.OneCycleLR(
+        opt, 0.1, 10**6, cycle_momentum=False
+    ),
     "ChainedScheduler": chain,
     "SequentialLR": sequence,
     "ReduceLROnPlateau": lambda library, opt: library.ReduceLROnPlateau(opt),
@@ -80,7 +91,8 @@ OURS_ALONE: dict[str, tuple[str, Make]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over the rounds: microseconds a step, and the ratio of ours to torch's in the same round."""
+    """Medians over the rounds: microseconds a step, and the ratio of ours to torch's in the same
+    round."""
 
     torchs: float
     ours: float
@@ -91,7 +103,11 @@ def make_optimizer(groups: int, *, equal: bool, tensor: bool) -> torch.optim.Opt
     """SGD, whose param groups have the same rate or each its own, as floats or as tensors."""
     rates = [0.1 if equal else 0.1 + index / groups for index in range(groups)]
     listed = [
-        {"params": [torch.nn.Parameter(torch.ones(1))], "lr": torch.tensor(rate) if tensor else rate} for rate in rates
+        {
+            "params": [torch.nn.Parameter(torch.ones(1))],
+            "lr": torch.tensor(rate) if tensor else rate,
+        }
+        for rate in rates
     ]
     return torch.optim.SGD(listed, lr=0.1, momentum=0.9)
 
@@ -104,7 +120,9 @@ def time_steps(step: Callable[..., None], arguments: tuple[float, ...], count: i
     return (time.perf_counter() - start) / count * 1e6
 
 
-def compare(make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, count: int) -> Result:
+def compare(
+    make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, count: int
+) -> Result:
     """Torch's and ours in turn, round by round."""
     steps, arguments = [], ()
     for which, library, optimizer in zip(make, (TORCHS, OURS), optimizers, strict=True):
@@ -120,7 +138,9 @@ def compare(make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, c
     return Result(torchs, ours, statistics.median(mine / its for its, mine in times))
 
 
-def measure(groups: int, rounds: int, count: int, *, equal: bool, tensor: bool) -> dict[str, Result]:
+def measure(
+    groups: int, rounds: int, count: int, *, equal: bool, tensor: bool
+) -> dict[str, Result]:
     """All classes on one kind of optimizer."""
     pairs = {name: (make, make) for name, make in SCHEDULERS.items()}
     pairs |= {name: (SCHEDULERS[other], make) for name, (other, make) in OURS_ALONE.items()}
@@ -133,7 +153,9 @@ def measure(groups: int, rounds: int, count: int, *, equal: bool, tensor: bool) 
 
 def main() -> None:
     """Measure, print a table, and say which class is the slowest beside torch's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20, help="steps of each in a round")
@@ -146,18 +168,24 @@ def main() -> None:
         for kind, equal in kinds.items()
     }
     table = Table(
-        title=f"A step on {given.groups} groups of one rate each, and of the same: torch's us, ours, the ratio"
+        title=f"A step on {given.groups} groups of one rate each, and of the same: "
+        "torch's us, ours, the ratio"
     )
     table.add_column("scheduler", no_wrap=True)
     for column in ("torch", "ours", "ratio") * len(kinds):
         table.add_column(column, justify="right", no_wrap=True)
     for name in measured["each its own rate"]:
         row = [measured[kind][name] for kind in kinds]
-        table.add_row(name, *(f"{x:.{n}f}" for r in row for x, n in ((r.torchs, 1), (r.ours, 1), (r.ratio, 3))))
+        table.add_row(
+            name,
+            *(f"{x:.{n}f}" for r in row for x, n in ((r.torchs, 1), (r.ours, 1), (r.ratio, 3))),
+        )
     console = Console(width=100)
     console.print(table)
     worst = max(((r.ratio, name, kind) for kind in kinds for name, r in measured[kind].items()))
-    console.print(f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. The goal: at most {GOAL}.")
+    console.print(
+        f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. The goal: at most {GOAL}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""An optimizer that onepass does not have, in twelve lines: it gets the compiled kernel, every dtype, every option.
+"""An optimizer that onepass does not have, in twelve lines: it gets the compiled kernel, every
+dtype, every option.
 
 python examples/lion.py
 """

@@ -1,4 +1,5 @@
-"""PyTorch optimizers, each written once and run in one pass over memory: `import onepass as optim`."""
+"""PyTorch optimizers, each written once and run in one pass over memory: `import onepass as
+optim`."""
 
 from . import lr_scheduler, schedule, swa_utils
 from .algorithms.adadelta import Adadelta

@@ -1,4 +1,5 @@
-"""What is not elementwise: functions of whole matrices, which a rule calls between two passes over memory."""
+"""What is not elementwise: functions of whole matrices, which a rule calls between two passes over
+memory."""
 
 from __future__ import annotations
 
@@ -15,17 +16,21 @@ def orthogonalize(x: Node, coefficients: tuple[Node, Node, Node], eps: Node, ste
     return call(newton_schulz, x, *coefficients, eps, steps)
 
 
-def newton_schulz(matrices: Tensor, a: float, b: float, c: float, eps: float, steps: float) -> Tensor:
-    r"""For each matrix $X = U S V^\top$ about $U V^\top$, by `steps` of a Newton-Schulz iteration of degree five.
+def newton_schulz(
+    matrices: Tensor, a: float, b: float, c: float, eps: float, steps: float
+) -> Tensor:
+    r"""For each matrix $X = U S V^\top$ about $U V^\top$, by `steps` of a Newton-Schulz iteration
+    of degree five.
 
-    $$ X_0 = X / \max(\|X\|_F, \epsilon), \quad X_{k+1} = a X_k + (b A_k + c A_k^2) X_k, \quad A_k = X_k X_k^\top $$
+    $$ X_0 = X / \max(\|X\|_F, \epsilon), \quad X_{k+1} = a X_k + (b A_k + c A_k^2) X_k, \quad
+       A_k = X_k X_k^\top $$
 
-    With the coefficients and steps of Muon, singular values from about a 500th of the norm on end between 0.68 and 1.2,
-    not at 1; smaller ones have then grown by $a$ in each step.
+    With the coefficients and steps of Muon, singular values from about a 500th of the norm on end
+    between 0.68 and 1.2, not at 1; smaller ones have then grown by $a$ in each step.
 
-    `matrices` has shape (k, rows, columns) and stays as it is; the result has its shape and type. Products are in
-    bfloat16, as in torch, but for float64 matrices and for processors that would be slower at it: there in the type of
-    `matrices`.
+    `matrices` has shape (k, rows, columns) and stays as it is; the result has its shape and type.
+    Products are in bfloat16, as in torch, but for float64 matrices and for processors that would be
+    slower at it: there in the type of `matrices`.
     """
     fast = matrices.device.type != "cpu" or has_bfloat16_products()
     x = matrices.bfloat16() if fast and matrices.dtype != torch.float64 else matrices

@@ -1,4 +1,5 @@
-"""`Optimizer`: parameter groups, state, step, hooks and checkpoints; all of torch's contract, and no mathematics."""
+"""`Optimizer`: parameter groups, state, step, hooks and checkpoints; all of torch's contract, and
+no mathematics."""
 
 from __future__ import annotations
 
@@ -46,33 +47,37 @@ from .stepping.private import Lazy, Private
 from .stepping.reading import Reading, drop_gradients
 from .stepping.recipe import Algorithm, fill_state, recipe_of
 
-# How often a plan is made again when what it is made for changes meanwhile, as another thread may change it.
+# How often a plan is made again when what it is made for changes meanwhile, as another thread may
+# change it.
 MOST_PLANS = 8
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class Optimizer(TorchOptimizer):
-    """The base of every optimizer here, and of yours: subclass it, write `__init__` and a static `rule`.
+    """The base of every optimizer here, and of yours: subclass it, write `__init__` and a static
+    `rule`.
 
-    The rule's positional arguments name the columns (p, g and the states, under torch's state-dict names), its
-    keyword-only arguments the param-group options; it returns the new value of each column that changes. Two keywords
-    are supplied for each parameter: `step`, the number of this step from 1, and `first`, a condition that holds in the
-    step that created the state. A state is shaped as its parameter, unless its annotation says otherwise: `Scalar` is
-    one number a parameter, `PerRow` and `PerColumn` are one for each row or column of its last two dimensions.
+    The rule's positional arguments name the columns (p, g and the states, under torch's state-dict
+    names), its keyword-only arguments the param-group options; it returns the new value of each
+    column that changes. Two keywords are supplied for each parameter: `step`, the number of this
+    step from 1, and `first`, a condition that holds in the step that created the state. A state is
+    shaped as its parameter, unless its annotation says otherwise: `Scalar` is one number a
+    parameter, `PerRow` and `PerColumn` are one for each row or column of its last two dimensions.
 
-    A class that sets `gradients = "any"` takes sparse gradients, too: its rule steps the rows, slices of p and of the
-    states, for which they have values, and leaves all others as they are; `step` and `first` remain the parameter's.
-    With "sparse" it refuses dense ones.
+    A class that sets `gradients = "any"` takes sparse gradients, too: its rule steps the rows,
+    slices of p and of the states, for which they have values, and leaves all others as they are;
+    `step` and `first` remain the parameter's. With "sparse" it refuses dense ones.
     """
 
     rule: Rule
     _onepass = Lazy()
     _onepass_switches: tuple[str, ...] = ()
-    # torch's class in whose place this one stands; torch's base of all for a class of somebody's own.
+    # torch's class in whose place this one stands; torch's base of all for a class of somebody's
+    # own.
     _onepass_torch_class: Any = TorchOptimizer
-    # After it come torch's base of all and what others have put before that: their constructors are called, not those
-    # of torch's classes.
+    # After it come torch's base of all and what others have put before that: their constructors are
+    # called, not those of torch's classes.
     _onepass_last: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -82,7 +87,9 @@ class Optimizer(TorchOptimizer):
         bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
         torchs = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
         cls._onepass_torch_class = torchs[0]
-        cls._onepass_last = [Optimizer, *(base for base in torchs if base is not TorchOptimizer)][-1]
+        cls._onepass_last = [Optimizer, *(base for base in torchs if base is not TorchOptimizer)][
+            -1
+        ]
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -90,8 +97,8 @@ class Optimizer(TorchOptimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         """Begin with param groups, each with `defaults` where it names no options of its own.
 
-        Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors that are not leaves,
-        or that occur in two groups.
+        Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors
+        that are not leaves, or that occur in two groups.
         """
         vars(self)["_onepass"] = Private()
         owner = _name(self)
@@ -99,8 +106,8 @@ class Optimizer(TorchOptimizer):
         _check(self, defaults)
         if isinstance(params, Tensor) or not is_iterable(params):
             raise TypeError(
-                f"{owner}: params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
-                f"{torch.typename(params)}; pass model.parameters()"
+                f"{owner}: params argument given to the optimizer should be an iterable of "
+                f"Tensors or dicts, but got {torch.typename(params)}; pass model.parameters()"
             )
         if isinstance(params, set):
             raise TypeError(UNORDERED.format(owner))
@@ -113,38 +120,45 @@ class Optimizer(TorchOptimizer):
     # What a subclass may refine.
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
-        """The rule by which a parameter steps, where one class has several; it depends on p's shape and on flags."""
+        """The rule by which a parameter steps, where one class has several; it depends on p's shape
+        and on flags."""
         return type(self).rule
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        """The rule's flags in a group: the options that are True or False by default, so that 0 and 1 will do too.
+        """The rule's flags in a group: the options that are True or False by default, so that 0 and
+        1 will do too.
 
         Override it, and add to what it returns, where a flag follows from a number.
         """
         return {name: flag(group[name], name) for name in self._onepass_switches if name in group}
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """A state before a parameter's first step: zeros, of the shape, type and place of `like`."""
+        """A state before a parameter's first step: zeros, of the shape, type and place of
+        `like`."""
         return torch.zeros_like(like, memory_format=torch.preserve_format)
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
-        """Whether a group's rule, given a sparse gradient, steps the rows that it has values for, and those alone.
+        """Whether a group's rule, given a sparse gradient, steps the rows that it has values for,
+        and those alone.
 
-        Else the gradient is filled up with zeros. It is asked where a class whose `gradients` are "any" or "sparse"
-        meets a sparse one, depends on flags, and may raise `StepError`.
+        Else the gradient is filled up with zeros. It is asked where a class whose `gradients` are
+        "any" or "sparse" meets a sparse one, depends on flags, and may raise `StepError`.
         """
         return True
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise where an option's value makes no sense, for the defaults and for each group, which has `params` too."""
+        """Raise where an option's value makes no sense, for the defaults and for each group, which
+        has `params` too."""
 
     # Stepping.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, and return what `closure`, if given, returned.
+        """Update every parameter that has a gradient, and return what `closure`, if given,
+        returned.
 
-        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the class does not take,
-        state that does not fit, memory that is gone. The optimizer is unchanged then.
+        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the
+        class does not take, state that does not fit, memory that is gone. The optimizer is
+        unchanged then.
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
@@ -165,9 +179,13 @@ class Optimizer(TorchOptimizer):
         Raises as the constructor does, and then the optimizer is as it was.
         """
         if not isinstance(param_group, dict):
-            raise TypeError(f"{_name(self)}: param_group must be a dict, but got {type(param_group).__name__}")
+            raise TypeError(
+                f"{_name(self)}: param_group must be a dict, but got {type(param_group).__name__}"
+            )
         if "params" not in param_group:
-            raise KeyError(f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}")
+            raise KeyError(
+                f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}"
+            )
         params, names = read_params(_name(self), param_group["params"])
         check_params(_name(self), params, bool(self.defaults.get("differentiable")), names)
         check_spelling(_name(self), param_group, self.defaults)
@@ -187,12 +205,20 @@ class Optimizer(TorchOptimizer):
         """Create the state of a group's parameters now, and not in their first step."""
         algorithm = algorithm_of(self)
         for p in group["params"]:
-            fill_state(algorithm, recipe_of(algorithm, p, group), p, group, self.state[p].__setitem__, self.state[p])
+            fill_state(
+                algorithm,
+                recipe_of(algorithm, p, group),
+                p,
+                group,
+                self.state[p].__setitem__,
+                self.state[p],
+            )
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the param groups, with positions instead of parameters; torch.optim can load it.
+        """The state and the param groups, with positions instead of parameters; torch.optim can
+        load it.
 
         Tensors are the optimizer's own, not copies, as in torch.
         """
@@ -209,13 +235,13 @@ class Optimizer(TorchOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
 
-        Parameters are matched by name where both sides have the same names, else by position, with a warning where
-        names differ; see `check_names`. State keeps its own dtype (fp32 moments of a bf16 parameter stay fp32) and
-        moves to the parameter's device. State that does not belong to the rule is kept. Options, the learning rate
-        included, are the saved ones.
+        Parameters are matched by name where both sides have the same names, else by position, with
+        a warning where names differ; see `check_names`. State keeps its own dtype (fp32 moments of
+        a bf16 parameter stay fp32) and moves to the parameter's device. State that does not belong
+        to the rule is kept. Options, the learning rate included, are the saved ones.
 
-        Raises ValueError, with the parameter's name and both shapes, where the dict does not fit; nothing has been
-        changed then.
+        Raises ValueError, with the parameter's name and both shapes, where the dict does not fit;
+        nothing has been changed then.
         """
         if not isinstance(state_dict, Mapping):
             check_state_dict(_name(self), state_dict)
@@ -225,16 +251,19 @@ class Optimizer(TorchOptimizer):
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
         with self._onepass.turn:
-            state, groups = self._onepass_load(match(_name(self), self.param_groups, state_dict, _states_of(Optimizer)))
+            state, groups = self._onepass_load(
+                match(_name(self), self.param_groups, state_dict, _states_of(Optimizer))
+            )
             self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def check_names(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError where a state dict's parameters have other names than these, or in other groups.
+        """Raise ValueError where a state dict's parameters have other names than these, or in other
+        groups.
 
-        `load_state_dict` warns of it, and matches by position. What wrappers put into names does not count, as
-        `module.` and `_orig_mod.`.
+        `load_state_dict` warns of it, and matches by position. What wrappers put into names does
+        not count, as `module.` and `_orig_mod.`.
         """
         check_state_dict(_name(self), state_dict)
         difference = match(_name(self), self.param_groups, state_dict).difference
@@ -242,26 +271,32 @@ class Optimizer(TorchOptimizer):
             raise ValueError(f"{difference}; load a checkpoint of this model")
 
     def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-        """The state and groups that a state dict holds for this optimizer, everything verified first.
+        """The state and groups that a state dict holds for this optimizer, everything verified
+        first.
 
         Override it where state does not lie beside each parameter.
         """
-        return matched.load(partial(_state_of, self), self.defaults, checks_options=steps_by_rule(type(self)))
+        return matched.load(
+            partial(_state_of, self), self.defaults, checks_options=steps_by_rule(type(self))
+        )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves to the step what it would have to wait for: to unscale, and to skip the step.
+        """Whether GradScaler leaves to the step what it would have to wait for: to unscale, and to
+        skip the step.
 
-        So it is where a group is fused, as in torch, or capturable; and only GradScaler is told. To others it would
-        mean that gradients must not be unscaled before a step, for which Lightning refuses to clip them; but a step
-        takes them either way, as GradScaler knows which it is.
+        So it is where a group is fused, as in torch, or capturable; and only GradScaler is told. To
+        others it would mean that gradients must not be unscaled before a step, for which Lightning
+        refuses to clip them; but a step takes them either way, as GradScaler knows which it is.
         """
         if self._onepass.supports_scaling is not None:
             return self._onepass.supports_scaling
         asks = sys._getframe(1).f_globals.get("__name__")
         if asks != GradScaler.__module__:
             return False
-        capturable = any(g.get("capturable") for g in self.param_groups) and not steps_as_torch(self)
+        capturable = any(g.get("capturable") for g in self.param_groups) and not steps_as_torch(
+            self
+        )
         return capturable or any(g.get("fused") for g in self.param_groups)
 
     @_step_supports_amp_scaling.setter
@@ -272,11 +307,14 @@ class Optimizer(TorchOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._onepass.turn:
-            # What walks through these dicts, long after the turn, must not meet a state that another thread begins.
+            # What walks through these dicts, long after the turn, must not meet a state that
+            # another thread begins.
             if self._onepass.is_shared:
                 return super(self._onepass_last, self).__getstate__()
             state = copy(self.state)
-            state.update((p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict)
+            state.update(
+                (p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict
+            )
             return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
     def __copy__(self) -> Any:
@@ -323,7 +361,10 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         return loss
     private = optimizer._onepass
     # Outside of it other threads may step: a closure may wait for one that does.
-    with private.turn as turn, torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+    with (
+        private.turn as turn,
+        torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))),
+    ):
         turn.refuse_another(_name(optimizer))
         if has_own_group_reader(optimizer):
             step_as_torch(optimizer, OVERRIDES.format("_init_group"))
@@ -334,7 +375,9 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
             return loss
         plan, reading, gathered = ready
         if private.idle.waits:
-            private.idle.look(optimizer, reading.params, reading.grads, closure is not None, private.warn_once)
+            private.idle.look(
+                optimizer, reading.params, reading.grads, closure is not None, private.warn_once
+            )
         plan.run(reading, gathered, unscale)
     if plan.refused_rate is not None:
         index, rate = plan.refused_rate
@@ -373,12 +416,17 @@ def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any]
             private.plan = plan
             return plan, reading, gathered
         private.let_go(plan)
-    raise StepError(f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step again")
+    raise StepError(
+        f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step "
+        "again"
+    )
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
     optimizer._onepass.idle.expects_gradients = True
-    with torch.autograd.profiler.record_function(f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"):
+    with torch.autograd.profiler.record_function(
+        f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"
+    ):
         params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         if set_to_none:
             drop_gradients(params)
@@ -398,7 +446,10 @@ def algorithm_of(optimizer: Optimizer) -> Algorithm:
     # Looked up on the class: on an optimizer itself people keep notes under common words.
     cls = type(optimizer)
     if not hasattr(cls, "rule"):
-        raise TypeError(f"{_name(optimizer)} has no rule; write a static method `rule(p, g, *states, *, options)`")
+        raise TypeError(
+            f"{_name(optimizer)} has no rule; write a static method `rule(p, g, *states, *, "
+            "options)`"
+        )
     return Algorithm(
         _name(optimizer),
         partial(cls.rule_of, optimizer),
@@ -429,22 +480,30 @@ def _pack(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         start += len(params)
         packed = {key: value for key, value in group.items() if key != "params"}
         groups.append(packed | {"params": [position[id(p)] for p in params]})
-    state = {(position[id(p)] if isinstance(p, Tensor) else p): value for p, value in optimizer.state.items()}
+    state = {
+        (position[id(p)] if isinstance(p, Tensor) else p): value
+        for p, value in optimizer.state.items()
+    }
     return state, groups
 
 
 def _state_of(
     optimizer: Optimizer, p: Tensor, group: Mapping[str, Any]
 ) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
-    """The state that a parameter must have once it has stepped, and the shapes of all that it may have."""
+    """The state that a parameter must have once it has stepped, and the shapes of all that it may
+    have."""
     if not steps_by_rule(type(optimizer)):
         # It has a step of its own, which knows.
         return (), None
     algorithm = algorithm_of(optimizer)
     recipe = recipe_of(algorithm, p, dict(group))
     said = signature(algorithm.rule_of(p, dict(group)))
-    shapes = {name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]}
-    required = [name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")]
+    shapes = {
+        name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]
+    }
+    required = [
+        name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")
+    ]
     return required, dict.fromkeys(recipe.numbers) | shapes
 
 
@@ -461,6 +520,7 @@ def _name(optimizer: TorchOptimizer) -> str:
     return type(optimizer).__name__
 
 
-# These import torch's compiler when first called, which inside a compiled function has happened already.
+# These import torch's compiler when first called, which inside a compiled function has happened
+# already.
 _step_outside_graphs = torch._disable_dynamo(_take_step)
 _zero_grad_outside_graphs = torch._disable_dynamo(_zero_grad)

@@ -1,4 +1,5 @@
-"""What all pictures share: a figure of a size in pixels, its colours, and the file that it becomes."""
+"""What all pictures share: a figure of a size in pixels, its colours, and the file that it
+becomes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def new_figure(width: int, height: int) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG file `path`, whole or not at all; in 128 colours, a third of the bytes look the same."""
+    """Write the PNG file `path`, whole or not at all; in 128 colours, a third of the bytes look the
+    same."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     temporary = path.with_name(f".{path.name}.tmp")

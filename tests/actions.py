@@ -1,7 +1,8 @@
-"""What a user may do to an optimizer between two steps, for `state_machine.py`: changes, damages, and ways to step.
+"""What a user may do to an optimizer between two steps, for `state_machine.py`: changes, damages,
+and ways to step.
 
-An action changes something and returns, or returns False where it does not fit. A damage makes the next step impossible
-and returns what mends it, or None where it does not fit.
+An action changes something and returns, or returns False where it does not fit. A damage makes the
+next step impossible and returns what mends it, or None where it does not fit.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ DAMAGES: dict[str, Callable[[Machine], Mend | None]] = {}
 
 
 def action(
-    weight: float = 1.0, descent: bool = False, fits: Callable[[Machine], bool] = lambda machine: True
+    weight: float = 1.0,
+    descent: bool = False,
+    fits: Callable[[Machine], bool] = lambda machine: True,
 ) -> Callable[[Callable[[Machine], Any]], Callable[[Machine], Any]]:
     """Register an action; `descent` says that LBFGS, which needs a closure, can do with it too."""
 
@@ -237,7 +240,8 @@ def clone_state(machine: Machine) -> None:
 
 
 def odd_gradient(name: str, fits: Callable[[Machine], bool] = dense) -> Any:
-    """Register an action that gives some parameters, each with its shape and dtype, a gradient by a function."""
+    """Register an action that gives some parameters, each with its shape and dtype, a gradient by a
+    function."""
 
     def register(function: Callable[[Machine, Any], Tensor | None]) -> Any:
         def give(machine: Machine) -> Any:
@@ -324,7 +328,10 @@ def _of_another_dtype(machine: Machine, p: Any) -> Tensor | None:
         return None
     p.grad = None
     p.grad_dtype = None
-    return machine.values(p.shape, machine.choose.choice([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
+    return machine.values(
+        p.shape,
+        machine.choose.choice([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    )
 
 
 @odd_gradient("made_in_inference_mode")
@@ -361,7 +368,11 @@ def takes_sparse(machine: Machine) -> bool:
 
 @odd_gradient("sparse", takes_sparse)
 def _sparse(machine: Machine, p: Any) -> Tensor | None:
-    return machine.sparse_gradient(p) if p.dim() and not p.is_complex() and decays_not(machine) else None
+    return (
+        machine.sparse_gradient(p)
+        if p.dim() and not p.is_complex() and decays_not(machine)
+        else None
+    )
 
 
 @odd_gradient("sparse_and_coalesced", takes_sparse)
@@ -380,7 +391,11 @@ def _elements(machine: Machine, p: Any) -> Tensor | None:
 
 @odd_gradient("sparse_without_values", takes_sparse)
 def _empty(machine: Machine, p: Any) -> Tensor | None:
-    return machine.sparse_gradient(p, 0) if p.dim() and not p.is_complex() and decays_not(machine) else None
+    return (
+        machine.sparse_gradient(p, 0)
+        if p.dim() and not p.is_complex() and decays_not(machine)
+        else None
+    )
 
 
 def decays_not(machine: Machine) -> bool:
@@ -422,7 +437,9 @@ def with_boom(machine: Machine, change: Callable[[Any], Any]) -> None:
 def interrupted_by_a_gradient(machine: Machine) -> Any:
     machine.set_gradients()
     p = machine.any()
-    with_boom(machine, lambda cls: setattr(p, "grad", machine.values(p.shape, p.dtype).as_subclass(cls)))
+    with_boom(
+        machine, lambda cls: setattr(p, "grad", machine.values(p.shape, p.dtype).as_subclass(cls))
+    )
     p.grad = None
 
 
@@ -514,7 +531,9 @@ def cast_a_parameter(machine: Machine) -> Any:
     if p.is_complex() or machine.shares(p):
         return False
     p.grad = None
-    dtype = machine.choose.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    dtype = machine.choose.choice(
+        [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
+    )
     p.data = p.detach().to(dtype)
     return None
 
@@ -536,15 +555,22 @@ def freeze_or_thaw(machine: Machine) -> Any:
 
 def pair(machine: Machine, fits: Callable[[Any, Any], bool]) -> tuple[Any, Any] | None:
     """Two parameters of one type, chosen by their shapes."""
-    pairs = [(p, q) for p in machine.members() for q in machine.members() if p is not q and fits(p, q)]
+    pairs = [
+        (p, q) for p in machine.members() for q in machine.members() if p is not q and fits(p, q)
+    ]
     return machine.choose.choice(pairs) if pairs else None
 
 
-def put_together(machine: Machine, p: Any, q: Any, values: Tensor, first: Tensor, second: Tensor) -> None:
+def put_together(
+    machine: Machine, p: Any, q: Any, values: Tensor, first: Tensor, second: Tensor
+) -> None:
     machine.opt.zero_grad()
     p.data, q.data = first, second
     for r in (p, q):
-        if any(machine.entry(r)[name].is_complex() != values.is_complex() for name in machine.columns(r)):
+        if any(
+            machine.entry(r)[name].is_complex() != values.is_complex()
+            for name in machine.columns(r)
+        ):
             machine.opt.state.pop(r)
 
 
@@ -578,7 +604,9 @@ def two_overlap(machine: Machine) -> Any:
     p, q = found
     n, m, gap = p.numel(), q.numel(), machine.choose.randint(0, 3)
     values = machine.values((n + m,), p.dtype)
-    put_together(machine, p, q, values, values[:n].view(p.shape), values[gap : gap + m].view(q.shape))
+    put_together(
+        machine, p, q, values, values[:n].view(p.shape), values[gap : gap + m].view(q.shape)
+    )
     return None
 
 
@@ -691,7 +719,9 @@ def delete_an_entry(machine: Machine) -> Any:
 
 @action(fits=has_state)
 def exchange_states(machine: Machine) -> Any:
-    found = pair(machine, lambda p, q: p.shape == q.shape and p.dtype == q.dtype and p in machine.opt.state)
+    found = pair(
+        machine, lambda p, q: p.shape == q.shape and p.dtype == q.dtype and p in machine.opt.state
+    )
     if found is None or found[1] not in machine.opt.state:
         return False
     p, q = found
@@ -717,8 +747,16 @@ def replace_counts(machine: Machine) -> Any:
         entry = machine.entry(p)
         if "step" in entry and machine.choose.random() < 0.5:
             count = int(entry["step"]) + machine.choose.randint(0, 3)
-            makers: list[Callable[[int], Any]] = [int, float, torch.tensor, lambda n: torch.tensor([float(n)])]
-            makers += [lambda n: torch.tensor(float(n)), lambda n: torch.tensor(float(n), dtype=torch.float64)]
+            makers: list[Callable[[int], Any]] = [
+                int,
+                float,
+                torch.tensor,
+                lambda n: torch.tensor([float(n)]),
+            ]
+            makers += [
+                lambda n: torch.tensor(float(n)),
+                lambda n: torch.tensor(float(n), dtype=torch.float64),
+            ]
             entry["step"] = machine.choose.choice(makers)(count)
 
 
@@ -751,7 +789,11 @@ def values_of(value: Any) -> np.ndarray:
     """A state entry as an array: a tensor, a number, a list of these, or None."""
     if isinstance(value, list):
         return np.stack([values_of(v) for v in value]) if value else np.zeros(0)
-    return numbers(value) if isinstance(value, Tensor) else np.asarray(math.nan if value is None else value)
+    return (
+        numbers(value)
+        if isinstance(value, Tensor)
+        else np.asarray(math.nan if value is None else value)
+    )
 
 
 def state_of(opt: Any) -> list[dict[str, np.ndarray]]:
@@ -770,13 +812,23 @@ def check_same_state(
         if set(a) != set(b):
             raise Fault(f"state {i} has {sorted(b)} after {sorted(a)}")
         for name, values in a.items():
-            if not np.allclose(values, b[name].reshape(values.shape), rtol=2 * unit, atol=unit * 1e-3, equal_nan=True):
+            if not np.allclose(
+                values,
+                b[name].reshape(values.shape),
+                rtol=2 * unit,
+                atol=unit * 1e-3,
+                equal_nan=True,
+            ):
                 raise Fault(f"{name} of parameter {i} has changed")
 
 
 def options_of(opt: Any) -> list[dict[str, Any]]:
     return [
-        {key: repr(value) for key, value in group.items() if key not in ("params", "differentiable")}
+        {
+            key: repr(value)
+            for key, value in group.items()
+            if key not in ("params", "differentiable")
+        }
         for group in opt.param_groups
     ]
 
@@ -815,7 +867,11 @@ def reload_own_state(machine: Machine) -> Any:
 def load_into_a_new_optimizer(machine: Machine) -> Any:
     groups = [{"params": list(group["params"])} for group in machine.opt.param_groups]
     saved = machine.opt.state_dict()
-    reload(machine, through_a_file(saved) if machine.choose.random() < 0.5 else saved, machine.make(groups))
+    reload(
+        machine,
+        through_a_file(saved) if machine.choose.random() < 0.5 else saved,
+        machine.make(groups),
+    )
 
 
 @action(descent=True)
@@ -981,9 +1037,10 @@ def flag_action(name: str) -> None:
 
     switch.__name__ = f"switch_{name}"
     # AdamW is decoupled whatever its groups say.
-    action(weight=0.7, fits=lambda machine: has(name)(machine) and (name[0] != "d" or machine.kind.cls != "AdamW"))(
-        switch
-    )
+    action(
+        weight=0.7,
+        fits=lambda machine: has(name)(machine) and (name[0] != "d" or machine.kind.cls != "AdamW"),
+    )(switch)
 
 
 for _name in ("amsgrad", "maximize", "centered", "decoupled_weight_decay"):
@@ -997,7 +1054,9 @@ def is_nesterov(machine: Machine) -> bool:
 @action(weight=2.0, fits=has("momentum"))
 def change_momentum(machine: Machine) -> Any:
     for group in machine.opt.param_groups:
-        group["momentum"] = machine.choose.choice([0.0, 0.5, 0.9] if machine.kind.cls != "Muon" else [0.5, 0.9])
+        group["momentum"] = machine.choose.choice(
+            [0.0, 0.5, 0.9] if machine.kind.cls != "Muon" else [0.5, 0.9]
+        )
         if is_nesterov(machine):
             group["nesterov"] = bool(group["momentum"]) and machine.choose.random() < 0.5
         if "dampening" in group:
@@ -1008,7 +1067,9 @@ def change_momentum(machine: Machine) -> Any:
 def switch_backend(machine: Machine) -> Any:
     eager = machine.choose.random() < 0.5
     for group in machine.opt.param_groups:
-        group.update({"foreach": False, "fused": False} if eager else {"foreach": None, "fused": None})
+        group.update(
+            {"foreach": False, "fused": False} if eager else {"foreach": None, "fused": None}
+        )
 
 
 @action(descent=True)
@@ -1074,7 +1135,9 @@ def hook_after_a_step_that_raises(machine: Machine) -> Any:
 @action()
 def hook_after_a_step_that_saves(machine: Machine) -> Any:
     machine.set_gradients()
-    handle = machine.opt.register_step_post_hook(lambda opt, *_: machine.kept.append(opt.state_dict()))
+    handle = machine.opt.register_step_post_hook(
+        lambda opt, *_: machine.kept.append(opt.state_dict())
+    )
     machine.step()
     handle.remove()
     machine.kept.clear()
@@ -1099,7 +1162,11 @@ def parameter_without_storage(machine: Machine) -> Mend | None:
         return None
     saved, size = content_of(storage), storage.nbytes()
     # Of what the parameter needs, the last byte is missing, or all.
-    last = p.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+    last = (
+        p.storage_offset()
+        + 1
+        + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+    )
     storage.resize_(machine.choose.choice([0, last * p.itemsize - 1]) if p.numel() else 0)
 
     def mend() -> None:
@@ -1164,7 +1231,13 @@ def state_of_another_kind(machine: Machine) -> Mend | None:
         return None
     entry, name = found
     shape = entry[name].shape
-    kinds: list[Any] = ["text", 3.5, [1, 2], torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, device="meta")]
+    kinds: list[Any] = [
+        "text",
+        3.5,
+        [1, 2],
+        torch.zeros(shape, dtype=torch.int32),
+        torch.zeros(shape, device="meta"),
+    ]
     kinds += [
         torch.zeros(shape, dtype=torch.bool),
         torch.zeros(shape).numpy(),
@@ -1232,7 +1305,9 @@ def parameter_with_holes_then_expanded(machine: Machine) -> Mend | None:
     machine.step()
     former, shape = p.data, p.shape
     p.data = (
-        machine.values(shape, p.dtype)[:1].expand(shape) if shape[0] > 1 else machine.values((), p.dtype).expand(shape)
+        machine.values(shape, p.dtype)[:1].expand(shape)
+        if shape[0] > 1
+        else machine.values((), p.dtype).expand(shape)
     )
     return lambda: setattr(p, "data", former)
 
@@ -1271,7 +1346,9 @@ def gradient_of_another_kind(machine: Machine) -> Mend | None:
     if p.grad.layout != torch.strided:
         return None
     wrong = torch.float32 if p.is_complex() else torch.complex64
-    p.grad.data = torch.zeros(p.shape, dtype=machine.choose.choice([torch.int32, torch.bool, wrong]))
+    p.grad.data = torch.zeros(
+        p.shape, dtype=machine.choose.choice([torch.int32, torch.bool, wrong])
+    )
     return lambda: setattr(p, "grad", machine.gradient(p))
 
 
@@ -1284,7 +1361,11 @@ def gradient_of_a_layout_not_taken(machine: Machine) -> Mend | None:
     p = machine.any()
     if machine.kind.sparse == "only":
         p.grad = machine.values(p.shape, p.dtype)
-    elif not p.dim() or p.is_complex() or (takes_sparse(machine) and not group_of(machine, p).get("weight_decay")):
+    elif (
+        not p.dim()
+        or p.is_complex()
+        or (takes_sparse(machine) and not group_of(machine, p).get("weight_decay"))
+    ):
         return None
     else:
         p.grad = machine.sparse_gradient(p, 3)
@@ -1295,8 +1376,20 @@ def gradient_of_a_layout_not_taken(machine: Machine) -> Mend | None:
 def option_of_no_use(machine: Machine) -> Mend | None:
     group = machine.choose.choice(machine.opt.param_groups)
     bad: list[tuple[str, Any]] = [("lr", torch.ones(2)), ("lr", "0.1"), ("lr", None), ("lr", [0.1])]
-    bad += [("betas", (0.9,)), ("betas", 0.9), ("betas", (0.9, "x")), ("weight_decay", 1j), ("eps", "tiny")]
-    bad += [("amsgrad", "yes"), ("maximize", 3), ("centered", [True]), ("momentum", "0.9"), ("etas", (0.5,))]
+    bad += [
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("betas", (0.9, "x")),
+        ("weight_decay", 1j),
+        ("eps", "tiny"),
+    ]
+    bad += [
+        ("amsgrad", "yes"),
+        ("maximize", 3),
+        ("centered", [True]),
+        ("momentum", "0.9"),
+        ("etas", (0.5,)),
+    ]
     name, value = machine.choose.choice([(name, value) for name, value in bad if name in group])
     # The first is read once, the second by groups without matrices.
     if (machine.kind.cls, name) in (("Rprop", "lr"), ("Muon", "betas")):
@@ -1322,9 +1415,19 @@ def nested_step(machine: Machine) -> Mend | None:
 
     class Nested(Tensor):
         @classmethod
-        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             with torch._C.DisableTorchFunctionSubclass():
-                if func in (Tensor.add, Tensor.mul, Tensor.to, Tensor.sub, Tensor.neg, torch.lerp, Tensor.__rmul__):
+                if func in (
+                    Tensor.add,
+                    Tensor.mul,
+                    Tensor.to,
+                    Tensor.sub,
+                    Tensor.neg,
+                    torch.lerp,
+                    Tensor.__rmul__,
+                ):
                     machine.call()
                 return func(*args, **(kwargs or {}))
 
@@ -1337,7 +1440,9 @@ def nested_step(machine: Machine) -> Mend | None:
 @action(weight=2.0)
 def several_damages(machine: Machine) -> Any:
     machine.set_gradients(missing=0.0)
-    names = machine.choose.sample(sorted(set(DAMAGES) - {"nested_step", "parameter_with_holes_then_expanded"}), 3)
+    names = machine.choose.sample(
+        sorted(set(DAMAGES) - {"nested_step", "parameter_with_holes_then_expanded"}), 3
+    )
     mends = []
     for name in names:
         try:
@@ -1372,7 +1477,9 @@ class DescentMachine(Machine):
         after = Snapshot(self.params, self.opt)
         after.seen["gradients"] = before.seen["gradients"]
         if different := before.differences(after):
-            raise Fault(f"a step that raised {type(error).__name__}: {error} -- has changed {different}") from error
+            raise Fault(
+                f"a step that raised {type(error).__name__}: {error} -- has changed {different}"
+            ) from error
 
     def call(self, closure: Any = None) -> Any:
         return super().call(self.closure() if closure is None else closure)
@@ -1381,11 +1488,15 @@ class DescentMachine(Machine):
         how = self.call if how is None else how
         before = Snapshot(self.params, self.opt)
         twin = Machine.__new__(Machine)
-        twin.params = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in self.members()]
+        twin.params = [
+            nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
+            for p in self.members()
+        ]
         twin.opt = torch.optim.LBFGS(twin.params, lr=0.1)
         twin.opt.load_state_dict(copy.deepcopy(self.opt.state_dict()))
         group, memory = self.opt.param_groups[0], twin.opt.state[twin.params[0]]
-        # What torch writes before it reads; it does not make it longer where the history has become so.
+        # What torch writes before it reads; it does not make it longer where the history has become
+        # so.
         memory.pop("al", None)
         # Nor does torch shorten a history of which less is wanted.
         for name in ("old_dirs", "old_stps", "ro"):
@@ -1400,7 +1511,10 @@ class DescentMachine(Machine):
             return True
         twin.call(twin.closure())
         after = Snapshot(self.params, self.opt)
-        if before.seen["options"] != after.seen["options"] or before.seen["groups"] != after.seen["groups"]:
+        if (
+            before.seen["options"] != after.seen["options"]
+            or before.seen["groups"] != after.seen["groups"]
+        ):
             raise Fault("a step has changed options or groups")
         for p, q in zip(self.members(), twin.params, strict=True):
             same = np.array_equal(numbers(p), numbers(q), equal_nan=True)
@@ -1538,7 +1652,9 @@ def descent_state_that_lacks_an_entry(machine: Machine) -> Mend | None:
     entry = memory_of(machine) if is_descent(machine) else None
     if entry is None:
         return None
-    name = machine.choose.choice(["d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss"])
+    name = machine.choose.choice(
+        ["d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "prev_loss"]
+    )
     former = entry.pop(name)
     return lambda: entry.update({name: former})
 
@@ -1579,7 +1695,9 @@ def descent_by_gradients_laid_otherwise(machine: Machine) -> Any:
 def descent_with_hooks(machine: Machine) -> Any:
     seen = []
     handles = [machine.opt.register_step_pre_hook(lambda *_: seen.append("before"))]
-    handles.append(machine.opt.register_step_post_hook(lambda opt, *_: seen.append(opt.state_dict())))
+    handles.append(
+        machine.opt.register_step_post_hook(lambda opt, *_: seen.append(opt.state_dict()))
+    )
     machine.step()
     for handle in handles:
         handle.remove()
@@ -1598,7 +1716,8 @@ def descent_under_modes_of_autograd(machine: Machine) -> Any:
 @action(descent=True, fits=is_descent)
 def descent_tolerates_more_or_less(machine: Machine) -> Any:
     machine.opt.param_groups[0].update(
-        tolerance_change=machine.choose.choice([1e-9, 1e-3]), tolerance_grad=machine.choose.choice([1e-7, 1e-2])
+        tolerance_change=machine.choose.choice([1e-9, 1e-3]),
+        tolerance_grad=machine.choose.choice([1e-7, 1e-2]),
     )
 
 
@@ -1606,5 +1725,9 @@ def descent_tolerates_more_or_less(machine: Machine) -> Any:
 def descent_option_of_no_use(machine: Machine) -> Mend | None:
     if not is_descent(machine):
         return None
-    bad: list[tuple[str, Any]] = [("max_iter", "many"), ("history_size", 0), ("line_search_fn", "armijo")]
+    bad: list[tuple[str, Any]] = [
+        ("max_iter", "many"),
+        ("history_size", 0),
+        ("line_search_fn", "armijo"),
+    ]
     return put(machine.opt.param_groups[0], *machine.choose.choice(bad))

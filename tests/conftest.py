@@ -1,4 +1,5 @@
-"""What all tests share: reproducible random numbers, and torch's global settings as each test found them."""
+"""What all tests share: reproducible random numbers, and torch's global settings as each test found
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ hypothesis.settings.load_profile("onepass")
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test begins with the same seed, and leaves no changed thread count or default dtype behind."""
+    """Every test begins with the same seed, and leaves no changed thread count or default dtype
+    behind."""
     torch.manual_seed(0)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     yield
@@ -39,7 +41,8 @@ def one_thread() -> None:
 
 @pytest.fixture
 def no_warning_of_ours(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
-    """For tests that ignore the warnings of other packages: there must be none of ours, nor one of a wrong order."""
+    """For tests that ignore the warnings of other packages: there must be none of ours, nor one of
+    a wrong order."""
     yield
     ours = [w for w in recwarn if "onepass" in str(w.filename) or "eager backend" in str(w.message)]
     ours += [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]

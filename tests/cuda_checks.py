@@ -1,4 +1,5 @@
-"""What a GPU must compute: the CPU's bits, whatever tensors look like and whatever happens to their memory."""
+"""What a GPU must compute: the CPU's bits, whatever tensors look like and whatever happens to their
+memory."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def step_both(sides: tuple[Side, Side], **how: Any) -> None:
 
 @check_each(CASES)
 def elementwise_algorithms_have_the_cpus_bits(case: Case, device: torch.device) -> None:
-    """All types in one list, three groups, sizes and places that no vector fits, a parameter without a gradient."""
+    """All types in one list, three groups, sizes and places that no vector fits, a parameter
+    without a gradient."""
     sides = both(case, device, dtypes=(*FLOATS, torch.complex64))
     for step in range(4):
         step_both(sides, without=(3, 17) if step == 2 else (), special=step == 3)
@@ -67,7 +69,8 @@ def algorithms_with_sums_come_close(case: Case, device: torch.device) -> None:
     for _ in range(4):
         step_both(sides)
     if case.cls == "Muon":
-        # Its products are of bfloat16, where the device has them, and a polynomial carries their errors on.
+        # Its products are of bfloat16, where the device has them, and a polynomial carries their
+        # errors on.
         for p, q, start in zip(sides[0].params, sides[1].params, before, strict=True):
             moved, wanted = p.detach().cpu() - start, q.detach() - start
             assert (moved - wanted).norm() <= 0.05 * wanted.norm()
@@ -144,7 +147,8 @@ def offsets_have_64_bits(device: torch.device) -> None:
 
 @check
 def memory_freed_and_taken_again_between_steps(device: torch.device) -> None:
-    """Gradients are dropped, others take their memory, and the cache is emptied: no old address is used."""
+    """Gradients are dropped, others take their memory, and the cache is emptied: no old address is
+    used."""
     sides = both(ADAMW, device)
     for step in range(6):
         step_both(sides)
@@ -192,7 +196,9 @@ def a_group_added_and_one_grown(device: torch.device) -> None:
     sides = both(ADAMW, device, places=PLAIN)
     step_both(sides)
     for side in sides:
-        more = [nn.Parameter(side.randn((300,), torch.float32).to(device=side.device)) for _ in range(2)]
+        more = [
+            nn.Parameter(side.randn((300,), torch.float32).to(device=side.device)) for _ in range(2)
+        ]
         side.opt.add_param_group({"params": more, "lr": 0.5})
         side.params += more
     for _ in range(2):
@@ -225,7 +231,9 @@ def checkpoints_cross_devices(case: Case, device: torch.device) -> None:
 def _copy(source: Side, target: Side) -> None:
     """Bring a side to where another is, through a file."""
     file = io.BytesIO()
-    torch.save({"opt": source.opt.state_dict(), "params": [p.detach() for p in source.params]}, file)
+    torch.save(
+        {"opt": source.opt.state_dict(), "params": [p.detach() for p in source.params]}, file
+    )
     file.seek(0)
     saved = torch.load(file, weights_only=True, map_location="cpu")
     target.opt.load_state_dict(saved["opt"])
@@ -236,13 +244,19 @@ def _copy(source: Side, target: Side) -> None:
 
 
 @check_each(
-    {f"{cls}-{mode}": (cls, mode) for cls in ("AdamW", "Adam", "SGD", "Adagrad") for mode in ("fused", "foreach")}
+    {
+        f"{cls}-{mode}": (cls, mode)
+        for cls in ("AdamW", "Adam", "SGD", "Adagrad")
+        for mode in ("fused", "foreach")
+    }
 )
 def checkpoints_go_to_torch_and_back(one: tuple[str, str], device: torch.device) -> None:
     cls, mode = one
     if (cls, mode) == ("Adagrad", "fused") and device.type == "cuda":
         raise Skip("torch's Adagrad is fused on the CPU alone")
-    case = Case(cls, {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if cls == "SGD" else {}))
+    case = Case(
+        cls, {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if cls == "SGD" else {})
+    )
     ours, theirs = make_side(case, device, places=PLAIN), make_side(case, device, places=PLAIN)
     theirs.opt = getattr(torch.optim, cls)(theirs.groups(), **case.options, **{mode: True})
     for _ in range(2):
@@ -262,7 +276,11 @@ def checkpoints_go_to_torch_and_back(one: tuple[str, str], device: torch.device)
 
 
 @check_each(
-    {"SparseAdam": Case("SparseAdam"), "SGD": Case("SGD", {"lr": 0.1}), "Adagrad": Case("Adagrad", {"lr": 0.1})}
+    {
+        "SparseAdam": Case("SparseAdam"),
+        "SGD": Case("SGD", {"lr": 0.1}),
+        "Adagrad": Case("Adagrad", {"lr": 0.1}),
+    }
 )
 def sparse_gradients_step_their_rows(case: Case, device: torch.device) -> None:
     sides = []
@@ -344,7 +362,8 @@ def refused(function: Callable[[], Any]) -> str:
 
 @check
 def closures_and_version_counters(device: torch.device) -> None:
-    """The closure's loss comes back, gradients stay as they are, and autograd sees that weights have changed."""
+    """The closure's loss comes back, gradients stay as they are, and autograd sees that weights
+    have changed."""
     side = make_side(ADAMW, device, places=PLAIN)
     side.step()
     before = [(p._version, p.grad.clone()) for p in side.params]

@@ -1,4 +1,5 @@
-"""What is queued around a step on a GPU, or into one graph with it: schedulers, scalers, torch's compiler."""
+"""What is queued around a step on a GPU, or into one graph with it: schedulers, scalers, torch's
+compiler."""
 
 from __future__ import annotations
 
@@ -29,14 +30,16 @@ from torch import Tensor, nn
 
 import onepass
 
-# With an eps that makes steps proportional to gradients: what differs in their last bits stays as small.
+# With an eps that makes steps proportional to gradients: what differs in their last bits stays as
+# small.
 GENTLE = Case("AdamW", {"lr": 0.05, "eps": 1.0})
 
 # Graphs.
 
 
 def graph_of(function: Any, device: torch.device, warm: int = 3) -> Any:
-    """A graph of what a function queues, after it has run as torch's documentation asks; on the CPU, a call of it."""
+    """A graph of what a function queues, after it has run as torch's documentation asks; on the
+    CPU, a call of it."""
     if device.type != "cuda":
         for _ in range(warm):
             function()
@@ -64,8 +67,11 @@ def with_tensor_rates(side: Side) -> list[Tensor]:
 
 @check_each(EVERY)
 def a_graph_repeats_the_eager_step(case: Case, device: torch.device) -> None:
-    """Captured once, replayed with other gradients and other learning rates: bit for bit what steps without it give."""
-    eager, captured = (make_side(case, device, places=places_of(case), mode="capturable") for _ in range(2))
+    """Captured once, replayed with other gradients and other learning rates: bit for bit what steps
+    without it give."""
+    eager, captured = (
+        make_side(case, device, places=places_of(case), mode="capturable") for _ in range(2)
+    )
     rates = [with_tensor_rates(side) for side in (eager, captured)]
     for side in (eager, captured):
         side.set_gradients()
@@ -89,7 +95,10 @@ def a_graph_repeats_the_eager_step(case: Case, device: torch.device) -> None:
 @check_each({cls: CLASSES[cls] for cls in ("AdamW", "SGD", "NAdam")})
 def a_schedule_of_torch_drives_a_graph(case: Case, device: torch.device) -> None:
     """A scheduler writes into the tensor that the graph reads."""
-    there, here = make_side(case, device, mode="capturable", places=PLAIN), make_side(case, CPU, places=PLAIN)
+    there, here = (
+        make_side(case, device, mode="capturable", places=PLAIN),
+        make_side(case, CPU, places=PLAIN),
+    )
     with_tensor_rates(there)
     for side in (there, here):
         side.set_gradients()
@@ -111,7 +120,9 @@ def a_schedule_of_torch_drives_a_graph(case: Case, device: torch.device) -> None
 @check
 def a_graph_with_gradients_of_its_own(device: torch.device) -> None:
     """Forward, backward and step in one graph, in whose own memory the gradients are."""
-    models = [nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3)).to(device) for _ in range(2)]
+    models = [
+        nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3)).to(device) for _ in range(2)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     x, y = torch.randn(16, 33, device=device), torch.randn(16, 3, device=device)
     optimizers = [GENTLE.make(list(model.parameters()), "capturable") for model in models]
@@ -147,7 +158,8 @@ class Scaled:
         self.clip, self.is_warm = clip, False
 
     def step(self, bad: float | None = None) -> None:
-        """Both step; with `bad`, one element of the scaled gradients is that, and the other side does not step."""
+        """Both step; with `bad`, one element of the scaled gradients is that, and the other side
+        does not step."""
         for one in (self.side, self.plain):
             one.set_gradients()
         for p in self.side.params:
@@ -190,8 +202,11 @@ def a_scaler_unscales_in_the_step(one: tuple[Case, bool], device: torch.device) 
         for bad in (float("inf"), float("nan"))
     }
 )
-def a_step_that_is_not_finite_changes_nothing(one: tuple[Case, float], device: torch.device) -> None:
-    """Weights, state and counts; and the scale is halved. The first step too, whose state is new."""
+def a_step_that_is_not_finite_changes_nothing(
+    one: tuple[Case, float], device: torch.device
+) -> None:
+    """Weights, state and counts; and the scale is halved. The first step too, whose state is
+    new."""
     case, bad = one
     scaled = Scaled(case, device)
     for first in (True, False):
@@ -242,7 +257,9 @@ def a_compiled_training_step_is_compiled_once(device: torch.device) -> None:
 def a_model_that_torch_runs_as_graphs(device: torch.device) -> None:
     """Gradients come from a graph's own memory, at addresses that it gives out again."""
     need_gpu(device)
-    models = [nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3)).to(device) for _ in range(2)]
+    models = [
+        nn.Sequential(nn.Linear(33, 65), nn.Tanh(), nn.Linear(65, 3)).to(device) for _ in range(2)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [GENTLE.make(list(model.parameters())) for model in models]
     with warnings.catch_warnings():

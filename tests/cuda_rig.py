@@ -1,7 +1,9 @@
-"""What the checks on a GPU share: algorithms, parameters at awkward places, gradients, and a comparison of bits.
+"""What the checks on a GPU share: algorithms, parameters at awkward places, gradients, and a
+comparison of bits.
 
-A check is a function of a device, found by its name in `CHECKS`: pytest runs them (`test_cuda.py`), and so does
-`benchmarks/gpu.py` where there is no pytest. On the CPU those that need no GPU run, too, which shows that they can.
+A check is a function of a device, found by its name in `CHECKS`: pytest runs them (`test_cuda.py`),
+and so does `benchmarks/gpu.py` where there is no pytest. On the CPU those that need no GPU run,
+too, which shows that they can.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ CPU = torch.device("cpu")
 CHECKS: dict[str, Callable[[torch.device], None]] = {}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Of float32 arithmetic with uniform values from another library: a few units in the last place, over a few steps.
+# Of float32 arithmetic with uniform values from another library: a few units in the last place,
+# over a few steps.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 # Reductions in another order, which several steps carry on.
 LOOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -56,7 +59,12 @@ def check_each(cases: Mapping[str, Any]) -> Callable[[Callable[[Any, torch.devic
     """A check for each of these."""
 
     def register(function: Callable[[Any, torch.device], None]) -> Any:
-        CHECKS.update({f"{function.__name__}[{name}]": partial(function, case) for name, case in cases.items()})
+        CHECKS.update(
+            {
+                f"{function.__name__}[{name}]": partial(function, case)
+                for name, case in cases.items()
+            }
+        )
         return function
 
     return register
@@ -66,7 +74,8 @@ def run(name: str, device: torch.device) -> None:
     """Run a check; a step that no kernel serves is an error. Raises `Skip` where it cannot run."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        # Others' warnings are others' affair: the machine with the GPU has its own versions of everything.
+        # Others' warnings are others' affair: the machine with the GPU has its own versions of
+        # everything.
         warnings.simplefilter("default")
         warnings.filterwarnings("error", message=".*eager backend.*")
         try:
@@ -92,7 +101,8 @@ class Case:
     exact: bool = True
 
     def make(self, params: Any, mode: str = "", **further: Any) -> onepass.Optimizer:
-        """Of these params, in a mode ("fused", "capturable") that not all of torch's classes have as an argument."""
+        """Of these params, in a mode ("fused", "capturable") that not all of torch's classes have
+        as an argument."""
         optimizer = getattr(onepass, self.cls)(params, **{**self.options, **further})
         if mode:
             for group in optimizer.param_groups:
@@ -104,7 +114,9 @@ MUON = {"lr": 0.02, "use_muon": None, "adjust_lr_fn": "match_rms_adamw"}
 CASES = {str(row): Case(row.name, row.options) for row in TABLE}
 SUMMING = {
     "Adafactor": Case("Adafactor", {"lr": 0.05}, exact=False),
-    "Adafactor-weight_decay=0.1": Case("Adafactor", {"lr": 0.05, "weight_decay": 0.1, "d": 2.0}, exact=False),
+    "Adafactor-weight_decay=0.1": Case(
+        "Adafactor", {"lr": 0.05, "weight_decay": 0.1, "d": 2.0}, exact=False
+    ),
     "Muon": Case("Muon", MUON, exact=False),
     "Muon-nesterov=False": Case("Muon", MUON | {"nesterov": False}, exact=False),
 }
@@ -124,11 +136,19 @@ AWKWARD = [
     ((33, 47), "transposed"),
     ((9, 14), "holes"),
 ]
-MATRICES = [((24, 40), ""), ((40, 24), ""), ((33, 47), ""), ((7,), "unaligned"), ((5,), ""), ((130, 260), "")]
+MATRICES = [
+    ((24, 40), ""),
+    ((40, 24), ""),
+    ((33, 47), ""),
+    ((7,), "unaligned"),
+    ((5,), ""),
+    ((130, 260), ""),
+]
 
 
 def place(values: Tensor, device: torch.device, how: str = "") -> Tensor:
-    """A copy of a tensor on a device: at an odd address, in columns, or with holes between its elements."""
+    """A copy of a tensor on a device: at an odd address, in columns, or with holes between its
+    elements."""
     values = values.to(device)
     if how == "unaligned":
         return values.new_empty(values.numel() + 1)[1:].view(values.shape).copy_(values)
@@ -140,9 +160,12 @@ def place(values: Tensor, device: torch.device, how: str = "") -> Tensor:
 
 
 class Side:
-    """An optimizer's parameters on a device, and random numbers that are the same on every device."""
+    """An optimizer's parameters on a device, and random numbers that are the same on every
+    device."""
 
-    def __init__(self, device: torch.device, places: Sequence[tuple], dtypes: Iterable[torch.dtype]) -> None:
+    def __init__(
+        self, device: torch.device, places: Sequence[tuple], dtypes: Iterable[torch.dtype]
+    ) -> None:
         self.device = device
         self.random = torch.Generator().manual_seed(0)
         self.params: list[Any] = []
@@ -152,7 +175,9 @@ class Side:
         self.opt: Any = None
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=self.random, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
+        return torch.randn(
+            shape, generator=self.random, dtype=torch.complex64 if dtype.is_complex else None
+        ).to(dtype)
 
     def groups(self, count: int = 3) -> list[dict[str, Any]]:
         """Param groups with different learning rates."""
@@ -172,7 +197,13 @@ class Side:
 
 
 def make_side(
-    case: Case, device: torch.device, places=None, dtypes=(torch.float32,), mode: str = "", groups: int = 3, **more: Any
+    case: Case,
+    device: torch.device,
+    places=None,
+    dtypes=(torch.float32,),
+    mode: str = "",
+    groups: int = 3,
+    **more: Any,
 ) -> Side:
     """Parameters with their optimizer."""
     side = Side(device, (AWKWARD if case.exact else MATRICES) if places is None else places, dtypes)
@@ -191,7 +222,9 @@ def same_bits(got: Tensor, want: Tensor, what: str) -> None:
     number = INTEGERS[a.element_size()]
     differ = (a.view(number) != b.view(number)) & ~(a.isnan() & b.isnan())
     few = [(int(i), a[i].item(), b[i].item()) for i in differ.nonzero()[:5]]
-    assert not few, f"{what}: {int(differ.sum())} of {a.numel()} elements differ, (index, got, want): {few}"
+    assert not few, (
+        f"{what}: {int(differ.sum())} of {a.numel()} elements differ, (index, got, want): {few}"
+    )
 
 
 def compare(got: Side, want: Side, **tolerance: float) -> None:
@@ -212,12 +245,22 @@ def compare(got: Side, want: Side, **tolerance: float) -> None:
     for i, (p, q) in enumerate(zip(got.params, want.params, strict=True)):
         one(p, q, f"parameter {i} {tuple(p.shape)} {p.dtype}")
         mine, yours = got.opt.state.get(p, {}), want.opt.state.get(q, {})
-        assert mine.keys() == yours.keys(), f"parameter {i}: state {sorted(mine)} and {sorted(yours)}"
+        assert mine.keys() == yours.keys(), (
+            f"parameter {i}: state {sorted(mine)} and {sorted(yours)}"
+        )
         for name, value in yours.items():
             if isinstance(value, Tensor):
-                one(mine[name].to(value.dtype), value, f"{name} of parameter {i} {tuple(p.shape)} {p.dtype}")
+                one(
+                    mine[name].to(value.dtype),
+                    value,
+                    f"{name} of parameter {i} {tuple(p.shape)} {p.dtype}",
+                )
 
 
 def uploads(optimizer: Any) -> int:
     """How many tables an optimizer's launches have sent to the device."""
-    return sum(batch.launch.uploads for batch in optimizer._onepass.plan.kernels if hasattr(batch.launch, "uploads"))
+    return sum(
+        batch.launch.uploads
+        for batch in optimizer._onepass.plan.kernels
+        if hasattr(batch.launch, "uploads")
+    )

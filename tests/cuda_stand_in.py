@@ -1,4 +1,5 @@
-"""In the place of `torch.cuda`, where there is no GPU: tensors lie on the CPU, and the device's clock is the host's."""
+"""In the place of `torch.cuda`, where there is no GPU: tensors lie on the CPU, and the device's
+clock is the host's."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from onepass.app.bench.gpu import Gpu
 
 
 class StandIn:
-    """What `onepass.app.bench.gpu` asks of `torch.cuda`. Its device does all work at once, and spins a cycle a ns."""
+    """What `onepass.app.bench.gpu` asks of `torch.cuda`. Its device does all work at once, and
+    spins a cycle a ns."""
 
     memory = 1 << 27
 
@@ -51,7 +53,10 @@ class StandIn:
 
     def get_device_properties(self, device: torch.device) -> Any:
         return SimpleNamespace(
-            name="a stand-in", multi_processor_count=1, total_memory=self.memory, L2_cache_size=1 << 20
+            name="a stand-in",
+            multi_processor_count=1,
+            total_memory=self.memory,
+            L2_cache_size=1 << 20,
         )
 
 

@@ -1,4 +1,5 @@
-"""What a step on a GPU must not do: make the host wait, send what is there, read what was overwritten."""
+"""What a step on a GPU must not do: make the host wait, send what is there, read what was
+overwritten."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from cuda_rig import (
 
 ADAMW = Case("AdamW", {"lr": 0.01, "weight_decay": 0.1})
 MODES = ("", "fused", "capturable")
-# How long the spinning kernel holds a stream back: far longer than the host needs for what it queues behind it.
+# How long the spinning kernel holds a stream back: far longer than the host needs for what it
+# queues behind it.
 CYCLES = 400_000_000
 
 
@@ -52,7 +54,9 @@ def places_of(case: Case) -> list[Any]:
 # Host and device.
 
 
-@check_each({f"{cls}-{mode or 'default'}": (case, mode) for cls, case in CLASSES.items() for mode in MODES})
+@check_each(
+    {f"{cls}-{mode or 'default'}": (case, mode) for cls, case in CLASSES.items() for mode in MODES}
+)
 def no_step_waits_for_the_device(one: tuple[Case, str], device: torch.device) -> None:
     """Gradients are new at each step, and so are learning rates."""
     need_gpu(device)
@@ -74,7 +78,8 @@ def no_step_waits_for_the_device(one: tuple[Case, str], device: torch.device) ->
 
 @check
 def what_is_there_is_not_sent_again(device: torch.device) -> None:
-    """Nothing while nothing moves and counts are on the device; else only the values that follow from a count."""
+    """Nothing while nothing moves and counts are on the device; else only the values that follow
+    from a count."""
     need_gpu(device)
     for case, mode, most in (
         (Case("SGD", {"lr": 0.1, "momentum": 0.9}), "", 0),
@@ -100,7 +105,8 @@ def what_is_there_is_not_sent_again(device: torch.device) -> None:
 
 @check
 def a_stream_held_back_sees_the_tables_of_its_time(device: torch.device) -> None:
-    """While the device spins, twenty steps are queued, each with other addresses and another learning rate."""
+    """While the device spins, twenty steps are queued, each with other addresses and another
+    learning rate."""
     need_gpu(device)
     for mode in MODES:
         there, here = make_side(ADAMW, device, mode=mode), make_side(ADAMW, CPU)
@@ -111,7 +117,8 @@ def a_stream_held_back_sees_the_tables_of_its_time(device: torch.device) -> None
             for _ in range(3):
                 there.step()
                 here.step()
-            # Copies of gradients from pageable memory would wait: they are all on the device before.
+            # Copies of gradients from pageable memory would wait: they are all on the device
+            # before.
             gradients = [[there.randn(p.shape, p.dtype) for p in there.params] for _ in range(20)]
             sent = [[g.to(device) for g in gs] for gs in gradients]
             stream.synchronize()
@@ -133,12 +140,15 @@ def a_stream_held_back_sees_the_tables_of_its_time(device: torch.device) -> None
                 group["lr"] = 0.001 * (step + 1)
             here.opt.step()
         compare(there, here, **(CLOSE if mode else {}))
-        assert was_held, f"{mode or 'default'}: the device had done all before the last step was queued"
+        assert was_held, (
+            f"{mode or 'default'}: the device had done all before the last step was queued"
+        )
 
 
 @check
 def two_streams_in_turns(device: torch.device) -> None:
-    """One optimizer steps on two streams, each behind the other; beside them another one on a third."""
+    """One optimizer steps on two streams, each behind the other; beside them another one on a
+    third."""
     need_gpu(device)
     there, here, beside = make_side(ADAMW, device), make_side(ADAMW, CPU), make_side(ADAMW, device)
     streams = [torch.cuda.Stream(device) for _ in range(2)]
@@ -192,4 +202,6 @@ def the_host_runs_ahead(device: torch.device) -> None:
         side.opt.step()
         host = time.perf_counter() - start
         torch.cuda.synchronize()
-        assert host < (time.perf_counter() - start) / 2, f"{mode or 'default'}: the step took {host:.3f} s"
+        assert host < (time.perf_counter() - start) / 2, (
+            f"{mode or 'default'}: the step took {host:.3f} s"
+        )

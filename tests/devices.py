@@ -1,6 +1,8 @@
-"""A device for kernels of Triton where there is no GPU: the processor, on which Triton's interpreter runs them.
+"""A device for kernels of Triton where there is no GPU: the processor, on which Triton's
+interpreter runs them.
 
-Whoever imports this has Triton interpret all kernels of the process; it must be the first to import Triton.
+Whoever imports this has Triton interpret all kernels of the process; it must be the first to import
+Triton.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ CPU = torch.device("cpu")
 
 
 class Interpreter(Device):
-    """The processor as a device: its memory is the host's, and work is done as soon as it is queued."""
+    """The processor as a device: its memory is the host's, and work is done as soon as it is
+    queued."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,7 +77,8 @@ class OutOfBounds(Exception):
 
 
 class Bounds:
-    """The memory that kernels were given: what they do elsewhere raises, instead of taking the process with it."""
+    """The memory that kernels were given: what they do elsewhere raises, instead of taking the
+    process with it."""
 
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []
@@ -86,7 +90,9 @@ class Bounds:
         wanted = addresses.astype(np.uint64)[np.broadcast_to(mask, addresses.shape)]
         inside = np.zeros(len(wanted), np.bool_)
         for begin, end in reversed(self.places):
-            inside |= (wanted >= np.uint64(begin)) & (wanted + np.uint64(itemsize) <= np.uint64(end))
+            inside |= (wanted >= np.uint64(begin)) & (
+                wanted + np.uint64(itemsize) <= np.uint64(end)
+            )
             if inside.all():
                 return
         raise OutOfBounds(f"{int((~inside).sum())} elements of {len(wanted)}")
@@ -94,11 +100,16 @@ class Bounds:
 
 @contextmanager
 def bounded() -> Iterator[Bounds]:
-    """Within it, kernels stay in what the device and `Memory` have given out; what a mask leaves out is garbage."""
+    """Within it, kernels stay in what the device and `Memory` have given out; what a mask leaves
+    out is garbage."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     bounds = Bounds()
-    empty, load, store = torch.empty, InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    empty, load, store = (
+        torch.empty,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
     made = Memory.__init__
 
     def noted_empty(*size: Any, **how: Any) -> Tensor:
@@ -138,7 +149,13 @@ def bounded() -> Iterator[Bounds]:
 def device_power(x: float, y: float) -> float:
     """The power that kernels compute, of ordinary positive numbers."""
     with np.errstate(all="ignore"):
-        return 1.0 if x == 1 or y == 0 else x if y == 1 else float(np.exp(np.float64(y) * np.log(np.float64(x))))
+        return (
+            1.0
+            if x == 1 or y == 0
+            else x
+            if y == 1
+            else float(np.exp(np.float64(y) * np.log(np.float64(x))))
+        )
 
 
 def device_library(name: str, *args: np.float64) -> np.float64:
@@ -150,7 +167,8 @@ def device_library(name: str, *args: np.float64) -> np.float64:
 
 
 def device_sum(elements: np.ndarray) -> float:
-    """A tensor's sum: each program over BLOCK running values, of which the programs' are summed up over 256."""
+    """A tensor's sum: each program over BLOCK running values, of which the programs' are summed up
+    over 256."""
     size = BLOCK * SPAN
     programs = (elements[i : i + size].astype(np.float64) for i in range(0, len(elements), size))
     partials = np.array([np.sum(_running(one, BLOCK)) for one in programs])
@@ -166,7 +184,8 @@ def _running(values: np.ndarray, lanes: int) -> np.ndarray:
 
 @contextmanager
 def device_oracle() -> Iterator[None]:
-    """Within it, the oracle has the device's functions of numbers, and its order of sums over whole tensors."""
+    """Within it, the oracle has the device's functions of numbers, and its order of sums over whole
+    tensors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "library", device_library)
         patch.setattr(interpreter, "ordered_sum", device_sum)
@@ -179,12 +198,19 @@ SQUARES = ("v", "row", "column", "row_var", "col_var", "variance")
 
 
 def sensible(columns: Columns) -> dict[str, np.ndarray]:
-    """Columns whose means of squares are not negative: roots of negative numbers would hide what else is wrong."""
-    positive = {n: a & 0x7FFF if a.dtype == np.uint16 else abs(a) for n, a in columns.items() if n in SQUARES}
+    """Columns whose means of squares are not negative: roots of negative numbers would hide what
+    else is wrong."""
+    positive = {
+        n: a & 0x7FFF if a.dtype == np.uint16 else abs(a)
+        for n, a in columns.items()
+        if n in SQUARES
+    }
     return {**columns, **positive}
 
 
-def compiled(program: Program, numbers: tuple[str, ...] | None = None, number_type: str = "f32") -> Kernel:
+def compiled(
+    program: Program, numbers: tuple[str, ...] | None = None, number_type: str = "f32"
+) -> Kernel:
     """The program's kernel, for the processor as a device."""
     return Kernel(program, CPU, numbers, number_type)
 
@@ -202,13 +228,20 @@ class Resident:
         sizes: Sequence[Size] | None = None,
         first: Sequence[bool] | None = None,
     ) -> None:
-        """`numbers` are each tensor's, by name; a setting's values that are tensors are read on the device."""
-        self.kernel, self.count, self.names = kernel, len(tensors), [c.name for c in kernel.program.columns]
+        """`numbers` are each tensor's, by name; a setting's values that are tensors are read on the
+        device."""
+        self.kernel, self.count, self.names = (
+            kernel,
+            len(tensors),
+            [c.name for c in kernel.program.columns],
+        )
         arrays = [t[name] for name in self.names for t in tensors]
         arrays += [numbers[name][i : i + 1] for name in kernel.numbers for i in range(self.count)]
         self.memory = Memory(arrays)
         pointers = np.array(self.memory.addresses, np.uint64).reshape(-1, self.count)
-        work = kernel.split(np.array([len(t["p"]) for t in tensors] if sizes is None else sizes, np.int64))
+        work = kernel.split(
+            np.array([len(t["p"]) for t in tensors] if sizes is None else sizes, np.int64)
+        )
         which = np.zeros(self.count, np.int64) if rows is None else np.array(rows, np.int64)
         self.launch = kernel.prepare(pointers, work, which, len(settings))
         fresh = [False] * self.count if first is None else list(first)
@@ -245,7 +278,8 @@ def check_resident(
     first: Sequence[bool],
     sizes: Sequence[Size] | None = None,
 ) -> None:
-    """What a launch has left, against the oracle; `hypers` are each tensor's, `numbers` and `first` those before it."""
+    """What a launch has left, against the oracle; `hypers` are each tensor's, `numbers` and `first`
+    those before it."""
     after, new = launched.read()
     for i, (columns, given) in enumerate(zip(before, hypers, strict=True)):
         own = {name: float(values[i]) for name, values in numbers.items()}

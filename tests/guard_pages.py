@@ -1,7 +1,9 @@
-"""Tensors that border on memory nobody may touch: a read or write beside them ends the process by SIGSEGV.
+"""Tensors that border on memory nobody may touch: a read or write beside them ends the process by
+SIGSEGV.
 
-`python tests/guard_pages.py SEED ROUNDS` runs so many random rounds. A round steps an optimizer whose parameters,
-gradients and state all lie so, and once more on ordinary memory; both must end with the same bits.
+`python tests/guard_pages.py SEED ROUNDS` runs so many random rounds. A round steps an optimizer
+whose parameters, gradients and state all lie so, and once more on ordinary memory; both must end
+with the same bits.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ LAYOUTS = ("dense", "transposed", "holes")
 
 
 class Region:
-    """Memory for some bytes, which end where a page without access begins, or begin where one ends."""
+    """Memory for some bytes, which end where a page without access begins, or begin where one
+    ends."""
 
     def __init__(self, size: int, at_end: bool, gap: int) -> None:
         """`gap` bytes lie between them and the page."""
         inner = -(-(size + gap) // PAGE) * PAGE or PAGE
         self.length = inner + 2 * PAGE
-        self.base = LIBC.mmap(None, self.length, NO_ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        self.base = LIBC.mmap(
+            None, self.length, NO_ACCESS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
+        )
         assert self.base not in (None, ctypes.c_void_p(-1).value), "mmap failed"
         assert LIBC.mprotect(self.base + PAGE, inner, READ_AND_WRITE) == 0
         self.address = self.base + PAGE + (inner - size - gap if at_end else gap)
@@ -59,7 +64,8 @@ class Region:
 
 @dataclass
 class Guard:
-    """Where tensors are put: at the end of their memory or at its beginning, so many bytes away; or nowhere special."""
+    """Where tensors are put: at the end of their memory or at its beginning, so many bytes away; or
+    nowhere special."""
 
     guarded: bool = True
     at_end: bool = True
@@ -67,9 +73,14 @@ class Guard:
     regions: list[Region] = field(default_factory=list)
 
     def place(self, t: Tensor) -> Tensor:
-        """A copy of a tensor, in guarded memory, with the same strides but without memory that it does not use."""
+        """A copy of a tensor, in guarded memory, with the same strides but without memory that it
+        does not use."""
         t = t.detach()
-        span = 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        span = (
+            1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+            if t.numel()
+            else 0
+        )
         if not self.guarded or not span:
             return torch.empty(span, dtype=t.dtype).as_strided(t.shape, t.stride()).copy_(t)
         region = Region(span * t.itemsize, self.at_end, self.gap)
@@ -115,14 +126,22 @@ def sparse(case: Case, shape: tuple[int, ...], guard: Guard, generator: torch.Ge
     rows[0, -1] = shape[0] - 1
     rows = rows if case.seed % 2 else torch.unique(rows, dim=1)
     values = torch.randn((rows.shape[1], *shape[1:]), generator=generator).to(case.dtype)
-    g = torch.sparse_coo_tensor(guard.place(rows), guard.place(values), shape, check_invariants=False)
+    g = torch.sparse_coo_tensor(
+        guard.place(rows), guard.place(values), shape, check_invariants=False
+    )
     return g._coalesced_(not case.seed % 2)
 
 
-def gradient(case: Case, shape: tuple[int, ...], guard: Guard, generator: torch.Generator) -> Tensor:
+def gradient(
+    case: Case, shape: tuple[int, ...], guard: Guard, generator: torch.Generator
+) -> Tensor:
     if case.sparse and shape:
         return sparse(case, shape, guard, generator)
-    values = torch.randn(shape, generator=generator, dtype=torch.complex64 if case.dtype.is_complex else torch.float32)
+    values = torch.randn(
+        shape,
+        generator=generator,
+        dtype=torch.complex64 if case.dtype.is_complex else torch.float32,
+    )
     return guard.place(laid(values.to(case.dtype), case.gradient_layout))
 
 
@@ -131,7 +150,9 @@ def run(case: Case, guard: Guard) -> list[bytes]:
     torch.set_num_threads(case.threads)
     generator = torch.Generator().manual_seed(case.seed)
     wide = torch.complex64 if case.dtype.is_complex else torch.float32
-    starts = [torch.randn(shape, generator=generator, dtype=wide).to(case.dtype) for shape in case.shapes]
+    starts = [
+        torch.randn(shape, generator=generator, dtype=wide).to(case.dtype) for shape in case.shapes
+    ]
     params = [guard.place(laid(t, case.layout)).requires_grad_() for t in starts]
     optimizer = getattr(onepass, case.kind.cls)(params, **case.kind.options)
     for _ in range(3):
@@ -142,7 +163,10 @@ def run(case: Case, guard: Guard) -> list[bytes]:
             for name, value in entry.items():
                 if isinstance(value, Tensor):
                     entry[name] = guard.place(value)
-    tensors = [*params, *(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))]
+    tensors = [
+        *params,
+        *(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)),
+    ]
     return [_bits(t) for t in tensors]
 
 
@@ -158,9 +182,13 @@ def average(dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], guard: Guard)
     functions: list[Callable[..., Any]] = [get_ema_multi_avg_fn(0.9), get_swa_multi_avg_fn()]
     bits = []
     for function in functions:
-        averages = [guard.place(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        averages = [
+            guard.place(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes
+        ]
         for number in range(3):
-            values = [guard.place(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+            values = [
+                guard.place(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes
+            ]
             function(averages, values, torch.tensor(number))
         bits += map(_bits, averages)
     return bits
@@ -188,7 +216,8 @@ def shapes_for(algorithm: str) -> list[tuple[int, ...]]:
 
 
 def quick() -> None:
-    """Every algorithm in float32 and in one more type, all sizes in one launch; all else in turn."""
+    """Every algorithm in float32 and in one more type, all sizes in one launch; all else in
+    turn."""
     turns = itertools.cycle(itertools.product((True, False), (1, 2, 4), LAYOUTS, (0, 1)))
     for i, algorithm in enumerate(name for name in KINDS if name != "lbfgs"):
         for dtype in (torch.float32, [t for t in DTYPES[1:] if allowed(algorithm, t)][i % 3]):
@@ -198,17 +227,23 @@ def quick() -> None:
             check(average, dtype, VECTORS, at_end=at_end, gap=0)
 
 
-def every(algorithm: str, dtype: torch.dtype, at_end: bool, threads: int, layout: str, gap: int) -> None:
+def every(
+    algorithm: str, dtype: torch.dtype, at_end: bool, threads: int, layout: str, gap: int
+) -> None:
     """All sizes of an algorithm in one launch."""
     is_sparse = algorithm == "sparse_adam"
-    case = Case(algorithm, dtype, shapes_for(algorithm), layout, LAYOUTS[threads % 3], threads, is_sparse, 1)
+    case = Case(
+        algorithm, dtype, shapes_for(algorithm), layout, LAYOUTS[threads % 3], threads, is_sparse, 1
+    )
     check(run, case, at_end=at_end, gap=gap)
 
 
 def all_types() -> None:
     """Every algorithm in every type, at both ends, with one and with more threads."""
     for algorithm, dtype in itertools.product(KINDS, DTYPES):
-        for at_end, threads in itertools.product((True, False), (1, 4)) if allowed(algorithm, dtype) else ():
+        for at_end, threads in (
+            itertools.product((True, False), (1, 4)) if allowed(algorithm, dtype) else ()
+        ):
             every(algorithm, dtype, at_end, threads, "dense", 0)
 
 
@@ -223,10 +258,21 @@ def rounds(seed: int, count: int) -> None:
             (choose.randint(1, 90), choose.randint(1, 90))
         ]
         kind = KINDS[algorithm]
-        may_be_sparse = kind.sparse == "any" and not kind.options.get("weight_decay") and not dtype.is_complex
+        may_be_sparse = (
+            kind.sparse == "any" and not kind.options.get("weight_decay") and not dtype.is_complex
+        )
         is_sparse = kind.sparse == "only" or (may_be_sparse and choose.random() < 0.5)
         layout, gradient_layout = choose.choice(LAYOUTS), choose.choice(LAYOUTS)
-        case = Case(algorithm, dtype, shapes, layout, gradient_layout, choose.choice([1, 2, 4]), is_sparse, i)
+        case = Case(
+            algorithm,
+            dtype,
+            shapes,
+            layout,
+            gradient_layout,
+            choose.choice([1, 2, 4]),
+            is_sparse,
+            i,
+        )
         at_end, gap = choose.random() < 0.6, choose.choice([0, 0, 1, 4, 16])
         print(i, case, at_end, gap, flush=True)
         check(run, case, at_end=at_end, gap=gap)

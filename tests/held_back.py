@@ -1,8 +1,10 @@
-"""A device whose streams are held back, and whose memory is given out again as soon as torch's rules allow.
+"""A device whose streams are held back, and whose memory is given out again as soon as torch's
+rules allow.
 
-The host runs ahead of all streams. What has been let go is overwritten at once with garbage by somebody else: memory of
-the host, when no copy that was queued will read it; memory of the device, behind what its own stream has been given so
-far, and behind what streams have been given that were announced.
+The host runs ahead of all streams. What has been let go is overwritten at once with garbage by
+somebody else: memory of the host, when no copy that was queued will read it; memory of the device,
+behind what its own stream has been given so far, and behind what streams have been given that were
+announced.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Lent(Tensor):
 
 @dataclass(eq=False)
 class Block:
-    """A stretch of memory; of the device, with the stream that it was taken on, and those that were announced."""
+    """A stretch of memory; of the device, with the stream that it was taken on, and those that were
+    announced."""
 
     memory: np.ndarray
     stream: Stream | None = None
@@ -74,7 +77,8 @@ class Graph:
 
 
 class World:
-    """All streams, all memory, and the host's view: which stream is current, and whether work is being captured."""
+    """All streams, all memory, and the host's view: which stream is current, and whether work is
+    being captured."""
 
     def __init__(self, streams: int = 2) -> None:
         self.streams = [Stream() for _ in range(streams)]
@@ -86,7 +90,8 @@ class World:
     # What the host does.
 
     def switch(self, i: int) -> None:
-        """Go on with another stream, behind what the present one has been given: as whoever steps on both must."""
+        """Go on with another stream, behind what the present one has been given: as whoever steps
+        on both must."""
         before, self.current = self.current, self.streams[i]
         self.current.put(lambda: None, before.reaches(before.queued))
 
@@ -95,7 +100,9 @@ class World:
         block, content = block_of(table), want.tobytes()
 
         def read() -> None:
-            assert block.memory.tobytes()[: len(content)] == content, "a kernel read what was not its table"
+            assert block.memory.tobytes()[: len(content)] == content, (
+                "a kernel read what was not its table"
+            )
 
         self._queue(read)
 
@@ -136,7 +143,9 @@ class World:
 
     def lend(self, count: int, dtype: torch.dtype, stream: Stream | None) -> Lent:
         memory = torch.zeros(count, dtype=dtype)
-        block = Block(memory.numpy(), stream, of_graph=stream is not None and self.graph is not None)
+        block = Block(
+            memory.numpy(), stream, of_graph=stream is not None and self.graph is not None
+        )
         if block.of_graph:
             self.graph.blocks.append(block)  # type: ignore[union-attr]
         lent = memory.as_subclass(Lent)
@@ -148,7 +157,8 @@ class World:
         if block.stream is None:
             self.pinned.append(block)
         elif not block.of_graph:
-            # The first to take it: on its own stream, when the announced ones have got as far as they are now.
+            # The first to take it: on its own stream, when the announced ones have got as far as
+            # they are now.
             waiting = [stream.reaches(stream.queued) for stream in block.announced]
 
             def overwrite() -> None:
@@ -162,7 +172,8 @@ class World:
                 block.stream.put(overwrite)
 
     def copy(self, source: Block, target: Block) -> None:
-        """Queue a copy; until it is done, or for ever if it was captured, its source is not given out again."""
+        """Queue a copy; until it is done, or for ever if it was captured, its source is not given
+        out again."""
 
         def done() -> None:
             target.memory[:] = source.memory
@@ -175,7 +186,8 @@ class World:
             source.readers += 1
             self._queue(done)
         else:
-            # An event that is captured says nothing of replays: torch gives the memory out again when it is let go.
+            # An event that is captured says nothing of replays: torch gives the memory out again
+            # when it is let go.
             self._queue(again)
 
 

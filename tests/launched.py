@@ -1,7 +1,9 @@
-"""What Triton itself does with our kernels, up to the point where a GPU would begin: run as a program, it prints JSON.
+"""What Triton itself does with our kernels, up to the point where a GPU would begin: run as a
+program, it prints JSON.
 
-A driver that only takes notes stands in for CUDA's. Triton binds arguments, chooses a variant for them, compiles it for
-sm_90 and launches it, as it would on a GPU; tensors lie in the host's memory, and nothing computes.
+A driver that only takes notes stands in for CUDA's. Triton binds arguments, chooses a variant for
+them, compiles it for sm_90 and launches it, as it would on a GPU; tensors lie in the host's memory,
+and nothing computes.
 """
 
 from __future__ import annotations
@@ -35,13 +37,19 @@ class Launcher:
 
 
 class Utils:
-    """What Triton asks of CUDA when it loads a kernel: registers, spills, and the most threads of a program."""
+    """What Triton asks of CUDA when it loads a kernel: registers, spills, and the most threads of a
+    program."""
 
     def load_binary(self, *_: Any) -> tuple[int, ...]:
         return 1, 2, 32, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        return {
+            "max_shared_mem": 232448,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
 
 class Driver:
@@ -85,7 +93,8 @@ def variants(batch: Any) -> int:
 
 
 def report(cls: Any, shapes: list[tuple[int, ...]], **options: Any) -> dict[str, Any]:
-    """What a first step compiles and launches, and what further ones do after all that may change has changed."""
+    """What a first step compiles and launches, and what further ones do after all that may change
+    has changed."""
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     opt = cls([{"params": params[::2]}, {"params": params[1::2], "lr": 0.5}], **options)
 
@@ -132,7 +141,11 @@ def main() -> None:
         "adafactor": (onepass.Adafactor, matrices, {}),
         "muon": (onepass.Muon, matrices, {}),
     }
-    print(json.dumps({name: report(cls, shapes, **options) for name, (cls, shapes, options) in cases.items()}))
+    print(
+        json.dumps(
+            {name: report(cls, shapes, **options) for name, (cls, shapes, options) in cases.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Run cases that might crash, each in a process of its own: `python processes.py MODULE CASE...` prints their fates.
+"""Run cases that might crash, each in a process of its own: `python processes.py MODULE CASE...`
+prints their fates.
 
-One interpreter loads torch and the module once and forks for every case, so that a case costs milliseconds and a crash
-takes nobody along. A case is a function of the module without arguments; it passes by returning.
+One interpreter loads torch and the module once and forks for every case, so that a case costs
+milliseconds and a crash takes nobody along. A case is a function of the module without arguments;
+it passes by returning.
 """
 
 from __future__ import annotations
@@ -26,18 +28,28 @@ def fates(module: str, cases: Sequence[str]) -> dict[str, str]:
     """What became of each case: "ok", a traceback, or the signal that ended it."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-X", "faulthandler", __file__, module, *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("FATE ")]
     known = dict(json.loads(line.removeprefix("FATE ")) for line in lines)
-    return {case: known.get(case, f"never ended: rc {done.returncode}\n{done.stderr[-2000:]}") for case in cases}
+    return {
+        case: known.get(case, f"never ended: rc {done.returncode}\n{done.stderr[-2000:]}")
+        for case in cases
+    }
 
 
 def run_script(text: str, *arguments: str, timeout: float = 120) -> str:
-    """Run a script in a new interpreter; what it printed. Fails where it does, or where a signal ends it."""
+    """Run a script in a new interpreter; what it printed. Fails where it does, or where a signal
+    ends it."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-W", "error", "-c", text, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
-    assert done.returncode == 0, f"rc {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, (
+        f"rc {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    )
     return done.stdout
 
 

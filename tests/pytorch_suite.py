@@ -1,10 +1,12 @@
-"""PyTorch's own tests of optimizers, schedulers and averages, run with onepass in the place of torch.optim.
+"""PyTorch's own tests of optimizers, schedulers and averages, run with onepass in the place of
+torch.optim.
 
     python tests/pytorch_suite.py FOLDER
 
-FOLDER is the folder `test` of PyTorch's source code, as of https://github.com/pytorch/pytorch at v2.6.0; its files are
-run as they are. They run twice: with torch.optim, which says which of them the installed torch passes, and with every
-public name of torch.optim pointed at that of onepass. The last line is the score. `-k WORDS` is handed on to pytest.
+FOLDER is the folder `test` of PyTorch's source code, as of https://github.com/pytorch/pytorch at
+v2.6.0; its files are run as they are. They run twice: with torch.optim, which says which of them
+the installed torch passes, and with every public name of torch.optim pointed at that of onepass.
+The last line is the score. `-k WORDS` is handed on to pytest.
 
 This file is also the plugin of pytest that does the pointing and writes down how each test went.
 """
@@ -22,9 +24,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-FILES = ("test_optim.py", "optim/test_optim.py", "optim/test_lrscheduler.py", "optim/test_swa_utils.py")
+FILES = (
+    "test_optim.py",
+    "optim/test_optim.py",
+    "optim/test_lrscheduler.py",
+    "optim/test_swa_utils.py",
+)
 PARTS = ("", ".lr_scheduler", ".swa_utils")
-# Where the plugin writes how each test went, and whether it is to put onepass in the place of torch.optim.
+# Where the plugin writes how each test went, and whether it is to put onepass in the place of
+# torch.optim.
 OUT, PLACE = "PYTORCH_SUITE_OUT", "PYTORCH_SUITE_PLACE"
 
 
@@ -62,7 +70,9 @@ def put_in_place() -> None:
         elif name.startswith("torch.testing._internal"):
             point(vars(module))
     for module in copies.values():
-        inner = {n: copies[f"torch.optim.{n}"] for n in vars(module) if f"torch.optim.{n}" in copies}
+        inner = {
+            n: copies[f"torch.optim.{n}"] for n in vars(module) if f"torch.optim.{n}" in copies
+        }
         vars(module).update(inner)
     sys.modules.update(copies)
     torch.optim = copies["torch.optim"]
@@ -80,7 +90,9 @@ def pytest_configure(config: Any) -> None:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out classes of tests that one file imports from another."""
-    items[:] = [item for item in items if item.cls is None or item.cls.__module__ == item.module.__name__]
+    items[:] = [
+        item for item in items if item.cls is None or item.cls.__module__ == item.module.__name__
+    ]
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -101,9 +113,23 @@ def run(folder: Path, place: bool, words: str) -> dict[str, tuple[str, str]]:
         for name in FILES:
             out = Path(scratch, name.replace("/", "-"))
             plugin = Path(__file__)
-            paths = os.pathsep.join(filter(None, (str(plugin.parent), os.environ.get("PYTHONPATH", ""))))
-            variables = os.environ | {"PYTHONPATH": paths, OUT: str(out), PLACE: "1" if place else ""}
-            options = ["-q", "--disable-warnings", "--tb=short", "-p", "no:cacheprovider", "-p", "no:randomly"]
+            paths = os.pathsep.join(
+                filter(None, (str(plugin.parent), os.environ.get("PYTHONPATH", "")))
+            )
+            variables = os.environ | {
+                "PYTHONPATH": paths,
+                OUT: str(out),
+                PLACE: "1" if place else "",
+            }
+            options = [
+                "-q",
+                "--disable-warnings",
+                "--tb=short",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:randomly",
+            ]
             command = [
                 sys.executable,
                 "-m",
@@ -114,22 +140,31 @@ def run(folder: Path, place: bool, words: str) -> dict[str, tuple[str, str]]:
                 name,
                 *(["-k", words] if words else []),
             ]
-            done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=folder, env=variables, capture_output=True, text=True
+            )
             lines = out.read_text().splitlines() if out.exists() else []
             if not lines and not words:
                 sys.exit(f"{name} did not run:\n{(done.stdout + done.stderr)[-2000:]}")
-            found |= {f"{name}::{test.partition('::')[2]}": (went, line) for test, went, line in map(json.loads, lines)}
+            found |= {
+                f"{name}::{test.partition('::')[2]}": (went, line)
+                for test, went, line in map(json.loads, lines)
+            }
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run PyTorch's own optimizer tests with onepass.")
     parser.add_argument("folder", type=Path, help="the folder `test` of PyTorch's source code")
-    parser.add_argument("-k", dest="words", default="", help="only tests whose names have these words")
+    parser.add_argument(
+        "-k", dest="words", default="", help="only tests whose names have these words"
+    )
     args = parser.parse_args()
     missing = [name for name in FILES if not (args.folder / name).exists()]
     if missing:
-        parser.error(f"{args.folder} has no {missing[0]}: give the folder `test` of PyTorch's source code")
+        parser.error(
+            f"{args.folder} has no {missing[0]}: give the folder `test` of PyTorch's source code"
+        )
     theirs, ours = (run(args.folder.resolve(), place, args.words) for place in (False, True))
     due = [test for test, (went, _) in theirs.items() if went == "passed"]
     lost = [test for test in due if ours.get(test, ("not run", ""))[0] != "passed"]

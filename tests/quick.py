@@ -10,4 +10,6 @@ import pytest
 
 def slow_but(quick: Collection[Any], values: Iterable[Any]) -> list[Any]:
     """The values as parameters, marked as slow unless they are among the quick ones."""
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values
+    ]

@@ -1,4 +1,5 @@
-"""Kernels without optimizers: programs of the table's rows, columns in raw memory, and launches on them."""
+"""Kernels without optimizers: programs of the table's rows, columns in raw memory, and launches on
+them."""
 
 from __future__ import annotations
 
@@ -19,18 +20,43 @@ from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.graph.trace import Program
 
 # How NumPy sees what is stored: bfloat16 as its bits.
-STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+STORED = {
+    "float64": np.float64,
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+}
 SIZES = (0, 1, 3, 15, 16, 17, 31, 1000, 32767, 32768, 32769, 100003)
 NAN, INF = float("nan"), float("inf")
-# Around each format's limits: subnormals, the smallest and largest numbers, what overflows, and what is none.
+# Around each format's limits: subnormals, the smallest and largest numbers, what overflows, and
+# what is none.
 SPECIAL = (
     *(0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 0.1, -3.0, 0.125, -0.375),
-    *(1e-45, -1e-42, 1.1754944e-38, -1.1754942e-38, 3.4028235e38, -3.4e38, 1e30, -1e-30, 1e19, 1e-20),
+    *(
+        1e-45,
+        -1e-42,
+        1.1754944e-38,
+        -1.1754942e-38,
+        3.4028235e38,
+        -3.4e38,
+        1e30,
+        -1e-30,
+        1e19,
+        1e-20,
+    ),
     *(5.960464e-08, -6.0e-05, 65504.0, -65519.0, 65520.0, 9.2e-41, 3.3895314e38, 3.3961775e38),
 )
 
 # States that are sums, means or maxima of squares or sizes.
-NOT_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "acc_delta", "exp_inf", "step_size")
+NOT_NEGATIVE = (
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "sum",
+    "square_avg",
+    "acc_delta",
+    "exp_inf",
+    "step_size",
+)
 NOT_NEGATIVE += ("row_var", "col_var", "variance")
 # A tensor's number of elements, or its numbers of matrices, rows and columns.
 Size = int | tuple[int, int, int]
@@ -47,11 +73,16 @@ def program_of(graph: Graph, p: str, g: str, state: str) -> Program:
     return bind(graph, tuple(formats.items()))
 
 
-def hypers_of(row: Row, graph: Graph, step: float = 1, first: bool = False, **changed: Any) -> dict[str, float]:
-    """A row's options as the numbers that its graph asks for, and this step's; of scalars, what they begin with."""
+def hypers_of(
+    row: Row, graph: Graph, step: float = 1, first: bool = False, **changed: Any
+) -> dict[str, float]:
+    """A row's options as the numbers that its graph asks for, and this step's; of scalars, what
+    they begin with."""
     optimizer = row.make([torch.zeros(1)])
     group = optimizer.param_groups[0]
-    begin = {name: optimizer.initial_state(name, torch.zeros(()), group) for name, _ in graph.scalars}
+    begin = {
+        name: optimizer.initial_state(name, torch.zeros(()), group) for name, _ in graph.scalars
+    }
     group = group | begin | changed | {"step": step, "first": float(first)}
     values = {}
     for name in graph.hypers:
@@ -71,13 +102,16 @@ def encode(values: np.ndarray, format: str) -> np.ndarray:
 def random_columns(
     rng: np.random.Generator, program: Program, size: Size, special: float = 0.5
 ) -> dict[str, np.ndarray]:
-    """A tensor's columns: ordinary numbers, with special ones among them; squares and sizes are not negative."""
+    """A tensor's columns: ordinary numbers, with special ones among them; squares and sizes are not
+    negative."""
     columns = {}
     for column in program.columns:
         n = size if isinstance(size, int) else math.prod(shape_at(column.rank, size))
         values = rng.standard_normal(n) * 10.0 ** rng.integers(-3, 2, n)
         values = np.where(rng.random(n) < special, rng.choice(SPECIAL, n), values)
-        columns[column.name] = encode(np.abs(values) if column.name in NOT_NEGATIVE else values, column.format.name)
+        columns[column.name] = encode(
+            np.abs(values) if column.name in NOT_NEGATIVE else values, column.format.name
+        )
     return columns
 
 
@@ -89,7 +123,8 @@ def flat(t: torch.Tensor) -> np.ndarray:
 
 
 class Memory:
-    """Arrays copied to places of our choosing in one stretch of bytes, each between guards that nobody may touch."""
+    """Arrays copied to places of our choosing in one stretch of bytes, each between guards that
+    nobody may touch."""
 
     GUARD = 64
     # A large number in every format, and none when rounded: what is read from a guard shows.
@@ -114,8 +149,12 @@ class Memory:
 
     def read(self) -> list[np.ndarray]:
         """Copies of the arrays as they are now; the guards must be whole."""
-        assert (self.bytes[self.guarded] == self.PATTERN).all(), "memory beside a tensor was written"
-        return [np.frombuffer(view.tobytes(), t) for view, t in zip(self.views, self.types, strict=True)]
+        assert (self.bytes[self.guarded] == self.PATTERN).all(), (
+            "memory beside a tensor was written"
+        )
+        return [
+            np.frombuffer(view.tobytes(), t) for view, t in zip(self.views, self.types, strict=True)
+        ]
 
 
 def launch(
@@ -127,7 +166,8 @@ def launch(
     misaligned: int = 0,
     sizes: Sequence[Size] | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """All columns and scalars of all tensors after one launch; what only is read must not have changed."""
+    """All columns and scalars of all tensors after one launch; what only is read must not have
+    changed."""
     columns = kernel.program.columns
     numel = np.array([len(t["p"]) for t in tensors] if sizes is None else sizes, np.int64)
     memory = Memory([t[c.name] for c in columns for t in tensors], misaligned)
@@ -142,7 +182,9 @@ def launch(
     after = [{c.name: arrays[k * n + i] for k, c in enumerate(columns)} for i in range(n)]
     for before, now in zip(tensors, after, strict=True):
         for c in columns:
-            assert c.written or before[c.name].tobytes() == now[c.name].tobytes(), f"{c.name} is read only"
+            assert c.written or before[c.name].tobytes() == now[c.name].tobytes(), (
+                f"{c.name} is read only"
+            )
     for name, numbers in prepared.scalars().items():
         for i in range(n):
             after[i][name] = np.asarray(numbers[i : i + 1], cpu.COMPUTE[kernel.program.compute])
@@ -169,12 +211,15 @@ def check_oracle(
         size = sizes[i] if sizes else None
         wanted = interpret(kernel.program, before, hypers[0 if rows is None else rows[i]], size)
         for name, want in wanted.items():
-            assert_same_bits(now[name], want, f"{kernel.program.name}: {name} of a tensor of {size or len(want)}")
+            assert_same_bits(
+                now[name], want, f"{kernel.program.name}: {name} of a tensor of {size or len(want)}"
+            )
     return after
 
 
 def bits(a: np.ndarray) -> np.ndarray:
-    """An array's bits, with one pattern for all NaNs: which of two NaNs' payloads survives is not specified."""
+    """An array's bits, with one pattern for all NaNs: which of two NaNs' payloads survives is not
+    specified."""
     unsigned = a.view(f"u{a.itemsize}")
     if a.dtype == np.uint16:
         return np.where((a & 0x7FFF) > 0x7F80, np.uint16(0x7FC0), a)

@@ -1,7 +1,9 @@
-"""Numbers that know how far arithmetic of a given precision may be off: a float64 value, and a bound of its error.
+"""Numbers that know how far arithmetic of a given precision may be off: a float64 value, and a
+bound of its error.
 
-A reference of the table, run on them instead of on arrays, gives for each element the tolerance that its own operations
-explain. Cancellation counts: of `a - b` the errors add up, however small the difference is.
+A reference of the table, run on them instead of on arrays, gives for each element the tolerance
+that its own operations explain. Cancellation counts: of `a - b` the errors add up, however small
+the difference is.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import numpy as np
 
 
 class Rounded(np.lib.mixins.NDArrayOperatorsMixin):
-    """An array of values, with the error that each may have where `unit` is half of the distance of 1 to the next.
+    """An array of values, with the error that each may have where `unit` is half of the distance of
+    1 to the next.
 
-    `inexact` is how many units of float64 plain numbers may err that meet these, as they come out of some operations.
+    `inexact` is how many units of float64 plain numbers may err that meet these, as they come out
+    of some operations.
     """
 
     def __init__(self, value: Any, error: Any, unit: float, inexact: float = 0.0) -> None:
@@ -78,9 +82,13 @@ class Rounded(np.lib.mixins.NDArrayOperatorsMixin):
             return x
         x = np.asarray(x, np.float64)
         with np.errstate(all="ignore"):
-            exact = x.astype(np.float64 if self.unit < 2.0**-50 else np.float32).astype(np.float64) == x
+            exact = (
+                x.astype(np.float64 if self.unit < 2.0**-50 else np.float32).astype(np.float64) == x
+            )
         inexact = np.where(x == np.rint(x), 0.0, self.inexact * 2.0**-53)
-        return Rounded(x, (np.where(exact, 0.0, self.unit) + inexact) * np.abs(x), self.unit, self.inexact)
+        return Rounded(
+            x, (np.where(exact, 0.0, self.unit) + inexact) * np.abs(x), self.unit, self.inexact
+        )
 
 
 def _add(a: Rounded, b: Rounded) -> tuple[Any, int]:

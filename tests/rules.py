@@ -1,4 +1,5 @@
-"""Rules beyond the table, as users may write them: all operations, columns that are only copied, norms within norms."""
+"""Rules beyond the table, as users may write them: all operations, columns that are only copied,
+norms within norms."""
 
 from __future__ import annotations
 
@@ -54,9 +55,18 @@ def host_values_stored(p, g, a, b, c, d, *, lr):
 def everything(p, g, s, t, *, lr):
     turned = where((g < 0) ^ (p >= s), rint(p * 4), floor(s * 3))
     kept = where(~(p == g) & (lr > 0.3) | (s != s), abs(turned), -p)
-    told = where(g < 0, 8.0, 0.0) + where(p >= s, 4.0, 0.0) + where(p == g, 2.0, 0.0) + where(s != s, 1.0, 0.0)
+    told = (
+        where(g < 0, 8.0, 0.0)
+        + where(p >= s, 4.0, 0.0)
+        + where(p == g, 2.0, 0.0)
+        + where(s != s, 1.0, 0.0)
+    )
     root = sqrt(abs(s)) * exp(-lr) + log(1 + lr) ** 2
-    return {"p": kept / (1 + lr) + 2 / s - g / (1 + abs(p)), "s": root, "t": told + where(lr > 0.3, 16.0, t * 0 + 32)}
+    return {
+        "p": kept / (1 + lr) + 2 / s - g / (1 + abs(p)),
+        "s": root,
+        "t": told + where(lr > 0.3, 16.0, t * 0 + 32),
+    }
 
 
 def copies(p, g, prev, zero, *, lr):
@@ -71,7 +81,8 @@ def lars(p, g, momentum, *, lr):
 
 
 def lamb(p, g, m, v, *, lr):
-    """You et al., 2019, without bias correction: the norm of an update that is not stored is computed twice."""
+    """You et al., 2019, without bias correction: the norm of an update that is not stored is
+    computed twice."""
     m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
     update = m / (sqrt(v) + 1e-6) + 0.01 * p
     return {"p": p - lr * norm(p) / (norm(update) + 1e-12) * update, "m": m, "v": v}
@@ -105,7 +116,8 @@ def rolled(matrices: Tensor, a: float, b: float) -> Tensor:
 
 
 def factored(p, g, row: PerRow, column: PerColumn, *, lr):
-    """Adafactor's way: values of rows, columns and matrices together make one of elements, whose mean is taken."""
+    """Adafactor's way: values of rows, columns and matrices together make one of elements, whose
+    mean is taken."""
     row = lerp(row, row_mean(square(g)), lr)
     column = lerp(column, column_mean(square(g)), lr)
     u = g / sqrt(maximum(row / maximum(column_mean(row), 1e-3) * column, 1e-6))
@@ -113,18 +125,27 @@ def factored(p, g, row: PerRow, column: PerColumn, *, lr):
 
 
 def edges(p, g, row: PerRow, column: PerColumn, *, lr):
-    """Old values of rows and columns, each used more than once and then overwritten; conditions and means of them."""
+    """Old values of rows and columns, each used more than once and then overwritten; conditions and
+    means of them."""
     u = p * row + g * row - where(row > 0, column * p, p - column) * lr
     u = where((column < row) & (row_mean(column) > 0.1), u, -u) * (1 + column_mean(row))
-    return {"p": p - lr * u, "row": row_mean(g), "column": column * 0.5 + column_mean(row) * column_mean(g)}
+    return {
+        "p": p - lr * u,
+        "row": row_mean(g),
+        "column": column * 0.5 + column_mean(row) * column_mean(g),
+    }
 
 
 def largest(p, g, row: PerRow, column: PerColumn, *, lr):
-    """Largest numbers of rows, of columns and of matrices; a value of matrices kept for each row, a host value for
-    each column."""
+    """Largest numbers of rows, of columns and of matrices; a value of matrices kept for each row, a
+    host value for each column."""
     tall, flat = (make("amax", abs(g), attr=over) for over in ("rows", "columns"))
     whole = make("amax", tall * row, attr="columns") + make("amax", flat, attr="rows") * 0.25
-    return {"p": p - lr * (g / (tall + 1) + p / (flat + 1)), "row": whole, "column": amax(p) + rows() / columns()}
+    return {
+        "p": p - lr * (g / (tall + 1) + p / (flat + 1)),
+        "row": whole,
+        "column": amax(p) + rows() / columns(),
+    }
 
 
 def nested(p, g, *, lr):
@@ -136,7 +157,8 @@ def nested(p, g, *, lr):
 
 
 def turned(p, g, row: PerRow, momentum, *, lr):
-    """A function of matrices in the middle, with numbers of all kinds, of which one is a norm of a later pass."""
+    """A function of matrices in the middle, with numbers of all kinds, of which one is a norm of a
+    later pass."""
     m = lerp(momentum, g, lr)
     u = call(rolled, m / (row_mean(abs(m)) + 1), lr, 1 / columns())
     v = call(rolled, m, norm(u - mean(u)), 0.5)
@@ -146,7 +168,9 @@ def turned(p, g, row: PerRow, momentum, *, lr):
 def in_a_row(p, g, *, lr):
     """Functions of what other functions return, and of the same matrices."""
     u = call(backwards, call(rolled, g, lr, 3.0))
-    return {"p": p - lr * call(backwards, u) + call(rolled, u, 0.5, lr) * u + call(rolled, u, lr, 0.5)}
+    return {
+        "p": p - lr * call(backwards, u) + call(rolled, u, 0.5, lr) * u + call(rolled, u, lr, 0.5)
+    }
 
 
 def only_a_call(p, g, s, *, lr):
@@ -157,8 +181,11 @@ def only_a_call(p, g, s, *, lr):
 MATRIX_RULES = (factored, edges, largest, nested, turned, in_a_row, only_a_call)
 
 
-def evaluate(graph: kernel.Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, float]) -> dict[str, Tensor]:
-    """A graph's outputs for one tensor by the eager backend, which gives the same for each of several in a row."""
+def evaluate(
+    graph: kernel.Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """A graph's outputs for one tensor by the eager backend, which gives the same for each of
+    several in a row."""
     new, scalars = kernel.evaluate(graph, columns, hypers)
     if graph.is_elementwise:
         lists = {name: [t + 1, t, t + 1] for name, t in columns.items()}
@@ -168,5 +195,10 @@ def evaluate(graph: kernel.Graph, columns: Mapping[str, Tensor], hypers: Mapping
         ):
             together, _ = kernel.evaluate_together(graph, lists, numbers)
             for name, (_, t, _) in together.items():
-                torch.testing.assert_close(t, new[name], rtol=0, atol=0, equal_nan=True, check_dtype=False)
-    return new | {name: torch.as_tensor(value, dtype=torch.float64).reshape(()) for name, value in scalars.items()}
+                torch.testing.assert_close(
+                    t, new[name], rtol=0, atol=0, equal_nan=True, check_dtype=False
+                )
+    return new | {
+        name: torch.as_tensor(value, dtype=torch.float64).reshape(())
+        for name, value in scalars.items()
+    }

@@ -1,4 +1,5 @@
-"""The same sequence of operations on onepass and on torch.optim, and whether they end up in the same place."""
+"""The same sequence of operations on onepass and on torch.optim, and whether they end up in the
+same place."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {"lr": 0.05, "weight_decay": 0.1}),
     "adamw": ("AdamW", {"lr": 0.05}),
     "amsgrad": ("AdamW", {"lr": 0.05, "amsgrad": True, "maximize": True}),
-    "adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.05, "initial_accumulator_value": 0.1}),
+    "adagrad": (
+        "Adagrad",
+        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.05, "initial_accumulator_value": 0.1},
+    ),
     "rmsprop": ("RMSprop", {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.05}),
     "centered": ("RMSprop", {"lr": 0.01, "alpha": 0.9, "momentum": 0.8, "centered": True}),
     "adadelta": ("Adadelta", {"lr": 1.0, "eps": 1e-3, "weight_decay": 0.05}),
@@ -38,7 +42,8 @@ ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Side:
-    """One optimizer with the parameters that it was given, and a source of random numbers equal on both sides."""
+    """One optimizer with the parameters that it was given, and a source of random numbers equal on
+    both sides."""
 
     library: Any
     opt: Any
@@ -52,7 +57,11 @@ class Side:
     def set_gradients(self, only: Iterable[int] | None = None) -> None:
         for i, p in enumerate(self.params):
             if only is None or i in only:
-                p.grad = self.randn(*p.shape).to(p.dtype) if not p.is_complex() else self.randn(*p.shape, dtype=p.dtype)
+                p.grad = (
+                    self.randn(*p.shape).to(p.dtype)
+                    if not p.is_complex()
+                    else self.randn(*p.shape, dtype=p.dtype)
+                )
 
     def step(self, only: Iterable[int] | None = None) -> None:
         self.set_gradients(only)
@@ -70,7 +79,9 @@ def make_side(
 ) -> Side:
     name, options = ALGORITHMS[algorithm]
     random = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
+    params = [
+        torch.nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes
+    ]
     return Side(library, getattr(library, name)(params, **(options | changes)), params, random)
 
 
@@ -86,19 +97,27 @@ def on_both(sides: tuple[Side, Side], operation: Callable[[Side], Any]) -> None:
 
 
 def assert_same(sides: tuple[Side, Side], **tolerance: float) -> None:
-    """Equal parameters and states, under the same names; state that torch does not have is an error."""
+    """Equal parameters and states, under the same names; state that torch does not have is an
+    error."""
     ours, theirs = sides
     close = CLOSE | tolerance
     for i, (p, q) in enumerate(zip(ours.params, theirs.params, strict=True)):
-        torch.testing.assert_close(p.detach(), q.detach(), msg=lambda m, i=i: f"parameter {i}: {m}", **close)
+        torch.testing.assert_close(
+            p.detach(), q.detach(), msg=lambda m, i=i: f"parameter {i}: {m}", **close
+        )
     mine, yours = ours.opt.state_dict()["state"], theirs.opt.state_dict()["state"]
     assert set(mine) == set(yours)
     for key, entries in yours.items():
-        assert {k for k, v in mine[key].items() if v is not None} == {k for k, v in entries.items() if v is not None}
+        assert {k for k, v in mine[key].items() if v is not None} == {
+            k for k, v in entries.items() if v is not None
+        }
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 torch.testing.assert_close(
-                    mine[key][name], value, msg=lambda m, k=key, n=name: f"state {k}.{n}: {m}", **close
+                    mine[key][name],
+                    value,
+                    msg=lambda m, k=key, n=name: f"state {k}.{n}: {m}",
+                    **close,
                 )
 
 
@@ -115,16 +134,21 @@ def bits(t: Any) -> Any:
 
 
 def snapshot(opt: Any) -> Any:
-    """The bits of parameters, gradients and state, and the options: equal snapshots mean that nothing has changed."""
+    """The bits of parameters, gradients and state, and the options: equal snapshots mean that
+    nothing has changed."""
     params = [p for group in opt.param_groups for p in group["params"]]
     state = [
-        (id(p), [(k, bits(v)) for k, v in entry.items()] if isinstance(entry, dict) else repr(entry))
+        (
+            id(p),
+            [(k, bits(v)) for k, v in entry.items()] if isinstance(entry, dict) else repr(entry),
+        )
         for p, entry in opt.state.items()
     ]
     # Entries that are empty are as good as none: reading a defaultdict makes them.
     state = [pair for pair in state if pair[1]]
     options = [
-        {k: bits(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"} for g in opt.param_groups
+        {k: bits(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"}
+        for g in opt.param_groups
     ]
     return [bits(p) for p in params], [bits(p.grad) for p in params], state, repr(options)
 

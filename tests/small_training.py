@@ -1,4 +1,5 @@
-"""What the tests with other packages train: a small network, its data, and how close two runs must come."""
+"""What the tests with other packages train: a small network, its data, and how close two runs must
+come."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def loss_of(model: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     return (model(x) - y).square().mean()
 
 
-def train(model: nn.Module, opt: Any, steps: int, after: Callable[[], Any] = lambda: None) -> list[float]:
+def train(
+    model: nn.Module, opt: Any, steps: int, after: Callable[[], Any] = lambda: None
+) -> list[float]:
     """The losses of some steps; after each of them, `after` is called."""
     losses = []
     for _ in range(steps):

@@ -1,10 +1,12 @@
 """One optimizer under random sequences of what a user may do, beside an oracle in float64.
 
-`python tests/state_machine.py ALGORITHM SEED ACTIONS` runs one sequence again; the same three words give the same run.
+`python tests/state_machine.py ALGORITHM SEED ACTIONS` runs one sequence again; the same three words
+give the same run.
 
-Each step is held against the papers' rules (`table.py`), computed in float64 from what parameters, gradients, state and
-options were just before it; `roundings.py` says for each element how far arithmetic of the kernels' precision may be
-off. A step that raises must have changed nothing at all. What there is to do is in `actions.py`.
+Each step is held against the papers' rules (`table.py`), computed in float64 from what parameters,
+gradients, state and options were just before it; `roundings.py` says for each element how far
+arithmetic of the kernels' precision may be off. A step that raises must have changed nothing at
+all. What there is to do is in `actions.py`.
 """
 
 from __future__ import annotations
@@ -40,12 +42,29 @@ MATRICES = ((4, 3), (3, 4), (2, 6), (1, 7), (5, 2), (6, 6))
 TABLES = ((4, 3), (3, 4), (12,), (6, 2, 2), (5, 2), (7,))
 
 
-def muon(p, g, state, step, *, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn):
-    """Jordan et al., 2024; what the iteration makes of errors is bounded by its first coefficient, see `spread`."""
+def muon(
+    p,
+    g,
+    state,
+    step,
+    *,
+    lr,
+    weight_decay,
+    momentum,
+    nesterov,
+    ns_coefficients,
+    eps,
+    ns_steps,
+    adjust_lr_fn,
+):
+    """Jordan et al., 2024; what the iteration makes of errors is bounded by its first coefficient,
+    see `spread`."""
     b = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0.0) + (1 - momentum) * g
     given = (1 - momentum) * g + momentum * b if nesterov else b
     n, m = p.shape
-    ratio = 0.2 * np.sqrt(max(n, m)) if adjust_lr_fn == "match_rms_adamw" else np.sqrt(max(1.0, n / m))
+    ratio = (
+        0.2 * np.sqrt(max(n, m)) if adjust_lr_fn == "match_rms_adamw" else np.sqrt(max(1.0, n / m))
+    )
     u = polynomial(given.value, ns_coefficients, eps, ns_steps)
     quick = linalg.has_bfloat16_products() and p.unit > 2.0**-50
     dtype = torch.bfloat16 if quick else torch.float32 if p.unit > 2.0**-50 else torch.float64
@@ -56,21 +75,30 @@ def muon(p, g, state, step, *, lr, weight_decay, momentum, nesterov, ns_coeffici
     return (1 - lr * weight_decay) * p - lr * ratio * u
 
 
-def sparse_adam(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, maximize=False, rows=True) -> Any:
+def sparse_adam(
+    p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, maximize=False, rows=True
+) -> Any:
     """Kingma and Ba, 2014, the form at the end of section 2, for the rows that the gradient has."""
     beta1, beta2 = betas
     g = -g if maximize else g
-    former_m, former_v = state.get("exp_avg", np.zeros_like(p)), state.get("exp_avg_sq", np.zeros_like(p))
+    former_m, former_v = (
+        state.get("exp_avg", np.zeros_like(p)),
+        state.get("exp_avg_sq", np.zeros_like(p)),
+    )
     m = beta1 * former_m + (1 - beta1) * g
     v = beta2 * former_v + (1 - beta2) * g**2
     size = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    state["exp_avg"], state["exp_avg_sq"] = np.where(rows, m, 0 * p + former_m), np.where(rows, v, 0 * p + former_v)
+    state["exp_avg"], state["exp_avg_sq"] = (
+        np.where(rows, m, 0 * p + former_m),
+        np.where(rows, v, 0 * p + former_v),
+    )
     return np.where(rows, p - size * m / (np.sqrt(v) + eps), p)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An algorithm under test: its class and options, its reference, and the state that a parameter must have."""
+    """An algorithm under test: its class and options, its reference, and the state that a parameter
+    must have."""
 
     cls: str
     options: Mapping[str, Any]
@@ -97,22 +125,47 @@ KINDS: dict[str, Kind] = {
         sparse="any",
     ),
     "nesterov": Kind(
-        "SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": True}, table.sgd, ("momentum_buffer",), sparse="any"
+        "SGD",
+        {"lr": 0.1, "momentum": 0.8, "nesterov": True},
+        table.sgd,
+        ("momentum_buffer",),
+        sparse="any",
     ),
     "adam": Kind("Adam", {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}, table.adam, (M, V)),
-    "amsgrad": Kind("Adam", {"lr": 0.05, "amsgrad": True, "betas": (0.8, 0.7), "maximize": True}, table.adam, (M, V)),
-    "adamw": Kind("AdamW", {"lr": 0.05, "weight_decay": 0.3, "betas": (0.8, 0.95)}, table.adam, (M, V)),
+    "amsgrad": Kind(
+        "Adam",
+        {"lr": 0.05, "amsgrad": True, "betas": (0.8, 0.7), "maximize": True},
+        table.adam,
+        (M, V),
+    ),
+    "adamw": Kind(
+        "AdamW", {"lr": 0.05, "weight_decay": 0.3, "betas": (0.8, 0.95)}, table.adam, (M, V)
+    ),
     "adagrad": Kind(
-        "Adagrad", {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1}, table.adagrad, ("sum",), sparse="any"
+        "Adagrad",
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.1},
+        table.adagrad,
+        ("sum",),
+        sparse="any",
     ),
     "rmsprop": Kind(
         "RMSprop",
-        {"lr": 0.01, "alpha": 0.9, "momentum": 0.8, "centered": True, "weight_decay": 0.05, "eps": 1e-3},
+        {
+            "lr": 0.01,
+            "alpha": 0.9,
+            "momentum": 0.8,
+            "centered": True,
+            "weight_decay": 0.05,
+            "eps": 1e-3,
+        },
         table.rmsprop,
         ("square_avg",),
     ),
     "adadelta": Kind(
-        "Adadelta", {"lr": 1.0, "eps": 1e-3, "weight_decay": 0.05}, table.adadelta, ("square_avg", "acc_delta")
+        "Adadelta",
+        {"lr": 1.0, "eps": 1e-3, "weight_decay": 0.05},
+        table.adadelta,
+        ("square_avg", "acc_delta"),
     ),
     "adamax": Kind("Adamax", {"lr": 0.05, "weight_decay": 0.1}, table.adamax, (M, "exp_inf")),
     "nadam": Kind(
@@ -121,18 +174,32 @@ KINDS: dict[str, Kind] = {
         table.nadam,
         (M, V),
     ),
-    "radam": Kind("RAdam", {"lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.95)}, table.radam, (M, V)),
-    "asgd": Kind("ASGD", {"lr": 0.1, "lambd": 0.5, "t0": 1, "weight_decay": 0.05}, table.asgd, ("ax", "eta", "mu")),
+    "radam": Kind(
+        "RAdam", {"lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.95)}, table.radam, (M, V)
+    ),
+    "asgd": Kind(
+        "ASGD",
+        {"lr": 0.1, "lambd": 0.5, "t0": 1, "weight_decay": 0.05},
+        table.asgd,
+        ("ax", "eta", "mu"),
+    ),
     "rprop": Kind("Rprop", {"lr": 0.05, "maximize": True}, table.rprop, ("prev", "step_size")),
     "adafactor": Kind(
-        "Adafactor", {"lr": 0.05, "eps": (1e-3, 1e-3), "weight_decay": 0.1}, adafactor, (), is_complex=False
+        "Adafactor",
+        {"lr": 0.05, "eps": (1e-3, 1e-3), "weight_decay": 0.1},
+        adafactor,
+        (),
+        is_complex=False,
     ),
     "muon": Kind("Muon", {"lr": 0.05}, muon, ("momentum_buffer",), MATRICES, is_complex=False),
     "sparse_adam": Kind("SparseAdam", {"lr": 0.05}, sparse_adam, (M, V), TABLES, "only", False),
-    "lbfgs": Kind("LBFGS", {"lr": 0.5, "max_iter": 3, "history_size": 4}, None, (), is_complex=False),
+    "lbfgs": Kind(
+        "LBFGS", {"lr": 0.5, "max_iter": 3, "history_size": 4}, None, (), is_complex=False
+    ),
 }
 UNIT = table.UNIT
-# Beyond these a float32 kernel loses what float64 still has: squares that overflow, products that vanish.
+# Beyond these a float32 kernel loses what float64 still has: squares that overflow, products that
+# vanish.
 LARGEST, SMALLEST = 1e4, 1e-10
 
 
@@ -167,7 +234,8 @@ def content(t: Tensor) -> bytes:
 
 
 def facts(t: Any, kept: list[Any], versions: bool = True) -> Any:
-    """All that can be seen of a value, comparable by ==; objects are compared by identity and kept alive."""
+    """All that can be seen of a value, comparable by ==; objects are compared by identity and kept
+    alive."""
     kept.append(t)
     if not isinstance(t, Tensor):
         return id(t), repr(t) if isinstance(t, (int, float, str, tuple, list)) else ""
@@ -178,11 +246,20 @@ def facts(t: Any, kept: list[Any], versions: bool = True) -> Any:
             return seen, [facts(part, kept)[2:] for part in (t._indices(), t._values())]
         if t.layout != torch.strided or t.is_meta:
             return seen
-        return seen, t.data_ptr(), t.stride(), t.storage_offset(), t.is_neg(), t.is_conj(), content(t)
+        return (
+            seen,
+            t.data_ptr(),
+            t.stride(),
+            t.storage_offset(),
+            t.is_neg(),
+            t.is_conj(),
+            content(t),
+        )
 
 
 def _version_of(t: Tensor) -> int | None:
-    """How often a tensor was written; of tensors made in inference mode, and of what shares their memory, nothing."""
+    """How often a tensor was written; of tensors made in inference mode, and of what shares their
+    memory, nothing."""
     try:
         return t._version
     except RuntimeError:
@@ -200,8 +277,13 @@ class Snapshot:
             "parameters": [facts(p, kept) for p in (*params, *members)],
             "gradients": [facts(p.grad, kept) for p in (*params, *members)],
             "groups": [[id(p) for p in group["params"]] for group in opt.param_groups],
-            "options": [{key: self._option(v) for key, v in g.items() if key != "params"} for g in opt.param_groups],
-            "state": {id(p): self._entry(entry) for p, entry in opt.state.items() if not _is_empty(entry)},
+            "options": [
+                {key: self._option(v) for key, v in g.items() if key != "params"}
+                for g in opt.param_groups
+            ],
+            "state": {
+                id(p): self._entry(entry) for p, entry in opt.state.items() if not _is_empty(entry)
+            },
         }
         kept += [*opt.state, *opt.state.values()]
 
@@ -213,7 +295,9 @@ class Snapshot:
             return facts(entry, self.kept)
         # State that has been stored and taken back has another version.
         return {
-            name: [facts(v, self.kept, False) for v in (value if isinstance(value, list) else [value])]
+            name: [
+                facts(v, self.kept, False) for v in (value if isinstance(value, list) else [value])
+            ]
             for name, value in entry.items()
         }
 
@@ -232,7 +316,8 @@ def _is_empty(entry: Any) -> bool:
 
 
 class Memory:
-    """What storages hold, in float64 with errors: parameters that share one see what others have written."""
+    """What storages hold, in float64 with errors: parameters that share one see what others have
+    written."""
 
     def __init__(self) -> None:
         self._storages: dict[tuple[int, torch.dtype], tuple[np.ndarray, np.ndarray]] = {}
@@ -263,7 +348,8 @@ def number(value: Any) -> float:
 
 @dataclass
 class Expected:
-    """What a parameter's state must be after a step: values and tolerances of columns, and numbers."""
+    """What a parameter's state must be after a step: values and tolerances of columns, and
+    numbers."""
 
     p: Tensor
     keys: set[str]
@@ -291,21 +377,36 @@ class Oracle:
     def _option(value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) else value
 
-    def _step(self, p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any], options: dict[str, Any]) -> Expected:
+    def _step(
+        self, p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any], options: dict[str, Any]
+    ) -> Expected:
         values, errors = self.memory.view(p)
         lr = float(group["lr"])
         g = p.grad
         if g is None:
-            kept = {name: numbers(t) for name, t in entry.items() if isinstance(t, Tensor) and name != "step"}
+            kept = {
+                name: numbers(t)
+                for name, t in entry.items()
+                if isinstance(t, Tensor) and name != "step"
+            }
             count = number(entry["step"]) if "step" in entry else None
-            return Expected(p, set(entry), {name: (t, np.zeros_like(t)) for name, t in kept.items()}, count, lr, False)
+            return Expected(
+                p,
+                set(entry),
+                {name: (t, np.zeros_like(t)) for name, t in kept.items()},
+                count,
+                lr,
+                False,
+            )
         states = self._states(p, entry, group)
         # A column that no rule reads now, as that of a momentum of 0, has no say in the precision.
         used = [t for name, t in states.items() if is_used(group, name)]
         dtypes = [plain(t).dtype for t in (p, g, *used)]
         wide = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes)
         unit = UNIT[torch.float64 if wide else torch.float32]
-        given = {name: Rounded(numbers(t), 0.0, unit, table.ROUNDINGS) for name, t in states.items()}
+        given = {
+            name: Rounded(numbers(t), 0.0, unit, table.ROUNDINGS) for name, t in states.items()
+        }
         state: dict[str, Any] = given | self._scalars(entry, lr)
         before = None if entry.get("step") is None else number(entry["step"])
         step = int(before or 0) + 1
@@ -316,17 +417,30 @@ class Oracle:
         gradient, rows = self._gradient(g, unit)
         if self.kind.cls == "SparseAdam":
             options = options | {"rows": rows}
-        new = self._refer(Rounded(values.copy(), errors.copy(), unit, table.ROUNDINGS), gradient, state, step, options)
+        new = self._refer(
+            Rounded(values.copy(), errors.copy(), unit, table.ROUNDINGS),
+            gradient,
+            state,
+            step,
+            options,
+        )
         good = self._is_ordinary(values, numbers(g), given)
         # No rate is so small that it makes a number of what is none.
         self.ordinary = self.ordinary and good and bool(np.isfinite(new.value).all())
         self._write(p, values, errors, new, good)
-        stored = states | {name: t for name, t in entry.items() if name in SCALARS and isinstance(t, Tensor)}
-        changed = {name: self._tolerated(p, name, value, stored, good, wide) for name, value in state.items()}
+        stored = states | {
+            name: t for name, t in entry.items() if name in SCALARS and isinstance(t, Tensor)
+        }
+        changed = {
+            name: self._tolerated(p, name, value, stored, good, wide)
+            for name, value in state.items()
+        }
         keys = set(entry) | set(state) | ({"step"} if self.kind.counts else set())
         return Expected(p, keys, changed, float(step) if self.kind.counts else None, lr)
 
-    def _refer(self, p: Rounded, g: Rounded, state: dict[str, Any], step: int, options: Mapping[str, Any]) -> Any:
+    def _refer(
+        self, p: Rounded, g: Rounded, state: dict[str, Any], step: int, options: Mapping[str, Any]
+    ) -> Any:
         """The parameter's new value by the reference, which puts the new state into `state`."""
         lost, former = self._lost_in_corrections(options, step), dict(state)
         with np.errstate(all="ignore"):
@@ -335,16 +449,24 @@ class Oracle:
                 return new
             # What corrects moments has no part in them: their own bounds stay.
             former = {name: _coarser(value, lost) for name, value in former.items()}
-            return self.kind.reference(_coarser(p, lost), _coarser(g, lost), former, step, **options)
+            return self.kind.reference(
+                _coarser(p, lost), _coarser(g, lost), former, step, **options
+            )
 
-    def _states(self, p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _states(
+        self, p: Tensor, entry: Mapping[str, Any], group: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         """The columns that there are, and those that begin at something else than zero."""
-        columns = {name: t for name, t in entry.items() if isinstance(t, Tensor) and name not in SCALARS}
+        columns = {
+            name: t for name, t in entry.items() if isinstance(t, Tensor) and name not in SCALARS
+        }
         like = real(plain(p))
         if self.kind.cls == "Rprop" and "step_size" not in columns:
             columns["step_size"] = torch.full_like(like, number(group["lr"]))
             columns["step_size"] = (
-                torch.view_as_complex(columns["step_size"]) if p.is_complex() else columns["step_size"]
+                torch.view_as_complex(columns["step_size"])
+                if p.is_complex()
+                else columns["step_size"]
             )
         if self.kind.cls == "Adagrad" and "sum" not in columns:
             columns["sum"] = torch.full_like(like, number(group["initial_accumulator_value"]))
@@ -353,20 +475,31 @@ class Oracle:
     def _scalars(self, entry: Mapping[str, Any], lr: float) -> dict[str, Any]:
         """The numbers that there are; of ASGD also the first rate, as it is stored."""
         first = {"eta": float(np.float32(lr)), "mu": 1.0} if self.kind.cls == "ASGD" else {}
-        found = {name: number(entry[name]) for name in SCALARS if name != "step" and entry.get(name) is not None}
+        found = {
+            name: number(entry[name])
+            for name in SCALARS
+            if name != "step" and entry.get(name) is not None
+        }
         # They are read in torch's default type, whatever was put there.
         error = {
-            name: 0.0 if value == float(np.float32(value)) else UNIT[torch.float32] for name, value in found.items()
+            name: 0.0 if value == float(np.float32(value)) else UNIT[torch.float32]
+            for name, value in found.items()
         }
-        lifted = {name: Rounded(value, error[name] * abs(value), UNIT[torch.float64]) for name, value in found.items()}
-        return first | {name: lifted[name] if error[name] else value for name, value in found.items()}
+        lifted = {
+            name: Rounded(value, error[name] * abs(value), UNIT[torch.float64])
+            for name, value in found.items()
+        }
+        return first | {
+            name: lifted[name] if error[name] else value for name, value in found.items()
+        }
 
     def _lost_in_corrections(self, options: Mapping[str, Any], step: int) -> float:
         """How many units more the factors that correct moments may err, as differences that cancel.
 
-        The powers of two libraries differ by a unit. Of x = beta^t, 1 - x errs by x / (1 - x) units of its own size.
-        RAdam's rho is the small difference of its limit, about 2 / (1 - beta2), and of 2 t x / (1 - x), which errs by
-        2 t x / (1 - x)^2 units, twice that between two libraries; the rectification errs by 2/3 of it, since rho > 5.
+        The powers of two libraries differ by a unit. Of x = beta^t, 1 - x errs by x / (1 - x) units
+        of its own size. RAdam's rho is the small difference of its limit, about 2 / (1 - beta2),
+        and of 2 t x / (1 - x), which errs by 2 t x / (1 - x)^2 units, twice that between two
+        libraries; the rectification errs by 2/3 of it, since rho > 5.
         """
         powers = [beta**step for beta in options.get("betas", ())]
         lost = max((x / (1 - x) for x in powers), default=0.0)
@@ -394,12 +527,19 @@ class Oracle:
     @staticmethod
     def _is_ordinary(p: np.ndarray, g: np.ndarray, given: Mapping[str, Rounded]) -> bool:
         """Whether no number is of a size at which float32 behaves unlike float64."""
-        if not np.isfinite(g).all() or not np.isfinite(p).all() or np.abs(p).max(initial=0.0) > LARGEST:
+        if (
+            not np.isfinite(g).all()
+            or not np.isfinite(p).all()
+            or np.abs(p).max(initial=0.0) > LARGEST
+        ):
             return False
         size = np.abs(g)
         if size.max(initial=0.0) > LARGEST or ((size > 0) & (size < SMALLEST)).any():
             return False
-        return all(np.isfinite(s.value).all() and np.abs(s.value).max(initial=0.0) < LARGEST**2 for s in given.values())
+        return all(
+            np.isfinite(s.value).all() and np.abs(s.value).max(initial=0.0) < LARGEST**2
+            for s in given.values()
+        )
 
     @staticmethod
     def _write(p: Tensor, values: np.ndarray, errors: np.ndarray, new: Any, good: bool) -> None:
@@ -407,7 +547,9 @@ class Oracle:
         values[...] = new.value
         least = torch.finfo(p.dtype).smallest_normal * stored
         errors[...] = (
-            REWRITTEN * (2 if new.unit < 2.0**-50 else 1) * new.error + 2 * stored * np.abs(new.value) + least
+            REWRITTEN * (2 if new.unit < 2.0**-50 else 1) * new.error
+            + 2 * stored * np.abs(new.value)
+            + least
             if good
             else np.inf
         )
@@ -417,16 +559,24 @@ class Oracle:
         p: Tensor, name: str, value: Any, states: Mapping[str, Tensor], good: bool, wide: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """A state's new value, and how far it may be off once it is stored."""
-        dtype = states[name].dtype if name in states else torch.float32 if name in SCALARS else p.dtype
+        dtype = (
+            states[name].dtype if name in states else torch.float32 if name in SCALARS else p.dtype
+        )
         stored = UNIT[dtype.to_real() if dtype.is_complex else dtype]
         # Numbers are kept in torch's default type, whatever was put there.
         stored = max(stored, UNIT[torch.float32]) if name in SCALARS else stored
         value = value if isinstance(value, Rounded) else Rounded(value, 0.0, UNIT[torch.float64])
         least = torch.finfo(dtype).smallest_normal * stored
-        # The numbers of the references that are no arrays are computed in float64, and rounded once more on the way.
+        # The numbers of the references that are no arrays are computed in float64, and rounded once
+        # more on the way.
         extra = 2 * UNIT[torch.float64 if wide else torch.float32] * np.abs(value.value)
         # In float64 the oracle errs as the kernels do.
-        error = REWRITTEN * (2 if wide else 1) * value.error + 2 * stored * np.abs(value.value) + extra + least
+        error = (
+            REWRITTEN * (2 if wide else 1) * value.error
+            + 2 * stored * np.abs(value.value)
+            + extra
+            + least
+        )
         return value.value, error if good else np.full_like(value.value, np.inf)
 
     def check(self, opt: Any) -> None:
@@ -459,7 +609,8 @@ class Oracle:
         if off.any():
             i = np.unravel_index(int(np.argmax(off)), off.shape)
             raise Fault(
-                f"{what}: {int(off.sum())} elements are off; at {i}: {got[i]!r}, not {want[i]!r} +- {error[i]!r}"
+                f"{what}: {int(off.sum())} elements are off; at {i}: {got[i]!r}, not {want[i]!r} "
+                f"+- {error[i]!r}"
             )
 
 
@@ -483,7 +634,9 @@ class Machine:
         self.counts: Counter[str] = Counter()
         self.log: list[str] = []
         self.kept: list[Any] = []
-        self.params: list[Any] = [nn.Parameter(self.values(shape, self.dtype())) for shape in self.kind.shapes]
+        self.params: list[Any] = [
+            nn.Parameter(self.values(shape, self.dtype())) for shape in self.kind.shapes
+        ]
         self.opt = self.make(self.params)
 
     # Making things.
@@ -495,7 +648,12 @@ class Machine:
         """A parameter's type: float32 mostly."""
         if self.kind.cls == "LBFGS":
             return torch.float32
-        others = [torch.float64, torch.bfloat16, torch.float16, *([torch.complex64] if self.kind.is_complex else [])]
+        others = [
+            torch.float64,
+            torch.bfloat16,
+            torch.float16,
+            *([torch.complex64] if self.kind.is_complex else []),
+        ]
         return torch.float32 if self.choose.random() < 0.6 else self.choose.choice(others)
 
     def values(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -513,7 +671,11 @@ class Machine:
         return self.opt.state.get(p, {})
 
     def columns(self, p: Any) -> list[str]:
-        return [name for name, t in self.entry(p).items() if isinstance(t, Tensor) and name not in SCALARS]
+        return [
+            name
+            for name, t in self.entry(p).items()
+            if isinstance(t, Tensor) and name not in SCALARS
+        ]
 
     # Stepping.
 
@@ -541,7 +703,8 @@ class Machine:
         def loss() -> Tensor:
             for p in self.params:
                 p.grad = None
-            # A sum over memory that lies otherwise adds in another order, and a search compares losses.
+            # A sum over memory that lies otherwise adds in another order, and a search compares
+            # losses.
             wide = [real(p).double().contiguous() for p in self.params]
             value = sum(((x - 0.5) ** 2).sum() + (x**4).sum() / 50 for x in wide)
             assert isinstance(value, Tensor)
@@ -557,9 +720,14 @@ class Machine:
             return self.opt.step() if closure is None else self.opt.step(closure)
 
     def step(self, how: Callable[[], Any] | None = None, may_raise: bool = False) -> bool:
-        """Step with the gradients that there are, and compare; where it may raise, nothing may have changed then."""
+        """Step with the gradients that there are, and compare; where it may raise, nothing may have
+        changed then."""
         how = self.call if how is None else how
-        before, oracle, versions = Snapshot(self.params, self.opt), Oracle(self.kind, self.opt), self.versions()
+        before, oracle, versions = (
+            Snapshot(self.params, self.opt),
+            Oracle(self.kind, self.opt),
+            self.versions(),
+        )
         try:
             how()
         except BaseException as error:
@@ -572,7 +740,8 @@ class Machine:
         return True
 
     def step_late(self, how: Callable[[Callable[[], None]], Any], may_raise: bool = False) -> bool:
-        """Step by a function that says when all that the step depends on is there, as a hook or a closure knows."""
+        """Step by a function that says when all that the step depends on is there, as a hook or a
+        closure knows."""
         seen: list[Any] = []
 
         def look() -> None:
@@ -609,11 +778,14 @@ class Machine:
             if want.stepped and dense and p.numel() and moved is False:
                 raise Fault(f"a parameter of {tuple(p.shape)} has stepped, and its version has not")
             if not want.stepped and moved and not self.shares(p):
-                raise Fault(f"a parameter of {tuple(p.shape)} has not stepped, and its version has changed")
+                raise Fault(
+                    f"a parameter of {tuple(p.shape)} has not stepped, and its version has changed"
+                )
         self.check_places(before, after, oracle)
 
     def check_places(self, before: Snapshot, after: Snapshot, oracle: Oracle) -> None:
-        """Parameters lie where they lay, memory between their elements is as it was, and a rate of 0 moves nothing."""
+        """Parameters lie where they lay, memory between their elements is as it was, and a rate of
+        0 moves nothing."""
         still = (
             oracle.ordinary
             and self.kind.cls not in ("Rprop", "ASGD", "Muon")
@@ -627,10 +799,16 @@ class Machine:
         masks: dict[int, np.ndarray] = {}
         for p in self.params:
             storage = p.untyped_storage()
-            mask = masks.setdefault(storage.data_ptr(), np.zeros(storage.nbytes() // p.itemsize, np.bool_))
+            mask = masks.setdefault(
+                storage.data_ptr(), np.zeros(storage.nbytes() // p.itemsize, np.bool_)
+            )
             if mask.size * p.itemsize == storage.nbytes():
-                torch.from_numpy(mask).as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
-        for p, a, b in zip(self.params, before.seen["parameters"], after.seen["parameters"], strict=False):
+                torch.from_numpy(mask).as_strided(p.shape, p.stride(), p.storage_offset()).fill_(
+                    True
+                )
+        for p, a, b in zip(
+            self.params, before.seen["parameters"], after.seen["parameters"], strict=False
+        ):
             between = np.repeat(~masks[p.untyped_storage().data_ptr()], p.itemsize)
             if a[-1] != b[-1] and between.any():
                 was, is_ = np.frombuffer(a[-1], np.uint8), np.frombuffer(b[-1], np.uint8)
@@ -639,14 +817,24 @@ class Machine:
 
     def shares(self, p: Any) -> bool:
         """Whether a parameter's storage is that of others, too."""
-        return sum(q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for q in self.members()) > 1
+        return (
+            sum(
+                q.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+                for q in self.members()
+            )
+            > 1
+        )
 
     def check_unchanged(self, before: Snapshot, error: BaseException) -> None:
         different = before.differences(Snapshot(self.params, self.opt))
         if different:
-            raise Fault(f"a step that raised {type(error).__name__}: {error} -- has changed {different}") from error
+            raise Fault(
+                f"a step that raised {type(error).__name__}: {error} -- has changed {different}"
+            ) from error
 
-    def fails(self, how: Callable[[], Any] | None = None, kind: type[BaseException] = BaseException) -> None:
+    def fails(
+        self, how: Callable[[], Any] | None = None, kind: type[BaseException] = BaseException
+    ) -> None:
         """The step must raise, twice and alike, and change nothing."""
         how = self.call if how is None else how
         said: list[tuple[type, str]] = []
@@ -678,7 +866,10 @@ class Machine:
         """Give a parameter with numbers out of the ordinary, or with such state, new ones."""
         for p in self.members():
             tensors = [p, *(self.entry(p)[name] for name in self.columns(p))]
-            odd = any(not np.isfinite(n := numbers(t)).all() or np.abs(n).max(initial=0.0) > 50 for t in tensors)
+            odd = any(
+                not np.isfinite(n := numbers(t)).all() or np.abs(n).max(initial=0.0) > 50
+                for t in tensors
+            )
             if odd:
                 with torch.no_grad():
                     plain(p).copy_(self.values(p.shape, p.dtype))
@@ -686,7 +877,8 @@ class Machine:
                 self.counts["mended"] += 1
 
     def run(self, actions: int) -> Counter[str]:
-        """Do so many actions, most of them followed by a step; raises `Fault` with the seed and the last actions."""
+        """Do so many actions, most of them followed by a step; raises `Fault` with the seed and the
+        last actions."""
         from actions import ACTIONS
 
         usable = [action for action in ACTIONS if action.fits(self)]
@@ -710,7 +902,8 @@ class Machine:
                     words = f"{self.algorithm} {self.seed} {self.counts['actions'] + 1}"
                     tail = ", ".join(self.log[-12:])
                     raise Fault(
-                        f"{type(error).__name__}: {error}\nagain: python tests/state_machine.py {words}\nlast: {tail}"
+                        f"{type(error).__name__}: {error}\nagain: python tests/state_machine.py "
+                        f"{words}\nlast: {tail}"
                     ) from error
         return self.counts
 

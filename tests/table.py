@@ -1,6 +1,8 @@
-"""The one table of optimizers under test: class, options, and the update as the papers have it, in float64 NumPy.
+"""The one table of optimizers under test: class, options, and the update as the papers have it, in
+float64 NumPy.
 
-A further algorithm is a further function and its rows; every property in the tests then holds for it too, or fails.
+A further algorithm is a further function and its rows; every property in the tests then holds for
+it too, or fails.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Row:
     results: tuple[str, ...] = ("p",)
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items() if key != "lr")])
+        return "-".join(
+            [self.name, *(f"{key}={value}" for key, value in self.options.items() if key != "lr")]
+        )
 
     def make(self, params: Any, eager: bool = False, **further: Any) -> onepass.Optimizer:
         """The optimizer of this package, on the eager backend where wanted."""
@@ -44,7 +48,8 @@ class Row:
 
     @property
     def has_scalars(self) -> bool:
-        """Whether the rule keeps scalars beside its columns. They have torch's default dtype, whatever p has."""
+        """Whether the rule keeps scalars beside its columns. They have torch's default dtype,
+        whatever p has."""
         return bool(signature(getattr(onepass, self.name).rule).scalars)
 
 
@@ -56,13 +61,26 @@ def on_eager_backend(optimizer: onepass.Optimizer) -> onepass.Optimizer:
 
 
 def sgd(
-    p, g, state, step, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
+    p,
+    g,
+    state,
+    step,
+    *,
+    lr,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
 ) -> np.ndarray:
-    """Gradient descent with the momentum of Sutskever et al., 2013, where lr multiplies the whole sum."""
+    """Gradient descent with the momentum of Sutskever et al., 2013, where lr multiplies the whole
+    sum."""
     g = (-g if maximize else g) + weight_decay * p
     if momentum == 0:
         return p - lr * g
-    b = state["momentum_buffer"] = g if step == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * g
+    b = state["momentum_buffer"] = (
+        g if step == 1 else momentum * state["momentum_buffer"] + (1 - dampening) * g
+    )
     return p - lr * (g + momentum * b if nesterov else b)
 
 
@@ -80,7 +98,8 @@ def adam(
     maximize=False,
     decoupled=False,
 ) -> np.ndarray:
-    """Kingma and Ba, 2014, algorithm 1; the maximum of Reddi et al., 2018, is that of v before its correction."""
+    """Kingma and Ba, 2014, algorithm 1; the maximum of Reddi et al., 2018, is that of v before its
+    correction."""
     beta1, beta2 = betas
     g = -g if maximize else g
     if decoupled:
@@ -113,9 +132,11 @@ def adagrad(
     eps=1e-10,
     maximize=False,
 ) -> np.ndarray:
-    """Duchi, Hazan and Singer, 2011, figure 1 with a diagonal H = delta I + diag(G)^(1/2), and no proximal term.
+    """Duchi, Hazan and Singer, 2011, figure 1 with a diagonal H = delta I + diag(G)^(1/2), and no
+    proximal term.
 
-    The paper's lr is constant and its G begins at zero; `lr_decay` and the initial value are torch's.
+    The paper's lr is constant and its G begins at zero; `lr_decay` and the initial value are
+    torch's.
     """
     g = (-g if maximize else g) + weight_decay * p
     total = state["sum"] = state.get("sum", initial_accumulator_value) + g**2
@@ -136,9 +157,11 @@ def rmsprop(
     centered=False,
     maximize=False,
 ) -> np.ndarray:
-    """Hinton's lecture 6e, 2012; centered and with momentum: Graves, 2013, arXiv:1308.0850, equations 38 to 41.
+    """Hinton's lecture 6e, 2012; centered and with momentum: Graves, 2013, arXiv:1308.0850,
+    equations 38 to 41.
 
-    torch departs from Graves: eps stands outside the root, and lr multiplies the whole sum of momentum.
+    torch departs from Graves: eps stands outside the root, and lr multiplies the whole sum of
+    momentum.
     """
     g = (-g if maximize else g) + weight_decay * p
     variance = state["square_avg"] = alpha * state.get("square_avg", 0.0) + (1 - alpha) * g**2
@@ -151,8 +174,11 @@ def rmsprop(
     return p - lr * update
 
 
-def adadelta(p, g, state, step, *, lr, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False) -> np.ndarray:
-    """Zeiler, 2012, arXiv:1212.5701, algorithm 1. torch multiplies the update by lr, beside what it accumulates."""
+def adadelta(
+    p, g, state, step, *, lr, rho=0.9, eps=1e-6, weight_decay=0.0, maximize=False
+) -> np.ndarray:
+    """Zeiler, 2012, arXiv:1212.5701, algorithm 1. torch multiplies the update by lr, beside what it
+    accumulates."""
     g = (-g if maximize else g) + weight_decay * p
     square = state["square_avg"] = rho * state.get("square_avg", 0.0) + (1 - rho) * g**2
     before = state.get("acc_delta", 0.0)
@@ -161,7 +187,9 @@ def adadelta(p, g, state, step, *, lr, rho=0.9, eps=1e-6, weight_decay=0.0, maxi
     return p - lr * delta
 
 
-def adamax(p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False) -> np.ndarray:
+def adamax(
+    p, g, state, step, *, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maximize=False
+) -> np.ndarray:
     """Kingma and Ba, 2014, section 7.1, algorithm 2. The eps, added to each |g|, is torch's."""
     beta1, beta2 = betas
     g = (-g if maximize else g) + weight_decay * p
@@ -184,9 +212,11 @@ def nadam(
     decoupled_weight_decay=False,
     maximize=False,
 ) -> np.ndarray:
-    """Dozat, "Incorporating Nesterov Momentum into Adam", 2016, with the schedule of momentum of its section 3.2.
+    """Dozat, "Incorporating Nesterov Momentum into Adam", 2016, with the schedule of momentum of
+    its section 3.2.
 
-    As in the longer report, and in torch, m itself is a mean with the constant beta1; mu weighs it in the update only.
+    As in the longer report, and in torch, m itself is a mean with the constant beta1; mu weighs it
+    in the update only.
     """
     beta1, beta2 = betas
     g = -g if maximize else g
@@ -217,8 +247,8 @@ def radam(
 ) -> np.ndarray:
     """Liu et al., 2019, arXiv:1908.03265, algorithm 2.
 
-    torch departs in two places: it rectifies from rho > 5 on, as the authors' code does, where the paper has 4; and it
-    adds eps to the root of v before the root of the bias correction divides it.
+    torch departs in two places: it rectifies from rho > 5 on, as the authors' code does, where the
+    paper has 4; and it adds eps to the root of v before the root of the bias correction divides it.
     """
     beta1, beta2 = betas
     g = -g if maximize else g
@@ -237,11 +267,14 @@ def radam(
     return p - lr * corrected * rectification * np.sqrt(1 - beta2**step) / (np.sqrt(v) + eps)
 
 
-def asgd(p, g, state, step, *, lr, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0, maximize=False) -> np.ndarray:
-    """Polyak and Juditsky, 1992, with the schedule of Bottou's SGD: eta_t = lr / (1 + lambd lr t)^alpha.
+def asgd(
+    p, g, state, step, *, lr, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0, maximize=False
+) -> np.ndarray:
+    """Polyak and Juditsky, 1992, with the schedule of Bottou's SGD: eta_t = lr / (1 + lambd lr
+    t)^alpha.
 
-    torch begins to count at 0, and computes the eta and the mu of a step at the end of the one before, with the lr that
-    it had then.
+    torch begins to count at 0, and computes the eta and the mu of a step at the end of the one
+    before, with the lr that it had then.
     """
     g = (-g if maximize else g) + weight_decay * p
     eta, mu = state.get("eta", lr), state.get("mu", 1.0)
@@ -254,10 +287,13 @@ def asgd(p, g, state, step, *, lr, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=
     return p
 
 
-def rprop(p, g, state, step, *, lr, etas=(0.5, 1.2), step_sizes=(1e-6, 50), maximize=False) -> np.ndarray:
+def rprop(
+    p, g, state, step, *, lr, etas=(0.5, 1.2), step_sizes=(1e-6, 50), maximize=False
+) -> np.ndarray:
     """Riedmiller and Braun, 1993, without weight backtracking: Igel and Huesken, 2000, iRprop-.
 
-    lr is the first step size, and has no meaning later. torch brings the first one between the bounds, too.
+    lr is the first step size, and has no meaning later. torch brings the first one between the
+    bounds, too.
     """
     g = -g if maximize else g
     sign = np.sign(g * state.get("prev", 0.0))
@@ -271,7 +307,8 @@ def _row(reference: Reference, name: str, results: tuple[str, ...] = ("p",), **o
     return Row(name, {"lr": 0.01} | options, reference, results)
 
 
-# Options are such that each has an effect far above rounding: an eps of 1e-8 could be forgotten unnoticed.
+# Options are such that each has an effect far above rounding: an eps of 1e-8 could be forgotten
+# unnoticed.
 TABLE: tuple[Row, ...] = (
     _row(sgd, "SGD"),
     _row(sgd, "SGD", momentum=0.9),
@@ -295,12 +332,29 @@ TABLE: tuple[Row, ...] = (
     _row(adamw, "AdamW", maximize=True, weight_decay=0.1),
     _row(adagrad, "Adagrad"),
     _row(adagrad, "Adagrad", lr_decay=0.3, initial_accumulator_value=0.5),
-    _row(adagrad, "Adagrad", lr_decay=0.3, weight_decay=0.1, initial_accumulator_value=0.5, eps=0.2, maximize=True),
+    _row(
+        adagrad,
+        "Adagrad",
+        lr_decay=0.3,
+        weight_decay=0.1,
+        initial_accumulator_value=0.5,
+        eps=0.2,
+        maximize=True,
+    ),
     _row(rmsprop, "RMSprop"),
     _row(rmsprop, "RMSprop", alpha=0.9, centered=True),
     _row(rmsprop, "RMSprop", alpha=0.8, momentum=0.9, eps=0.1),
     _row(rmsprop, "RMSprop", weight_decay=0.1, maximize=True),
-    _row(rmsprop, "RMSprop", alpha=0.9, eps=0.1, weight_decay=0.1, momentum=0.8, centered=True, maximize=True),
+    _row(
+        rmsprop,
+        "RMSprop",
+        alpha=0.9,
+        eps=0.1,
+        weight_decay=0.1,
+        momentum=0.8,
+        centered=True,
+        maximize=True,
+    ),
     _row(adadelta, "Adadelta"),
     _row(adadelta, "Adadelta", rho=0.7, eps=0.1),
     _row(adadelta, "Adadelta", rho=0.8, eps=0.01, weight_decay=0.1, maximize=True),
@@ -319,17 +373,29 @@ TABLE: tuple[Row, ...] = (
     _row(radam, "RAdam", weight_decay=0.1, decoupled_weight_decay=True),
     _row(asgd, "ASGD", results=("p", "ax")),
     _row(asgd, "ASGD", lambd=3.0, t0=2, results=("p", "ax")),
-    _row(asgd, "ASGD", lambd=3.0, alpha=0.5, t0=0, weight_decay=0.1, maximize=True, results=("p", "ax")),
+    _row(
+        asgd,
+        "ASGD",
+        lambd=3.0,
+        alpha=0.5,
+        t0=0,
+        weight_decay=0.1,
+        maximize=True,
+        results=("p", "ax"),
+    ),
     _row(rprop, "Rprop"),
     _row(rprop, "Rprop", etas=(0.3, 1.5), step_sizes=(0.006, 0.012)),
     _row(rprop, "Rprop", etas=(0.7, 1.4), maximize=True),
 )
 
 
-def walk(row: Row, p: np.ndarray, gradients: Sequence[np.ndarray | None], lrs: Sequence[float]) -> np.ndarray:
+def walk(
+    row: Row, p: np.ndarray, gradients: Sequence[np.ndarray | None], lrs: Sequence[float]
+) -> np.ndarray:
     """The reference's results (step, result, element) after each step, and before the first.
 
-    There is no step without a gradient. A state that is a result begins at p, as an average of one weight does.
+    There is no step without a gradient. A state that is a result begins at p, as an average of one
+    weight does.
     """
     p = np.asarray(p, np.float64)
     path = [np.stack([p] * len(row.results))]
@@ -348,26 +414,35 @@ def walk(row: Row, p: np.ndarray, gradients: Sequence[np.ndarray | None], lrs: S
 def results(row: Row, optimizer: torch.optim.Optimizer, p: torch.Tensor) -> np.ndarray:
     """What an optimizer has made of p, as in the path of `walk`; complex numbers as pairs."""
     found = [p.detach(), *(optimizer.state[p][name] for name in row.results[1:])]
-    return np.stack([(torch.view_as_real(t).reshape(-1) if t.is_complex() else t).double().numpy() for t in found])
+    return np.stack(
+        [
+            (torch.view_as_real(t).reshape(-1) if t.is_complex() else t).double().numpy()
+            for t in found
+        ]
+    )
 
 
-# Roundings on the way from the columns to p in one step of the longest rule here, a small factor for how errors of
-# the running means enter the step (v under a root: halved; m by at most max|g|/root(v): a few) included. Two rules
-# feed errors back into the means: Adadelta's acc_delta takes the errors of its own updates, each halved by a root and
-# at the weight that it has in the mean, about 1/t in the first steps, which is one more term in proportion to t; the
-# average of ASGD is a mean of weights and errs at most as they do. The variance of a centered RMSprop is at least the
-# share alpha^t of the mean square, by the inequality of Cauchy and Schwarz: rows have an alpha that keeps it large.
+# Roundings on the way from the columns to p in one step of the longest rule here, a small factor
+# for how errors of the running means enter the step (v under a root: halved; m by at most
+# max|g|/root(v): a few) included. Two rules feed errors back into the means: Adadelta's acc_delta
+# takes the errors of its own updates, each halved by a root and at the weight that it has in the
+# mean, about 1/t in the first steps, which is one more term in proportion to t; the average of ASGD
+# is a mean of weights and errs at most as they do. The variance of a centered RMSprop is at least
+# the share alpha^t of the mean square, by the inequality of Cauchy and Schwarz: rows have an alpha
+# that keeps it large.
 ROUNDINGS = 24
 
 
 def tolerance(row: Row, path: np.ndarray, dtype: torch.dtype) -> float:
-    """How far a right result may lie from the reference's path, where every operation errs by the dtype's unit.
+    """How far a right result may lie from the reference's path, where every operation errs by the
+    dtype's unit.
 
-    In step t, p is rounded: an error of unit * |p|. The states have then been rounded t times, and running means
-    forget, they do not amplify: the step errs by ROUNDINGS * t * unit * |step|. Over T steps that is at most
-    unit * (T * |p| + ROUNDINGS * T^2 / 2 * |step|). The largest step of any element stands for |step|, because an
-    element whose m happens to cancel has a small step and the error of a large one. A rule's scalars are factors of the
-    step and are rounded in each: rates, and products P of momenta, of which 1 - P errs less than P, as P is below 1/2.
+    In step t, p is rounded: an error of unit * |p|. The states have then been rounded t times, and
+    running means forget, they do not amplify: the step errs by ROUNDINGS * t * unit * |step|. Over
+    T steps that is at most unit * (T * |p| + ROUNDINGS * T^2 / 2 * |step|). The largest step of any
+    element stands for |step|, because an element whose m happens to cancel has a small step and the
+    error of a large one. A rule's scalars are factors of the step and are rounded in each: rates,
+    and products P of momenta, of which 1 - P errs less than P, as P is below 1/2.
     """
     steps = len(path) - 1
     unit = UNIT[dtype]
@@ -378,4 +453,9 @@ def tolerance(row: Row, path: np.ndarray, dtype: torch.dtype) -> float:
 
 
 # Half of the distance between neighbours around 1.
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}

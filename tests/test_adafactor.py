@@ -13,7 +13,18 @@ import pytest
 import torch
 from interpreter import interpret
 from processes import run_script
-from rig import INF, NAN, SPECIAL, assert_same_bits, bits, check_oracle, compiled, flat, launch, random_columns
+from rig import (
+    INF,
+    NAN,
+    SPECIAL,
+    assert_same_bits,
+    bits,
+    check_oracle,
+    compiled,
+    flat,
+    launch,
+    random_columns,
+)
 from sides import refuses, snapshot
 from table import Row, on_eager_backend, tolerance, walk
 from torch import Tensor, nn
@@ -37,12 +48,25 @@ MIXED = (
 
 
 def adafactor(
-    p, g, state, step, *, lr, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0, weight_decay=0.0, maximize=False, machine=0.0
+    p,
+    g,
+    state,
+    step,
+    *,
+    lr,
+    beta2_decay=-0.8,
+    eps=(None, 1e-3),
+    d=1.0,
+    weight_decay=0.0,
+    maximize=False,
+    machine=0.0,
 ) -> np.ndarray:
-    """Shazeer and Stern, 2018, algorithms 4 to 6: factored second moments, update clipping, relative step sizes.
+    """Shazeer and Stern, 2018, algorithms 4 to 6: factored second moments, update clipping,
+    relative step sizes.
 
-    torch departs in three places: epsilon_1 is no addend of the squares, but bounds the mean of R and the root of V
-    from below; lr bounds rho_t in the place of 0.01; and weights decay, decoupled, which the paper has not.
+    torch departs in three places: epsilon_1 is no addend of the squares, but bounds the mean of R
+    and the root of V from below; lr bounds rho_t in the place of 0.01; and weights decay,
+    decoupled, which the paper has not.
     """
     g = -g if maximize else g
     eps1 = machine if eps[0] is None else eps[0]
@@ -50,8 +74,12 @@ def adafactor(
     if p.ndim < 2:
         v = state["variance"] = keep * state.get("variance", 0.0) + (1 - keep) * g**2
     else:
-        r = state["row_var"] = keep * state.get("row_var", 0.0) + (1 - keep) * (g**2).mean(-1, keepdims=True)
-        c = state["col_var"] = keep * state.get("col_var", 0.0) + (1 - keep) * (g**2).mean(-2, keepdims=True)
+        r = state["row_var"] = keep * state.get("row_var", 0.0) + (1 - keep) * (g**2).mean(
+            -1, keepdims=True
+        )
+        c = state["col_var"] = keep * state.get("col_var", 0.0) + (1 - keep) * (g**2).mean(
+            -2, keepdims=True
+        )
         v = r * c / np.maximum(r.mean(-2, keepdims=True), eps1)
     u = g / np.maximum(np.sqrt(v), eps1)
     clipped = u / max(1.0, np.sqrt((u**2).mean()) / d)
@@ -61,7 +89,8 @@ def adafactor(
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """More would wait for each other: the parameters are small; launches are told how many to take."""
+    """More would wait for each other: the parameters are small; launches are told how many to
+    take."""
     torch.set_num_threads(1)
 
 
@@ -95,7 +124,9 @@ def bound(graph: Graph, p: str, g: str, state: str) -> Program:
 def hypers_of(one: Row, graph: Graph, step: float, **changed: Any) -> dict[str, float]:
     group = one.make([torch.zeros(1)]).param_groups[0] | {"step": step} | changed
     parts = {name: name.partition(".") for name in graph.hypers}
-    return {name: float(group[key][int(i)] if i else group[key]) for name, (key, _, i) in parts.items()}
+    return {
+        name: float(group[key][int(i)] if i else group[key]) for name, (key, _, i) in parts.items()
+    }
 
 
 MATRICES = ((1, 1, 1), (1, 1, 9), (1, 17, 1), (0, 3, 3), (3, 15, 17), (2, 3, 0), (500, 3, 3))
@@ -106,11 +137,16 @@ LARGE = ((1, 65, 1001), (12, 60, 70), (4000, 3, 3), (2, 70, 900), (1, 1, 50001),
 def check_formats(
     formats: tuple[str, str, str], sizes: Sequence[tuple[int, int, int]], rng: np.random.Generator
 ) -> None:
-    """The kernel has the oracle's bits, at awkward sizes and places, with special numbers; guards are whole."""
+    """The kernel has the oracle's bits, at awkward sizes and places, with special numbers; guards
+    are whole."""
     one = ROWS[4]
     graph = graph_of(one, (2,) if sizes is VECTORS else (2, 2))
     kernel = compiled(bound(graph, *formats))
-    hypers = [hypers_of(one, graph, 1), hypers_of(one, graph, 7), hypers_of(one, graph, 400, lr=3.0)]
+    hypers = [
+        hypers_of(one, graph, 1),
+        hypers_of(one, graph, 7),
+        hypers_of(one, graph, 400, lr=3.0),
+    ]
     rows = [i % 3 for i in range(len(sizes))]
     for special in (0.0, 0.005):
         tensors = [random_columns(rng, kernel.program, size, special) for size in sizes]
@@ -124,7 +160,9 @@ def check_formats(
 
 @pytest.mark.parametrize("sizes", [MATRICES, VECTORS], ids=["matrices", "vectors"])
 @pytest.mark.parametrize("formats", [*UNIFORM, MIXED[0], MIXED[2]], ids="-".join)
-def test_kernel_is_the_oracle(formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator) -> None:
+def test_kernel_is_the_oracle(
+    formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator
+) -> None:
     check_formats(formats, sizes, rng)
 
 
@@ -135,20 +173,27 @@ def test_kernel_is_the_oracle_across_chunks(rng: np.random.Generator) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [MATRICES, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("formats", [*UNIFORM, *MIXED], ids="-".join)
-def test_kernel_is_the_oracle_everywhere(formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator) -> None:
+def test_kernel_is_the_oracle_everywhere(
+    formats: tuple[str, str, str], sizes: Any, rng: np.random.Generator
+) -> None:
     check_formats(formats, sizes, rng)
 
 
 def laid_out(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parameters of these shapes; transposed ones, a slice, channels last, and one at an odd address."""
+    """Parameters of these shapes; transposed ones, a slice, channels last, and one at an odd
+    address."""
     random = torch.Generator().manual_seed(3)
     params = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
     params += [
         torch.randn(7, 4, generator=random).to(dtype).t(),
         torch.randn(6, 9, generator=random).to(dtype)[1:5, ::2],
     ]
-    params.append(torch.randn(2, 3, 4, 5, generator=random).to(dtype).to(memory_format=torch.channels_last))
-    odd = bytearray(b"-" + torch.randn(6, 5, generator=random).to(dtype).view(torch.uint8).numpy().tobytes())
+    params.append(
+        torch.randn(2, 3, 4, 5, generator=random).to(dtype).to(memory_format=torch.channels_last)
+    )
+    odd = bytearray(
+        b"-" + torch.randn(6, 5, generator=random).to(dtype).view(torch.uint8).numpy().tobytes()
+    )
     params.append(torch.frombuffer(odd, dtype=dtype, offset=1).view(6, 5))
     assert params[-1].data_ptr() % 2 == 1
     return params
@@ -159,10 +204,13 @@ def sizes_of(p: Tensor) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("one", "dtype"), [(ROWS[3], torch.float32), (ROWS[4], torch.float64), (ROWS[4], torch.bfloat16)], ids=str
+    ("one", "dtype"),
+    [(ROWS[3], torch.float32), (ROWS[4], torch.float64), (ROWS[4], torch.bfloat16)],
+    ids=str,
 )
 def test_step_is_the_oracle(one: Row, dtype: torch.dtype) -> None:
-    """Through the whole optimizer, states included, with a change of lr: parameters of all layouts at once."""
+    """Through the whole optimizer, states included, with a change of lr: parameters of all layouts
+    at once."""
     params = laid_out(SHAPES, dtype)
     optimizer = one.make(params)
     states: list[dict[str, np.ndarray]] = [{} for _ in params]
@@ -185,7 +233,9 @@ def test_step_is_the_oracle(one: Row, dtype: torch.dtype) -> None:
         for p, state in zip(params, states, strict=True):
             for name, want in state.items():
                 now = p if name == "p" else optimizer.state[p][name]
-                assert_same_bits(flat(now.contiguous()), want, f"{name} of {tuple(p.shape)} in step {step}")
+                assert_same_bits(
+                    flat(now.contiguous()), want, f"{name} of {tuple(p.shape)} in step {step}"
+                )
 
 
 # The mathematics.
@@ -205,7 +255,9 @@ def problem(
     for _ in range(STEPS + 1):
         values = rng.standard_normal(shape)
         if len(shape) > 1:
-            values *= np.exp(rng.standard_normal((shape[-2], 1))) * np.exp(rng.standard_normal(shape[-1]))
+            values *= np.exp(rng.standard_normal((shape[-2], 1))) * np.exp(
+                rng.standard_normal(shape[-1])
+            )
         numbers.append(torch.from_numpy(np.asarray(values)).to(dtype).double().numpy())
     gradients: list[np.ndarray | None] = list(numbers[1:])
     if frozen:
@@ -213,7 +265,9 @@ def problem(
     return numbers[0], gradients
 
 
-def run(optimizer: torch.optim.Optimizer, p: Tensor, gradients: Sequence[Any], lrs: Sequence[float]) -> np.ndarray:
+def run(
+    optimizer: torch.optim.Optimizer, p: Tensor, gradients: Sequence[Any], lrs: Sequence[float]
+) -> np.ndarray:
     for g, lr in zip(gradients, lrs, strict=True):
         p.grad = None if g is None else torch.from_numpy(g).to(p.dtype)
         optimizer.param_groups[0]["lr"] = lr
@@ -221,7 +275,9 @@ def run(optimizer: torch.optim.Optimizer, p: Tensor, gradients: Sequence[Any], l
     return p.detach().double().numpy()
 
 
-def path_of(one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence[Any]) -> np.ndarray:
+def path_of(
+    one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence[Any]
+) -> np.ndarray:
     machine = Row(one.name, one.options | {"machine": torch.finfo(dtype).eps}, one.reference)
     return walk(machine, start, gradients, learning_rates())[:, 0]
 
@@ -229,7 +285,8 @@ def path_of(one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
 @pytest.mark.parametrize(
     ("one", "dtype"),
-    [(one, dtype) for dtype in DTYPES[:2] for one in ROWS] + [(ROWS[4], dtype) for dtype in DTYPES[2:]],
+    [(one, dtype) for dtype in DTYPES[:2] for one in ROWS]
+    + [(ROWS[4], dtype) for dtype in DTYPES[2:]],
     ids=str,
 )
 def test_reference(one: Row, dtype: torch.dtype, eager: bool, rng: np.random.Generator) -> None:
@@ -239,7 +296,9 @@ def test_reference(one: Row, dtype: torch.dtype, eager: bool, rng: np.random.Gen
         path = path_of(one, dtype, start, gradients)
         p = torch.from_numpy(start.copy()).to(dtype)
         optimizer = one.make([p])
-        end = run(on_eager_backend(optimizer) if eager else optimizer, p, gradients, learning_rates())
+        end = run(
+            on_eager_backend(optimizer) if eager else optimizer, p, gradients, learning_rates()
+        )
         assert np.abs(end - path[-1]).max() <= tolerance(one, path, dtype), shape
 
 
@@ -271,7 +330,13 @@ def test_torch_with_all_layouts(rng: np.random.Generator) -> None:
                 p.grad = torch.randn(p.shape, generator=random)
             optimizer.step()
         assert [p.stride() for p in params] == strides
-        both.append([*params, whole, *(optimizer.state[p][n] for p in params for n in sorted(optimizer.state[p]))])
+        both.append(
+            [
+                *params,
+                whole,
+                *(optimizer.state[p][n] for p in params for n in sorted(optimizer.state[p])),
+            ]
+        )
     for ours, theirs in zip(*both, strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -291,7 +356,9 @@ def test_numbers_that_are_none_spread_as_in_torch() -> None:
                         if step == 0:
                             (p if where == "p" else p.grad).view(3, 4)[place] = value
                     optimizer.step()
-                ends.append([*params, *(t for p in params for _, t in sorted(optimizer.state[p].items()))])
+                ends.append(
+                    [*params, *(t for p in params for _, t in sorted(optimizer.state[p].items()))]
+                )
             for ours, theirs in zip(*ends, strict=True):
                 assert torch.equal(ours.isnan(), theirs.isnan())
                 assert torch.equal(ours.isposinf(), theirs.isposinf())
@@ -299,7 +366,8 @@ def test_numbers_that_are_none_spread_as_in_torch() -> None:
 
 
 def test_epsilon_is_that_of_the_parameters_type() -> None:
-    """None means the machine's epsilon: of each parameter, whatever the others are. It may be given later."""
+    """None means the machine's epsilon: of each parameter, whatever the others are. It may be given
+    later."""
     for order in (DTYPES, DTYPES[::-1]):
         params = [torch.ones(3, 2, dtype=dtype) for dtype in order]
         given = [torch.ones(3, 2, dtype=dtype) for dtype in order]
@@ -342,17 +410,23 @@ def test_no_step_keeps_every_bit(one: Row, eager: bool) -> None:
 
 def test_company_does_not_matter() -> None:
     """A parameter alone, among others, and in a group of its own: the same bits."""
-    start = [p.contiguous() for p in laid_out([(1 + 13 * i % 40, 1 + 7 * i % 50) for i in range(12)])]
+    start = [
+        p.contiguous() for p in laid_out([(1 + 13 * i % 40, 1 + 7 * i % 50) for i in range(12)])
+    ]
     start += [p.reshape(-1) for p in start[:5]]
 
     def run(groups: Sequence[list[Tensor]]) -> list[Tensor]:
-        optimizers = [onepass.Adafactor([{"params": of, "name": i} for i, of in enumerate(groups)], lr=0.05)]
+        optimizers = [
+            onepass.Adafactor([{"params": of, "name": i} for i, of in enumerate(groups)], lr=0.05)
+        ]
         params = [p for of in groups for p in of]
         if len(groups) == 1 and len(params) == len(start):
             optimizers = [onepass.Adafactor([p], lr=0.05) for p in params]
         for step in range(3):
             for i, p in enumerate(params):
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+                p.grad = torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(100 * step + i)
+                )
             for optimizer in optimizers:
                 optimizer.step()
         return params
@@ -396,7 +470,8 @@ MEASURE = """
 import torch, onepass
 
 def peak(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 torch.set_num_threads(2)
 p, small = torch.ones(4096, 2048), torch.ones(8, 8)
@@ -413,7 +488,8 @@ print(peak("VmHWM") - before, p.nbytes)
 
 
 def test_a_step_takes_little_memory() -> None:
-    """State, the rows' and columns' values and their partial sums together: a small part of the parameter's size."""
+    """State, the rows' and columns' values and their partial sums together: a small part of the
+    parameter's size."""
     taken, size = map(int, run_script(MEASURE).split())
     assert taken < size / 8
 
@@ -467,7 +543,11 @@ def test_copies_go_on_alike(way: str) -> None:
         file.seek(0)
         other.load_state_dict(torch.load(file, weights_only=True))
     else:
-        others, other = copy.deepcopy((params, opt)) if way == "deepcopy" else pickle.loads(pickle.dumps((params, opt)))
+        others, other = (
+            copy.deepcopy((params, opt))
+            if way == "deepcopy"
+            else pickle.loads(pickle.dumps((params, opt)))
+        )
     for each, of in ((opt, params), (other, others)):
         for p in of:
             p.grad = torch.full_like(p, 0.5)
@@ -513,9 +593,21 @@ def test_low_precision_states_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("row_var", torch.zeros(4), r"'row_var' of parameter 0 has shape \(4,\).* it must have \(4, 1\)"),
-        ("col_var", torch.zeros(4, 3), r"'col_var' of parameter 0 has shape \(4, 3\).* it must have \(1, 3\)"),
-        ("col_var", torch.zeros(1, 3, dtype=torch.complex64), "is torch.complex64, the parameter torch.float32"),
+        (
+            "row_var",
+            torch.zeros(4),
+            r"'row_var' of parameter 0 has shape \(4,\).* it must have \(4, 1\)",
+        ),
+        (
+            "col_var",
+            torch.zeros(4, 3),
+            r"'col_var' of parameter 0 has shape \(4, 3\).* it must have \(1, 3\)",
+        ),
+        (
+            "col_var",
+            torch.zeros(1, 3, dtype=torch.complex64),
+            "is torch.complex64, the parameter torch.float32",
+        ),
         ("row_var", None, "has no 'row_var'; a whole state has step, row_var, col_var"),
     ],
 )
@@ -538,7 +630,9 @@ def test_a_vectors_checkpoint_is_none_of_a_matrix() -> None:
     vector.grad = torch.ones(12)
     opt = onepass.Adafactor([vector])
     opt.step()
-    with pytest.raises(ValueError, match="holds 'variance', which belongs to another optimizer; Adafactor keeps"):
+    with pytest.raises(
+        ValueError, match="holds 'variance', which belongs to another optimizer; Adafactor keeps"
+    ):
         onepass.Adafactor([matrix]).load_state_dict(opt.state_dict())
 
 
@@ -576,7 +670,9 @@ def test_options_are_refused_as_by_torch(options: dict[str, Any], error: type[Ex
         ({"maximize": "yes"}, TypeError, "maximize must be True or False"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_options_that_make_no_sense(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         onepass.Adafactor([torch.ones(2, 2)], **options)
 
@@ -592,7 +688,11 @@ def test_complex_parameters_are_refused(shape: tuple[int, ...], eager: bool) -> 
         for p in params:
             p.grad = torch.ones_like(p)
         if library is onepass:
-            refuses(opt, "Adafactor does not support complex parameters, and parameter 1 is torch.complex64", StepError)
+            refuses(
+                opt,
+                "Adafactor does not support complex parameters, and parameter 1 is torch.complex64",
+                StepError,
+            )
         else:
             with pytest.raises(RuntimeError):
                 opt.step()
@@ -605,7 +705,8 @@ def test_sparse_gradients_are_refused() -> None:
 
 
 def test_a_changed_number_of_dimensions_is_noticed() -> None:
-    """A matrix that has become a vector has the wrong state, and a vector that has become a matrix."""
+    """A matrix that has become a vector has the wrong state, and a vector that has become a
+    matrix."""
     for before, after in (((12,), (3, 4)), ((3, 4), (12,))):
         p = nn.Parameter(torch.ones(before))
         p.grad = torch.ones(before)

@@ -1,4 +1,5 @@
-"""Rows that are sent for several steps at once: a step uses its own, bit for bit, whatever was foretold."""
+"""Rows that are sent for several steps at once: a step uses its own, bit for bit, whatever was
+foretold."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ def test_a_change_sends_one_row_at_first() -> None:
     assert computed <= 300
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 5]), st.booleans()), max_size=60), st.integers(1, 5))
+@given(
+    st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 5]), st.booleans()), max_size=60),
+    st.integers(1, 5),
+)
 def test_every_step_reads_its_own_rows(moves: list[tuple[int, bool]], settings: int) -> None:
     rows = make()
     step, scale = 1, 1.0
@@ -96,7 +100,8 @@ def test_every_step_reads_its_own_rows(moves: list[tuple[int, bool]], settings: 
 
 
 def test_a_row_that_was_foretold_wrongly_is_not_used() -> None:
-    """A step that is not one more than the last, and one whose number is the same with another decay."""
+    """A step that is not one more than the last, and one whose number is the same with another
+    decay."""
     rows = make()
     list(steps(rows, 8))
     for leaves in (leaves_at(10), leaves_at(10) * 0.5, leaves_at(11)):

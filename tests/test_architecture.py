@@ -1,4 +1,5 @@
-"""The house has rooms: imports run one way between them, files stay short, and importing it costs what torch costs."""
+"""The house has rooms: imports run one way between them, files stay short, and importing it costs
+what torch costs."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import pytest
 import onepass
 
 ROOT = Path(onepass.__file__).parent
-# Each room, and the rooms and files outside it that it may import. All that is not named here is the program's.
+# Each room, and the rooms and files outside it that it may import. All that is not named here is
+# the program's.
 ROOMS: dict[str, str] = {
     "kernel.graph": "",
     "kernel.functions": "kernel.graph",
@@ -37,10 +39,11 @@ ROOMS: dict[str, str] = {
     "pictures": "",
     "checkpoint": "",
     "range_test": "contract pictures",
-    "": "kernel.graph kernel.functions contract schedule lr_scheduler optimizer algorithms algorithms.lbfgs "
-    "swa_utils range_test",
+    "": "kernel.graph kernel.functions contract schedule lr_scheduler optimizer algorithms "
+    "algorithms.lbfgs swa_utils range_test",
 }
-# Where an import may wait until it is used: what is optional, or takes long and is needed by one command.
+# Where an import may wait until it is used: what is optional, or takes long and is needed by one
+# command.
 LAZY: dict[str, set[str]] = {
     "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "tensors")},
     "kernel.gpu.devices": {"triton"},
@@ -54,7 +57,16 @@ LAZY: dict[str, set[str]] = {
     "app.tasks.cifar10": {"torchvision"},
     "app.tasks.digits": {"sklearn"},
 }
-PUBLIC = ("checkpoint", "kernel.functions", "linalg", "lr_scheduler", "schedule", "swa_utils", "optimizer", "__main__")
+PUBLIC = (
+    "checkpoint",
+    "kernel.functions",
+    "linalg",
+    "lr_scheduler",
+    "schedule",
+    "swa_utils",
+    "optimizer",
+    "__main__",
+)
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,17 @@ def imports(name: str) -> Iterator[Import]:
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    inside = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.Lambda))
+        for n in ast.walk(f)
+    }
+    guards = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+    ]
     typing = {id(n) for guard in guards for n in ast.walk(guard)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -94,7 +115,9 @@ def imports(name: str) -> Iterator[Import]:
             if node.level:
                 up = ["onepass", *[part for part in package if part]]
                 base = ".".join([*up[: len(up) - node.level + 1], *([base] if base else [])])
-            targets = [full if within(full := f"{base}.{a.name}") in MODULES else base for a in node.names]
+            targets = [
+                full if within(full := f"{base}.{a.name}") in MODULES else base for a in node.names
+            ]
         else:
             continue
         for target in targets:
@@ -103,7 +126,11 @@ def imports(name: str) -> Iterator[Import]:
 
 def within(module: str) -> str:
     """A full name without the package's; `-` for what is none of it."""
-    return module.removeprefix("onepass").removeprefix(".") if module.split(".")[0] == "onepass" else "-"
+    return (
+        module.removeprefix("onepass").removeprefix(".")
+        if module.split(".")[0] == "onepass"
+        else "-"
+    )
 
 
 def room_of(name: str) -> str:
@@ -166,7 +193,9 @@ def test_nothing_imports_in_a_circle() -> None:
 STANDARD = sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) in ("kernel.graph", "kernel.functions")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if room_of(name) in ("kernel.graph", "kernel.functions")]
+)
 def test_the_language_of_rules_needs_only_the_standard_library(name: str) -> None:
     outside = {i.module.split(".")[0] for i in imports(name)} - STANDARD
     assert outside <= {"onepass"}
@@ -195,7 +224,9 @@ def test_imports_are_at_the_top(name: str) -> None:
         if found.lazy:
             assert found.module.startswith(allowed or "-"), f"{name} imports {found.module} late"
         if found.typing:
-            assert name == "kernel", f"{name} hides an import of {found.module} from the interpreter"
+            assert name == "kernel", (
+                f"{name} hides an import of {found.module} from the interpreter"
+            )
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -217,7 +248,15 @@ def loaded_after(code: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"rich", "typer", "matplotlib", "safetensors", "sklearn", "torch._dynamo", "torch._inductor"}
+HEAVY = {
+    "rich",
+    "typer",
+    "matplotlib",
+    "safetensors",
+    "sklearn",
+    "torch._dynamo",
+    "torch._inductor",
+}
 
 
 def test_importing_is_cheap() -> None:
@@ -229,7 +268,9 @@ def test_importing_is_cheap() -> None:
 
 
 def test_the_first_step_loads_the_compiler_of_kernels_alone() -> None:
-    step = "p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3); onepass.AdamW([p]).step()"
+    step = (
+        "p = torch.ones(3, requires_grad=True); p.grad = torch.ones(3); onepass.AdamW([p]).step()"
+    )
     after = loaded_after(f"import torch, onepass\n{step}")
     assert "llvmlite" in after
     assert not after & HEAVY

@@ -1,4 +1,5 @@
-"""What is read off assembly and machine code: accesses and their masks, exactness, the usual way and its least time."""
+"""What is read off assembly and machine code: accesses and their masks, exactness, the usual way
+and its least time."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def test_accesses_are_read_off_the_assembly() -> None:
         ld.local.b32 %r1, [%rd9];
         st.global.v2.b64 [ %rd3 + 0 ], { %rd4, %rd5 };
         @%p1 st.global.b16 [ %rd3 + 0 ], { %rs4 };
-        mul.rn.f32 %r1, %r2, %r3; mul.wide.s32 %rd1, %r1, 4; mad.lo.s32 %r1, %r2, %r3, %r4; div.rn.f32 %r1, %r2, %r3;
+        mul.rn.f32 %r1, %r2, %r3; mul.wide.s32 %rd1, %r1, 4; mad.lo.s32 %r1, %r2, %r3, %r4;
+        div.rn.f32 %r1, %r2, %r3;
         mul.f32 %r1, %r2, %r3; fma.rn.f64 %rd1, %rd2, %rd3, %rd4; div.full.f32 %r1, %r2, %r3;
         sqrt.approx.ftz.f32 %r1, %r2;
         """
@@ -36,7 +38,8 @@ def test_accesses_are_read_off_the_assembly() -> None:
         scratch_store_dword off, v1, s32 ; 4-byte Folded Spill
         .amdhsa_float_denorm_mode_32 3
         """,
-        "%1 = call float @llvm.fma.f32(float %2, float %3, float %4)\n%5 = fmul contract float %1, %2",
+        "%1 = call float @llvm.fma.f32(float %2, float %3, float %4)\n%5 = fmul contract float %1, "
+        "%2",
     )
     assert (listing.loads, listing.stores) == ({128: 1, 16: 1}, {64: 1})
     assert (listing.fused, listing.approximate, listing.flushing, listing.local) == (2, 0, 0, 1)
@@ -53,7 +56,7 @@ pass_0:
         /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0040*/                   MUFU.RSQ R9, R32 ;
         /*0050*/              @!P0 BRA `(.L_x_2) ;
-        /*0060*/                   CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
+        /*0060*/                 CALL.REL.NOINC `($__internal_0_$__cuda_sm20_sqrt_rn_f32_slowpath) ;
         /*0070*/                   BRA `(.L_x_3) ;
 .L_x_2:
         /*0080*/                   FMUL.FTZ R3, R32, R9 ;
@@ -75,11 +78,21 @@ pass_0:
 
 def test_the_usual_way_through_machine_code() -> None:
     way = fast_path(SASS.format(loop="", back=""), "pass_0")
-    assert (len(way.instructions), way.loads, way.stores, way.is_loop) == (12, {64: 1, 128: 1}, {128: 1}, False)
+    assert (len(way.instructions), way.loads, way.stores, way.is_loop) == (
+        12,
+        {64: 1, 128: 1},
+        {128: 1},
+        False,
+    )
     assert not any(op.startswith("CALL") for op in way.instructions)
     looped = SASS.format(loop=".L_x_1:", back="        /*00c8*/               @P2 BRA `(.L_x_1) ;")
     way = fast_path(looped, "pass_0")
-    assert (len(way.instructions), way.loads, way.stores, way.is_loop) == (9, {128: 1}, {128: 1}, True)
+    assert (len(way.instructions), way.loads, way.stores, way.is_loop) == (
+        9,
+        {128: 1},
+        {128: 1},
+        True,
+    )
     with pytest.raises(ValueError, match="has no kernel pass_1"):
         fast_path(looped, "pass_1")
 

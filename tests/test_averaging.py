@@ -1,4 +1,5 @@
-"""Averages of weights: torch's own and a float64 reference beside them, and whatever may happen between two updates."""
+"""Averages of weights: torch's own and a float64 reference beside them, and whatever may happen
+between two updates."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from onepass import kernel, swa_utils
 from onepass.kernel.cpu import launch as cpu
-from onepass.swa_utils import averages
+from onepass.swa_utils import averages, models
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 FUNCTIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -65,8 +66,12 @@ def make_tied() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(4, 3),
-    "norms": lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(5, 5), nn.BatchNorm1d(5)),
-    "channels": lambda: nn.Sequential(nn.Conv2d(4, 3, 3), nn.Conv2d(3, 4, 1)).to(memory_format=torch.channels_last),
+    "norms": lambda: nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(5, 5), nn.BatchNorm1d(5)
+    ),
+    "channels": lambda: nn.Sequential(nn.Conv2d(4, 3, 3), nn.Conv2d(3, 4, 1)).to(
+        memory_format=torch.channels_last
+    ),
     "tied": make_tied,
     "odd": Odd,
     "half": lambda: nn.Linear(4, 3).bfloat16(),
@@ -84,8 +89,11 @@ def change(model: nn.Module, generator: torch.Generator) -> None:
                 t.add_(3)
 
 
-def run(module: Any, name: str, function: str, updates: int = 20, use_buffers: bool = False) -> dict[str, Tensor]:
-    """The state of an average after some updates, with the model's weights of the same seed each time."""
+def run(
+    module: Any, name: str, function: str, updates: int = 20, use_buffers: bool = False
+) -> dict[str, Tensor]:
+    """The state of an average after some updates, with the model's weights of the same seed each
+    time."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(2)
     model = MODELS[name]()
@@ -114,15 +122,24 @@ def test_twenty_updates_equal_torchs(name: str, function: str, use_buffers: bool
 
 
 def test_whole_numbers_in_equal_averages() -> None:
-    """torch's `get_swa_multi_avg_fn` raises for them, and its default cuts their fractions off; so do we."""
-    want, got = run(theirs, "norms", "default", use_buffers=True), run(swa_utils, "norms", "swa", use_buffers=True)
-    assert {k: v for k, v in got.items() if "tracked" in k} == {k: v for k, v in want.items() if "tracked" in k}
+    """torch's `get_swa_multi_avg_fn` raises for them, and its default cuts their fractions off; so
+    do we."""
+    want, got = (
+        run(theirs, "norms", "default", use_buffers=True),
+        run(swa_utils, "norms", "swa", use_buffers=True),
+    )
+    assert {k: v for k, v in got.items() if "tracked" in k} == {
+        k: v for k, v in want.items() if "tracked" in k
+    }
 
 
 @pytest.mark.parametrize("name", swa_utils.__all__)
 def test_names_and_signatures(name: str) -> None:
     def parameters(module: Any) -> list[tuple[str, Any, Any]]:
-        return [(q.name, q.kind, q.default) for q in inspect.signature(getattr(module, name)).parameters.values()]
+        return [
+            (q.name, q.kind, q.default)
+            for q in inspect.signature(getattr(module, name)).parameters.values()
+        ]
 
     assert set(swa_utils.__all__) == set(theirs.__all__)
     assert parameters(swa_utils) == parameters(theirs)
@@ -157,7 +174,9 @@ def test_it_is_a_module_of_torchs_class() -> None:
     x = torch.randn(4, 3)
     assert torch.equal(averaged(x), model(x))
     with pytest.raises(AssertionError, match="Only one of avg_fn and multi_avg_fn"):
-        swa_utils.AveragedModel(model, avg_fn=swa_utils.get_swa_avg_fn(), multi_avg_fn=swa_utils.get_swa_multi_avg_fn())
+        swa_utils.AveragedModel(
+            model, avg_fn=swa_utils.get_swa_avg_fn(), multi_avg_fn=swa_utils.get_swa_multi_avg_fn()
+        )
 
 
 # The mathematics.
@@ -190,16 +209,19 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 6e-8, 65
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("stored", FORMATS)
 def test_every_bit_is_the_interpreters(stored: str, format: str, weight: float) -> None:
-    """In every pair of formats, on sizes around a vector's; the arithmetic is float32, or float64 where one is."""
+    """In every pair of formats, on sizes around a vector's; the arithmetic is float32, or float64
+    where one is."""
     made = []
     for like in (stored, format):
         ts = [torch.randn(n, dtype=torch.float64) for n in (0, 1, 15, 16, 33, 1000)]
         for t in ts:
-            t[: len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randperm(len(SPECIAL))][: len(t)]
+            t[: len(SPECIAL)] = torch.tensor(SPECIAL, dtype=torch.float64)[
+                torch.randperm(len(SPECIAL))
+            ][: len(t)]
         made.append([t.to(getattr(torch, like)) for t in ts])
     own, values = made
     graph = kernel.finish(kernel.trace(averages.average, (("weight", ("float",)),)))
-    program = kernel.program.bind(graph, (("g", format), ("p", stored)))
+    program = kernel.bind(graph, (("g", format), ("p", stored)))
     function = swa_utils.get_ema_multi_avg_fn(1 - weight)
     hypers = {"weight": function.weight(1)}
     pairs = list(zip(own, values, strict=True))
@@ -215,7 +237,9 @@ def test_every_bit_is_the_interpreters(stored: str, format: str, weight: float) 
 def test_wide_averages_of_narrow_weights(wide: torch.dtype) -> None:
     """Steps that are lost in bfloat16 are kept in float32; torch's functions refuse such a pair."""
     model = nn.Linear(8, 8).bfloat16()
-    averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)).to(wide)
+    averaged = swa_utils.AveragedModel(
+        model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)
+    ).to(wide)
     assert averaged.n_averaged.dtype == torch.long
     averaged.update_parameters(model)
     want = model.weight.detach().to(wide)
@@ -250,17 +274,27 @@ def test_nothing_moves_where_nothing_changes() -> None:
 
 
 MUTATIONS: dict[str, Callable[[Any], Any]] = {
-    "sign": lambda patch: patch.setattr(averages, "average", lambda p, g, *, weight: {"p": p - (g - p) * weight}),
-    "other way": lambda patch: patch.setattr(averages, "average", lambda p, g, *, weight: {"p": g + (p - g) * weight}),
+    "sign": lambda patch: patch.setattr(
+        averages, "average", lambda p, g, *, weight: {"p": p - (g - p) * weight}
+    ),
+    "other way": lambda patch: patch.setattr(
+        averages, "average", lambda p, g, *, weight: {"p": g + (p - g) * weight}
+    ),
     "count": lambda patch: patch.setattr(averages.Equal, "weight", lambda self, n: 1 / float(n)),
-    "decay": lambda patch: patch.setattr(averages.Exponential, "weight", lambda self, n: self.decay),
-    "no bump": lambda patch: patch.setattr(torch.autograd.graph, "increment_version", lambda tensors: None),
-    "no copy": lambda patch: patch.setattr(swa_utils, "_copy", lambda into, sources: None),
-    "once": lambda patch: patch.setattr(swa_utils, "_once", list),
+    "decay": lambda patch: patch.setattr(
+        averages.Exponential, "weight", lambda self, n: self.decay
+    ),
+    "no bump": lambda patch: patch.setattr(
+        torch.autograd.graph, "increment_version", lambda tensors: None
+    ),
+    "no copy": lambda patch: patch.setattr(models, "_copy", lambda into, sources: None),
+    "once": lambda patch: patch.setattr(models, "_once", list),
     "by torch": lambda patch: patch.setattr(averages.Average, "_by_torch", lambda *_: None),
     "unchecked": lambda patch: patch.setattr(averages, "check_pairs", lambda *_: None),
     "overlap": lambda patch: patch.setattr(averages.Batch, "overlap", lambda self: False),
-    "strides": lambda patch: patch.setattr(averages, "_is_served", lambda a, v: a.is_floating_point()),
+    "strides": lambda patch: patch.setattr(
+        averages, "_is_served", lambda a, v: a.is_floating_point()
+    ),
 }
 
 
@@ -311,7 +345,8 @@ def test_a_thousand_tensors_are_one_launch(function: str, launches: list[int]) -
 
 
 def test_the_second_update_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where lists of two dtypes take turns, where torch's class calls, and where numbers change."""
+    """Also where lists of two dtypes take turns, where torch's class calls, and where numbers
+    change."""
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3).double()])
     function = swa_utils.get_ema_multi_avg_fn(0.9)
     both = [module.AveragedModel(model, multi_avg_fn=function) for module in (theirs, swa_utils)]
@@ -348,7 +383,9 @@ def test_nothing_is_kept_alive() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     own, values = ([torch.randn(n) for n in (70001, 5, 32768 * 5)] for _ in range(2))
-    want = [torch.lerp(a.double(), v.double(), 0.1).float() for a, v in zip(own, values, strict=True)]
+    want = [
+        torch.lerp(a.double(), v.double(), 0.1).float() for a, v in zip(own, values, strict=True)
+    ]
     results = []
     for n in (1, threads):
         torch.set_num_threads(n)
@@ -366,7 +403,10 @@ def test_one_function_in_many_threads() -> None:
     wrong = []
 
     def work(seed: float) -> None:
-        own, values = [torch.zeros(1000) for _ in range(20)], [torch.full((1000,), seed) for _ in range(20)]
+        own, values = (
+            [torch.zeros(1000) for _ in range(20)],
+            [torch.full((1000,), seed) for _ in range(20)],
+        )
         for _ in range(60):
             function(own, values, 1)
         if not all(torch.equal(a, v) for a, v in zip(own, values, strict=True)):
@@ -388,13 +428,19 @@ class Subclass(Tensor):
 
 
 PAIRS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "subclass": lambda: (torch.randn(3).as_subclass(Subclass), torch.randn(3).as_subclass(Subclass)),
+    "subclass": lambda: (
+        torch.randn(3).as_subclass(Subclass),
+        torch.randn(3).as_subclass(Subclass),
+    ),
     "subclass value": lambda: (torch.randn(3), torch.randn(3).as_subclass(Subclass)),
     "average with holes": lambda: (torch.randn(3, 8)[:, ::2], torch.randn(3, 4)),
     "value with holes": lambda: (torch.randn(3, 4), torch.randn(3, 8)[:, ::2]),
     "expanded value": lambda: (torch.randn(3, 4), torch.randn(1, 4).expand(3, 4)),
     "transposed value": lambda: (torch.randn(3, 4), torch.randn(4, 3).t()),
-    "conjugated value": lambda: (torch.randn(3, dtype=torch.complex64), torch.randn(3, dtype=torch.complex64).conj()),
+    "conjugated value": lambda: (
+        torch.randn(3, dtype=torch.complex64),
+        torch.randn(3, dtype=torch.complex64).conj(),
+    ),
     "negated": lambda: (torch.randn(1), torch.randn(1, dtype=torch.complex64).conj().imag),
     "odd strides": lambda: (torch.randn(1, 5, 1), torch.randn(5).as_strided((1, 5, 1), (7, 1, 3))),
 }
@@ -418,13 +464,28 @@ def test_values_laid_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    "of", [swa_utils.get_ema_multi_avg_fn(0.5), swa_utils.get_swa_multi_avg_fn()], ids=["ema", "swa"]
+    "of",
+    [swa_utils.get_ema_multi_avg_fn(0.5), swa_utils.get_swa_multi_avg_fn()],
+    ids=["ema", "swa"],
 )
 @pytest.mark.filterwarnings("ignore:.*Casting complex values")
 def test_dtypes_that_torch_promotes(of: averages.Average) -> None:
-    """Beside kernels: 16-bit formats that have none together, whole numbers, complex averages of real values."""
-    own = [torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.uint8)]
-    of(own, [torch.tensor([4.0, 7.0]), torch.tensor([2.0, 4.0]), torch.tensor([4, 7], dtype=torch.uint8)], 1)
+    """Beside kernels: 16-bit formats that have none together, whole numbers, complex averages of
+    real values."""
+    own = [
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, dtype=torch.uint8),
+    ]
+    of(
+        own,
+        [
+            torch.tensor([4.0, 7.0]),
+            torch.tensor([2.0, 4.0]),
+            torch.tensor([4, 7], dtype=torch.uint8),
+        ],
+        1,
+    )
     assert [t.tolist() for t in own] == [[2, 3], [1 + 0j, 2 + 0j], [2, 3]]
 
 
@@ -442,7 +503,11 @@ def test_averages_that_share_memory() -> None:
 
 
 def test_values_that_are_averages_too() -> None:
-    for make in (lambda t: ([t[:4], t[4:]], [t[4:], t[:4]]), lambda t: ([t], [t]), lambda t: ([t[:4]], [t[:4]])):
+    for make in (
+        lambda t: ([t[:4], t[4:]], [t[4:], t[:4]]),
+        lambda t: ([t], [t]),
+        lambda t: ([t[:4]], [t[:4]]),
+    ):
         results = []
         for module in (theirs, swa_utils):
             t = torch.arange(8.0)
@@ -473,7 +538,9 @@ def test_what_torch_refuses_is_refused() -> None:
         plain = torch.zeros(2)
         for module in (theirs, swa_utils):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                module.get_ema_multi_avg_fn(0.5)([own, plain], [torch.ones(own.shape), torch.ones(2)], 1)
+                module.get_ema_multi_avg_fn(0.5)(
+                    [own, plain], [torch.ones(own.shape), torch.ones(2)], 1
+                )
 
 
 def test_values_on_another_device() -> None:
@@ -503,9 +570,21 @@ def test_errors_of_lists() -> None:
     freed.untyped_storage().resize_(0)
     cases: list[tuple[Sequence[Any], type[Exception], str]] = [
         ([torch.ones(2)], RuntimeError, "2 averages cannot follow 1 tensors"),
-        ([torch.ones(2), torch.ones(1)], RuntimeError, r"average 1 has shape \(3,\), its present value \(1,\)"),
-        ([torch.ones(2), None], TypeError, "average 1: averages and values must be tensors, got NoneType"),
-        ([torch.ones(2), freed], RuntimeError, "average 1 or its present value, of shape .* has no storage"),
+        (
+            [torch.ones(2), torch.ones(1)],
+            RuntimeError,
+            r"average 1 has shape \(3,\), its present value \(1,\)",
+        ),
+        (
+            [torch.ones(2), None],
+            TypeError,
+            "average 1: averages and values must be tensors, got NoneType",
+        ),
+        (
+            [torch.ones(2), freed],
+            RuntimeError,
+            "average 1 or its present value, of shape .* has no storage",
+        ),
     ]
     for values, error, message in cases:
         for _ in range(2):
@@ -548,14 +627,26 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         RuntimeError,
         "parameter '0.weight' has shape",
     ),
-    "more": (lambda: nn.Sequential(MODELS["pair"](), nn.Linear(1, 1)), ValueError, "has 6 parameters, its average 4"),
-    "fewer": (lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)), ValueError, "has 3 parameters"),
+    "more": (
+        lambda: nn.Sequential(MODELS["pair"](), nn.Linear(1, 1)),
+        ValueError,
+        "has 6 parameters, its average 4",
+    ),
+    "fewer": (
+        lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)),
+        ValueError,
+        "has 3 parameters",
+    ),
     "buffers": (
         lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)),
         ValueError,
         "has 0 buffers, its average 3",
     ),
-    "buffer's shape": (lambda: with_buffer(torch.zeros(1)), RuntimeError, "buffer '1.running_mean' has shape"),
+    "buffer's shape": (
+        lambda: with_buffer(torch.zeros(1)),
+        RuntimeError,
+        "buffer '1.running_mean' has shape",
+    ),
 }
 
 
@@ -572,7 +663,9 @@ def test_a_model_of_another_structure(case: str, function: str, use_buffers: boo
     """Is refused at the first update and at later ones, and nothing has changed."""
     make, error, message = STRUCTURES[case]
     averaged = swa_utils.AveragedModel(
-        MODELS["pair"](), use_buffers=use_buffers, **FUNCTIONS[function if function != "own" else "own-one"](swa_utils)
+        MODELS["pair"](),
+        use_buffers=use_buffers,
+        **FUNCTIONS[function if function != "own" else "own-one"](swa_utils),
     )
     for _ in range(3):
         before = copy.deepcopy(averaged.state_dict())
@@ -595,7 +688,10 @@ def test_saved_tensors_are_protected(function: str) -> None:
     versions = [t._version for t in (averaged.module.weight, model.weight)]
     out = averaged(torch.ones(2, 3, requires_grad=True)).sum()
     averaged.update_parameters(model)
-    assert [t._version for t in (averaged.module.weight, model.weight)] == [versions[0] + 1, versions[1]]
+    assert [t._version for t in (averaged.module.weight, model.weight)] == [
+        versions[0] + 1,
+        versions[1],
+    ]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
     model(torch.ones(2, 3)).sum().backward()
@@ -604,7 +700,8 @@ def test_saved_tensors_are_protected(function: str) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
 def test_modes(mode: Any, made: Any) -> None:
-    """Made in one mode and updated in another; what was made for inference is written in that mode alone."""
+    """Made in one mode and updated in another; what was made for inference is written in that mode
+    alone."""
     model = MODELS["norms"]()
     with made():
         averaged = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
@@ -644,7 +741,9 @@ def test_copies_and_pickles_go_on(function: str) -> None:
         one.update_parameters(model)
     for one in others:
         assert one.module[0].weight is not averaged.module[0].weight
-        for got, want in zip(one.state_dict().values(), averaged.state_dict().values(), strict=True):
+        for got, want in zip(
+            one.state_dict().values(), averaged.state_dict().values(), strict=True
+        ):
             assert torch.equal(got, want)
 
 
@@ -662,13 +761,15 @@ class Hidden(nn.Sequential):
 
 
 def found(model: nn.Module) -> None:
-    got = swa_utils._tensors(model)
+    got = models._tensors(model)
     want = list(model.parameters()), list(model.buffers())
     for one, other in zip(got, want, strict=True):
         assert list(map(id, one)) == list(map(id, other))
 
 
-@pytest.mark.parametrize("name", [*MODELS, "renamed", "hidden", "own function", "shared", "scripted"])
+@pytest.mark.parametrize(
+    "name", [*MODELS, "renamed", "hidden", "own function", "shared", "scripted"]
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_tensors_are_those_that_torch_finds(name: str) -> None:
     if name == "renamed":
@@ -683,7 +784,7 @@ def test_tensors_are_those_that_torch_finds(name: str) -> None:
         model = nn.Sequential(block, nn.Sequential(block, nn.Linear(2, 2)), block[1])
     elif name == "scripted":
         model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-        got = swa_utils._tensors(model)
+        got = models._tensors(model)
         assert [len(tensors) for tensors in got] == [4, 3]
         return
     else:
@@ -757,7 +858,15 @@ def freeze(averaged: Any, model: nn.Module) -> None:
 
 BETWEEN = {
     f.__name__: f
-    for f in (swap_data, replace_parameters, move_storage, set_memory, swap_tensors, load_states, lay_otherwise)
+    for f in (
+        swap_data,
+        replace_parameters,
+        move_storage,
+        set_memory,
+        swap_tensors,
+        load_states,
+        lay_otherwise,
+    )
 } | {f.__name__: f for f in (make_holes, widen, tie, share_with_the_model, freeze)}
 
 
@@ -799,7 +908,10 @@ def crash_freed_buffer() -> None:
 
 def crash_freed_copy() -> None:
     """Of buffers that are copied, not averaged."""
-    _refuses(lambda averaged, model: model[1].running_mean.untyped_storage().resize_(0), use_buffers=False)
+    _refuses(
+        lambda averaged, model: model[1].running_mean.untyped_storage().resize_(0),
+        use_buffers=False,
+    )
 
 
 def crash_freed_in_a_tied_model() -> None:
@@ -876,7 +988,9 @@ def batches(kind: str) -> Iterable[Any]:
 
 def normed() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Dropout(0.1), nn.BatchNorm1d(4))
+    return nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.3), nn.Dropout(0.1), nn.BatchNorm1d(4)
+    )
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "tuple"])
@@ -966,7 +1080,11 @@ def test_compiled_functions_average_outside_of_their_graphs() -> None:
     assert averaged.n_averaged == 2
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/averaging.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parent.parent / "docs/averaging.md").read_text(),
+    re.DOTALL,
+)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["ema", "swa"])
@@ -995,7 +1113,10 @@ VICTIMS: list[Tensor] = []
 
 def test_memory_that_goes_while_torchs_part_of_an_update_runs() -> None:
     """The kernel, which comes after it, must not write to where the memory was."""
-    averages_of, values = [torch.ones(8), torch.ones(8).as_subclass(Meddler)], [torch.zeros(8), torch.zeros(8)]
+    averages_of, values = (
+        [torch.ones(8), torch.ones(8).as_subclass(Meddler)],
+        [torch.zeros(8), torch.zeros(8)],
+    )
     VICTIMS[:] = averages_of[:1]
     with pytest.raises(RuntimeError, match="averages changed while they were being updated"):
         swa_utils.get_ema_multi_avg_fn(0.5)(averages_of, values, 1)

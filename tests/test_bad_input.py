@@ -1,4 +1,5 @@
-"""What makes no sense is refused in one sentence that says what was passed and what is allowed; nothing changes."""
+"""What makes no sense is refused in one sentence that says what was passed and what is allowed;
+nothing changes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def assert_sentence(error: BaseException, *words: str) -> None:
 
 
 def naming(x: object) -> str:
-    return " ".join(x) if isinstance(x, tuple) and isinstance(x[0], str) else getattr(x, "__name__", "")
+    return (
+        " ".join(x)
+        if isinstance(x, tuple) and isinstance(x[0], str)
+        else getattr(x, "__name__", "")
+    )
 
 
 NAN = math.nan
@@ -69,7 +74,12 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ],
     *[(name, {"lr": TWO}, ValueError, (name, "lr", "1-element", "(2,)")) for name in NON_NEGATIVE],
     ("SGD", {"nesterov": True}, ValueError, ("SGD", "Nesterov", "momentum=0")),
-    ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}, ValueError, ("SGD", "dampening=0.1")),
+    (
+        "SGD",
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        ValueError,
+        ("SGD", "dampening=0.1"),
+    ),
     ("Adadelta", {"rho": 1.5}, ValueError, ("Adadelta", "rho", "[0, 1]", "1.5")),
     *[
         ("Rprop", {"etas": etas}, ValueError, ("Rprop", "etas", str(etas[0])))
@@ -79,7 +89,17 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], tuple[str, ...]]] = [
     *[
         ("Rprop", {option: bad}, (ValueError, TypeError), ("Rprop", option))
         for option in ("etas", "step_sizes")
-        for bad in (0.5, (0.5,), (0.5, 1.2, 2.0), None, "ab", ("a", 1.2), (True, 1.2), (TWO, 1.2), {0.5, 1.2})
+        for bad in (
+            0.5,
+            (0.5,),
+            (0.5, 1.2, 2.0),
+            None,
+            "ab",
+            ("a", 1.2),
+            (True, 1.2),
+            (TWO, 1.2),
+            {0.5, 1.2},
+        )
     ],
     *[
         (name, {"betas": betas}, ValueError, (name, "betas[", "[0, 1)"))
@@ -154,14 +174,22 @@ PARAMETERS: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (lambda: ["weight"], TypeError, ("can only optimize Tensors", "str")),
     (lambda: {"weight": parameter()}, TypeError, ("can only optimize Tensors", "str")),
     (lambda: [None], TypeError, ("can only optimize Tensors", "None")),
-    (lambda: [parameter(), [parameter()]], TypeError, ("can only optimize Tensors", "parameter 1", "list")),
+    (
+        lambda: [parameter(), [parameter()]],
+        TypeError,
+        ("can only optimize Tensors", "parameter 1", "list"),
+    ),
     (lambda: [{"params": {parameter()}}], TypeError, ("order", "set")),
     (lambda: {parameter(), parameter()}, TypeError, ("order", "set")),
     (lambda: [{"params": 3}], TypeError, ("params", "int")),
     (lambda: [{"params": [parameter()]}, parameter()], TypeError, ("dict", "Parameter")),
     (lambda: [{"lr": 0.1}], KeyError, ("params", "lr")),
     (lambda: [parameter() * 2], ValueError, ("non-leaf", "parameter 0")),
-    (lambda: [{"params": [SAME]}, {"params": [SAME]}], ValueError, ("parameter 0", "more than one parameter group")),
+    (
+        lambda: [{"params": [SAME]}, {"params": [SAME]}],
+        ValueError,
+        ("parameter 0", "more than one parameter group"),
+    ),
     (lambda: [("w", parameter()), ("w", parameter())], ValueError, ("'w'", "twice")),
     (lambda: [("w", parameter()), parameter()], ValueError, ("names", "1 have none")),
     (lambda: [("w", 3)], TypeError, ("'w'", "int")),
@@ -169,7 +197,11 @@ PARAMETERS: list[tuple[Any, type[Exception], tuple[str, ...]]] = [
     (lambda: [(3, parameter())], TypeError, ("name", "3")),
     (lambda: [("w",)], (TypeError, ValueError), ("name",)),
     (lambda: [("w", parameter(), 3)], (TypeError, ValueError), ("name",)),
-    (lambda: [{"params": [("w", parameter())]}, {"params": [parameter()]}], ValueError, ("names", "without")),
+    (
+        lambda: [{"params": [("w", parameter())]}, {"params": [parameter()]}],
+        ValueError,
+        ("names", "without"),
+    ),
     (lambda: 3, TypeError, ("iterable",)),
     (lambda: nn.Linear(2, 2), TypeError, ("iterable",)),
     (lambda: None, TypeError, ("iterable",)),
@@ -212,7 +244,12 @@ def test_a_parameter_that_the_optimizer_has():
 
 @pytest.mark.parametrize(
     ("misspelt", "meant"),
-    [("weight_decya", "weight_decay"), ("beta", "betas"), ("amsgard", "amsgrad"), ("wieght_decay", "weight_decay")],
+    [
+        ("weight_decya", "weight_decay"),
+        ("beta", "betas"),
+        ("amsgard", "amsgrad"),
+        ("wieght_decay", "weight_decay"),
+    ],
 )
 def test_misspelt_options(misspelt, meant):
     with pytest.raises(TypeError, match=misspelt):
@@ -275,7 +312,15 @@ def test_closures_and_state_dicts_of_the_wrong_kind():
     before = snapshot(opt)
     with pytest.raises(TypeError):
         opt.step(3)
-    for wrong in (None, 3, [], {}, {"state": {}}, {"state": {}, "param_groups": 3}, {"state": 3, "param_groups": []}):
+    for wrong in (
+        None,
+        3,
+        [],
+        {},
+        {"state": {}},
+        {"state": {}, "param_groups": 3},
+        {"state": 3, "param_groups": []},
+    ):
         with pytest.raises((ValueError, TypeError)) as caught:
             opt.load_state_dict(wrong)
         assert_sentence(caught.value, "AdamW")
@@ -320,7 +365,9 @@ class TestRules:
 
     @staticmethod
     def make(rule, **defaults):
-        return type("Mine", (onepass.Optimizer,), {"rule": staticmethod(rule)})([parameter()], {"lr": 0.1, **defaults})
+        return type("Mine", (onepass.Optimizer,), {"rule": staticmethod(rule)})(
+            [parameter()], {"lr": 0.1, **defaults}
+        )
 
     @staticmethod
     def step(opt):

@@ -1,6 +1,8 @@
-"""Every option of every algorithm, given values that make no sense: one sentence each, and nothing has changed.
+"""Every option of every algorithm, given values that make no sense: one sentence each, and nothing
+has changed.
 
-Which options there are is read from the constructors. Whether the ends of a range belong to it follows torch.
+Which options there are is read from the constructors. Whether the ends of a range belong to it
+follows torch.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Bad:
-    """A value that options of these kinds refuse in a constructor and a new group, and of those between two steps."""
+    """A value that options of these kinds refuse in a constructor and a new group, and of those
+    between two steps."""
 
     make: Callable[[], Any]
     kinds: str = "number count flag mode choice pair triple"
@@ -137,12 +140,16 @@ VALUES: dict[str, Bad] = {
     "bytes": Bad(lambda: b"0.1"),
     "two bytes": Bad(lambda: b"\0\0"),
     "three bytes": Bad(lambda: bytearray(3)),
-    "tensor of three": Bad(lambda: torch.tensor([0.1, 0.2, 0.3]), "number count flag mode choice pair"),
+    "tensor of three": Bad(
+        lambda: torch.tensor([0.1, 0.2, 0.3]), "number count flag mode choice pair"
+    ),
     "empty tensor": Bad(lambda: torch.tensor([])),
     "matrix": Bad(lambda: torch.ones(2, 2)),
     "complex tensor": Bad(lambda: torch.tensor(0.5 + 1j)),
     "real complex tensor": Bad(lambda: torch.tensor(0.5 + 0j)),
-    "bool tensor of three": Bad(lambda: torch.ones(3, dtype=torch.bool), "number count flag mode choice pair"),
+    "bool tensor of three": Bad(
+        lambda: torch.ones(3, dtype=torch.bool), "number count flag mode choice pair"
+    ),
     "nan tensor": Bad(lambda: torch.tensor(np.nan), at_steps="count flag mode choice pair triple"),
     "meta tensor": Bad(lambda: torch.ones((), device="meta")),
     "sparse tensor": Bad(lambda: torch.tensor([0.5, 0.1]).to_sparse()),
@@ -215,19 +222,32 @@ each_option = pytest.mark.parametrize("option", OPTIONS, ids=lambda o: f"{o.algo
 
 def test_all_algorithms_are_here() -> None:
     assert len(NAMES) == 15
-    assert {option.kind for option in OPTIONS} == {"number", "count", "flag", "mode", "choice", "pair", "triple"}
+    assert {option.kind for option in OPTIONS} == {
+        "number",
+        "count",
+        "flag",
+        "mode",
+        "choice",
+        "pair",
+        "triple",
+    }
     assert {option.name for option in OPTIONS if option.kind == "choice"} == set(CHOICES)
 
 
 def parameter() -> Tensor:
-    """A matrix, which every algorithm takes; a leaf without a gradient, which `differentiable` can write."""
+    """A matrix, which every algorithm takes; a leaf without a gradient, which `differentiable` can
+    write."""
     return torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -1.0]])
 
 
 def snapshot(opt: Any) -> Any:
     """All bits of parameters, gradients and state, and the very objects that are options."""
     params = [p for group in opt.param_groups for p in group["params"]]
-    state = {id(p): {name: bits(v) for name, v in entries.items()} for p, entries in opt.state.items() if entries}
+    state = {
+        id(p): {name: bits(v) for name, v in entries.items()}
+        for p, entries in opt.state.items()
+        if entries
+    }
     options = [[(name, id(v), bits(v)) for name, v in group.items()] for group in opt.param_groups]
     return [(bits(p), bits(p.grad)) for p in params], state, options
 
@@ -253,39 +273,53 @@ def attempt(function: Callable[[], Any]) -> Exception | None:
 
 
 def fault(error: Exception | None, option: Option, *, got: bool = True) -> str:
-    """What is wrong with the answer to a bad value; an empty string where it is one good sentence."""
+    """What is wrong with the answer to a bad value; an empty string where it is one good
+    sentence."""
     if error is None:
         return "accepted"
     text = str(error.args[0]) if error.args else ""
     own = type(error) in (ValueError, TypeError, RuntimeError, KeyError, onepass.StepError)
     shown = any(word in text for word in ("got", "Invalid", "but is", "is not supported"))
-    good = own and option.name in text and "\n" not in text and len(text) < 300 and (shown or not got)
+    good = (
+        own and option.name in text and "\n" not in text and len(text) < 300 and (shown or not got)
+    )
     return "" if good else f"{type(error).__name__}: {text!r:.200}"
 
 
 def report(faults: dict[str, str]) -> None:
     faults = {name: words for name, words in faults.items() if words}
-    assert not faults, f"{len(faults)}: " + "\n".join(f"{name}: {words}" for name, words in faults.items())
+    assert not faults, f"{len(faults)}: " + "\n".join(
+        f"{name}: {words}" for name, words in faults.items()
+    )
 
 
 @each_option
 def test_in_a_constructor_and_in_a_group(option: Option) -> None:
-    """Refused by the constructor, in a group given to it, and in a group added later, which stays as it was."""
+    """Refused by the constructor, in a group given to it, and in a group added later, which stays
+    as it was."""
     make = getattr(onepass, option.algorithm)
     faults: dict[str, str] = {}
     opt = make([parameter()])
     before = snapshot(opt)
     for name, bad in VALUES.items():
-        if not bad.is_for(option.kind, at_steps=False) or (name == "None" and option.name == "max_eval"):
+        if not bad.is_for(option.kind, at_steps=False) or (
+            name == "None" and option.name == "max_eval"
+        ):
             continue
         value = bad.make()
-        faults[name] = fault(attempt(lambda v=value: make([parameter()], **{option.name: v})), option)
+        faults[name] = fault(
+            attempt(lambda v=value: make([parameter()], **{option.name: v})), option
+        )
         group = {"params": [parameter()], option.name: value}
         faults[f"{name} in a group"] = fault(attempt(lambda g=group: make([g])), option)
         if option.algorithm != "LBFGS":
             given = dict(group)
             faults[f"{name} added"] = fault(attempt(lambda g=group: opt.add_param_group(g)), option)
-            if snapshot(opt) != before or group.keys() != given.keys() or group[option.name] is not value:
+            if (
+                snapshot(opt) != before
+                or group.keys() != given.keys()
+                or group[option.name] is not value
+            ):
                 faults[f"{name} added"] += " and changed something"
     report(faults)
 
@@ -315,7 +349,8 @@ def backends(option: Option) -> Iterator[dict[str, Any]]:
 
 @each_option
 def test_between_two_steps(option: Option) -> None:
-    """Refused by the step, whichever way it goes, the first one too; and when all is well again it steps."""
+    """Refused by the step, whichever way it goes, the first one too; and when all is well again it
+    steps."""
     make = getattr(onepass, option.algorithm)
     faults: dict[str, str] = {}
     for ways in backends(option):
@@ -360,7 +395,8 @@ def stepped(name: str) -> Any:
 
 @each_option
 def test_in_a_state_dict(option: Option) -> None:
-    """Refused when it is loaded, or by the next step, and nothing has changed; what is missing is a default."""
+    """Refused when it is loaded, or by the next step, and nothing has changed; what is missing is a
+    default."""
     faults: dict[str, str] = {}
     opt = stepped(option.algorithm)
     for name, bad in VALUES.items():
@@ -392,7 +428,10 @@ def copied(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 STEPS: dict[str, Any] = {
-    **{f"{v!r:.20}": v for v in (-1, -1.0, np.nan, np.inf, -np.inf, 1e30, 2**62, 1.5, "3", [], {}, (), 10**400, 1j)},
+    **{
+        f"{v!r:.20}": v
+        for v in (-1, -1.0, np.nan, np.inf, -np.inf, 1e30, 2**62, 1.5, "3", [], {}, (), 10**400, 1j)
+    },
     **{f"tensor {v}": torch.tensor(v) for v in (-1.0, np.nan, np.inf, 1.5, 1e30, 1j)},
     "three": torch.ones(3),
     "none": torch.ones(0),
@@ -454,7 +493,9 @@ def construct(library: Any, option: Option, value: float) -> Exception | None:
 
 
 @pytest.mark.parametrize(
-    "option", [o for o in OPTIONS if o.kind == "number" and o.is_torch], ids=lambda o: f"{o.algorithm}-{o.name}"
+    "option",
+    [o for o in OPTIONS if o.kind == "number" and o.is_torch],
+    ids=lambda o: f"{o.algorithm}-{o.name}",
 )
 def test_the_ends_of_a_range_are_those_of_torch(option: Option) -> None:
     for value in (0, 0.0, np.inf, -np.inf, -1):
@@ -472,29 +513,57 @@ def spellings(option: Option) -> dict[str, Any]:
     """Other ways to write an option's default, or for a choice the word."""
     value = option.default
     if option.kind in ("flag", "mode"):
-        found = {f"{kind.__name__}({on})": kind(on) for kind in (bool, int, np.bool_, np.int64) for on in (0, 1)}
-        return found | ({"None": None} if option.kind == "mode" or option.name == "use_muon" else {})
+        found = {
+            f"{kind.__name__}({on})": kind(on)
+            for kind in (bool, int, np.bool_, np.int64)
+            for on in (0, 1)
+        }
+        return found | (
+            {"None": None} if option.kind == "mode" or option.name == "use_muon" else {}
+        )
     if option.kind == "choice":
         return {"None": None, "word": CHOICES[option.name], "numpy": np.str_(CHOICES[option.name])}
     if option.kind == "count":
         value = 7 if value is None else value
-        return {"int": value, "float": float(value), "numpy": np.int32(value), "tensor": torch.tensor(value)}
+        return {
+            "int": value,
+            "float": float(value),
+            "numpy": np.int32(value),
+            "tensor": torch.tensor(value),
+        }
     if option.kind == "number":
         exact = {"int": 1} if value in (0, 1) and option.name != "nesterov" else {}
-        arrays = {"0-d array": np.array(value), "float64": np.float64(value), "float32": np.float32(value)}
-        tensors = {"0-d": torch.tensor(value), "1-element": torch.tensor([float(value)]), "Fraction": Fraction(value)}
+        arrays = {
+            "0-d array": np.array(value),
+            "float64": np.float64(value),
+            "float32": np.float32(value),
+        }
+        tensors = {
+            "0-d": torch.tensor(value),
+            "1-element": torch.tensor([float(value)]),
+            "Fraction": Fraction(value),
+        }
         return exact | arrays | tensors
-    lists = {"list": list, "deque": deque, "UserList": UserList, "Entries": Entries, "Indexed": Indexed}
+    lists = {
+        "list": list,
+        "deque": deque,
+        "UserList": UserList,
+        "Entries": Entries,
+        "Indexed": Indexed,
+    }
     found = {name: kind(value) for name, kind in lists.items()}
     found["NumPy scalars"] = tuple(v if v is None else np.float64(v) for v in value)
-    found["tensors"] = tuple(v if v is None else torch.tensor(v, dtype=torch.float64) for v in value)
+    found["tensors"] = tuple(
+        v if v is None else torch.tensor(v, dtype=torch.float64) for v in value
+    )
     if None not in value:
         found |= {"array": np.array(value), "tensor": torch.tensor(value, dtype=torch.float64)}
     return found
 
 
 def run(option: Option, **options: Any) -> Tensor:
-    """A parameter after three steps, with options of a group; the second time with those of the constructor."""
+    """A parameter after three steps, with options of a group; the second time with those of the
+    constructor."""
     p, q = parameter(), parameter()
     cls = getattr(onepass, option.algorithm)
     by_constructor, by_group = cls([p], **options), cls([{"params": [q], **options}])
@@ -526,11 +595,14 @@ def test_other_spellings_are_accepted(option: Option) -> None:
         elif option.kind in ("number", "count"):
             plain = float(value)
         else:
-            plain = tuple(v if v is None else float(v) for v in (value[i] for i in range(len(value))))
+            plain = tuple(
+                v if v is None else float(v) for v in (value[i] for i in range(len(value)))
+            )
         extra = {"momentum": 0.9} if option.name == "nesterov" else {}
         try:
             if not torch.equal(
-                run(option, **{option.name: value}, **extra), run(option, **{option.name: plain}, **extra)
+                run(option, **{option.name: value}, **extra),
+                run(option, **{option.name: plain}, **extra),
             ):
                 faults[name] = "steps otherwise"
         except Exception as error:
@@ -540,8 +612,14 @@ def test_other_spellings_are_accepted(option: Option) -> None:
 
 # Values that torch refuses as well, in words that people match on.
 
-NUMBERS = [option for option in OPTIONS if option.is_torch and option.kind in ("number", "pair", "choice")]
-OUTSIDE = {"number": [-0.5, 1.5], "pair": [(-0.5, 0.5), (0.5, -0.5), (1.0, 0.5), (0.5, 1.0)], "choice": ["arbitrary"]}
+NUMBERS = [
+    option for option in OPTIONS if option.is_torch and option.kind in ("number", "pair", "choice")
+]
+OUTSIDE = {
+    "number": [-0.5, 1.5],
+    "pair": [(-0.5, 0.5), (0.5, -0.5), (1.0, 0.5), (0.5, 1.0)],
+    "choice": ["arbitrary"],
+}
 
 
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda o: f"{o.algorithm}-{o.name}")
@@ -550,7 +628,11 @@ def test_torchs_words(option: Option) -> None:
     faults: dict[str, str] = {}
     for value in OUTSIDE[option.kind]:
         ours, theirs = (
-            attempt(lambda v=value, m=library: getattr(m, option.algorithm)([parameter()], **{option.name: v}))
+            attempt(
+                lambda v=value, m=library: getattr(m, option.algorithm)(
+                    [parameter()], **{option.name: v}
+                )
+            )
             for library in (onepass, torch.optim)
         )
         if theirs is not None and (type(ours) is not type(theirs) or str(theirs) not in str(ours)):
@@ -559,7 +641,9 @@ def test_torchs_words(option: Option) -> None:
 
 
 @pytest.mark.parametrize(
-    "p", [torch.zeros(2, 2).to_sparse(), torch.zeros(2, dtype=torch.complex64)], ids=["sparse", "complex"]
+    "p",
+    [torch.zeros(2, 2).to_sparse(), torch.zeros(2, dtype=torch.complex64)],
+    ids=["sparse", "complex"],
 )
 def test_torchs_words_about_parameters_of_sparse_adam(p: Tensor) -> None:
     ours, theirs = (attempt(lambda m=m: m.SparseAdam([p])) for m in (onepass, torch.optim))

@@ -1,4 +1,5 @@
-"""Optimizers as what people build on: bases of classes of their own, wrappers, look-ups by class."""
+"""Optimizers as what people build on: bases of classes of their own, wrappers, look-ups by
+class."""
 
 from __future__ import annotations
 
@@ -78,7 +79,12 @@ def make_own(library: Any) -> Any:
                         continue
                     state = self.state[p]
                     if not state:
-                        state.update(v=torch.zeros_like(p), mean=torch.zeros(()), history=[], notes={"steps": 0})
+                        state.update(
+                            v=torch.zeros_like(p),
+                            mean=torch.zeros(()),
+                            history=[],
+                            notes={"steps": 0},
+                        )
                     state["v"].mul_(0.9).add_(p.grad)
                     state["mean"] += p.mean()
                     state["history"] = [*state["history"][-2:], p.clone()]
@@ -310,7 +316,9 @@ def test_other_names_are_told_and_matched_by_position() -> None:
         p.grad = torch.full_like(p, i + 1.0)
     opt.step()
     others, new = named("a", "b")
-    with pytest.warns(UserWarning, match=r"'encoder\.a' in group 0 where this optimizer has 'a'; .*by position"):
+    with pytest.warns(
+        UserWarning, match=r"'encoder\.a' in group 0 where this optimizer has 'a'; .*by position"
+    ):
         new.load_state_dict(opt.state_dict())
     for p, q in zip(params, others, strict=True):
         assert torch.equal(opt.state[p]["exp_avg"], new.state[q]["exp_avg"])
@@ -339,7 +347,9 @@ def test_other_names_and_other_shapes_are_refused() -> None:
         p.grad = torch.ones_like(p)
     opt.step()
     other = onepass.Adam([("a", parameter()), ("b", parameter(12))])
-    with pytest.raises(ValueError, match=r"'encoder\.a' in group 0 where .*'a'; by position, .*shape \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"'encoder\.a' in group 0 where .*'a'; by position, .*shape \(4, 3\)"
+    ):
         other.load_state_dict(opt.state_dict())
     assert not other.state
 
@@ -355,7 +365,14 @@ def test_helpers_of_lbfgs() -> None:
         params[0].grad, params[1].grad = torch.ones(4, 3), torch.ones(2, dtype=torch.complex64)
         with torch.no_grad():
             opt._add_grad(0.5, torch.arange(28.0))
-        rows.append((opt._numel(), opt._gather_flat_grad(), [p.detach() for p in opt._params], opt._clone_param()))
+        rows.append(
+            (
+                opt._numel(),
+                opt._gather_flat_grad(),
+                [p.detach() for p in opt._params],
+                opt._clone_param(),
+            )
+        )
     assert rows[0][0] == rows[1][0]
     assert torch.equal(rows[0][1], rows[1][1])
     for mine, its in zip(rows[0][2] + rows[0][3], rows[1][2] + rows[1][3], strict=True):
@@ -430,8 +447,12 @@ DOORS |= {"make_state", "check_names"}
 @EACH
 def test_names_of_optimizers_are_few(name: str) -> None:
     ours, theirs = (getattr(library, name)([parameter()]) for library in BOTH)
-    found = {free: inspect.getattr_static(type(ours), free, None) for free in free_names(ours, theirs)}
-    others = {free for free, value in found.items() if not isinstance(value, (Misplaced, staticmethod))}
+    found = {
+        free: inspect.getattr_static(type(ours), free, None) for free in free_names(ours, theirs)
+    }
+    others = {
+        free for free, value in found.items() if not isinstance(value, (Misplaced, staticmethod))
+    }
     assert others - DOORS == {"_step_supports_amp_scaling"}
 
 
@@ -475,7 +496,9 @@ def rates_of(cls: type, arguments: tuple[Any, ...]) -> list[float]:
     rates = []
     for _ in range(6):
         opt.step()
-        scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        scheduler.step(
+            *([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else [])
+        )
         rates.append(opt.param_groups[0]["lr"])
     scheduler.load_state_dict(scheduler.state_dict())
     return rates
@@ -485,10 +508,15 @@ def rates_of(cls: type, arguments: tuple[Any, ...]) -> list[float]:
 def test_names_of_schedulers_are_free(name: str) -> None:
     ours, theirs = getattr(onepass.lr_scheduler, name), getattr(torch.optim.lr_scheduler, name)
     arguments = SCHEDULERS[name]
-    made = [cls(torch.optim.SGD([parameter()], lr=0.1, momentum=0.9), *arguments) for cls in (ours, theirs)]
+    made = [
+        cls(torch.optim.SGD([parameter()], lr=0.1, momentum=0.9), *arguments)
+        for cls in (ours, theirs)
+    ]
     expected = rates_of(theirs, arguments)
     for free in free_names(*made):
-        assert rates_of(with_attribute(ours, free), arguments) == pytest.approx(expected, rel=1e-12), free
+        assert rates_of(with_attribute(ours, free), arguments) == pytest.approx(
+            expected, rel=1e-12
+        ), free
         method = type("Method", (ours,), {free: lambda self, *_: "mine"})
         assert rates_of(method, arguments) == pytest.approx(expected, rel=1e-12), free
 
@@ -526,11 +554,21 @@ def test_a_mixin_after_our_class() -> None:
     assert rows == [(1, 2)] * 6
 
 
-@pytest.mark.parametrize("make", [torch.optim.Optimizer.__init__, torch.optim.Adam.__init__], ids=["base", "Adam"])
+@pytest.mark.parametrize(
+    "make", [torch.optim.Optimizer.__init__, torch.optim.Adam.__init__], ids=["base", "Adam"]
+)
 def test_constructors_of_torch(make: Any) -> None:
     class Own(onepass.Adam):
         def __init__(self, params: Any) -> None:
-            make(self, params, *([onepass.Adam([parameter()]).defaults] if "lr" not in make.__annotations__ else []))
+            make(
+                self,
+                params,
+                *(
+                    [onepass.Adam([parameter()]).defaults]
+                    if "lr" not in make.__annotations__
+                    else []
+                ),
+            )
 
     p, q = parameter(), parameter()
     opt, twin = Own([p]), onepass.Adam([q])
@@ -545,7 +583,9 @@ def test_an_object_of_another_class() -> None:
     theirs: Any = torch.optim.Adam([p], lr=0.1)
     for optimizer in (opt, twin):
         train(optimizer, 1)
-    other = type("Other", (onepass.Adam,), {"rule": staticmethod(lambda p, g, *, lr: {"p": p - lr * g})})
+    other = type(
+        "Other", (onepass.Adam,), {"rule": staticmethod(lambda p, g, *, lr: {"p": p - lr * g})}
+    )
     opt.__class__ = other
     train(opt, 1, seed=5)
     g = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
@@ -598,7 +638,10 @@ def run_with_repeats(library: Any, name: str) -> list[Tensor]:
 @EACH
 def test_a_parameter_twice_in_a_group_steps_twice_as_in_torch(name: str) -> None:
     p = parameter(4, 3)
-    with pytest.warns(UserWarning, match=r"a parameter group with duplicate parameters: parameter 2 of shape \(4, 3\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"a parameter group with duplicate parameters: parameter 2 of shape \(4, 3\)",
+    ):
         getattr(onepass, name)([p, parameter(), p])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -610,7 +653,9 @@ def test_a_parameter_twice_in_a_group_steps_twice_as_in_torch(name: str) -> None
 def test_a_group_that_gets_a_parameter_twice() -> None:
     """Groups are lists, which people change; and are put right again."""
     p, q = parameter(), parameter()
-    opts = [library.AdamW([p.detach().clone().requires_grad_(), q.detach().clone()]) for library in BOTH]
+    opts = [
+        library.AdamW([p.detach().clone().requires_grad_(), q.detach().clone()]) for library in BOTH
+    ]
     for step in range(6):
         for opt in opts:
             params = opt.param_groups[0]["params"]
@@ -640,7 +685,9 @@ def test_a_rule_of_ones_own_takes_each_parameter_once() -> None:
     p = parameter()
     p.grad = torch.ones_like(p)
     for cls in (Plain, Other):
-        with pytest.raises(ValueError, match=r"duplicate parameters: parameter 1 of shape \(4, 3\); give each once"):
+        with pytest.raises(
+            ValueError, match=r"duplicate parameters: parameter 1 of shape \(4, 3\); give each once"
+        ):
             cls([p, p])
         opt = cls([p])
         opt.param_groups[0]["params"].append(p)
@@ -674,7 +721,9 @@ def test_autograd_sees_all_of_nadams_state() -> None:
         return p, *(opt.state[p][name] for name in state)
 
     values = [torch.rand(5, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    assert torch.autograd.gradcheck(step, (*values, torch.tensor(0.8, dtype=torch.float64, requires_grad=True)))
+    assert torch.autograd.gradcheck(
+        step, (*values, torch.tensor(0.8, dtype=torch.float64, requires_grad=True))
+    )
 
 
 @pytest.mark.parametrize("name", ["p", "exp_avg", "mu_product"])
@@ -686,7 +735,9 @@ def test_a_leaf_that_a_differentiable_step_cannot_write(name: str) -> None:
     leaf = p if name == "p" else opt.state[p][name]
     before = [t.clone() for t in (p, *opt.state[p].values())]
     leaf.requires_grad_()
-    with pytest.raises(onepass.StepError, match=r"a leaf Variable that requires grad.*clone\(\) in the place of"):
+    with pytest.raises(
+        onepass.StepError, match=r"a leaf Variable that requires grad.*clone\(\) in the place of"
+    ):
         opt.step()
     for t, kept in zip((p, *opt.state[p].values()), before, strict=True):
         assert torch.equal(t, kept)
@@ -698,7 +749,9 @@ def test_fused_needs_memory(name: str) -> None:
     opt = getattr(onepass, name)(model.parameters(), fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"):
+    with pytest.raises(
+        RuntimeError, match="`fused=True` requires all the params to be floating point Tensors"
+    ):
         opt.step()
     opt.zero_grad()
     model.to_empty(device="cpu")
@@ -730,7 +783,11 @@ def test_state_of_a_class_with_a_step_of_its_own_keeps_its_kind() -> None:
     p = parameter()
     opt = Keeper([p])
     rows = torch.eye(3).to_sparse()
-    opt.state[p] = {"kept": nn.Parameter(torch.ones(2)), "rows": rows, "both": [rows, {"more": rows * 2}]}
+    opt.state[p] = {
+        "kept": nn.Parameter(torch.ones(2)),
+        "rows": rows,
+        "both": [rows, {"more": rows * 2}],
+    }
     other = Keeper([p])
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
     kept, found = other.state[p]["kept"], other.state[p]
@@ -768,7 +825,8 @@ class OwnReader(onepass.SGD):
         return super()._init_group(*args)
 
 
-# A step of one's own that calls ours: what it loads is checked as for ours, whatever was made before.
+# A step of one's own that calls ours: what it loads is checked as for ours, whatever was made
+# before.
 
 
 def steps_that_call_ours() -> list[type[onepass.Adam]]:

@@ -1,4 +1,5 @@
-"""`onepass bench`: real shapes, a limit that moves the same bytes, a whole report. No test looks at a time."""
+"""`onepass bench`: real shapes, a limit that moves the same bytes, a whole report. No test looks at
+a time."""
 
 from __future__ import annotations
 
@@ -126,7 +127,10 @@ def test_contenders_share_their_state_and_step_alike(name: str) -> None:
     workload = contenders.Workload({"muon": MATRICES, "sparseadam": TABLE}.get(name, FEW))
     start = [p.detach().clone() for p in workload.params]
     makers = [lambda params: contenders.make_ours(variant, params)]
-    makers += [lambda params, mode=mode: contenders.make_torch(variant, params, mode) for mode in contenders.TORCH]
+    makers += [
+        lambda params, mode=mode: contenders.make_torch(variant, params, mode)
+        for mode in contenders.TORCH
+    ]
     ends = []
     for make in makers:
         try:
@@ -170,7 +174,11 @@ def test_what_cannot_be_is_missing_with_a_reason() -> None:
 @pytest.mark.parametrize("name", ["lbfgs", "lbfgs-wolfe"])
 def test_descents_make_equal_steps_without_the_time_of_their_closure(name: str) -> None:
     result = run_cell(Model("tiny", "a few", lambda: [(4, 2), (3,), (30,)]), name)
-    assert result["contenders"]["onepass"]["evaluations"] == result["contenders"]["default"]["evaluations"] >= 20
+    assert (
+        result["contenders"]["onepass"]["evaluations"]
+        == result["contenders"]["default"]["evaluations"]
+        >= 20
+    )
     assert list(missing(result)) == ["foreach", "fused", "memory limit"]
     assert [goal["what"] for goal in result["goals"]] == ["times_best"]
 
@@ -194,7 +202,10 @@ def test_unequal_descents_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> N
     shorter = descent.OPTIONS | {"max_iter": 3}
     monkeypatch.setattr(measure, "make_torch", lambda v, p, mode, **_: make(v, p, mode, **shorter))
     result = run_cell(FEW, "lbfgs")
-    assert result["contenders"]["default"]["missing"] == "it evaluated the closure 3 times, onepass 20 times"
+    assert (
+        result["contenders"]["default"]["missing"]
+        == "it evaluated the closure 3 times, onepass 20 times"
+    )
 
 
 def test_slow_contenders_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +217,9 @@ def test_slow_contenders_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> No
         return seconds
 
     costs = {"slow": 0.5, "quick": 0.02, "short": 1e-4}
-    times = measure.take_turns({name: partial(timer, name, cost) for name, cost in costs.items()}, 1.23)
+    times = measure.take_turns(
+        {name: partial(timer, name, cost) for name, cost in costs.items()}, 1.23
+    )
     assert times["slow"] == {"median_ms": 500.0, "min_ms": 500.0, "steps": 5}
     assert times["quick"]["steps"] == 20
     assert times["short"]["steps"] == 200 * (measure.TURN_STEPS - 1)
@@ -219,7 +232,16 @@ def test_slow_contenders_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> No
 def test_report_is_whole(tiny_report: dict) -> None:
     assert json.loads(json.dumps(tiny_report)) == tiny_report
     assert tiny_report.keys() == {"schema", "machine", "bandwidth", "import_ms", "results"}
-    assert {"cpu", "cores", "threads", "torch", "numpy", "llvmlite", "date", "command"} <= tiny_report["machine"].keys()
+    assert {
+        "cpu",
+        "cores",
+        "threads",
+        "torch",
+        "numpy",
+        "llvmlite",
+        "date",
+        "command",
+    } <= tiny_report["machine"].keys()
     assert [result["optimizer"] for result in tiny_report["results"]] == ["adamw", "sgd"]
     for result in tiny_report["results"]:
         assert result["bytes_per_parameter"] == result["limit_bytes_per_parameter"]
@@ -262,9 +284,17 @@ def test_all_is_every_optimizer_where_it_makes_sense() -> None:
     covered = {catalog.find_variant(name).cls for _, name in every}
     assert covered == set(catalog.optimizers().values())
     for name in suite.ELEMENTWISE:
-        assert [model for model, one in every if one == name] == ["big", "gpt2", "small", "tiny", "groups"]
+        assert [model for model, one in every if one == name] == [
+            "big",
+            "gpt2",
+            "small",
+            "tiny",
+            "groups",
+        ]
     assert set(names(suite.choose(None, None))) < set(every)
-    assert names(suite.choose("gpt2", None, every=True)) == [("gpt2", n) for n in (*suite.ELEMENTWISE, "adafactor")]
+    assert names(suite.choose("gpt2", None, every=True)) == [
+        ("gpt2", n) for n in (*suite.ELEMENTWISE, "adafactor")
+    ]
     assert names(suite.choose("embedding-1m", None, every=True)) == [("embedding-1m", "sparseadam")]
     assert ("matrices", "adamw") in names(suite.choose("matrices", None))
 
@@ -299,13 +329,31 @@ def test_processes_are_started_where_they_say_most() -> None:
         ("tiny", "adamv", "there is no optimizer 'adamv': did you mean adam"),
         ("tiny", "sgd-momentun", "there is no optimizer 'sgd-momentun': did you mean sgd-momentum"),
         ("tiny", "nowhere:Rule", "'nowhere:Rule' cannot be imported"),
-        ("tiny", "muon", "muon takes matrices alone, and tiny has other parameters: choose another --model"),
-        ("matrices,gpt2", "muon", "muon takes matrices alone, and gpt2 has other parameters: choose another --model"),
-        ("big", "sgd,sparseadam", "sparseadam takes sparse gradients, and those of big are dense: choose another"),
-        ("embedding-1m", "adamw", "embedding-1m has sparse gradients, and adamw takes dense ones: choose another"),
+        (
+            "tiny",
+            "muon",
+            "muon takes matrices alone, and tiny has other parameters: choose another --model",
+        ),
+        (
+            "matrices,gpt2",
+            "muon",
+            "muon takes matrices alone, and gpt2 has other parameters: choose another --model",
+        ),
+        (
+            "big",
+            "sgd,sparseadam",
+            "sparseadam takes sparse gradients, and those of big are dense: choose another",
+        ),
+        (
+            "embedding-1m",
+            "adamw",
+            "embedding-1m has sparse gradients, and adamw takes dense ones: choose another",
+        ),
     ],
 )
-def test_impossible_names_are_one_sentence(models: str, optimizers: str | None, sentence: str) -> None:
+def test_impossible_names_are_one_sentence(
+    models: str, optimizers: str | None, sentence: str
+) -> None:
     with pytest.raises((catalog.UnknownName, suite.BenchError)) as caught:
         suite.choose(models, optimizers)
     assert str(caught.value).startswith(sentence)
@@ -319,18 +367,22 @@ def test_what_needs_more_than_dense_gradients_does_not_train(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("models", "optimizers", "gigabytes"), [("llama-1b", "adamw", r"24\.6"), ("llama-1b", "lbfgs", r"213\.1")]
+    ("models", "optimizers", "gigabytes"),
+    [("llama-1b", "adamw", r"24\.6"), ("llama-1b", "lbfgs", r"213\.1")],
 )
 def test_a_model_that_does_not_fit_is_refused(
     models: str, optimizers: str, gigabytes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "available_memory", lambda: 2**30)
-    with pytest.raises(suite.BenchError, match=rf"needs {gigabytes} GiB of memory and 1\.0 GiB are free"):
+    with pytest.raises(
+        suite.BenchError, match=rf"needs {gigabytes} GiB of memory and 1\.0 GiB are free"
+    ):
         measure.run(suite.choose(models, optimizers))
 
 
 def test_goals_are_of_what_there_is() -> None:
-    """Each names models, classes and ratios that a full run has, and no result has two goals for one ratio."""
+    """Each names models, classes and ratios that a full run has, and no result has two goals for
+    one ratio."""
     every = suite.choose(None, None, every=True)
     present = {(cell.model.name, cell.variant.cls.__name__) for cell in every}
     summary = {"times_default", "times_best", "share_of_limit", "times_shorter_table"}
@@ -346,7 +398,13 @@ def test_goals_are_of_what_there_is() -> None:
 def test_goals_are_judged() -> None:
     def result(model: str, class_name: str, ours: float, **summary: float) -> dict:
         contender = {"onepass": {"median_ms": ours}}
-        return {"model": model, "optimizer": "x", "class": class_name, "contenders": contender, "summary": summary}
+        return {
+            "model": model,
+            "optimizer": "x",
+            "class": class_name,
+            "contenders": contender,
+            "summary": summary,
+        }
 
     results = [
         result("big", "AdamW", 1.0, share_of_limit=0.94, times_best=1.0, times_default=7.0),
@@ -362,7 +420,10 @@ def test_goals_are_judged() -> None:
     lines = report.list_goals(results)
     assert lines[0] == "goals: 4 of 6 are met, but not"
     assert lines[1].strip() == "big, x: 94.0 % of the memory limit (< 95 %)"
-    assert lines[2].strip() == "embedding-1m, x: 1.50 times as long as in the table of 10,000 rows (> 1.25)"
+    assert (
+        lines[2].strip()
+        == "embedding-1m, x: 1.50 times as long as in the table of 10,000 rows (> 1.25)"
+    )
 
 
 def test_peak_counts_what_is_freed_within_the_step() -> None:
@@ -378,7 +439,9 @@ def test_probe_tells_first_step_and_peak() -> None:
     assert found["state_bytes"] == 1000 * (2 * 16 * 4 + 4)
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--model", "tiny", "--optimizer", "SGD", "--seconds", "0.01", "--no-fresh"]
     assert cli.main(["bench", *words, "--json", "out.json", "--plot", "out.png"]) == 0

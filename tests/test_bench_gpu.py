@@ -1,4 +1,5 @@
-"""`onepass bench --device cuda`, as far as it goes without a GPU: times by clocks of our own, tables, goals, errors."""
+"""`onepass bench --device cuda`, as far as it goes without a GPU: times by clocks of our own,
+tables, goals, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ FEW = Model("gpt2", "a few matrices and a vector", lambda: [(8, 4), (3,), (4, 8)
 
 
 class Clocked(StandIn):
-    """A host and a device with clocks of their own: what is queued runs after all before it, and after its call."""
+    """A host and a device with clocks of their own: what is queued runs after all before it, and
+    after its call."""
 
     def __init__(self) -> None:
         self.host, self.device = 0.0, 0.0
@@ -28,7 +30,8 @@ class Clocked(StandIn):
         return max(self.device, self.host)
 
     def queue(self, call: float, work: float) -> None:
-        """An operation whose call takes so many seconds on the host, and its work so many on the device."""
+        """An operation whose call takes so many seconds on the host, and its work so many on the
+        device."""
         self.host += call
         self.device = max(self.device, self.host) + work
 
@@ -47,13 +50,16 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> tuple[Clocked, gpu.Gpu]:
 
 
 @pytest.mark.parametrize(("call", "work"), [(2e-5, 1e-3), (5e-3, 1e-3)])
-def test_host_and_device_are_timed_apart(call: float, work: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_and_device_are_timed_apart(
+    call: float, work: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step of five operations, where the device waits for the host and where it does not."""
     cuda, one = clocked(monkeypatch)
     sample = one.timer(lambda: [cuda.queue(call, work) for _ in range(5)])()
     assert sample.host == pytest.approx(5 * call)
     assert sample.wall == pytest.approx(max(5 * call + work, call + 5 * work))
-    # The queue was held back until all five were in it: no gap between them, and nothing of the host's.
+    # The queue was held back until all five were in it: no gap between them, and nothing of the
+    # host's.
     assert sample.device == pytest.approx(5 * work)
     assert cuda.held[-1] == pytest.approx(gpu.ROOM * 5 * call)
 
@@ -65,10 +71,21 @@ def test_nothing_holds_the_queue_for_long(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_step_takes_the_longer_of_host_and_device() -> None:
-    samples = [gpu.Sample(0.003, 0.001, 0.004), gpu.Sample(0.005, 0.002, 0.006), gpu.Sample(0.004, 0.009, 0.009)]
+    samples = [
+        gpu.Sample(0.003, 0.001, 0.004),
+        gpu.Sample(0.005, 0.002, 0.006),
+        gpu.Sample(0.004, 0.009, 0.009),
+    ]
     found = gpu.condense(samples)
     assert found == pytest.approx(
-        {"median_ms": 4.0, "min_ms": 3.0, "steps": 3, "device_ms": 4.0, "host_ms": 2.0, "wall_ms": 6.0}
+        {
+            "median_ms": 4.0,
+            "min_ms": 3.0,
+            "steps": 3,
+            "device_ms": 4.0,
+            "host_ms": 2.0,
+            "wall_ms": 6.0,
+        }
     )
     assert gpu.condense([gpu.Sample(0.001, 0.007, 0.008)])["median_ms"] == pytest.approx(7.0)
 
@@ -110,7 +127,9 @@ def test_a_whole_report(name: str) -> None:
     ours = result["contenders"]["onepass"]
     assert 0 < ours["host_ms"] <= ours["wall_ms"]
     assert ours["median_ms"] == max(ours["host_ms"], ours["device_ms"])
-    assert result["summary"]["host_of_goal"] == pytest.approx(1e3 * ours["host_ms"] / (60 + 0.4 * 3))
+    assert result["summary"]["host_of_goal"] == pytest.approx(
+        1e3 * ours["host_ms"] / (60 + 0.4 * 3)
+    )
     assert {goal["what"] for goal in result["goals"]} <= set(report.WORDS)
     assert len(result["goals"]) >= 1
     for table in (report.make_step_table, report.make_device_table):
@@ -119,12 +138,16 @@ def test_a_whole_report(name: str) -> None:
     assert report.list_goals(found["results"])
 
 
-def test_fresh_processes_begin_with_an_empty_cache_and_find_it_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_processes_begin_with_an_empty_cache_and_find_it_warm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def python(*arguments: str, **variables: str) -> str:
         asked.append((arguments[4], arguments[-1], variables["TRITON_CACHE_DIR"]))
-        return json.dumps({"first_ms": 2000.0 / len(asked), "state_ms": 1.0, "state_bytes": 8, "peak_mb": 1e-3})
+        return json.dumps(
+            {"first_ms": 2000.0 / len(asked), "state_ms": 1.0, "state_bytes": 8, "peak_mb": 1e-3}
+        )
 
     monkeypatch.setattr(measure, "_python", python)
     cells = [suite.Cell(FEW, catalog.find_variant("adamw"), fresh=True)]
@@ -159,9 +182,13 @@ def test_a_peak_is_what_lies_above_parameters_and_state(monkeypatch: pytest.Monk
 def test_a_step_with_a_closure_is_timed_without_it() -> None:
     variant = catalog.find_variant("lbfgs")
     model = Model("few", "a few", lambda: [(4, 2), (3,)])
-    one = descent.Descent(model, lambda p: contenders.make_ours(variant, p, **descent.OPTIONS), stand_in())
+    one = descent.Descent(
+        model, lambda p: contenders.make_ours(variant, p, **descent.OPTIONS), stand_in()
+    )
     assert one.time_step() > 0
-    result = measure.run([suite.Cell(model, variant, fresh=False)], seconds=0.01, fresh=False, gpu=stand_in())
+    result = measure.run(
+        [suite.Cell(model, variant, fresh=False)], seconds=0.01, fresh=False, gpu=stand_in()
+    )
     assert result["results"][0]["contenders"]["onepass capturable"] == {
         "missing": "a step with a closure cannot be captured"
     }
@@ -172,9 +199,17 @@ def test_a_gpu_has_its_own_suite_and_goals() -> None:
     cells = suite.choose(None, None, every=True, gpu=True)
     present = {(cell.model.name, cell.variant.cls.__name__) for cell in cells}
     for name in suite.USUAL_ON_GPU:
-        assert [cell.variant.name for cell in cells if cell.model.name == name] == [*suite.ELEMENTWISE, "adafactor"]
+        assert [cell.variant.name for cell in cells if cell.model.name == name] == [
+            *suite.ELEMENTWISE,
+            "adafactor",
+        ]
     for goal in goals.GPU_GOALS:
-        on = {(model, name) for model in goal.models for name in goal.classes if model in suite.USUAL_ON_GPU}
+        on = {
+            (model, name)
+            for model in goal.models
+            for name in goal.classes
+            if model in suite.USUAL_ON_GPU
+        }
         assert on <= present
     for model, name in present:
         whats = [goal.what for goal in goals.find_goals(model, name, goals.GPU_GOALS)]
@@ -195,26 +230,37 @@ def test_memory_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         ("meta", "steps are measured on cpu and cuda devices, not on meta: choose one of them."),
     ],
 )
-def test_impossible_devices_are_one_sentence(name: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_devices_are_one_sentence(
+    name: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench", "--device", name]) == 2
     assert capsys.readouterr() == ("", f"onepass: {sentence}\n")
 
 
 def test_an_absent_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(suite.BenchError, match=r"^--device cuda needs a GPU, and torch .* sees none: leave it out"):
+    with pytest.raises(
+        suite.BenchError, match=r"^--device cuda needs a GPU, and torch .* sees none: leave it out"
+    ):
         gpu.find_gpu("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(suite.BenchError, match=r"^there is no cuda:2: this machine has 2 GPUs, counted from cuda:0\.$"):
+    with pytest.raises(
+        suite.BenchError,
+        match=r"^there is no cuda:2: this machine has 2 GPUs, counted from cuda:0\.$",
+    ):
         gpu.find_gpu("cuda:2")
     monkeypatch.setattr(gpu.kernel, "why_no_kernels", lambda device: "there is no triton")
-    with pytest.raises(suite.BenchError, match=r"^onepass cannot be measured on cuda: there is no triton\.$"):
+    with pytest.raises(
+        suite.BenchError, match=r"^onepass cannot be measured on cuda: there is no triton\.$"
+    ):
         gpu.find_gpu("cuda")
     assert gpu.find_gpu("cpu") is None
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def find(name: str) -> gpu.Gpu:
@@ -222,7 +268,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         return stand_in()
 
     monkeypatch.setattr("onepass.app.commands.bench.find_gpu", find)
-    words = ["--model", "tiny", "--optimizer", "sgd,adamw", "--seconds", "0.01", "--no-fresh", "--device", "cuda:1"]
+    words = [
+        "--model",
+        "tiny",
+        "--optimizer",
+        "sgd,adamw",
+        "--seconds",
+        "0.01",
+        "--no-fresh",
+        "--device",
+        "cuda:1",
+    ]
     out = tmp_path / "out.json"
     assert cli.main(["bench", *words, "--json", str(out), "--plot", str(tmp_path / "out.png")]) == 0
     said, err = capsys.readouterr()

@@ -1,4 +1,5 @@
-"""Checkpoints come back bit for bit, are written whole or not at all, and damaged ones are refused in a sentence."""
+"""Checkpoints come back bit for bit, are written whole or not at all, and damaged ones are refused
+in a sentence."""
 
 from __future__ import annotations
 
@@ -51,31 +52,60 @@ def make_tree() -> dict:
     return {
         "model": {"weight": torch.arange(12.0).reshape(3, 4), "steps": torch.tensor(7)},
         "optimizer": {
-            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, dtype=torch.bfloat16)}, 1: {}},
-            "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "foreach": None, "amsgrad": False, "params": [0, 1]}],
+            "state": {
+                0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, dtype=torch.bfloat16)},
+                1: {},
+            },
+            "param_groups": [
+                {
+                    "lr": 1e-3,
+                    "betas": (0.9, 0.999),
+                    "foreach": None,
+                    "amsgrad": False,
+                    "params": [0, 1],
+                }
+            ],
         },
         "values": [NAN, INF, -INF, -0.0, 0.1, 2**70, "sentence", True, None, [], {}, ()],
     }
 
 
-# --- round trips -----------------------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 keys = st.one_of(
-    st.text(max_size=6), st.sampled_from(["$tensor", "$dict", "$tuple", "$float", "a.b"]), st.integers(-3, 3), st.none()
+    st.text(max_size=6),
+    st.sampled_from(["$tensor", "$dict", "$tuple", "$float", "a.b"]),
+    st.integers(-3, 3),
+    st.none(),
 )
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 shapes = st.lists(st.integers(0, 3), max_size=3)
-tensors = st.builds(lambda shape, dtype: (torch.randn(shape) * 3).to(dtype), shapes, st.sampled_from(DTYPES))
+tensors = st.builds(
+    lambda shape, dtype: (torch.randn(shape) * 3).to(dtype), shapes, st.sampled_from(DTYPES)
+)
 trees = st.recursive(
     scalars | tensors,
-    lambda node: st.lists(node, max_size=3) | st.dictionaries(keys, node, max_size=3) | st.tuples(node, node),
+    lambda node: (
+        st.lists(node, max_size=3) | st.dictionaries(keys, node, max_size=3) | st.tuples(node, node)
+    ),
     max_leaves=12,
 )
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(tree=st.dictionaries(keys, trees, max_size=4))
 def test_any_tree_comes_back(tree: dict, tmp_path: Path) -> None:
@@ -153,13 +183,17 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
         optimizer.zero_grad()
-        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        model(
+            torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+        ).square().sum().backward()
         optimizer.step()
 
     model, optimizer = make()
     for number in range(3):
         step(model, optimizer, number)
-    checkpoint.save(tmp_path / "t", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    checkpoint.save(
+        tmp_path / "t", {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
     again, again_optimizer = make()
     tree = checkpoint.load(tmp_path / "t")
     again.load_state_dict(tree["model"])
@@ -171,7 +205,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     assert is_same(optimizer.state_dict(), again_optimizer.state_dict())
 
 
-# --- what cannot be saved --------------------------------------------------------------------------------------------
+# --- what cannot be saved -------------------------------------------------------------------------
 
 
 def make_cycle() -> dict:
@@ -192,7 +226,9 @@ def make_cycle() -> dict:
         (make_cycle(), "contains itself"),
     ],
 )
-def test_what_cannot_be_saved_leaves_the_old_file(tree: dict, sentence: str, tmp_path: Path) -> None:
+def test_what_cannot_be_saved_leaves_the_old_file(
+    tree: dict, sentence: str, tmp_path: Path
+) -> None:
     path = tmp_path / "t"
     checkpoint.save(path, {"old": 1})
     with pytest.raises(CheckpointError, match=sentence):
@@ -201,11 +237,13 @@ def test_what_cannot_be_saved_leaves_the_old_file(tree: dict, sentence: str, tmp
     assert os.listdir(tmp_path) == ["t"]
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["onepass.checkpoint.os.fsync", "onepass.checkpoint.os.replace"])
-def test_a_failing_write_leaves_the_old_file(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_leaves_the_old_file(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path / "t", {"old": 1})
 
     def fail(*_: object) -> None:
@@ -242,7 +280,9 @@ setattr(os, sys.argv[3], die)
 checkpoint.save(sys.argv[1], {"version": last + 1, "data": torch.full((100_000,), float(last + 1))})
 """
     for number, call in enumerate(["fsync", "replace"]):
-        child = subprocess.run([sys.executable, "-c", script, str(path), str(number), call], check=False)
+        child = subprocess.run(
+            [sys.executable, "-c", script, str(path), str(number), call], check=False
+        )
         assert child.returncode == -9
         tree = checkpoint.load(path)
         assert tree["version"] == 2 * number + 1
@@ -263,7 +303,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "real") == {"a": 1}
 
 
-# --- damaged and foreign files ---------------------------------------------------------------------------------------
+# --- damaged and foreign files --------------------------------------------------------------------
 
 
 def test_truncated_anywhere(tmp_path: Path) -> None:
@@ -276,7 +316,8 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 
 def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
-    """Every byte but those of the format's own label matters to the tree, and a change of it is refused."""
+    """Every byte but those of the format's own label matters to the tree, and a change of it is
+    refused."""
     checkpoint.save(tmp_path / "whole", make_tree())
     whole = (tmp_path / "whole").read_bytes()
     expected = make_tree()
@@ -321,7 +362,11 @@ def test_foreign_files(tmp_path: Path) -> None:
 )
 def test_an_index_that_makes_no_sense(index: object, tmp_path: Path) -> None:
     text = json.dumps(index)
-    metadata = {"onepass_checkpoint": "1", "tree": text, "crc32": str(checkpoint.zlib.crc32(text.encode()))}
+    metadata = {
+        "onepass_checkpoint": "1",
+        "tree": text,
+        "crc32": str(checkpoint.zlib.crc32(text.encode())),
+    }
     safetensors.torch.save_file({"t": torch.ones(2)}, tmp_path / "t", metadata)
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load(tmp_path / "t")
@@ -329,7 +374,11 @@ def test_an_index_that_makes_no_sense(index: object, tmp_path: Path) -> None:
 
 def test_an_index_nested_without_end(tmp_path: Path) -> None:
     text = "[" * 100_000 + "]" * 100_000
-    metadata = {"onepass_checkpoint": "1", "tree": text, "crc32": str(checkpoint.zlib.crc32(text.encode()))}
+    metadata = {
+        "onepass_checkpoint": "1",
+        "tree": text,
+        "crc32": str(checkpoint.zlib.crc32(text.encode())),
+    }
     safetensors.torch.save_file({}, tmp_path / "t", metadata)
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoint.load(tmp_path / "t")
@@ -337,6 +386,9 @@ def test_an_index_nested_without_end(tmp_path: Path) -> None:
 
 def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for call in (lambda: checkpoint.save(tmp_path / "t", {}), lambda: checkpoint.load(tmp_path / "t")):
+    for call in (
+        lambda: checkpoint.save(tmp_path / "t", {}),
+        lambda: checkpoint.load(tmp_path / "t"),
+    ):
         with pytest.raises(CheckpointError, match=r"pip install 'onepass\[train\]'"):
             call()

@@ -1,4 +1,5 @@
-"""`onepass schedule`: what it says of a schedule, what it draws, and what it says when the text makes none."""
+"""`onepass schedule`: what it says of a schedule, what it draws, and what it says when the text
+makes none."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ def test_every_whole_step_is_looked_at() -> None:
     spike = parse("piecewise(1.0, {54321: 9.0, 54322: 1.0})")
     lines = dict(summarize(spike, 100_000))
     assert lines["highest"] == "9 at step 54,321"
-    assert dict(summarize(parse("linear(5, -5, steps=1000000)"), 1_000_000))["lowest"] == "-5 at step 1,000,000"
+    assert (
+        dict(summarize(parse("linear(5, -5, steps=1000000)"), 1_000_000))["lowest"]
+        == "-5 at step 1,000,000"
+    )
 
 
 def test_how_many_steps_are_shown() -> None:
@@ -101,7 +105,9 @@ def test_plain_signs_where_blocks_cannot_be_written(monkeypatch: pytest.MonkeyPa
 
 def test_a_picture_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lr.png"
-    lines = ask(capsys, "cosine(1.0, steps=100).warmup(10).then(constant(0.1), at=100)", "--plot", str(path))
+    lines = ask(
+        capsys, "cosine(1.0, steps=100).warmup(10).then(constant(0.1), at=100)", "--plot", str(path)
+    )
     assert lines["picture"] == str(path)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -118,17 +124,27 @@ def test_a_picture_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["cosine(1.0)"], "steps"),
         (["cosine(1.0, steps=0)"], "steps must be"),
         (["__import__('os').getcwd()"], "is no part of a schedule"),
-        (["exponential(1.0, gamma=10)"], "is beyond all numbers within 1,000 steps: show fewer with --steps."),
+        (
+            ["exponential(1.0, gamma=10)"],
+            "is beyond all numbers within 1,000 steps: show fewer with --steps.",
+        ),
         ([TEXT, "--steps", "0"], "--steps"),
         ([TEXT, "--steps", "many"], "--steps"),
-        ([TEXT, "--plot", "nowhere/lr.png"], "nowhere/lr.png cannot be written: there is no folder"),
+        (
+            [TEXT, "--plot", "nowhere/lr.png"],
+            "nowhere/lr.png cannot be written: there is no folder",
+        ),
         ([TEXT, "--plot", "."], ". is a folder: name a file in it"),
         ([], "see onepass --help."),
     ],
     ids=str,
 )
 def test_errors_are_one_sentence(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["schedule", *words]) == 2

@@ -1,4 +1,5 @@
-"""`onepass train` from the outside: what it writes, what it says, and what it says when something is wrong."""
+"""`onepass train` from the outside: what it writes, what it says, and what it says when something
+is wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from onepass.app.training.comparison import compare_steps
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A folder of its own for each test; one thread, and little time for the comparison of optimizers."""
+    """A folder of its own for each test; one thread, and little time for the comparison of
+    optimizers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -38,7 +40,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def short_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tasks.TASKS, "digits", dataclasses.replace(tasks.TASKS["digits"], examples_per_epoch=128))
+    monkeypatch.setitem(
+        tasks.TASKS, "digits", dataclasses.replace(tasks.TASKS["digits"], examples_per_epoch=128)
+    )
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -49,11 +53,15 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         # What a shell starts in the background ignores Ctrl-C, and so would its children.
-        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == "posix" else None,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        if os.name == "posix"
+        else None,
     )
 
 
-def wait_for_epoch(path: Path, epoch: int, child: subprocess.Popen[str], limit: float = 60.0) -> None:
+def wait_for_epoch(
+    path: Path, epoch: int, child: subprocess.Popen[str], limit: float = 60.0
+) -> None:
     end = time.monotonic() + limit
     while not (path.exists() and checkpoint.load(path)["epoch"] >= epoch):
         assert child.poll() is None, child.communicate()
@@ -65,26 +73,49 @@ def read_result(path: Path) -> tuple[dict[str, bytes], dict]:
     """All tensors of a checkpoint as bytes, and the rest of it, but the timings."""
     tree = checkpoint.load(path)
     tensors = {
-        name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in safetensors.torch.load_file(path).items()
+        name: t.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, t in safetensors.torch.load_file(path).items()
     }
     return tensors, {key: tree[key] for key in ("settings", "epoch", "step", "history")}
 
 
-# --- what it does ----------------------------------------------------------------------------------------------------
+# --- what it does ---------------------------------------------------------------------------------
 
 
-def test_a_run_with_its_files_and_words(short_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--epochs", "3", "--batch-size", "32", "--optimizer", "sgd", "--seed", "3"]) == 0
+def test_a_run_with_its_files_and_words(
+    short_digits: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.main(
+            ["train", "--epochs", "3", "--batch-size", "32", "--optimizer", "sgd", "--seed", "3"]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     assert sorted(os.listdir("runs/digits")) == ["curves.png", "last.safetensors"]
     assert Path("runs/digits/curves.png").read_bytes().startswith(b"\x89PNG")
     lines = out.splitlines()
-    assert [line[:9] for line in lines if line.startswith("epoch")] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert [line[:9] for line in lines if line.startswith("epoch")] == [
+        "epoch 1/3",
+        "epoch 2/3",
+        "epoch 3/3",
+    ]
     assert "SGD, lr 0.1 (cosine), 3 epochs of 4 steps" in lines[0]
-    for words in ("forward", "backward", "onepass SGD", "torch SGD", "torch SGD fused", "ms a step", "times ours"):
+    for words in (
+        "forward",
+        "backward",
+        "onepass SGD",
+        "torch SGD",
+        "torch SGD fused",
+        "ms a step",
+        "times ours",
+    ):
         assert words in out
-    assert lines[-2:] == ["checkpoint: runs/digits/last.safetensors", "curves: runs/digits/curves.png"]
+    assert lines[-2:] == [
+        "checkpoint: runs/digits/last.safetensors",
+        "curves: runs/digits/curves.png",
+    ]
     assert "\x1b" not in out
     assert "\r" not in out
     assert len(lines) < 30
@@ -96,24 +127,39 @@ def test_again_in_the_same_folder(short_digits: None, capsys: pytest.CaptureFixt
     first = read_result(Path("here/last.safetensors"))
     assert "held a run already" not in capsys.readouterr().out
     assert cli.main(arguments) == 0
-    assert "here held a run already: its checkpoint is now here/previous.safetensors" in capsys.readouterr().out
-    assert read_result(Path("here/last.safetensors")) == first == read_result(Path("here/previous.safetensors"))
+    assert (
+        "here held a run already: its checkpoint is now here/previous.safetensors"
+        in capsys.readouterr().out
+    )
+    assert (
+        read_result(Path("here/last.safetensors"))
+        == first
+        == read_result(Path("here/previous.safetensors"))
+    )
 
 
-def test_a_finished_run_is_not_resumed(short_digits: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_resumed(
+    short_digits: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["train", "--epochs", "1"]) == 0
-    before = {name: (Path("runs/digits") / name).stat().st_mtime_ns for name in os.listdir("runs/digits")}
+    before = {
+        name: (Path("runs/digits") / name).stat().st_mtime_ns for name in os.listdir("runs/digits")
+    }
     capsys.readouterr()
     assert cli.main(["train", "--resume"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("runs/digits/last.safetensors is a finished run (epoch 1 of 1, accuracy")
     assert out.count("\n") == 1
-    assert before == {name: (Path("runs/digits") / name).stat().st_mtime_ns for name in os.listdir("runs/digits")}
+    assert before == {
+        name: (Path("runs/digits") / name).stat().st_mtime_ns for name in os.listdir("runs/digits")
+    }
 
 
 def test_in_a_terminal_there_is_a_bar(short_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(
+        train, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120)
+    )
     assert cli.main(["train", "--epochs", "2"]) == 0
     for words in ("epoch 1/2", "loss", "accuracy", "ms/step"):
         assert words in screen.getvalue()
@@ -130,7 +176,9 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert checkpoint.load("killed/last.safetensors")["epoch"] < 4
     assert cli.main(["train", "--resume", "--out", "killed"]) == 0
     assert cli.main(["train", *settings, "--out", "whole"]) == 0
-    assert read_result(Path("killed/last.safetensors")) == read_result(Path("whole/last.safetensors"))
+    assert read_result(Path("killed/last.safetensors")) == read_result(
+        Path("whole/last.safetensors")
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGINT")
@@ -181,7 +229,7 @@ def test_both_ways_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in out
 
 
-# --- what can be wrong -----------------------------------------------------------------------------------------------
+# --- what can be wrong ----------------------------------------------------------------------------
 
 
 def make_file() -> None:
@@ -231,11 +279,23 @@ def make_nothing() -> None:
         (make_file, "--out file", "--out file is no folder"),
         (make_file, "--out file/below", "--out file/below is no folder"),
         (make_file, "--resume --out file", "--out file is no folder"),
-        (make_nothing, "--resume", "there is no run to resume: runs/digits/last.safetensors does not exist"),
+        (
+            make_nothing,
+            "--resume",
+            "there is no run to resume: runs/digits/last.safetensors does not exist",
+        ),
         (make_nothing, "--resume --out none", "none/last.safetensors does not exist"),
-        (make_truncated_run, "--resume --out run", "run/last.safetensors is truncated, damaged or no safetensors file"),
+        (
+            make_truncated_run,
+            "--resume --out run",
+            "run/last.safetensors is truncated, damaged or no safetensors file",
+        ),
         (make_foreign_run, "--resume --out run", "is a safetensors file but no onepass checkpoint"),
-        (make_run, "--resume --out run --optimizer sgd", "was trained with optimizer AdamW and not SGD"),
+        (
+            make_run,
+            "--resume --out run --optimizer sgd",
+            "was trained with optimizer AdamW and not SGD",
+        ),
         (make_run, "--resume --out run --task text", "was trained with task digits and not text"),
         (make_run, "--resume --out run --seed 1", "was trained with seed 0 and not 1"),
     ],
@@ -269,7 +329,16 @@ EVIL = [
         " evil:X",
         "EVIL:X",
     ),
-    *("os:system", "builtins:eval", "evil:X\n", "evil/sub:X", "./evil:X", "evil.py:X", "evil:X,sgd", "evil\uff1aX"),
+    *(
+        "os:system",
+        "builtins:eval",
+        "evil:X\n",
+        "evil/sub:X",
+        "./evil:X",
+        "evil.py:X",
+        "evil:X,sgd",
+        "evil\uff1aX",
+    ),
     *(
         "evil.X",
         "evil",
@@ -328,7 +397,9 @@ class Lion(onepass.Optimizer):
 """
 
 
-def test_a_module_of_the_users_own_is_named_again(short_digits: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_of_the_users_own_is_named_again(
+    short_digits: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run with an own class goes on where the command line says which, and only there."""
     Path("my_lion_rules.py").write_text(LION)
     name = "my_lion_rules:Lion"
@@ -339,7 +410,10 @@ def test_a_module_of_the_users_own_is_named_again(short_digits: None, capsys: py
         assert "is a finished run" in capsys.readouterr().out
         for arguments, words in (
             ([], f"what a file names is not imported: give --optimizer '{name}'"),
-            (["--optimizer", "sgd"], f"what a file names is not imported: give --optimizer '{name}'"),
+            (
+                ["--optimizer", "sgd"],
+                f"what a file names is not imported: give --optimizer '{name}'",
+            ),
         ):
             assert cli.main(["train", "--resume", "--out", "own", *arguments]) == 2
             err = capsys.readouterr().err
@@ -366,18 +440,30 @@ def test_ctrl_c_names_the_users_own_class_too(
         sys.path[:] = [place for place in sys.path if place != os.getcwd()]
 
 
-def test_an_absurd_checkpoint_ends_the_program_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_absurd_checkpoint_ends_the_program_with_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A few of the many that the tests of training try."""
     make_run()
     whole = checkpoint.load("run/last.safetensors")
-    for key, value in (("epoch", -5), ("epoch", 10**9), ("epoch", "1"), ("history", {"lr": 1}), ("rng", 3), ("new", 1)):
+    for key, value in (
+        ("epoch", -5),
+        ("epoch", 10**9),
+        ("epoch", "1"),
+        ("history", {"lr": 1}),
+        ("rng", 3),
+        ("new", 1),
+    ):
         checkpoint.save("run/last.safetensors", {**whole, key: value})
         before = snapshot()
         assert cli.main(["train", "--resume", "--out", "run"]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert err.count("\n") == 1
-        assert "run/last.safetensors does not fit this version of the task or of the optimizer: " in err
+        assert (
+            "run/last.safetensors does not fit this version of the task or of the optimizer: "
+            in err
+        )
         assert key in err
         assert snapshot() == before
 
@@ -392,14 +478,18 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder in which nobody may write")
-def test_a_folder_that_cannot_be_written_to(capsys: pytest.CaptureFixture[str], short_digits: None) -> None:
+def test_a_folder_that_cannot_be_written_to(
+    capsys: pytest.CaptureFixture[str], short_digits: None
+) -> None:
     assert cli.main(["train", "--out", "/proc/onepass"]) == 2
     err = capsys.readouterr().err
     assert "choose another" in err
     assert err.count("\n") == 1
 
 
-def test_a_full_disk(short_digits: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(
+    short_digits: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -415,9 +505,13 @@ def test_a_diverging_run(short_digits: None, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("module", ["typer", "rich", "matplotlib", "safetensors"])
-def test_a_missing_package(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = cli.importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else found(name))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == module else found(name)
+    )
     assert cli.main(["train"]) == 2
     err = capsys.readouterr().err
     assert module in err
@@ -427,7 +521,8 @@ def test_a_missing_package(module: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_the_entry_needs_nothing_but_the_library() -> None:
-    """With the packages of the command line blocked, the entry still imports and says what to install."""
+    """With the packages of the command line blocked, the entry still imports and says what to
+    install."""
     script = """
 import sys
 for name in ("typer", "rich", "matplotlib", "safetensors", "sklearn"):
@@ -438,7 +533,9 @@ from onepass.app.cli import main
 sys.exit(main(["train"]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
     assert child.returncode == 2
     assert child.stderr.count("\n") == 1
     assert "typer and rich: run pip install 'onepass[train]'" in child.stderr

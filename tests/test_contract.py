@@ -1,4 +1,5 @@
-"""What PyTorch and its ecosystem demand of an optimizer, row by row; torch.optim is the reference throughout."""
+"""What PyTorch and its ecosystem demand of an optimizer, row by row; torch.optim is the reference
+throughout."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from sides import ALGORITHMS, CLOSE, assert_same, both, make_side, on_both, snap
 from table import on_eager_backend
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import onepass
 
@@ -38,7 +42,9 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequenti
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
 
 
-def train(model: nn.Module, opt: Any, steps: int, seed: int = 1, after: Callable[[], Any] = lambda: None) -> None:
+def train(
+    model: nn.Module, opt: Any, steps: int, seed: int = 1, after: Callable[[], Any] = lambda: None
+) -> None:
     random = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     for _ in range(steps):
@@ -59,7 +65,9 @@ def ends(run: Callable[[Any], Any]) -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_positional_arguments_and_defaults(name):
     arguments = {"SGD": (0.2, 0.9, 0.1, 0.3, False)}.get(name, (0.2, (0.8, 0.9), 1e-6, 0.1, True))
-    ours, theirs = ends(lambda library: getattr(library, name)([nn.Parameter(torch.ones(2))], *arguments))
+    ours, theirs = ends(
+        lambda library: getattr(library, name)([nn.Parameter(torch.ones(2))], *arguments)
+    )
     assert ours.defaults == theirs.defaults
     assert list(ours.param_groups[0]) == list(theirs.param_groups[0])
     assert {k: v for k, v in ours.param_groups[0].items() if k != "params"} == ours.defaults
@@ -135,7 +143,15 @@ def test_flags_that_are_ones(name):
 @EVERY
 def test_attributes(algorithm):
     side = make_side(onepass, algorithm)
-    for name in ("param_groups", "defaults", "state", "step", "state_dict", "load_state_dict", "zero_grad"):
+    for name in (
+        "param_groups",
+        "defaults",
+        "state",
+        "step",
+        "state_dict",
+        "load_state_dict",
+        "zero_grad",
+    ):
         assert hasattr(side.opt, name)
     side.opt.anything = 3
     assert side.opt.__dict__["anything"] == 3
@@ -160,7 +176,9 @@ def test_class_made_again_around_an_optimizer(algorithm):
     class Wrapper:
         def __init__(self, optimizer):
             self._optimizer = optimizer
-            self.__class__ = type("Fabric" + optimizer.__class__.__name__, (self.__class__, optimizer.__class__), {})
+            self.__class__ = type(
+                "Fabric" + optimizer.__class__.__name__, (self.__class__, optimizer.__class__), {}
+            )
 
         def step(self, closure=None):
             return self._optimizer.step(**({} if closure is None else {"closure": closure}))
@@ -256,7 +274,9 @@ def test_zero_grad(library):
     assert not p.grad.requires_grad
     with torch.autograd.profiler.profile() as profile:
         opt.zero_grad()
-    assert "Optimizer.zero_grad#AdamW.zero_grad" in {event.name for event in profile.function_events}
+    assert "Optimizer.zero_grad#AdamW.zero_grad" in {
+        event.name for event in profile.function_events
+    }
 
 
 def test_profiling_range():
@@ -304,7 +324,9 @@ def test_step_hooks(library):
         register_optimizer_step_post_hook(lambda o, a, k: seen.append("global post")),
         opt.register_step_pre_hook(lambda o, a, k: seen.append(("pre", o is opt, a[1:], k))),
         opt.register_step_post_hook(lambda o, a, k: seen.append(("post", k))),
-        opt.register_step_pre_hook(lambda o, a, k: (a, {"closure": lambda: seen.append("closure") or 7})),
+        opt.register_step_pre_hook(
+            lambda o, a, k: (a, {"closure": lambda: seen.append("closure") or 7})
+        ),
     ]
     try:
         assert opt.step() == 7
@@ -331,7 +353,9 @@ def test_state_dict_hooks(library):
     opt.register_state_dict_pre_hook(lambda o: seen.append("pre 2"))
     opt.register_state_dict_pre_hook(lambda o: seen.append("pre 1"), prepend=True)
     opt.register_state_dict_post_hook(lambda o, d: seen.append("post 2"))
-    opt.register_state_dict_post_hook(lambda o, d: (seen.append("post 1"), {**d, "more": 3})[1], prepend=True)
+    opt.register_state_dict_post_hook(
+        lambda o, d: (seen.append("post 1"), {**d, "more": 3})[1], prepend=True
+    )
     state_dict = opt.state_dict()
     assert seen == ["pre 1", "pre 2", "post 1", "post 2"]
     assert state_dict["more"] == 3
@@ -364,10 +388,16 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "step": lambda opt: lr_scheduler.StepLR(opt, 2, 0.5),
     "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 6),
     "warm": lambda opt: lr_scheduler.SequentialLR(
-        opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.8)], [2]
+        opt,
+        [lr_scheduler.LinearLR(opt, 0.1, total_iters=2), lr_scheduler.ExponentialLR(opt, 0.8)],
+        [2],
     ),
-    "one cycle": lambda opt: lr_scheduler.OneCycleLR(opt, 0.1, total_steps=10, cycle_momentum=has_momentum(opt)),
-    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.1, step_size_up=2, cycle_momentum=has_momentum(opt)),
+    "one cycle": lambda opt: lr_scheduler.OneCycleLR(
+        opt, 0.1, total_steps=10, cycle_momentum=has_momentum(opt)
+    ),
+    "cyclic": lambda opt: lr_scheduler.CyclicLR(
+        opt, 0.01, 0.1, step_size_up=2, cycle_momentum=has_momentum(opt)
+    ),
     "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0),
 }
 
@@ -385,9 +415,16 @@ def test_schedulers(algorithm, scheduler, tensor_lr):
         opt = getattr(library, name)(model.parameters(), **options | {"lr": lr})
         schedule = SCHEDULERS[scheduler](opt)
         losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 1.0, 1.1])
-        train(model, opt, 6, after=lambda: schedule.step(*([next(losses)] if scheduler == "plateau" else [])))
+        train(
+            model,
+            opt,
+            6,
+            after=lambda: schedule.step(*([next(losses)] if scheduler == "plateau" else [])),
+        )
         group = {
-            k: float(v) if isinstance(v, torch.Tensor) else v for k, v in opt.param_groups[0].items() if k != "params"
+            k: float(v) if isinstance(v, torch.Tensor) else v
+            for k, v in opt.param_groups[0].items()
+            if k != "params"
         }
         return weights(model), group, isinstance(opt.param_groups[0]["lr"], torch.Tensor)
 
@@ -410,7 +447,8 @@ def test_scheduler_wants_the_momentum_in_the_defaults(library):
 
 
 def test_tensor_lr_is_nobody_elses():
-    """Neither a loaded one nor a saved one shares memory with another optimizer's, or with initial_lr."""
+    """Neither a loaded one nor a saved one shares memory with another optimizer's, or with
+    initial_lr."""
     model = make_model()
     opt = onepass.AdamW(model.parameters(), lr=torch.tensor(0.1))
     lr_scheduler.StepLR(opt, 1)
@@ -499,7 +537,8 @@ def test_named_parameters(library, name):
 
 
 def test_parameter_list_replaced_by_the_framework():
-    """Sharding frameworks put their own parameters into the groups before the first step, or after it."""
+    """Sharding frameworks put their own parameters into the groups before the first step, or after
+    it."""
     for steps_before in (0, 2):
         model, other = make_model(), make_model(1)
         opt = onepass.AdamW(model.parameters(), lr=0.1)
@@ -510,7 +549,9 @@ def test_parameter_list_replaced_by_the_framework():
         train(other, opt, 2)
         train(reference, onepass.AdamW(reference.parameters(), lr=0.1), 2)
         assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(reference), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights(other), weights(reference), strict=True)
+        )
         assert len(opt.state_dict()["state"]) == 4
 
 
@@ -551,7 +592,8 @@ def test_state_dict_of_an_empty_state(name):
 
 
 def test_state_that_is_there_from_the_beginning():
-    """Adagrad's: saved and loaded before any step, and made for groups that come later where they first step."""
+    """Adagrad's: saved and loaded before any step, and made for groups that come later where they
+    first step."""
     sides = both("adagrad")
     assert_same(sides)
     assert all(len(side.opt.state) == len(side.params) for side in sides)
@@ -592,7 +634,8 @@ def test_state_tensors_moved_but_the_step(algorithm):
 @EVERY
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 def test_state_initialised_by_a_step_of_no_effect(algorithm, tensor_lr):
-    """torch.distributed.checkpoint makes state by a step with zero gradients and lr 0: weights keep their bits."""
+    """torch.distributed.checkpoint makes state by a step with zero gradients and lr 0: weights keep
+    their bits."""
     from torch.distributed.checkpoint.state_dict import _init_optim_state
 
     lr = torch.tensor(0.1) if tensor_lr else 0.1
@@ -602,7 +645,8 @@ def test_state_initialised_by_a_step_of_no_effect(algorithm, tensor_lr):
     before = [p.detach().clone().reshape(-1).view(torch.int32) for p in side.params]
     _init_optim_state(side.opt)
     assert all(
-        torch.equal(p.detach().reshape(-1).view(torch.int32), b) for p, b in zip(side.params, before, strict=True)
+        torch.equal(p.detach().reshape(-1).view(torch.int32), b)
+        for p, b in zip(side.params, before, strict=True)
     )
     assert side.opt.param_groups[0]["lr"] is lr
     assert all(p.grad is None for p in side.params)
@@ -645,7 +689,9 @@ def through_a_file(state_dict: dict) -> dict:
 
 @EVERY
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize(("saver", "loader"), [(onepass, onepass), (onepass, torch.optim), (torch.optim, onepass)])
+@pytest.mark.parametrize(
+    ("saver", "loader"), [(onepass, onepass), (onepass, torch.optim), (torch.optim, onepass)]
+)
 def test_checkpoints_in_the_middle_of_a_run(algorithm, saver, loader, tensor_lr):
     """Saved by one library and loaded by another, the run ends where the uninterrupted one does."""
     name, options = ALGORITHMS[algorithm]
@@ -668,8 +714,11 @@ def test_checkpoints_in_the_middle_of_a_run(algorithm, saver, loader, tensor_lr)
     assert float(other.param_groups[0]["lr"]) == pytest.approx(float(opt.param_groups[0]["lr"]))
 
 
-def crossing(algorithm: str, library_at: Callable[[int], Any]) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Twenty steps with a changing lr and parameters that freeze and thaw; libraries hand on their state."""
+def crossing(
+    algorithm: str, library_at: Callable[[int], Any]
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Twenty steps with a changing lr and parameters that freeze and thaw; libraries hand on their
+    state."""
     name, options = ALGORITHMS[algorithm]
     model, random = make_model(), torch.Generator().manual_seed(1)
     opt = library = None
@@ -692,19 +741,24 @@ def crossing(algorithm: str, library_at: Callable[[int], Any]) -> tuple[list[tor
 @EVERY
 @pytest.mark.parametrize("inner", [onepass, torch.optim], ids=["onepass inside", "torch inside"])
 def test_runs_that_cross_between_the_libraries(algorithm, inner):
-    """The state dict goes over after seven steps and back after thirteen, and the run is torch's own."""
+    """The state dict goes over after seven steps and back after thirteen, and the run is torch's
+    own."""
     outer = torch.optim if inner is onepass else onepass
     crossed, state_dict = crossing(algorithm, lambda k: inner if 7 <= k < 13 else outer)
     alone, expected = crossing(algorithm, lambda k: torch.optim)
     torch.testing.assert_close(crossed, alone, **CLOSE)
-    assert [list(group) for group in state_dict["param_groups"]] == [list(group) for group in expected["param_groups"]]
+    assert [list(group) for group in state_dict["param_groups"]] == [
+        list(group) for group in expected["param_groups"]
+    ]
     assert list(state_dict["state"]) == list(expected["state"])
     for key, entry in expected["state"].items():
         assert set(state_dict["state"][key]) == set(entry)
         for name, value in entry.items():
             mine = state_dict["state"][key][name]
             assert (mine.dtype, mine.shape) == (value.dtype, value.shape)
-            torch.testing.assert_close(mine, value, msg=lambda m, at=(key, name): f"{at}: {m}", **CLOSE)
+            torch.testing.assert_close(
+                mine, value, msg=lambda m, at=(key, name): f"{at}: {m}", **CLOSE
+            )
 
 
 def test_old_checkpoints():
@@ -715,7 +769,14 @@ def test_old_checkpoints():
     old = copy.deepcopy(opt.state_dict())
     for entry in old["state"].values():
         entry["step"] = int(entry["step"])
-    for key in ("foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"):
+    for key in (
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+        "maximize",
+        "decoupled_weight_decay",
+    ):
         del old["param_groups"][0][key]
     resumed = make_model()
     resumed.load_state_dict(model.state_dict())
@@ -751,7 +812,12 @@ def test_parameters_that_never_had_a_gradient():
         assert sorted(fresh.state_dict()["state"]) == [2, 3]
         model[0].requires_grad_(True)
         train(model, fresh, 2)
-        assert [float(e["step"]) for _, e in sorted(fresh.state_dict()["state"].items())] == [2.0, 2.0, 4.0, 4.0]
+        assert [float(e["step"]) for _, e in sorted(fresh.state_dict()["state"].items())] == [
+            2.0,
+            2.0,
+            4.0,
+            4.0,
+        ]
         return weights(model)
 
     torch.testing.assert_close(*ends(run), **CLOSE)
@@ -812,16 +878,25 @@ SPOILED = {
     ),
     "step": (lambda d: d["state"][1].update(step=torch.zeros(3)), r"'step' of parameter '0\.bias'"),
     "lost": (lambda d: d["state"][1].pop("exp_avg_sq"), r"parameter '0\.bias' .*'exp_avg_sq'"),
-    "none": (lambda d: d["state"][1].update(exp_avg_sq=None), r"parameter '0\.bias' .*'exp_avg_sq'"),
+    "none": (
+        lambda d: d["state"][1].update(exp_avg_sq=None),
+        r"parameter '0\.bias' .*'exp_avg_sq'",
+    ),
     "no step": (lambda d: d["state"][1].pop("step"), r"parameter '0\.bias' .*'step'"),
     "no tensor": (lambda d: d["state"][1].update(exp_avg=3.0), r"'exp_avg' of parameter '0\.bias'"),
-    "integers": (lambda d: d["state"][1].update(exp_avg=torch.zeros(8).int()), r"'exp_avg' of parameter '0\.bias'"),
+    "integers": (
+        lambda d: d["state"][1].update(exp_avg=torch.zeros(8).int()),
+        r"'exp_avg' of parameter '0\.bias'",
+    ),
     "foreign": (
         lambda d: d["state"].update({1: {"momentum_buffer": torch.zeros(8)}}),
         r"parameter '0\.bias' .*'momentum_buffer'",
     ),
     "no dict": (lambda d: d["state"].update({1: [1, 2]}), r"parameter '0\.bias'"),
-    "groups": (lambda d: d["param_groups"].append(d["param_groups"][0]), "number of parameter groups"),
+    "groups": (
+        lambda d: d["param_groups"].append(d["param_groups"][0]),
+        "number of parameter groups",
+    ),
     "size": (lambda d: d["param_groups"][0]["params"].pop(), "size"),
     "empty": (dict.clear, "'state' and 'param_groups'"),
     "no params": (lambda d: d["param_groups"][0].pop("params"), "params"),
@@ -856,7 +931,13 @@ def test_another_optimizers_state():
     foreign = torch.optim.Adagrad(model.parameters()), torch.optim.RMSprop(model.parameters())
     for opt in (sgd, adam, *foreign):
         train(model, opt, 1)
-    for source, target in ((sgd, adam), (adam, sgd), (foreign[0], adam), (foreign[0], sgd), (foreign[1], adam)):
+    for source, target in (
+        (sgd, adam),
+        (adam, sgd),
+        (foreign[0], adam),
+        (foreign[0], sgd),
+        (foreign[1], adam),
+    ):
         before = snapshot(target)
         with pytest.raises(ValueError, match="belongs to another optimizer"):
             target.load_state_dict(source.state_dict())
@@ -962,7 +1043,9 @@ def test_grad_scaler(algorithm, fused, unscale_first):
                 after = snapshot(opt)
                 assert (after[0], after[2], after[3]) == (before[0], before[2], before[3])
             if fused and not unscale_first and library is onepass:
-                assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+                assert all(
+                    torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True)
+                )
             scaler.update()
             scales.append(scaler.get_scale())
         assert not hasattr(opt, "found_inf")
@@ -984,12 +1067,17 @@ def asked_by(module: str, opt: Any) -> bool:
 
 
 def test_grad_scaler_alone_is_told_that_steps_unscale() -> None:
-    """Lightning takes the same answer for a refusal of gradients that are unscaled already, and does not clip them."""
+    """Lightning takes the same answer for a refusal of gradients that are unscaled already, and
+    does not clip them."""
 
     def make(**options: Any) -> Any:
         return onepass.AdamW([nn.Parameter(torch.ones(1))], **options)
 
-    for opt in (make(fused=True), make(capturable=True), pickle.loads(pickle.dumps(make(fused=True)))):
+    for opt in (
+        make(fused=True),
+        make(capturable=True),
+        pickle.loads(pickle.dumps(make(fused=True))),
+    ):
         assert asked_by("torch.amp.grad_scaler", opt)
         assert not asked_by("lightning.pytorch.plugins.precision.amp", opt)
     assert not asked_by("torch.amp.grad_scaler", make())
@@ -1001,8 +1089,11 @@ def test_grad_scaler_alone_is_told_that_steps_unscale() -> None:
 # Autograd through the step.
 
 
-def unrolled(algorithm: str, options: dict[str, Any], gradient: Callable, p: torch.Tensor, steps: int) -> torch.Tensor:
-    """The textbook's lines, out of place. torch.optim detaches the first momentum and rounds step counts to float32."""
+def unrolled(
+    algorithm: str, options: dict[str, Any], gradient: Callable, p: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """The textbook's lines, out of place. torch.optim detaches the first momentum and rounds step
+    counts to float32."""
     lr, decay = options["lr"], options["weight_decay"]
     m, v = None, torch.zeros_like(p)
     for k in range(1, steps + 1):
@@ -1024,7 +1115,8 @@ def unrolled(algorithm: str, options: dict[str, Any], gradient: Callable, p: tor
 
 @pytest.mark.parametrize("algorithm", ["momentum", "nesterov", "adam", "adamw"])
 def test_differentiable(algorithm):
-    """Three steps: the derivative of a later loss by lr, by weight_decay, and by the first weights."""
+    """Three steps: the derivative of a later loss by lr, by weight_decay, and by the first
+    weights."""
     name, options = ALGORITHMS[algorithm]
 
     def run(optimizer):
@@ -1041,7 +1133,9 @@ def test_differentiable(algorithm):
         if optimizer is None:
             p = unrolled(algorithm, options | {"lr": lr, "weight_decay": decay}, gradient, p, 3)
         else:
-            opt = optimizer([p], **options | {"lr": lr, "weight_decay": decay, "differentiable": True})
+            opt = optimizer(
+                [p], **options | {"lr": lr, "weight_decay": decay, "differentiable": True}
+            )
             for _ in range(3):
                 p.grad = gradient(p)
                 opt.step()
@@ -1057,11 +1151,14 @@ def test_differentiable(algorithm):
 @EVERY
 @pytest.mark.parametrize("by", ["weights", "lr"])
 def test_derivatives_are_slopes(algorithm, by):
-    """Through three steps, by lr and along a direction in the first weights: autograd says what differences say."""
+    """Through three steps, by lr and along a direction in the first weights: autograd says what
+    differences say."""
     name, options = ALGORITHMS[algorithm]
     if by == "lr" and name in ("ASGD", "Rprop"):
         pytest.skip("the state holds lr, as a number")
-    x, first, direction = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 4), (4, 3), (4, 3)))
+    x, first, direction = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((7, 4), (4, 3), (4, 3))
+    )
 
     def loss(t):
         p = first + (t * direction if by == "weights" else 0.0 * t)
@@ -1235,7 +1332,8 @@ dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_s
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 import onepass
 
 mesh = init_device_mesh("cpu", (size,))
@@ -1280,7 +1378,8 @@ for name, options in CASES:
             assert type(mine) is type(value), (key, type(mine), type(value))
             if isinstance(value, DTensor):
                 assert mine.placements == p.placements and mine.device_mesh == p.device_mesh
-                torch.testing.assert_close(mine.full_tensor(), value.full_tensor(), rtol=2e-5, atol=2e-6)
+                both = mine.full_tensor(), value.full_tensor()
+                torch.testing.assert_close(*both, rtol=2e-5, atol=2e-6)
             else:
                 torch.testing.assert_close(mine, value)
     again, _ = run(onepass, name, options, reload=True)
@@ -1310,5 +1409,8 @@ def test_sharded_parameters(tmp_path, size):
     import concurrent.futures
 
     with concurrent.futures.ThreadPoolExecutor(size) as pool:
-        runs = [pool.submit(run_script, SHARDED, str(rank), str(size), str(tmp_path / "store")) for rank in range(size)]
+        runs = [
+            pool.submit(run_script, SHARDED, str(rank), str(size), str(tmp_path / "store"))
+            for rank in range(size)
+        ]
         assert all("ok" in run.result() for run in runs)

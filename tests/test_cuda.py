@@ -1,4 +1,5 @@
-"""The checks on a GPU, where there is one: `make test-gpu`. Each is a function of `cuda_checks.py` and its like."""
+"""The checks on a GPU, where there is one: `make test-gpu`. Each is a function of `cuda_checks.py`
+and its like."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def test_all_checks_are_in_one_list() -> None:
 @pytest.mark.parametrize("name", cuda_rig.CHECKS)
 def test_on_a_gpu(name: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("other tests of this process have Triton interpret all kernels: run make test-gpu")
+        pytest.skip(
+            "other tests of this process have Triton interpret all kernels: run make test-gpu"
+        )
     try:
         cuda_rig.run(name, torch.device("cuda", 0))
     except cuda_rig.Skip as why:

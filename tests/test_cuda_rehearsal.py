@@ -1,4 +1,5 @@
-"""The checks for a GPU, rehearsed without one: a side of each steps by kernels that Triton interprets."""
+"""The checks for a GPU, rehearsed without one: a side of each steps by kernels that Triton
+interprets."""
 
 from __future__ import annotations
 
@@ -17,14 +18,20 @@ from devices import interpreted
 # Another object than the one by which checks name the other side.
 DEVICE = torch.device("cpu", 0)
 NAMES = (
-    *(f"elementwise_algorithms_have_the_cpus_bits[{name}]" for name in ("SGD-momentum=0.9", "AdamW")),
+    *(
+        f"elementwise_algorithms_have_the_cpus_bits[{name}]"
+        for name in ("SGD-momentum=0.9", "AdamW")
+    ),
     *(
         f"numbers_on_the_device_change_little[{name}]"
         for name in ("AdamW-fused", "ASGD-capturable", "RAdam-capturable")
     ),
     *(f"a_graph_repeats_the_eager_step[{name}]" for name in ("AdamW", "SGD-momentum=0.9")),
     "a_schedule_of_torch_drives_a_graph[NAdam]",
-    *(f"a_scaler_unscales_in_the_step[{name}]" for name in ("AdamW-whole", "SGD-clipped", "NAdam-clipped")),
+    *(
+        f"a_scaler_unscales_in_the_step[{name}]"
+        for name in ("AdamW-whole", "SGD-clipped", "NAdam-clipped")
+    ),
     *(f"a_step_that_is_not_finite_changes_nothing[{name}]" for name in ("AdamW-inf", "ASGD-nan")),
     *(f"checkpoints_cross_devices[{name}]" for name in ("AdamW", "RMSprop")),
     *(f"checkpoints_go_to_torch_and_back[{name}]" for name in ("AdamW-fused", "SGD-foreach")),
@@ -39,7 +46,8 @@ NAMES = (
 
 @pytest.fixture
 def stepped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which classes have stepped as on a device; its sides do so, and the longest tensor is shorter."""
+    """Which classes have stepped as on a device; its sides do so, and the longest tensor is
+    shorter."""
     make_side, classes = cuda_rig.make_side, []
 
     def make(case: Case, device: torch.device, *arguments: Any, **more: Any) -> Side:
@@ -64,12 +72,16 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_checks_pass_where_kernels_are_right(name: str, stepped: list[str], one_thread: None) -> None:
+def test_checks_pass_where_kernels_are_right(
+    name: str, stepped: list[str], one_thread: None
+) -> None:
     cuda_rig.run(name, DEVICE)
     assert stepped
 
 
-def test_checks_fail_where_one_bit_is_wrong(stepped: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_fail_where_one_bit_is_wrong(
+    stepped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Side.step
 
     def wrong(side: Side, **how: Any) -> None:

@@ -1,4 +1,5 @@
-"""Which devices have kernels: every reason why one has none is a sentence, and torch's operations take over."""
+"""Which devices have kernels: every reason why one has none is a sentence, and torch's operations
+take over."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def is_sentence(text: str) -> bool:
 
 def test_devices_that_triton_does_not_know() -> None:
     for name in ("mps", "hpu"):
-        assert kernel.why_no_kernels(torch.device(name)) == f"there are no kernels for {name} devices"
+        assert (
+            kernel.why_no_kernels(torch.device(name)) == f"there are no kernels for {name} devices"
+        )
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +135,9 @@ def test_torchs_operations_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("always")
         for side in sides * 3:
             side.step()
-    assert [str(w.message) for w in caught] == ["AdamW steps on the slower eager backend: Triton is missing"]
+    assert [str(w.message) for w in caught] == [
+        "AdamW steps on the slower eager backend: Triton is missing"
+    ]
     assert_same(sides)
     assert not sides[0].opt._onepass.plan.kernels
 
@@ -152,7 +157,9 @@ def test_the_door_says_why_for_real_devices() -> None:
     assert onepass.AdamW([torch.ones(1, requires_grad=True)]).param_groups
 
 
-def test_a_step_of_the_eager_backend_is_not_captured_unless_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_eager_backend_is_not_captured_unless_it_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A graph would hold its step count for ever; torch raises, too."""
     monkeypatch.setattr(kernel, "is_capturing", lambda device: True)
     how = {"foreach": False, "fused": False}

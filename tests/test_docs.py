@@ -1,4 +1,5 @@
-"""The documentation says what is there: a page for every optimizer, links that lead somewhere, numbers that hold."""
+"""The documentation says what is there: a page for every optimizer, links that lead somewhere,
+numbers that hold."""
 
 from __future__ import annotations
 
@@ -17,16 +18,27 @@ from onepass.app.explain.explanation import explain
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")}
-NAV = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+PAGES = {
+    path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8")
+    for path in DOCS.rglob("*.md")
+}
+NAV = re.findall(
+    r"^ +- (?:[^:\n]+: )?(\S+\.md)$",
+    (ROOT / "mkdocs.yml").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
 PUBLIC = {name: getattr(onepass, name) for name in onepass.__all__}
 OPTIMIZERS = [
     name
     for name, value in PUBLIC.items()
-    if isinstance(value, type) and issubclass(value, onepass.Optimizer) and value is not onepass.Optimizer
+    if isinstance(value, type)
+    and issubclass(value, onepass.Optimizer)
+    and value is not onepass.Optimizer
 ]
 # Algorithm, page, variant, state, bytes moved a step.
-TABLE = re.findall(r"^\| \[(\w+)\]\((\w+\.md)\)(?:, (\w+))? \| (.*?) \| (\d+)", PAGES["algorithms/index.md"], re.M)
+TABLE = re.findall(
+    r"^\| \[(\w+)\]\((\w+\.md)\)(?:, (\w+))? \| (.*?) \| (\d+)", PAGES["algorithms/index.md"], re.M
+)
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
@@ -69,7 +81,9 @@ def test_links_lead_somewhere(page: str) -> None:
         if "://" not in target:
             found = (DOCS / page).parent / target
             assert found.exists(), f"{page} links to {target}"
-            assert found.resolve().is_relative_to(DOCS), f"{page} links to {target}, which is not in the site"
+            assert found.resolve().is_relative_to(DOCS), (
+                f"{page} links to {target}, which is not in the site"
+            )
 
 
 def test_the_rule_that_is_shown_is_the_example() -> None:
@@ -81,7 +95,11 @@ def test_the_rule_that_is_shown_is_the_example() -> None:
 
 def test_the_rule_with_states_of_other_shapes_runs() -> None:
     names: dict[str, Any] = {}
-    block = next(b for b in re.findall(r"```python\n(.*?)```", PAGES["own-rule.md"], re.S) if "class Factored" in b)
+    block = next(
+        b
+        for b in re.findall(r"```python\n(.*?)```", PAGES["own-rule.md"], re.S)
+        if "class Factored" in b
+    )
     exec(block, names)
     p = torch.ones(4, 3, requires_grad=True)
     optimizer = names["Factored"]([p], lr=0.5)
@@ -89,7 +107,9 @@ def test_the_rule_with_states_of_other_shapes_runs() -> None:
     optimizer.step()
     # The first step is a step of lr against the sign, as for Adam.
     torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.5))
-    assert {name: tuple(value.shape) for name, value in optimizer.state[p].items() if name != "step"} == {
+    assert {
+        name: tuple(value.shape) for name, value in optimizer.state[p].items() if name != "step"
+    } == {
         "row": (4, 1),
         "column": (1, 3),
     }
@@ -103,7 +123,9 @@ def test_the_table_of_algorithms_says_what_the_program_does(
     program = explain(name, [f"--{key}={value}" for key, value in variant.options.items()]).program
     assert sum(program.bytes_per_parameter) == int(moved)
     if state.isdecimal():
-        assert sum(c.format.itemsize for c in program.columns if c.name not in ("p", "g")) == int(state)
+        assert sum(c.format.itemsize for c in program.columns if c.name not in ("p", "g")) == int(
+            state
+        )
 
 
 @pytest.mark.parametrize("task", ["digits", "text"])

@@ -61,7 +61,8 @@ def test_bytes_in_float32(name: str, words: list[str], moved: int, state: int) -
 
 
 @pytest.mark.parametrize(
-    ("dtype", "moved", "compute"), [("bfloat16", 14, "f32"), ("float16", 14, "f32"), ("float64", 56, "f64")]
+    ("dtype", "moved", "compute"),
+    [("bfloat16", 14, "f32"), ("float16", 14, "f32"), ("float64", 56, "f64")],
 )
 def test_bytes_in_other_formats(dtype: str, moved: int, compute: str) -> None:
     text = explain("adamw", dtype=dtype).text()
@@ -86,7 +87,10 @@ def test_numbers_of_a_parameter_and_rows_of_a_gradient() -> None:
     text = explain("asgd").text()
     assert "eta <- lr / " in text
     assert "mu <- 1 / " in text
-    assert "bytes per parameter and step, in the rows that the gradient has" in explain("sparseadam").text()
+    assert (
+        "bytes per parameter and step, in the rows that the gradient has"
+        in explain("sparseadam").text()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(optimizers()))
@@ -165,13 +169,20 @@ def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "words", "dtype", "sentence"),
     [
         ("admaw", [], "float32", "there is no optimizer 'admaw': did you mean Adam"),
-        ("adamw", ["--amsgard"], "float32", "there is no option of AdamW 'amsgard': did you mean amsgrad"),
+        (
+            "adamw",
+            ["--amsgard"],
+            "float32",
+            "there is no option of AdamW 'amsgard': did you mean amsgrad",
+        ),
         ("adamw", ["amsgrad"], "float32", "'amsgrad' is no option"),
         ("adamw", [], "bfloat61", "there is no storage format 'bfloat61': did you mean bfloat16"),
         ("onepass:lerp", [], "float32", "'onepass:lerp' is"),
     ],
 )
-def test_unknown_names_are_one_sentence(name: str, words: list[str], dtype: str, sentence: str) -> None:
+def test_unknown_names_are_one_sentence(
+    name: str, words: list[str], dtype: str, sentence: str
+) -> None:
     with pytest.raises(UnknownName) as caught:
         explain(name, words, dtype)
     assert str(caught.value).startswith(sentence)
@@ -189,11 +200,18 @@ def test_options_are_read_as_python_values() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "adamw", "--amsgrad", "--llvm", "--asm", "--dtype", "bfloat16"]) == 0
+    assert (
+        cli.main(["explain", "adamw", "--amsgrad", "--llvm", "--asm", "--dtype", "bfloat16"]) == 0
+    )
     out = capsys.readouterr().out
     assert "= 18 bytes per parameter and step" in out
     assert "Assembly of pass 1" in out
-    for bad in (["adamv"], ["adamw", "--amsgard"], ["adamw", "--lr", "-1"], ["adamw", "--dtype", "int3"]):
+    for bad in (
+        ["adamv"],
+        ["adamw", "--amsgard"],
+        ["adamw", "--lr", "-1"],
+        ["adamw", "--dtype", "int3"],
+    ):
         assert cli.main(["explain", *bad]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)

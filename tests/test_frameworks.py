@@ -1,4 +1,5 @@
-"""accelerate, lightning and transformers train with onepass as with torch.optim: same losses, same checkpoints."""
+"""accelerate, lightning and transformers train with onepass as with torch.optim: same losses, same
+checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ pytestmark = [
 ]
 OPTIMIZERS = pytest.mark.parametrize(
     ("name", "options"),
-    [("SGD", {"lr": 0.05, "momentum": 0.9}), ("Adam", {"lr": 0.02}), ("AdamW", {"lr": 0.02, "amsgrad": True})],
+    [
+        ("SGD", {"lr": 0.05, "momentum": 0.9}),
+        ("Adam", {"lr": 0.02}),
+        ("AdamW", {"lr": 0.02, "amsgrad": True}),
+    ],
     ids=["sgd", "adam", "adamw"],
 )
 
@@ -38,7 +43,9 @@ def accelerated(library, name, options, folder=None, epochs=3, resume=False):
     model = make_model()
     opt = getattr(library, name)(model.parameters(), **options)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 8, 0.5)
-    model, opt, loader, schedule = accelerator.prepare(model, opt, DataLoader(make_data(), 8), schedule)
+    model, opt, loader, schedule = accelerator.prepare(
+        model, opt, DataLoader(make_data(), 8), schedule
+    )
     if resume:
         accelerator.load_state(str(folder))
     losses = []
@@ -130,10 +137,18 @@ def lightning_fit(library, name, options, folder, epochs, checkpoint=None, **tra
 
 @OPTIMIZERS
 @pytest.mark.parametrize(
-    "clip", [{}, {"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}]
+    "clip",
+    [
+        {},
+        {"gradient_clip_val": 0.5},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    ],
 )
 def test_lightning(name, options, clip, tmp_path):
-    ours, theirs = (lightning_fit(library, name, options, tmp_path, 2, **clip) for library in (onepass, torch.optim))
+    ours, theirs = (
+        lightning_fit(library, name, options, tmp_path, 2, **clip)
+        for library in (onepass, torch.optim)
+    )
     torch.testing.assert_close(ours[:2], theirs[:2], **CLOSE)
 
 
@@ -180,7 +195,9 @@ def test_lightning_manual_optimization(tmp_path):
                     opt.step()
 
             def configure_optimizers(self):
-                return library.AdamW(self.net[0].parameters(), 0.02), library.SGD(self.net[2].parameters(), 0.02)
+                return library.AdamW(self.net[0].parameters(), 0.02), library.SGD(
+                    self.net[2].parameters(), 0.02
+                )
 
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -236,7 +253,13 @@ def hugging_trainer(library, name, options, folder, how, steps=8, resume=False):
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=32,
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     model = transformers.GPT2LMHeadModel(config)
@@ -260,10 +283,14 @@ def hugging_trainer(library, name, options, folder, how, steps=8, resume=False):
     if how == "optimizers":
         opt = getattr(library, name)(model.parameters(), **options)
         schedule = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.1, 8)
-        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(opt, schedule))
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=data, optimizers=(opt, schedule)
+        )
     else:
         pair = (getattr(library, name), options)
-        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=pair)
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=data, optimizer_cls_and_kwargs=pair
+        )
     trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, weights(model)
@@ -272,10 +299,12 @@ def hugging_trainer(library, name, options, folder, how, steps=8, resume=False):
 @OPTIMIZERS
 @pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_transformers(name, options, how, tmp_path):
-    # Attention's key biases have no gradient but noise, which a small eps would blow up to full steps.
+    # Attention's key biases have no gradient but noise, which a small eps would blow up to full
+    # steps.
     options = options if name == "SGD" else options | {"eps": 1e-3}
     ours, theirs = (
-        hugging_trainer(library, name, options, tmp_path / library.__name__, how) for library in (onepass, torch.optim)
+        hugging_trainer(library, name, options, tmp_path / library.__name__, how)
+        for library in (onepass, torch.optim)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
@@ -338,7 +367,8 @@ def test_schedulers_resume(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["plateau", "schedule"])
 def test_lightning_steps_ours(kind, tmp_path):
-    """A metric is handed to ReduceLROnPlateau, whose class Lightning asks for; `onepass.Scheduler` steps as others."""
+    """A metric is handed to ReduceLROnPlateau, whose class Lightning asks for; `onepass.Scheduler`
+    steps as others."""
     import lightning
 
     rates = []
@@ -357,7 +387,10 @@ def test_lightning_steps_ours(kind, tmp_path):
             opt = onepass.AdamW(self.parameters(), lr=0.08)
             if kind == "plateau":
                 schedule = onepass.lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
-                return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "monitor": "metric"}}
+                return {
+                    "optimizer": opt,
+                    "lr_scheduler": {"scheduler": schedule, "monitor": "metric"},
+                }
             schedule = onepass.Scheduler(opt, {"lr": onepass.schedule.linear(0.08, 0.0, steps=4)})
             return [opt], [schedule]
 
@@ -372,4 +405,6 @@ def test_lightning_steps_ours(kind, tmp_path):
         default_root_dir=tmp_path,
     )
     trainer.fit(Module(), DataLoader(make_data(), 64))
-    assert rates == pytest.approx([0.08, 0.08, 0.04, 0.02] if kind == "plateau" else [0.08, 0.06, 0.04, 0.02])
+    assert rates == pytest.approx(
+        [0.08, 0.08, 0.04, 0.02] if kind == "plateau" else [0.08, 0.06, 0.04, 0.02]
+    )

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PICTURED = Path(__file__).parent.parent / "docs" / "pictures"
 
 
-# --- descents --------------------------------------------------------------------------------------------------------
+# --- descents -------------------------------------------------------------------------------------
 
 
 def descend(lr: float, steps: int, **options: object) -> list[float]:
@@ -62,7 +62,9 @@ def test_rates_whose_places_are_exact(lr: float, expected: list[float]) -> None:
 
 @pytest.mark.parametrize("lr", [0.2, 0.1, 0.05, 0.01])
 def test_every_step_multiplies_by_the_same_factor(lr: float) -> None:
-    assert descend(lr, 20) == pytest.approx([2 * (1 - 8 * lr) ** step for step in range(21)], rel=1e-12)
+    assert descend(lr, 20) == pytest.approx(
+        [2 * (1 - 8 * lr) ** step for step in range(21)], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -82,7 +84,11 @@ def test_momentum_makes_up_for_small_rates() -> None:
 
 
 def test_nesterov_overshoots_less() -> None:
-    assert min(descend(0.02, 50, momentum=0.9)) < min(descend(0.02, 50, momentum=0.9, nesterov=True)) < 0
+    assert (
+        min(descend(0.02, 50, momentum=0.9))
+        < min(descend(0.02, 50, momentum=0.9, nesterov=True))
+        < 0
+    )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
@@ -96,7 +102,9 @@ def test_runs_that_share_an_optimizer_do_not_meet(contender: Contender) -> None:
         assert path.options == run
 
 
-@pytest.mark.parametrize("problem", [PARABOLA, RAVINE, ROSENBROCK], ids=lambda problem: problem.name)
+@pytest.mark.parametrize(
+    "problem", [PARABOLA, RAVINE, ROSENBROCK], ids=lambda problem: problem.name
+)
 def test_problems_are_lowest_where_they_say(problem: Problem) -> None:
     minimum = torch.tensor(problem.minimum, dtype=torch.float64, requires_grad=True)
     loss = problem.loss(minimum)
@@ -112,8 +120,15 @@ def test_problems_are_lowest_where_they_say(problem: Problem) -> None:
 
 def test_problems_are_the_functions_that_they_name() -> None:
     at = torch.tensor([-1.0, 0.5], dtype=torch.float64)
-    assert [float(problem.loss(at)) for problem in (PARABOLA, RAVINE, ROSENBROCK)] == [4.0, 6.75, 29.0]
-    starts = [float(p.loss(torch.tensor(p.start, dtype=torch.float64))) for p in (PARABOLA, RAVINE, ROSENBROCK)]
+    assert [float(problem.loss(at)) for problem in (PARABOLA, RAVINE, ROSENBROCK)] == [
+        4.0,
+        6.75,
+        29.0,
+    ]
+    starts = [
+        float(p.loss(torch.tensor(p.start, dtype=torch.float64)))
+        for p in (PARABOLA, RAVINE, ROSENBROCK)
+    ]
     assert starts == pytest.approx([16.0, 33.0, 24.2])
 
 
@@ -142,8 +157,12 @@ def test_every_path_goes_down_inside_the_picture(
 def test_the_search_takes_the_best_rate() -> None:
     sgd = CONTENDERS[0]
     best = search(RAVINE, sgd, (0.005, 0.02, 0.01))
-    assert best.options == {"lr": 0.02}  # the largest below 2 / 50, where the steep direction diverges
-    with pytest.raises(ValueError, match=r"SGD leaves the window at every rate: give smaller ones than 1\."):
+    assert best.options == {
+        "lr": 0.02
+    }  # the largest below 2 / 50, where the steep direction diverges
+    with pytest.raises(
+        ValueError, match=r"SGD leaves the window at every rate: give smaller ones than 1\."
+    ):
         search(RAVINE, sgd, (1.0, 10.0))
     # In a window that everything leaves but the slowest, that one is taken.
     narrow = replace(RAVINE, window=((-4.1, -3.0), (-1.6, 1.6)), steps=20)
@@ -156,13 +175,15 @@ def test_every_first_order_algorithm_has_a_path() -> None:
     assert len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
 
 
-# --- running means, and decay ----------------------------------------------------------------------------------------
+# --- running means, and decay ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.8, 0.9, 0.95, 0.98])
 def test_weights_of_an_average(beta: float) -> None:
     weights = average_weights(beta, 2000)
-    assert weights.tolist() == pytest.approx([(1 - beta) * beta**k for k in range(2000)], rel=1e-9, abs=1e-15)
+    assert weights.tolist() == pytest.approx(
+        [(1 - beta) * beta**k for k in range(2000)], rel=1e-9, abs=1e-15
+    )
     assert float(weights.sum()) == pytest.approx(1, rel=1e-12)
     window = round(1 / (1 - beta))
     assert float(weights[:window].sum()) == pytest.approx(1 - 1 / math.e, abs=0.05)
@@ -189,7 +210,7 @@ def test_decay_is_alike_only_when_decoupled() -> None:
     assert small < 0.01 < 0.6 < middle < 0.85 < 0.95 < large
 
 
-# --- schedules -------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 FORMULAS = {
     "StepLR": lambda t: LR * 0.3 ** (t // 30),
@@ -201,7 +222,9 @@ FORMULAS = {
     "CosineAnnealingLR": lambda t: 0.01 + (LR - 0.01) * (1 + math.cos(math.pi * t / 100)) / 2,
     "CosineAnnealingWarmRestarts": lambda t: LR * (1 + math.cos(math.pi * (t % 20) / 20)) / 2,
     "CyclicLR": lambda t: 0.01 + (LR - 0.01) * (1 - abs(t % 30 - 15) / 15),
-    "SequentialLR": lambda t: LR * (0.1 + 0.9 * t / 20) if t < 20 else LR * (1 + math.cos(math.pi * (t - 20) / 80)) / 2,
+    "SequentialLR": lambda t: (
+        LR * (0.1 + 0.9 * t / 20) if t < 20 else LR * (1 + math.cos(math.pi * (t - 20) / 80)) / 2
+    ),
     "ChainedScheduler": lambda t: LR * (0.1 + 0.9 * min(t, 20) / 20) * 0.97**t,
     "LambdaLR": lambda t: LR / (1 + t / 20),
     "MultiplicativeLR": lambda t: LR * 0.5 ** (t // 25),
@@ -213,7 +236,9 @@ FORMULAS = {
 def test_schedulers_set_what_their_formulas_say(name: str) -> None:
     example = EXAMPLES[name]
     values = trace(example.curves[0], example.steps)
-    assert values == pytest.approx([FORMULAS[name](t) for t in range(example.steps)], rel=1e-6, abs=1e-12)
+    assert values == pytest.approx(
+        [FORMULAS[name](t) for t in range(example.steps)], rel=1e-6, abs=1e-12
+    )
 
 
 def test_one_cycle_moves_momentum_against_the_rate() -> None:
@@ -234,7 +259,9 @@ def test_the_loss_falls_on_where_the_plateau_lowers_the_rate() -> None:
 
 
 def test_all_of_torchs_schedulers_are_drawn() -> None:
-    assert {*EXAMPLES, "ReduceLROnPlateau"} == {*onepass.lr_scheduler.__all__, "SWALR"} - {"LRScheduler"}
+    assert {*EXAMPLES, "ReduceLROnPlateau"} == {*onepass.lr_scheduler.__all__, "SWALR"} - {
+        "LRScheduler"
+    }
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -246,7 +273,9 @@ def test_texts_make_schedules_within_the_sheet(text: str) -> None:
 
 def test_the_sheet_has_every_maker() -> None:
     assert {re.match(r"\w+", text)[0] for text in TEXTS} >= set(MAKERS)
-    assert {method for method in ("then", "times", "warmup") if f".{method}(" in "".join(TEXTS)} == {
+    assert {
+        method for method in ("then", "times", "warmup") if f".{method}(" in "".join(TEXTS)
+    } == {
         "then",
         "times",
         "warmup",
@@ -260,7 +289,7 @@ def test_a_curve_is_named_by_what_makes_it() -> None:
         assert all(isinstance(curve, Curve) for curve in example.curves)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -283,7 +312,10 @@ def test_the_code_on_the_pages_prints_what_they_say(page: str) -> None:
 
 
 def test_every_picture_is_on_a_page() -> None:
-    pages = [(PICTURED.parent / f"{page}.md").read_text(encoding="utf-8") for page in ("gallery", "schedules")]
+    pages = [
+        (PICTURED.parent / f"{page}.md").read_text(encoding="utf-8")
+        for page in ("gallery", "schedules")
+    ]
     shown = re.findall(r"!\[[^\]]{20,}\]\(pictures/(\w[\w-]*)\.png\)", "".join(pages))
     assert sorted(shown) == sorted(picture.name for picture in PICTURES)
 
@@ -297,7 +329,8 @@ def test_every_scheduler_has_its_formula_and_its_picture(name: str) -> None:
 
 
 def illegible(figure: Figure) -> Iterator[str]:
-    """Titles, labels and legends that do not fit into the picture, or are less than 11 pixels high."""
+    """Titles, labels and legends that do not fit into the picture, or are less than 11 pixels
+    high."""
     inside = figure.bbox.padded(1)
     texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
     for axes in figure.axes:
@@ -347,7 +380,9 @@ def test_the_command_makes_all_pictures(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["gallery", "--out", str(out)]) == 0
     lines, err = capsys.readouterr()
     assert err == ""
-    assert lines.splitlines() == [f"{out / picture.name}.png: {picture.meaning}" for picture in PICTURES]
+    assert lines.splitlines() == [
+        f"{out / picture.name}.png: {picture.meaning}" for picture in PICTURES
+    ]
     for picture in PICTURES:
         assert size(out / f"{picture.name}.png") == size(PICTURED / f"{picture.name}.png")
 
@@ -359,7 +394,9 @@ def test_pictures_come_one_by_one(tmp_path: Path) -> None:
     assert [path] == list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert cli.main(["gallery", "--out", str(tmp_path / "file")]) == 2
     out, err = capsys.readouterr()

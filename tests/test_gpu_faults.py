@@ -1,4 +1,5 @@
-"""What could go wrong between steps on a device: options that change their kind, failures in the middle, captures."""
+"""What could go wrong between steps on a device: options that change their kind, failures in the
+middle, captures."""
 
 from __future__ import annotations
 
@@ -41,11 +42,14 @@ def test_a_number_takes_the_place_of_a_tensor() -> None:
         side.opt.param_groups[0]["lr"] = number
         before = [p.detach().clone() for p in side.params]
         side.step()
-        assert all(torch.equal(p, q) for p, q in zip(side.params, before, strict=True)) == (number == 0)
+        assert all(torch.equal(p, q) for p, q in zip(side.params, before, strict=True)) == (
+            number == 0
+        )
 
 
 def test_a_first_step_that_was_skipped_survives_a_new_plan() -> None:
-    """Another parameter wakes up after a step that was not finite, and the next one still is a first step."""
+    """Another parameter wakes up after a step that was not finite, and the next one still is a
+    first step."""
     ours = make_side(onepass, "momentum", fused=True)
     scaled_step(ours, 8.0, 1.0, [0, 1])
     scaled_step(ours, 8.0, 1.0, [0, 1, 2])
@@ -73,7 +77,9 @@ class Failing:
 
 
 @pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=["default", "capturable"])
-@pytest.mark.parametrize(("what", "times"), [("prepare", 0), ("prepare", 1), ("pin", 0), ("pin", 3), ("pin", 7)])
+@pytest.mark.parametrize(
+    ("what", "times"), [("prepare", 0), ("prepare", 1), ("pin", 0), ("pin", 3), ("pin", 7)]
+)
 def test_a_launch_that_fails_has_changed_nothing(
     what: str, times: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +146,8 @@ def test_what_is_sent_does_not_depend_on_the_default_device() -> None:
 
 
 def momentum_after(*steps: str) -> torch.Tensor:
-    """The buffer of fused SGD with dampening, whose first step takes the gradient whole; ones are the gradients."""
+    """The buffer of fused SGD with dampening, whose first step takes the gradient whole; ones are
+    the gradients."""
     p = torch.ones(4, requires_grad=True)
     opt = onepass.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, fused=True)
     for step in steps:
@@ -160,7 +167,14 @@ def momentum_after(*steps: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "steps",
-    [("take", "forget"), ("skip",), ("skip", "error"), ("error",), ("skip", "forget"), ("skip", "error", "skip")],
+    [
+        ("take", "forget"),
+        ("skip",),
+        ("skip", "error"),
+        ("error",),
+        ("skip", "forget"),
+        ("skip", "error", "skip"),
+    ],
 )
 def test_whose_step_is_the_first(steps: tuple[str, ...]) -> None:
     assert momentum_after(*steps, "take").tolist() == [1.0] * 4
@@ -187,9 +201,13 @@ def test_sets_that_alternate_send_rows_alone_by_default() -> None:
     for k in range(12):
         for i, p in enumerate(side.params):
             p.grad = gradients[i] if i % 2 == k % 2 else None
-        before = sum(launch.uploads for batch in _kernels(side) for launch in batch._launches.values())
+        before = sum(
+            launch.uploads for batch in _kernels(side) for launch in batch._launches.values()
+        )
         side.opt.step()
-        after = sum(launch.uploads for batch in _kernels(side) for launch in batch._launches.values())
+        after = sum(
+            launch.uploads for batch in _kernels(side) for launch in batch._launches.values()
+        )
         assert k < 4 or after - before <= 1
 
 

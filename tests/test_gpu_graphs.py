@@ -1,4 +1,5 @@
-"""Steps that are captured in a graph: replayed among eager ones, they do what an eager step would."""
+"""Steps that are captured in a graph: replayed among eager ones, they do what an eager step
+would."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> type[Recording]:
     def queue(do: Callable[[], Any]) -> None:
         do() if Recording.work is None else Recording.work.append(do)
 
-    monkeypatch.setattr(gpu.Kernel, "start", lambda *given, **constants: queue(lambda: start(*given, **constants)))
+    monkeypatch.setattr(
+        gpu.Kernel, "start", lambda *given, **constants: queue(lambda: start(*given, **constants))
+    )
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *given: queue(lambda: copy(*given)))
     return Recording
 
@@ -61,7 +64,9 @@ def captured_step(recording: Any, opt: Any) -> list[Callable[[], Any]]:
 
 
 CAPTURABLE = [
-    name for name, (cls, _) in ALGORITHMS.items() if "capturable" in inspect.signature(getattr(onepass, cls)).parameters
+    name
+    for name, (cls, _) in ALGORITHMS.items()
+    if "capturable" in inspect.signature(getattr(onepass, cls)).parameters
 ]
 
 
@@ -76,7 +81,8 @@ def scheduled(opt: Any, k: int) -> None:
 
 @pytest.mark.parametrize("algorithm", CAPTURABLE)
 def test_a_replayed_graph_is_an_eager_step(algorithm: str, recording: Any) -> None:
-    """Captured once, replayed among eager steps with gradients of other places, while the rate changes: as eagerly."""
+    """Captured once, replayed among eager steps with gradients of other places, while the rate
+    changes: as eagerly."""
     host = make_side(onepass, algorithm)
     ours = make_side(onepass, algorithm, lr=torch.tensor(0.1), capturable=True)
     ends = []

@@ -10,10 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import CPU, Resident, bounded, check_resident, compiled, device_oracle, interpreted, sensible
+from devices import (
+    CPU,
+    Resident,
+    bounded,
+    check_resident,
+    compiled,
+    device_oracle,
+    interpreted,
+    sensible,
+)
 from interpreter import interpret
 from quick import slow_but
-from rig import NAN, Size, assert_same_bits, check_oracle, graph_of, hypers_of, launch, program_of, random_columns
+from rig import (
+    NAN,
+    Size,
+    assert_same_bits,
+    check_oracle,
+    graph_of,
+    hypers_of,
+    launch,
+    program_of,
+    random_columns,
+)
 from rules import MATRIX_RULES, RULES, Rule, edges, everything, factored, lamb, program, turned
 from table import TABLE, UNIT, Row
 
@@ -34,8 +53,22 @@ HYPERS = [{"lr": 0.25}, {"lr": 1e-3}]
 # Matrices, rows, columns: about tiles' lines and widths, bands of lines, and none at all.
 NARROW, *_, MIDDLE, WIDE = (WIDTHS[0], *WIDTHS)
 MATRICES: tuple[tuple[int, int, int], ...] = (
-    *((1, 1, 1), (1, 1, 5), (1, 7, 1), (0, 3, 3), (1, 0, 4), (2, 3, 0), (2, 3, 4), (5, BLOCK // NARROW, NARROW)),
-    *((3, NARROW + 1, NARROW - 1), (1, BAND, MIDDLE), (2, BAND + 1, MIDDLE + 1), (1, 2 * BAND + 5, 3)),
+    *(
+        (1, 1, 1),
+        (1, 1, 5),
+        (1, 7, 1),
+        (0, 3, 3),
+        (1, 0, 4),
+        (2, 3, 0),
+        (2, 3, 4),
+        (5, BLOCK // NARROW, NARROW),
+    ),
+    *(
+        (3, NARROW + 1, NARROW - 1),
+        (1, BAND, MIDDLE),
+        (2, BAND + 1, MIDDLE + 1),
+        (1, 2 * BAND + 5, 3),
+    ),
     *((1, BLOCK // WIDE + 1, WIDE), (2, 3, WIDE + 1), (1, 4, 2 * WIDE), (1, 1, 1500), (40, 2, 2)),
 )
 FEW = (*MATRICES[1:8], *MATRICES[9:11], MATRICES[13])
@@ -48,12 +81,19 @@ def _on_the_device() -> Iterator[None]:
 
 
 def on_device(kernel: Kernel) -> Any:
-    """What the oracle knows of a kernel's numbers: those of programs with stages are the device's."""
-    return device_oracle() if kernel.stages or kernel.program.passes[0].reductions else nullcontext()
+    """What the oracle knows of a kernel's numbers: those of programs with stages are the
+    device's."""
+    return (
+        device_oracle() if kernel.stages or kernel.program.passes[0].reductions else nullcontext()
+    )
 
 
 def check(
-    one: Program, sizes: Sequence[Size], rng: np.random.Generator, shares: Sequence[float] = (0.0, 0.05), **how: Any
+    one: Program,
+    sizes: Sequence[Size],
+    rng: np.random.Generator,
+    shares: Sequence[float] = (0.0, 0.05),
+    **how: Any,
 ) -> None:
     """The kernel has the oracle's bits, of ordinary numbers and of special ones."""
     kernel = compiled(one)
@@ -70,7 +110,8 @@ def check(
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 def test_algorithms_are_the_oracle(row: Row, rng: np.random.Generator) -> None:
-    """At sizes about a block, aligned and not; in a first step and in a later one; nothing beside is touched."""
+    """At sizes about a block, aligned and not; in a first step and in a later one; nothing beside
+    is touched."""
     graph = graph_of(row)
     kernel = compiled(program_of(graph, *["float32"] * 3))
     hypers = [hypers_of(row, graph, step=1, first=True), hypers_of(row, graph, step=7, lr=0.0)]
@@ -83,15 +124,25 @@ def test_algorithms_are_the_oracle(row: Row, rng: np.random.Generator) -> None:
 
 MIXES = (
     *(("float64",) * 3, ("bfloat16",) * 3, ("float16",) * 3, ("bfloat16", "bfloat16", "float32")),
-    *(("bfloat16", "float32", "float32"), ("float32", "bfloat16", "float32"), ("float16", "float16", "float32")),
-    *(("float32", "float32", "float64"), ("float32", "float32", "bfloat16"), ("float32", "float16", "float16")),
+    *(
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("float16", "float16", "float32"),
+    ),
+    *(
+        ("float32", "float32", "float64"),
+        ("float32", "float32", "bfloat16"),
+        ("float32", "float16", "float16"),
+    ),
 )
 SOME = {"SGD-momentum=0.9": 1, "Adam-amsgrad=True-betas=(0.9, 0.7)": 12, "ASGD": 43, "Rprop": 46}
 
 
 @pytest.mark.parametrize("formats", MIXES, ids="-".join)
 @pytest.mark.parametrize("row", [row for row in TABLE if str(row) in SOME], ids=str)
-def test_formats_may_be_mixed(row: Row, formats: tuple[str, str, str], rng: np.random.Generator) -> None:
+def test_formats_may_be_mixed(
+    row: Row, formats: tuple[str, str, str], rng: np.random.Generator
+) -> None:
     graph = graph_of(row)
     kernel = compiled(program_of(graph, *formats))
     hypers = [hypers_of(row, graph, step=3)]
@@ -104,15 +155,22 @@ def test_formats_may_be_mixed(row: Row, formats: tuple[str, str, str], rng: np.r
 @pytest.mark.slow
 @pytest.mark.parametrize("formats", MIXES, ids="-".join)
 @pytest.mark.parametrize("row", TABLE, ids=str)
-def test_formats_may_be_mixed_everywhere(row: Row, formats: tuple[str, str, str], rng: np.random.Generator) -> None:
+def test_formats_may_be_mixed_everywhere(
+    row: Row, formats: tuple[str, str, str], rng: np.random.Generator
+) -> None:
     test_formats_may_be_mixed(row, formats, rng)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rules_are_the_oracle(rule: Rule, format: str, rng: np.random.Generator) -> None:
-    """Norms and means too: in float64 the order of a sum shows, which is that of the tensor's own blocks."""
-    check(program(rule, format), LONG if rule in RULES[3:] and format in FORMATS[:2] else SIZES[1:7], rng)
+    """Norms and means too: in float64 the order of a sum shows, which is that of the tensor's own
+    blocks."""
+    check(
+        program(rule, format),
+        LONG if rule in RULES[3:] and format in FORMATS[:2] else SIZES[1:7],
+        rng,
+    )
 
 
 @pytest.mark.parametrize("rule", MATRIX_RULES, ids=lambda rule: rule.__name__)
@@ -124,13 +182,18 @@ def test_rules_of_matrices_are_the_oracle(rule: Rule, rng: np.random.Generator) 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rule", MATRIX_RULES, ids=lambda rule: rule.__name__)
-def test_rules_of_matrices_are_the_oracle_everywhere(rule: Rule, format: str, rng: np.random.Generator) -> None:
+def test_rules_of_matrices_are_the_oracle_everywhere(
+    rule: Rule, format: str, rng: np.random.Generator
+) -> None:
     check(program(rule, format), (*MATRICES, (300, 2, 2)), rng)
 
 
-@pytest.mark.parametrize("rule", slow_but(MATRIX_RULES[:2], MATRIX_RULES), ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "rule", slow_but(MATRIX_RULES[:2], MATRIX_RULES), ids=lambda rule: rule.__name__
+)
 def test_rules_of_matrices_in_float64(rule: Rule, rng: np.random.Generator) -> None:
-    """Only sums are taken in another order: of n numbers either errs by n units of the sum of their sizes."""
+    """Only sums are taken in another order: of n numbers either errs by n units of the sum of their
+    sizes."""
     kernel = compiled(program(rule, "float64"))
     sizes = [size for size in FEW[4:] if math.prod(size)]
     tensors = [sensible(random_columns(rng, kernel.program, size, 0.0)) for size in sizes]
@@ -138,7 +201,9 @@ def test_rules_of_matrices_in_float64(rule: Rule, rng: np.random.Generator) -> N
     for size, before, now in zip(sizes, tensors, after, strict=True):
         for name, want in interpret(kernel.program, before, HYPERS[0], size).items():
             scale = np.abs(want).max() + np.abs(before[name]).max()
-            assert np.abs(now[name] - want).max() <= 2 * math.prod(size) * UNIT[torch.float64] * scale, (size, name)
+            assert (
+                np.abs(now[name] - want).max() <= 2 * math.prod(size) * UNIT[torch.float64] * scale
+            ), (size, name)
 
 
 def of_optimizer(graph: Graph, *formats: str) -> Program:
@@ -151,7 +216,9 @@ ROUTES: dict[str, Callable[[], onepass.Optimizer]] = {
     "adafactor": lambda: onepass.Adafactor([torch.zeros(2, 2)], weight_decay=0.1),
     "adafactor-vectors": lambda: onepass.Adafactor([torch.zeros(2)], eps=(1e-3, 1e-3)),
     "muon": lambda: onepass.Muon([torch.zeros(2, 2)], ns_steps=2),
-    "muon-nesterov-off": lambda: onepass.Muon([torch.zeros(2, 2)], nesterov=False, adjust_lr_fn="match_rms_adamw"),
+    "muon-nesterov-off": lambda: onepass.Muon(
+        [torch.zeros(2, 2)], nesterov=False, adjust_lr_fn="match_rms_adamw"
+    ),
 }
 
 
@@ -164,9 +231,13 @@ def options_of(optimizer: onepass.Optimizer, graph: Graph, **further: float) -> 
     return values
 
 
-@pytest.mark.parametrize("formats", [("float32",) * 3, ("bfloat16", "bfloat16", "float32")], ids="-".join)
+@pytest.mark.parametrize(
+    "formats", [("float32",) * 3, ("bfloat16", "bfloat16", "float32")], ids="-".join
+)
 @pytest.mark.parametrize("name", ROUTES)
-def test_factored_and_orthogonal_are_the_oracle(name: str, formats: Sequence[str], rng: np.random.Generator) -> None:
+def test_factored_and_orthogonal_are_the_oracle(
+    name: str, formats: Sequence[str], rng: np.random.Generator
+) -> None:
     torch.set_num_threads(1)
     optimizer = ROUTES[name]()
     graph = explain.graph_of(optimizer)
@@ -189,7 +260,8 @@ def sums(p, g, row: PerRow, column: PerColumn, *, lr):
 
 
 def test_every_element_is_counted_once(rng: np.random.Generator) -> None:
-    """Whole numbers have the same sum in any order: in float64 too every bit is right, whatever the shape."""
+    """Whole numbers have the same sum in any order: in float64 too every bit is right, whatever the
+    shape."""
     kernel = compiled(program(sums, "float64"))
     random = [tuple(int(n) for n in rng.integers(1, [4, 200, 300])) for _ in range(3)]
     sizes: list[Any] = [*MATRICES, *random]
@@ -199,7 +271,8 @@ def test_every_element_is_counted_once(rng: np.random.Generator) -> None:
 
 
 def test_a_sum_errs_as_one_of_its_depth_does(rng: np.random.Generator) -> None:
-    """Each number goes through SPAN additions in its program, then those of 1024 and 256 running values."""
+    """Each number goes through SPAN additions in its program, then those of 1024 and 256 running
+    values."""
 
     def added(p, g, *, lr):
         return {"p": p * 0 + total(g)}
@@ -212,14 +285,20 @@ def test_a_sum_errs_as_one_of_its_depth_does(rng: np.random.Generator) -> None:
         assert abs(after[0] - math.fsum(g)) <= depth * UNIT[torch.float64] * math.fsum(abs(g))
 
 
-@pytest.mark.parametrize("place", [0, 5, 255, BLOCK - 1, BLOCK, BLOCK * SPAN - 1, BLOCK * SPAN, BLOCK * SPAN + 2])
+@pytest.mark.parametrize(
+    "place", [0, 5, 255, BLOCK - 1, BLOCK, BLOCK * SPAN - 1, BLOCK * SPAN, BLOCK * SPAN + 2]
+)
 def test_nothing_hides_from_a_reduction(place: int) -> None:
     def both(p, g, s, *, lr):
         return {"p": p * 0 + amax(g), "s": total(g)}
 
     kernel = compiled(program(both, "float64"))
     n = BLOCK * SPAN + 3
-    for value, biggest, whole in ((NAN, NAN, NAN), (-math.inf, math.inf, -math.inf), (-7.0, 7.0, n - 8.0)):
+    for value, biggest, whole in (
+        (NAN, NAN, NAN),
+        (-math.inf, math.inf, -math.inf),
+        (-7.0, 7.0, n - 8.0),
+    ):
         g = np.ones(n)
         g[place] = value
         after = launch(kernel, [{"p": np.zeros(n), "g": g, "s": g}], [{"lr": 0.0}])[0]
@@ -234,7 +313,9 @@ def test_places_and_company_do_not_matter(rule: Rule, rng: np.random.Generator) 
     tensors = [sensible(random_columns(rng, kernel.program, size, 0.0)) for size in sizes]
     given = sizes if rule in MATRIX_RULES else None
     together = launch(kernel, tensors, HYPERS[:1], sizes=given)
-    backwards = launch(kernel, tensors[::-1], HYPERS, [0] * len(sizes), sizes=given and given[::-1])[::-1]
+    backwards = launch(
+        kernel, tensors[::-1], HYPERS, [0] * len(sizes), sizes=given and given[::-1]
+    )[::-1]
     in_turn = launch(kernel, tensors, HYPERS[:1], threads=1, sizes=given, misaligned=8)
     for i, (one, size) in enumerate(zip(tensors, sizes, strict=True)):
         alone = launch(kernel, [one], HYPERS[:1], sizes=[size] if given else None)[0]
@@ -243,9 +324,12 @@ def test_places_and_company_do_not_matter(rule: Rule, rng: np.random.Generator) 
                 assert_same_bits(other[i][name], want, f"{name} of {size}")
 
 
-@pytest.mark.parametrize("rule", [everything, lamb, factored, edges], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "rule", [everything, lamb, factored, edges], ids=lambda rule: rule.__name__
+)
 def test_nothing_is_read_beyond(rule: Rule, rng: np.random.Generator) -> None:
-    """Neither of tensors nor of tables and temporaries; and what a mask leaves out does not count."""
+    """Neither of tensors nor of tables and temporaries; and what a mask leaves out does not
+    count."""
     sizes: list[Any] = list(FEW if rule in MATRIX_RULES else (0, 1, BLOCK + 1, BLOCK * SPAN + 5))
     one = program(rule)
     tensors = [sensible(random_columns(rng, one, size, 0.0)) for size in sizes]
@@ -267,12 +351,18 @@ def nadam() -> tuple[Row, Graph, tuple[str, ...]]:
 
 
 def begin(
-    row: Row, formats: Sequence[str], names: Sequence[str], rng: np.random.Generator, number_type: str = "f32"
+    row: Row,
+    formats: Sequence[str],
+    names: Sequence[str],
+    rng: np.random.Generator,
+    number_type: str = "f32",
 ) -> tuple[Kernel, list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """A kernel whose tensors' numbers lie on the device, five tensors, and their numbers."""
     p, g, state = formats
     kernel = compiled(program_of(graph_of(row), p, g, state), tuple(names), number_type)
-    tensors = [random_columns(rng, kernel.program, size, 0.1) for size in (5, 0, BLOCK + 1, 17, BLOCK)]
+    tensors = [
+        random_columns(rng, kernel.program, size, 0.1) for size in (5, 0, BLOCK + 1, 17, BLOCK)
+    ]
     dtype = np.float64 if number_type == "f64" else np.float32
     numbers = {name: np.array([0.9, 0.5, 0.7, 0.99, 0.3], dtype) for name in names}
     numbers["step"] = np.array([0, 3, 999, 5, 16777216], dtype)
@@ -280,11 +370,16 @@ def begin(
 
 
 @pytest.mark.parametrize(
-    "formats", [("float32",) * 3, ("bfloat16", "bfloat16", "float32"), ("float64",) * 3], ids="-".join
+    "formats",
+    [("float32",) * 3, ("bfloat16", "bfloat16", "float32"), ("float64",) * 3],
+    ids="-".join,
 )
 @pytest.mark.parametrize("number_type", ["f32", "f64"])
-def test_numbers_lie_on_the_device(formats: Sequence[str], number_type: str, rng: np.random.Generator) -> None:
-    """Steps are counted there, scalars computed there; a float32 count stops at 2^24, as torch's."""
+def test_numbers_lie_on_the_device(
+    formats: Sequence[str], number_type: str, rng: np.random.Generator
+) -> None:
+    """Steps are counted there, scalars computed there; a float32 count stops at 2^24, as
+    torch's."""
     row, graph, names = nadam()
     kernel, tensors, numbers = begin(row, formats, names, rng, number_type)
     settings = [hypers_of(row, graph), hypers_of(row, graph, lr=0.5)]
@@ -311,7 +406,9 @@ def test_tensors_that_do_not_step_keep_their_numbers(rng: np.random.Generator) -
     row, graph, names = nadam()
     kernel, tensors, numbers = begin(row, ("float32",) * 3, names, rng)
     sizes = [5, 0, 0, 17, BLOCK]
-    launched = Resident(kernel, tensors, numbers, [hypers_of(row, graph)], sizes=sizes, first=[True] * 5)
+    launched = Resident(
+        kernel, tensors, numbers, [hypers_of(row, graph)], sizes=sizes, first=[True] * 5
+    )
     launched.launch.active[:] = [1, 1, 0, 0, 1]
     launched.launch.run(2)
     after, new = launched.read()
@@ -323,11 +420,15 @@ def test_tensors_that_do_not_step_keep_their_numbers(rng: np.random.Generator) -
 
 
 def test_options_may_lie_on_the_device(rng: np.random.Generator) -> None:
-    """As tensors of any dtype, for one setting or for all; the host's numbers beside them are not touched."""
+    """As tensors of any dtype, for one setting or for all; the host's numbers beside them are not
+    touched."""
     row, graph, names = nadam()
     kernel, tensors, numbers = begin(row, ("float32",) * 3, names, rng)
     plain = [hypers_of(row, graph, lr=0.125), hypers_of(row, graph, lr=0.5, weight_decay=0.25)]
-    away = [plain[0] | {"lr": torch.tensor(0.125)}, plain[1] | {"weight_decay": torch.tensor([0.25]).double()}]
+    away = [
+        plain[0] | {"lr": torch.tensor(0.125)},
+        plain[1] | {"weight_decay": torch.tensor([0.25]).double()},
+    ]
     rows = [0, 1, 0, 0, 1]
     launched = Resident(kernel, tensors, numbers, away, rows)
     launched.launch.run(2)
@@ -335,7 +436,11 @@ def test_options_may_lie_on_the_device(rng: np.random.Generator) -> None:
 
 
 GUARDED: dict[str, tuple[Callable[[], Program], Sequence[Any], tuple[str, ...] | None]] = {
-    "nadam": (lambda: program_of(nadam()[1], *["float32"] * 3), (5, 0, BLOCK + 1), ("mu_product", "step")),
+    "nadam": (
+        lambda: program_of(nadam()[1], *["float32"] * 3),
+        (5, 0, BLOCK + 1),
+        ("mu_product", "step"),
+    ),
     "lamb": (lambda: program(lamb), (5, 0, BLOCK * SPAN + 1), None),
     "factored": (lambda: program(factored), [(1, 2, 3), (2, BAND + 1, WIDE + 1)], None),
     "turned": (lambda: program(turned), [(1, 2, 3), (2, BAND + 1, 20)], None),
@@ -344,7 +449,11 @@ GUARDED: dict[str, tuple[Callable[[], Program], Sequence[Any], tuple[str, ...] |
 
 @pytest.mark.parametrize(
     ("name", "guard"),
-    [*((name, guard) for name in GUARDED for guard in (0.0, 1.0)), ("nadam", math.inf), ("nadam", NAN)],
+    [
+        *((name, guard) for name in GUARDED for guard in (0.0, 1.0)),
+        ("nadam", math.inf),
+        ("nadam", NAN),
+    ],
 )
 def test_a_guard_keeps_everything(name: str, guard: float, rng: np.random.Generator) -> None:
     """Where it is not 0, as a NaN is not, no byte changes; where it is 0, all is as without it."""
@@ -384,7 +493,22 @@ def test_launches_may_be_repeated(rng: np.random.Generator) -> None:
 
 def test_without_hyper_parameters_and_with_any_names(rng: np.random.Generator) -> None:
     """Names of columns and options that the generated code uses itself."""
-    names = ("tensor", "at", "mask", "start", "left", "row", "unit", "c0", "u0", "x0", "tl", "partials", "μ", "count")
+    names = (
+        "tensor",
+        "at",
+        "mask",
+        "start",
+        "left",
+        "row",
+        "unit",
+        "c0",
+        "u0",
+        "x0",
+        "tl",
+        "partials",
+        "μ",
+        "count",
+    )
     source = f"def rule(p, g, {', '.join(names)}, *, lr):\n"
     source += f"    return {{'p': p - 0.5 * g, {', '.join(f'{n!r}: {n} + g * lr' for n in names)}}}"
     space: dict[str, Any] = {}

@@ -1,4 +1,5 @@
-"""Triton's own path from a step to a launch, with a driver that only takes notes: what is compiled, and when."""
+"""Triton's own path from a step to a launch, with a driver that only takes notes: what is compiled,
+and when."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ HERE = Path(__file__).parent
 def reports() -> dict[str, Any]:
     """Of a process in which Triton compiles: where tests interpret, it cannot."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")]
+    )
     command = [sys.executable, "-W", "error", str(HERE / "launched.py")]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -56,6 +59,7 @@ def test_a_second_step_launches_what_the_first_did(case: str, reports: dict[str,
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_first_step_compiles(case: str, reports: dict[str, Any]) -> None:
-    """Whatever changes: learning rates, who has a gradient, how many tensors there are, and with them all tables."""
+    """Whatever changes: learning rates, who has a gradient, how many tensors there are, and with
+    them all tables."""
     assert reports[case]["compiled"] > 0
     assert reports[case]["later"] == reports[case]["compiled"]

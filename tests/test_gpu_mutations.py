@@ -1,6 +1,8 @@
-"""Would the tests notice? Generated kernels for GPUs are made wrong in every small way, and each must show.
+"""Would the tests notice? Generated kernels for GPUs are made wrong in every small way, and each
+must show.
 
-The test for alignment is left alone: without it only the speed would change, here as on a GPU that takes any address.
+The test for alignment is left alone: without it only the speed would change, here as on a GPU that
+takes any address.
 """
 
 from __future__ import annotations
@@ -63,7 +65,10 @@ TILES: Mistakes = {
     r"(?<=tl\.where\(mask, \()(\w+)(\)\.to\(tl\.float64\), )0\.0": (r"\1\g<2>1.0",),
 }
 FACTORED: Mistakes = {r"total \+ one": ("total", "one")}
-LARGEST: Mistakes = {r"larger\(total, one\)": ("total", "one"), r"larger\((d\d), ": (r"(0 * \1 + ",)}
+LARGEST: Mistakes = {
+    r"larger\(total, one\)": ("total", "one"),
+    r"larger\((d\d), ": (r"(0 * \1 + ",),
+}
 NUMBERS: Mistakes = {
     r"(?<=tl\.store\(fresh \+ tensor, )0": ("1",),
     r"(?<=if tl\.load\(guard\) )!= 0": ("== 0", "> 5"),
@@ -76,7 +81,10 @@ COUNTED: Mistakes = {
     r"(?<=\)) \+ 1\)\.to\(tl\.float64\)": (").to(tl.float64)", " + 2).to(tl.float64)"),
 }
 FIRST: Mistakes = {
-    r"tl\.load\(fresh \+ tensor\)": ("(tl.load(fresh + tensor) * 0 + 1)", "(tl.load(fresh + tensor) * 0)"),
+    r"tl\.load\(fresh \+ tensor\)": (
+        "(tl.load(fresh + tensor) * 0 + 1)",
+        "(tl.load(fresh + tensor) * 0)",
+    ),
 }
 OPERATIONS: Mistakes = {
     r"(?<=t\d = )(\w+) \+ (\w+)$": (r"\1 - \2",),
@@ -97,7 +105,8 @@ OPERATIONS: Mistakes = {
 
 
 def wrong_walks(source: Source, mistakes: Mistakes, inside: str) -> Iterator[tuple[str, Source]]:
-    """The text as a generator with one mistake would write it: everywhere, in functions whose names begin like this."""
+    """The text as a generator with one mistake would write it: everywhere, in functions whose names
+    begin like this."""
     parts = re.split(r"(?m)^(?=@triton)", source.text)
     chosen = [bool(re.search(rf"(?m)^def ({inside})", part)) for part in parts]
     for pattern, others in mistakes.items():
@@ -129,7 +138,10 @@ Agrees = Callable[[Kernel], bool]
 
 
 def check_all(
-    right: Kernel, agrees: Agrees, wrong: Iterator[tuple[str, Source]], monkeypatch: pytest.MonkeyPatch
+    right: Kernel,
+    agrees: Agrees,
+    wrong: Iterator[tuple[str, Source]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each mistake is noticed."""
     with bounded():
@@ -137,7 +149,9 @@ def check_all(
     unnoticed, count = [], 0
     for what, source in wrong:
         monkeypatch.setattr(gpu, "lower", lambda *_, source=source: source)
-        mutant = Kernel(right.program, torch.device("cpu"), right.numbers if right.is_resident else None, "f32")
+        mutant = Kernel(
+            right.program, torch.device("cpu"), right.numbers if right.is_resident else None, "f32"
+        )
         count += 1
         with bounded():
             if agrees(mutant):
@@ -153,8 +167,11 @@ def _on_the_device() -> Iterator[None]:
         yield
 
 
-def launched(one: Program, sizes: Sequence[Any], hypers: Sequence[dict[str, float]], share: float = 0.1) -> Agrees:
-    """Whether a kernel has the oracle's bits for these tensors, the last of which bears what others write beyond."""
+def launched(
+    one: Program, sizes: Sequence[Any], hypers: Sequence[dict[str, float]], share: float = 0.1
+) -> Agrees:
+    """Whether a kernel has the oracle's bits for these tensors, the last of which bears what others
+    write beyond."""
     rng = np.random.default_rng(0)
     tensors = [sensible(random_columns(rng, one, size, share)) for size in sizes]
     given = list(sizes) if isinstance(sizes[0], tuple) else None
@@ -171,7 +188,11 @@ def launched(one: Program, sizes: Sequence[Any], hypers: Sequence[dict[str, floa
         except Exception:
             # It wrote where nobody may, or is no program.
             return False
-        pairs = ((now[name], want[name]) for now, want in zip(after, wanted, strict=True) for name in want)
+        pairs = (
+            (now[name], want[name])
+            for now, want in zip(after, wanted, strict=True)
+            for name in want
+        )
         return all(is_same(got, want) for got, want in pairs)
 
     return agrees
@@ -185,11 +206,18 @@ def test_wrong_walks_over_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     check_all(right, agrees, wrong_walks(right.source, WALKS, "pass_|uniforms_"), monkeypatch)
 
 
-@pytest.mark.parametrize("rule", [factored, pytest.param(largest, marks=pytest.mark.slow)], ids=lambda r: r.__name__)
+@pytest.mark.parametrize(
+    "rule", [factored, pytest.param(largest, marks=pytest.mark.slow)], ids=lambda r: r.__name__
+)
 def test_wrong_walks_over_matrices(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     one = program(rule)
     wide = WIDTHS[-1]
-    sizes = ((2, BAND + 5, 7), (2, 3, wide + 9), (2, 2 * BLOCK // WIDTHS[0], WIDTHS[0]), (2, 8, 2 * wide))
+    sizes = (
+        (2, BAND + 5, 7),
+        (2, 3, wide + 9),
+        (2, 2 * BLOCK // WIDTHS[0], WIDTHS[0]),
+        (2, 8, 2 * wide),
+    )
     agrees = launched(one, sizes, [{"lr": 0.25}, {"lr": 0.5}], 0.0)
     right = compiled(one)
     mistakes = TILES | (FACTORED if rule is factored else LARGEST)
@@ -221,10 +249,19 @@ def test_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         settings = [hypers_of(of, graph)]
         settings.append({name: 0.5 * value + 0.125 for name, value in settings[0].items()})
 
-        def ends(kernel: Kernel, tensors=tensors, numbers=numbers, settings=settings) -> list[bytes]:
+        def ends(
+            kernel: Kernel, tensors=tensors, numbers=numbers, settings=settings
+        ) -> list[bytes]:
             found = []
             for guard in (None, 0.0, -1.0):
-                given = Resident(kernel, tensors, numbers, settings, [0, 1, 1, 0], first=[True, False, True, False])
+                given = Resident(
+                    kernel,
+                    tensors,
+                    numbers,
+                    settings,
+                    [0, 1, 1, 0],
+                    first=[True, False, True, False],
+                )
                 given.launch.active[:] = [1, 1, 0, 1]
                 given.launch.guard = None if guard is None else torch.empty(1).fill_(guard)
                 given.launch.run(2)
@@ -241,4 +278,6 @@ def test_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
                 return False
 
         mistakes = NUMBERS | (COUNTED if names else FIRST)
-        check_all(right, agrees, wrong_walks(right.source, mistakes, "pass_|uniforms_"), monkeypatch)
+        check_all(
+            right, agrees, wrong_walks(right.source, mistakes, "pass_|uniforms_"), monkeypatch
+        )

@@ -1,4 +1,5 @@
-"""The functions that Triton does not have, as the generated kernels have them: against NumPy's and C's."""
+"""The functions that Triton does not have, as the generated kernels have them: against NumPy's and
+C's."""
 
 from __future__ import annotations
 
@@ -47,10 +48,31 @@ def prelude(expression: str, a: np.ndarray, b: np.ndarray | None = None) -> np.n
 
 def test_halves_go_to_even(rng: np.random.Generator) -> None:
     for dtype, large in ((np.float32, 2.0**23), (np.float64, 2.0**52)):
-        near = np.array([0.0, 0.5, 1.5, 2.5, 1e-40, 0.49999997, large / 2 + 0.5, large - 0.5, large, large * 3, 1e30])
+        near = np.array(
+            [
+                0.0,
+                0.5,
+                1.5,
+                2.5,
+                1e-40,
+                0.49999997,
+                large / 2 + 0.5,
+                large - 0.5,
+                large,
+                large * 3,
+                1e30,
+            ]
+        )
         bits = rng.integers(0, 1 << 32, 20000, np.uint64).astype(np.uint32).view(np.float32)
         values = np.concatenate(
-            [near, near + 1, rng.standard_normal(2000) * 100, np.arange(200) / 2, bits, [np.inf, NAN]]
+            [
+                near,
+                near + 1,
+                rng.standard_normal(2000) * 100,
+                np.arange(200) / 2,
+                bits,
+                [np.inf, NAN],
+            ]
         )
         values = values.astype(dtype)
         values = np.concatenate([values, -values])
@@ -85,9 +107,14 @@ def test_powers_of_special_numbers_are_as_in_c() -> None:
 
 
 def test_powers_err_by_what_the_exponent_is_rounded(rng: np.random.Generator) -> None:
-    """log errs by 1 unit, its product with y by half a unit, and exp by 1 unit beside: at most 1 + 1.5 |y log x|."""
+    """log errs by 1 unit, its product with y by half a unit, and exp by 1 unit beside: at most 1 +
+    1.5 |y log x|."""
     x = np.concatenate(
-        [rng.uniform(0, 1, 4000), 1 - 10.0 ** rng.uniform(-8, 0, 4000), 10.0 ** rng.uniform(-9, 9, 4000)]
+        [
+            rng.uniform(0, 1, 4000),
+            1 - 10.0 ** rng.uniform(-8, 0, 4000),
+            10.0 ** rng.uniform(-9, 9, 4000),
+        ]
     )
     y = np.concatenate([rng.integers(0, 10000, 6000), rng.uniform(-2, 2, 6000)]).astype(np.float64)
     want = np.array([c_power(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)])

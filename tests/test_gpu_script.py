@@ -29,9 +29,12 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "name", ["machine", "checks", "whole", "many", "every", "uploads", "graphs", "matrices", "others"]
+    "name",
+    ["machine", "checks", "whole", "many", "every", "uploads", "graphs", "matrices", "others"],
 )
-def test_every_stage_runs_dry(name: str, script: ModuleType, tmp_path: Path, one_thread: None) -> None:
+def test_every_stage_runs_dry(
+    name: str, script: ModuleType, tmp_path: Path, one_thread: None
+) -> None:
     place = script.Place(stand_in(), 60.0, tmp_path / "result.json", dry=True)
     result = script.STAGES[name][0](place)
     assert json.loads(json.dumps(result)) == result
@@ -58,13 +61,19 @@ def run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> int
 
 
 def test_the_course_ends_in_one_file(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
     out = tmp_path / "out"
     assert run(script, monkeypatch, "--dry-run", "--stages", "machine,many", "--out", str(out)) == 0
     report = json.loads((out / "gpu.json").read_text())
-    assert {name: stage["status"] for name, stage in report["stages"].items()} == {"machine": "done", "many": "done"}
+    assert {name: stage["status"] for name, stage in report["stages"].items()} == {
+        "machine": "done",
+        "many": "done",
+    }
     assert report["stages"]["machine"]["result"]["gpu"]["name"] == "a stand-in"
     assert {goal["what"] for goal in report["goals"]} >= {"host_of_goal", "times_fused"}
     said = capsys.readouterr().out
@@ -73,7 +82,10 @@ def test_the_course_ends_in_one_file(
 
 
 def test_without_a_gpu_it_says_so(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
     assert run(script, monkeypatch, "--out", str(tmp_path / "out")) == 2
@@ -102,10 +114,18 @@ def test_a_stage_has_no_more_than_what_is_left(
 
 @pytest.mark.parametrize(
     ("ends", "seconds", "status"),
-    [("raise SystemExit(3)", 60.0, "ended with code 3"), ("time.sleep(60)", 2.0, "stopped after 2 s")],
+    [
+        ("raise SystemExit(3)", 60.0, "ended with code 3"),
+        ("time.sleep(60)", 2.0, "stopped after 2 s"),
+    ],
 )
 def test_a_stage_that_fails_costs_nothing_but_itself(
-    ends: str, seconds: float, status: str, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ends: str,
+    seconds: float,
+    status: str,
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What it had written and said is kept; so is what follows it."""
     stage = tmp_path / "stage.py"
@@ -142,11 +162,19 @@ def test_what_pytest_says_is_read(script: ModuleType) -> None:
 
 def test_first_steps_and_peaks_join_their_rows(script: ModuleType) -> None:
     contender = {"onepass": {"median_ms": 1.0}}
-    row = {"model": "gpt2", "optimizer": "nadam", "class": "NAdam", "parameters": 10**6, "contenders": contender}
+    row = {
+        "model": "gpt2",
+        "optimizer": "nadam",
+        "class": "NAdam",
+        "parameters": 10**6,
+        "contenders": contender,
+    }
     probe = {"first_ms": 2500.0, "warm_ms": 400.0, "peak_mb": 0.02}
     stages = {
         "every": {"result": [row | {"summary": {"times_foreach": 4.0}}]},
-        "first": {"result": {"gpt2 nadam onepass": probe, "gpt2 adamw onepass": {"error": "no GPU"}}},
+        "first": {
+            "result": {"gpt2 nadam onepass": probe, "gpt2 adamw onepass": {"error": "no GPU"}}
+        },
         "many": {"result": None},
     }
     (joined,) = script.summarize(stages)
@@ -159,7 +187,9 @@ def test_first_steps_and_peaks_join_their_rows(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_course(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_course(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
     assert run(script, monkeypatch, "--dry-run", "--out", str(tmp_path)) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())

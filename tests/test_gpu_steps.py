@@ -1,4 +1,5 @@
-"""Whole optimizers on a device that is the processor: as torch's, bit for bit as on the CPU, and without waiting."""
+"""Whole optimizers on a device that is the processor: as torch's, bit for bit as on the CPU, and
+without waiting."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ from onepass.kernel.gpu import launch as gpu
 from onepass.stepping.batch import KernelBatch
 from onepass.stepping.device_batch import DeviceBatch
 
-MODES: dict[str, dict[str, Any]] = {"default": {}, "capturable": {"capturable": True}, "fused": {"fused": True}}
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "capturable": {"capturable": True},
+    "fused": {"fused": True},
+}
 CASES = [
     pytest.param(algorithm, mode, id=f"{algorithm}-{mode}")
     for algorithm, (name, _) in ALGORITHMS.items()
@@ -52,7 +57,10 @@ def sent(opt: Any) -> dict[str, int]:
 def tensors_of(opt: Any) -> list[Tensor]:
     """Parameters and states."""
     params = [p.detach() for group in opt.param_groups for p in group["params"]]
-    return [*params, *(v for p in opt.state for v in opt.state[p].values() if isinstance(v, Tensor))]
+    return [
+        *params,
+        *(v for p in opt.state for v in opt.state[p].values() if isinstance(v, Tensor)),
+    ]
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -73,7 +81,8 @@ def run(side: Side, steps: int = 5) -> Side:
 
 @pytest.mark.parametrize(("algorithm", "mode"), CASES)
 def test_every_algorithm(algorithm: str, mode: str) -> None:
-    """As torch's within its tolerance, and bit for bit as on the CPU, where powers are rounded to float32 alike."""
+    """As torch's within its tolerance, and bit for bit as on the CPU, where powers are rounded to
+    float32 alike."""
     host = run(make_side(onepass, algorithm))
     theirs = run(make_side(torch.optim, algorithm))
     with interpreted():
@@ -93,7 +102,12 @@ def test_algorithms_of_matrices(name: str, mode: str) -> None:
     def make(library: Any, **modes: Any) -> Side:
         random = torch.Generator().manual_seed(3)
         params = [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
-        return Side(library, getattr(library, name)(params, lr=0.02, weight_decay=0.1, **modes), params, random)
+        return Side(
+            library,
+            getattr(library, name)(params, lr=0.02, weight_decay=0.1, **modes),
+            params,
+            random,
+        )
 
     host, theirs = run(make(onepass)), run(make(torch.optim))
     with interpreted():
@@ -161,7 +175,13 @@ def test_wider_states_and_gradients(mode: str) -> None:
         opt = onepass.AdamW([p], **(MODES[mode] if device else {}))
         opt.load_state_dict(
             {
-                "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(1100), "exp_avg_sq": torch.ones(1100)}},
+                "state": {
+                    0: {
+                        "step": torch.tensor(3.0),
+                        "exp_avg": torch.zeros(1100),
+                        "exp_avg_sq": torch.ones(1100),
+                    }
+                },
                 "param_groups": [opt.param_groups[0] | {"params": [0]}],
             }
         )
@@ -184,7 +204,10 @@ def test_a_hundred_groups(mode: str) -> None:
     def walk(library: Any, **modes: Any) -> Side:
         random = torch.Generator().manual_seed(0)
         params = [torch.randn(3 + i % 5, generator=random).requires_grad_() for i in range(100)]
-        groups = [{"params": [p], "lr": 0.001 * i, "weight_decay": 0.01 * (i % 7)} for i, p in enumerate(params)]
+        groups = [
+            {"params": [p], "lr": 0.001 * i, "weight_decay": 0.01 * (i % 7)}
+            for i, p in enumerate(params)
+        ]
         side = Side(library, library.AdamW(groups, **modes), params, random)
         for k in range(3):
             side.step(only=range(k, 100))
@@ -226,7 +249,9 @@ def test_rates_that_are_tensors(mode: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("schedulers", [onepass.lr_scheduler, lr_scheduler], ids=["onepass", "torch"])
+@pytest.mark.parametrize(
+    "schedulers", [onepass.lr_scheduler, lr_scheduler], ids=["onepass", "torch"]
+)
 def test_schedules(schedulers: Any, mode: str, tensor_lr: bool) -> None:
     def walk(library: Any, schedules: Any, **modes: Any) -> Side:
         side = make_side(library, "adam", lr=torch.tensor(0.1) if tensor_lr else 0.1, **modes)
@@ -267,14 +292,22 @@ def test_modes_continue_each_other(algorithm: str, before: str, after: str) -> N
         run(ours, 2)
         saved = copy.deepcopy(ours.opt.state_dict())
         for group in saved["param_groups"]:
-            group.update({key: value for key, value in (("capturable", False), ("fused", None)) if key in group})
+            group.update(
+                {
+                    key: value
+                    for key, value in (("capturable", False), ("fused", None))
+                    if key in group
+                }
+            )
             group.update(MODES[after])
         name, options = ALGORITHMS[algorithm]
         ours.opt = getattr(onepass, name)(ours.params, **options, **MODES[after])
         ours.opt.load_state_dict(saved)
         for k in range(2, 5):
             ours.step(only={1: [1, 2], 2: [0]}.get(k))
-        assert [type(b) for b in batches(ours.opt)] == [KernelBatch if after == "default" else DeviceBatch]
+        assert [type(b) for b in batches(ours.opt)] == [
+            KernelBatch if after == "default" else DeviceBatch
+        ]
     assert_same_bits(ours.opt, host.opt)
 
 
@@ -292,7 +325,9 @@ def test_a_mode_may_change_between_two_steps() -> None:
 # Gradient scaling.
 
 
-def scaled_step(side: Side, scale: float, found_inf: float, only: Sequence[int] | None = None) -> None:
+def scaled_step(
+    side: Side, scale: float, found_inf: float, only: Sequence[int] | None = None
+) -> None:
     """A step as `GradScaler` leaves it to an optimizer."""
     side.set_gradients(only)
     for p in side.params:
@@ -304,9 +339,12 @@ def scaled_step(side: Side, scale: float, found_inf: float, only: Sequence[int] 
     side.opt.zero_grad()
 
 
-@pytest.mark.parametrize(("algorithm", "mode"), [*RESIDENT, pytest.param("adamw", "default", id="adamw-default")])
+@pytest.mark.parametrize(
+    ("algorithm", "mode"), [*RESIDENT, pytest.param("adamw", "default", id="adamw-default")]
+)
 def test_gradient_scaling(algorithm: str, mode: str) -> None:
-    """Unscaled in the pass; where a gradient is not finite nothing has happened, and a first step is still to come."""
+    """Unscaled in the pass; where a gradient is not finite nothing has happened, and a first step
+    is still to come."""
     host = make_side(onepass, algorithm)
     with interpreted():
         ours = make_side(onepass, algorithm, **MODES[mode])
@@ -334,22 +372,37 @@ def test_gradient_scaling(algorithm: str, mode: str) -> None:
 # The host does not wait.
 
 
-READS = ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__", "__array__")
+READS = (
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "__array__",
+)
 PACKAGE = str(Path(onepass.__file__).parent)
 
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
-    """Notes where the package reads what a tensor holds; pinned memory, which is the host's own, it may fill."""
+    """Notes where the package reads what a tensor holds; pinned memory, which is the host's own, it
+    may fill."""
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in READS:
             original = getattr(Tensor, name)
 
-            def noted(self: Tensor, *args: Any, name: str = name, original: Any = original, **how: Any) -> Any:
+            def noted(
+                self: Tensor, *args: Any, name: str = name, original: Any = original, **how: Any
+            ) -> Any:
                 caller = sys._getframe(1)
                 file = caller.f_code.co_filename
-                if file.startswith(PACKAGE) and not (file.endswith("uploads.py") and name == "numpy"):
+                if file.startswith(PACKAGE) and not (
+                    file.endswith("uploads.py") and name == "numpy"
+                ):
                     found.append(f"{Path(file).name}:{caller.f_lineno} {name}")
                 return original(self, *args, **how)
 
@@ -359,7 +412,8 @@ def watched() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("algorithm", "mode"), RESIDENT)
 def test_a_step_reads_nothing_from_the_device(algorithm: str, mode: str) -> None:
-    """Neither the first nor a later one, nor one of other parameters, with rates and scales that lie there."""
+    """Neither the first nor a later one, nor one of other parameters, with rates and scales that
+    lie there."""
     with interpreted():
         ours = make_side(onepass, algorithm, lr=torch.tensor(0.05), **MODES[mode])
         with watched() as found:
@@ -380,8 +434,11 @@ def test_what_watches_sees_a_read() -> None:
 
 
 @pytest.mark.parametrize(("algorithm", "mode"), CASES)
-def test_a_second_step_compiles_nothing_and_sends_only_what_changed(algorithm: str, mode: str, monkeypatch) -> None:
-    # Step counts of the host are part of the uniform values, if the algorithm counts at all; on a device they are not.
+def test_a_second_step_compiles_nothing_and_sends_only_what_changed(
+    algorithm: str, mode: str, monkeypatch
+) -> None:
+    # Step counts of the host are part of the uniform values, if the algorithm counts at all; on a
+    # device they are not.
     rows = "rows" if mode == "default" else "leaves"
     with interpreted():
         ours = make_side(onepass, algorithm, **MODES[mode])
@@ -400,7 +457,9 @@ def test_a_second_step_compiles_nothing_and_sends_only_what_changed(algorithm: s
             assert step() <= ({"rows"} if mode == "default" else set())
         # More and more steps ahead, unless each product of momenta is news.
         assert sent(ours.opt)["addresses"] == 1
-        assert mode != "default" or sent(ours.opt)["rows"] <= (6 if algorithm in ("nadam", "asgd") else 3)
+        assert mode != "default" or sent(ours.opt)["rows"] <= (
+            6 if algorithm in ("nadam", "asgd") else 3
+        )
         ours.opt.param_groups[0]["lr"] = 0.03
         # Rprop's rate is the size of its first step alone.
         assert step() >= ({rows} if algorithm != "rprop" else set())
@@ -455,7 +514,9 @@ class Scaled(onepass.Optimizer):
     """As a user would write it: norms, a number that is kept, and a function of matrices."""
 
     def __init__(self, params: Any, lr: float = 0.1, **modes: Any) -> None:
-        super().__init__(params, {"lr": lr, "foreach": None, "fused": None, "capturable": False, **modes})
+        super().__init__(
+            params, {"lr": lr, "foreach": None, "fused": None, "capturable": False, **modes}
+        )
 
     @staticmethod
     def rule(p, g, momentum, trust: Scalar, *, lr, step, first):
@@ -468,7 +529,10 @@ class Scaled(onepass.Optimizer):
 def test_a_rule_of_ones_own(mode: str) -> None:
     def walk(**modes: Any) -> Any:
         random = torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=random).requires_grad_() for shape in ((3, 4), (40, 50), (3, 4), (2, 0))]
+        params = [
+            torch.randn(shape, generator=random).requires_grad_()
+            for shape in ((3, 4), (40, 50), (3, 4), (2, 0))
+        ]
         side = Side(onepass, Scaled(params, **modes), params, random)
         return run(side, 4)
 
@@ -489,7 +553,13 @@ def test_parameters_that_overlap_are_stepped_in_turn(mode: str) -> None:
     for library in (torch.optim, onepass):
         memory = torch.arange(40.0)
         params = [memory[:30].requires_grad_(), memory.detach()[10:].requires_grad_()]
-        opt = library.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.5, **(MODES[mode] if library is onepass else {}))
+        opt = library.SGD(
+            params,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.5,
+            **(MODES[mode] if library is onepass else {}),
+        )
         with interpreted():
             for _ in range(3):
                 for i, p in enumerate(params):
@@ -547,7 +617,11 @@ def test_errors_leave_everything_as_it_was() -> None:
             for _ in range(2):
                 ours.set_gradients()
                 ours.opt.param_groups[0]["lr"] = torch.ones(2)
-                refuses(ours.opt, "param group option 'lr' must be a number, got a tensor|must be a number", StepError)
+                refuses(
+                    ours.opt,
+                    "param group option 'lr' must be a number, got a tensor|must be a number",
+                    StepError,
+                )
                 ours.opt.param_groups[0]["lr"] = 0.1
                 ours.opt.step()
                 exp_avg = ours.opt.state[ours.params[0]]["exp_avg"]

@@ -1,4 +1,5 @@
-"""How launches on a GPU are cut: every element is in one program, and every share of a sum has a place of its own."""
+"""How launches on a GPU are cut: every element is in one program, and every share of a sum has a
+place of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,19 @@ from onepass.kernel.gpu.units import Blocks, Tiles, Work
 from onepass.kernel.graph.ir import Rank
 from onepass.kernel.graph.passes import Pass, Program
 
-EDGES = [1, 2, WIDTHS[0] - 1, WIDTHS[0], WIDTHS[0] + 1, WIDTHS[-1], WIDTHS[-1] + 1, BAND, BAND + 1, 3 * BAND, 700]
+EDGES = [
+    1,
+    2,
+    WIDTHS[0] - 1,
+    WIDTHS[0],
+    WIDTHS[0] + 1,
+    WIDTHS[-1],
+    WIDTHS[-1] + 1,
+    BAND,
+    BAND + 1,
+    3 * BAND,
+    700,
+]
 
 
 def shapes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -82,7 +95,10 @@ def test_every_element_of_a_matrix_is_in_one_program(rule: Rule, rng: np.random.
 def test_every_element_is_in_one_program(rule: Rule, rng: np.random.Generator) -> None:
     one = program(rule)
     numel = np.concatenate(
-        [[0, 1, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK * SPAN, BLOCK * SPAN + 1], rng.integers(0, 99999, 9)]
+        [
+            [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK * SPAN, BLOCK * SPAN + 1],
+            rng.integers(0, 99999, 9),
+        ]
     )
     for each, units in zip(one.passes, work_of(one, numel).units, strict=True):
         assert isinstance(units, Blocks)
@@ -118,7 +134,9 @@ def test_how_a_tensor_is_cut_is_its_own_affair(rule: Rule, rng: np.random.Genera
             for work, place in ((together, t), (turned, len(sizes) - 1 - t)):
                 other = work.units[k]
                 begin = other.first[place]
-                assert (other.table[begin : begin + other.count[place], 1:] == units.table[:, 1:]).all()
+                assert (
+                    other.table[begin : begin + other.count[place], 1:] == units.table[:, 1:]
+                ).all()
         for name, parts in alone.parts.items():
             assert together.parts[name][t] == parts[0]
 

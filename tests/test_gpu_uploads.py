@@ -1,4 +1,5 @@
-"""Tables on a device that lags behind: none is overwritten while something still reads it, and none is sent twice."""
+"""Tables on a device that lags behind: none is overwritten while something still reads it, and none
+is sent twice."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ import onepass
 from onepass.kernel.gpu import launch as gpu
 from onepass.kernel.gpu.uploads import SPARE, Table, fill
 
-# What a host may do, and how long it may wait between two steps: the number of pieces of work that streams get done.
+# What a host may do, and how long it may wait between two steps: the number of pieces of work that
+# streams get done.
 CHANGE, STEP, SWITCH, CAPTURE, REPLAY = range(5)
 ACTIONS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=40)
 
@@ -45,7 +47,8 @@ class Schedule:
             self.world.launch(table.on_device(array), array)
 
     def run(self, actions: Sequence[tuple[int, int]]) -> None:
-        """One schedule, to its end; every read on the way and every one after it finds what it must."""
+        """One schedule, to its end; every read on the way and every one after it finds what it
+        must."""
         self.step()
         for action, k in actions:
             if action == CHANGE:
@@ -80,7 +83,8 @@ def test_no_table_is_overwritten_while_it_is_read(actions: list[tuple[int, int]]
 
 
 def test_what_is_let_go_is_overwritten() -> None:
-    """The world is as unkind as it says: memory of tables that have changed becomes garbage in the end."""
+    """The world is as unkind as it says: memory of tables that have changed becomes garbage in the
+    end."""
     schedule = Schedule(Table, 1)
     schedule.run([(CHANGE, 0), (STEP, 0)] * 5)
     # Five tables and six stretches of memory of the host.
@@ -93,14 +97,16 @@ class Reusing(Table):
     def on_device(self, array: np.ndarray) -> Tensor:
         if self.device.is_capturing() or self._sent is None or array.tobytes() == self._known:
             return super().on_device(array)
-        self._pinned = fill(getattr(self, "_pinned", self.device.pin(array.size, torch.int64)), array)
+        self._pinned = fill(
+            getattr(self, "_pinned", self.device.pin(array.size, torch.int64)), array
+        )
         self._sent, self._known = self.device.send(self._pinned), array.tobytes()
         return self._sent
 
 
 class Overwriting(Table):
-    """Wrong: writes into the memory of the device, by way of new memory of the host, whichever stream it was taken on
-    and whether or not a graph reads it."""
+    """Wrong: writes into the memory of the device, by way of new memory of the host, whichever
+    stream it was taken on and whether or not a graph reads it."""
 
     def on_device(self, array: np.ndarray) -> Tensor:
         before = self._sent
@@ -149,7 +155,8 @@ class Careless(Table):
 
 
 class Late(Table):
-    """Wrong: keeps no memory of the host until its copy is captured... and gives each stretch to two captures."""
+    """Wrong: keeps no memory of the host until its copy is captured... and gives each stretch to
+    two captures."""
 
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         self._ready.append(self._ready[-1])
@@ -164,7 +171,10 @@ def test_wrong_tables_are_noticed(table: type[Table]) -> None:
     """By some of three hundred random schedules."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        actions = [(int(a), int(k)) for a, k in zip(rng.integers(0, 5, 30), rng.integers(0, 4, 30), strict=True)]
+        actions = [
+            (int(a), int(k))
+            for a, k in zip(rng.integers(0, 5, 30), rng.integers(0, 4, 30), strict=True)
+        ]
         try:
             Schedule(table).run(actions)
         except AssertionError:
@@ -193,7 +203,8 @@ def test_only_what_has_changed_is_sent() -> None:
 
 
 def test_fixed_arrays_are_known_by_what_they_are() -> None:
-    """They are kept: another one may not come to lie in the place of one that is gone, and be taken for it."""
+    """They are kept: another one may not come to lie in the place of one that is gone, and be taken
+    for it."""
     table = Table(HeldBack(World()), [])
     for i in range(3):
         array = np.full(3, i)
@@ -222,7 +233,10 @@ def test_tables_may_be_empty_and_grow() -> None:
 def test_a_capture_needs_steps_before_it() -> None:
     world = World()
     table = Table(HeldBack(world), [], SPARE)
-    with world.capture(), pytest.raises(RuntimeError, match="take a few steps outside of captures") as caught:
+    with (
+        world.capture(),
+        pytest.raises(RuntimeError, match="take a few steps outside of captures") as caught,
+    ):
         table.on_device(np.arange(3))
     assert "\n" not in str(caught.value)
     table.on_device(np.arange(3))
@@ -287,7 +301,9 @@ PROGRAMS = {"lamb": lambda: program(lamb), "factored": lambda: program(factored)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_memory_of_another_stream_is_announced(name: str, counting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_another_stream_is_announced(
+    name: str, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All that kernels are given, and what they reach through tables."""
     kernel = compiled(PROGRAMS[name]())
     # Two matrices: wide ones have sums in several shares.
@@ -316,7 +332,8 @@ def capture(counting: Any, side: Any) -> None:
 
 
 def test_what_a_graph_reads_outlives_plans(counting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches that follow, other parameters, other options, a state dict: what was captured is still there."""
+    """Launches that follow, other parameters, other options, a state dict: what was captured is
+    still there."""
     side = make_side(onepass, "nadam", capturable=True)
     for _ in range(2):
         side.step()
@@ -372,9 +389,12 @@ def test_captures_need_capturable_and_steps_before(counting: Any) -> None:
         ready.opt.step()
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE if str(row) in ("AdamW", "SGD", "RAdam", "Adagrad")], ids=str)
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if str(row) in ("AdamW", "SGD", "RAdam", "Adagrad")], ids=str
+)
 def test_rows_are_sent_ahead(row: Any, counting: Any) -> None:
-    """Step counts change the uniform values of every step: what was foretold is used, and only if it is right."""
+    """Step counts change the uniform values of every step: what was foretold is used, and only if
+    it is right."""
     p = torch.ones(40, requires_grad=True)
     theirs = torch.ones(40, requires_grad=True)
     opt, other = row.make([p]), row.make_torch([theirs])

@@ -1,4 +1,5 @@
-"""No step reads or writes a byte beside its tensors: all of them lie at pages without access, see `guard_pages.py`."""
+"""No step reads or writes a byte beside its tensors: all of them lie at pages without access, see
+`guard_pages.py`."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ import sys
 import pytest
 from processes import ROOT, run_script
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's calls")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="pages are protected by Linux's calls"
+)
 RUN = "import sys, guard_pages; guard_pages.main(sys.argv[1:])"
 
 
 def test_steps_keep_to_their_memory() -> None:
-    """Every algorithm and type, all awkward sizes, one to four threads; bits are those on ordinary memory."""
+    """Every algorithm and type, all awkward sizes, one to four threads; bits are those on ordinary
+    memory."""
     assert "all within" in run_script(RUN)
 
 
@@ -29,9 +33,13 @@ def test_random_rounds() -> None:
     assert "all within" in run_script(RUN, "1", "400", timeout=900)
 
 
-@pytest.mark.parametrize("wrong", ["touch_what_is_beside(True)", "touch_what_is_beside(False)", "step_too_far()"])
+@pytest.mark.parametrize(
+    "wrong", ["touch_what_is_beside(True)", "touch_what_is_beside(False)", "step_too_far()"]
+)
 def test_a_byte_beside_ends_the_process(wrong: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-c", f"import guard_pages; guard_pages.{wrong}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=100, check=False
+    )
     assert done.returncode in (-signal.SIGSEGV, -signal.SIGBUS), done.stderr[-2000:]

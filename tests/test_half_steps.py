@@ -1,4 +1,5 @@
-"""A step happens as a whole or not at all, whatever the memory and the classes of its tensors are like."""
+"""A step happens as a whole or not at all, whatever the memory and the classes of its tensors are
+like."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slower eager backend.*")
 
 EAGER = {"foreach": False, "fused": False}
 BACKENDS = {"kernel": {}, "eager": EAGER}
-# Each has its own state: none, a column, columns and counts, numbers of the rule's, rows and columns, matrices.
+# Each has its own state: none, a column, columns and counts, numbers of the rule's, rows and
+# columns, matrices.
 RULES = {
     "sgd": ("SGD", {"lr": 0.1}),
     "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -61,7 +63,10 @@ def whole(t: Any) -> Any:
         return t
     plain = t.content if isinstance(t, Wrapper) else t.detach().as_subclass(Tensor)
     facts = tuple(plain.shape), plain.stride(), plain.dtype, plain.is_neg()
-    return (*facts, bytes(plain.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist()))
+    return (
+        *facts,
+        bytes(plain.detach().resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist()),
+    )
 
 
 def contents(opt: Any) -> list[Any]:
@@ -129,10 +134,14 @@ def with_holes(library: Any, rule: str, backend: str, place: int) -> Any:
 @on_each_backend
 @pytest.mark.parametrize("rule", ["momentum", "adam", "nadam", "adafactor", "muon"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
-def test_parameter_with_holes_is_damaged(damage: Callable[[Tensor], None], rule: str, backend: str) -> None:
+def test_parameter_with_holes_is_damaged(
+    damage: Callable[[Tensor], None], rule: str, backend: str
+) -> None:
     """The step raises, changes nothing, and the next one goes on as if nothing had been."""
     for place in (0, 2):
-        (opt, params), (twin, others) = (with_holes(onepass, rule, backend, place) for _ in range(2))
+        (opt, params), (twin, others) = (
+            with_holes(onepass, rule, backend, place) for _ in range(2)
+        )
         for t in range(3):
             set_gradients(params, t)
             set_gradients(others, t)
@@ -213,7 +222,11 @@ class Wrapper(Tensor):
         if func is torch.ops.aten.detach.default:
             return Wrapper(args[0].content)
         result = func(*tree_map(bare, args), **tree_map(bare, kwargs or {}))
-        return args[0] if in_place else tree_map(lambda x: Wrapper(x) if isinstance(x, Tensor) else x, result)
+        return (
+            args[0]
+            if in_place
+            else tree_map(lambda x: Wrapper(x) if isinstance(x, Tensor) else x, result)
+        )
 
     @staticmethod
     def refuse(t: Any) -> None:
@@ -287,12 +300,15 @@ def fails_whole(opt: Any, bad: Any, cls: Any) -> None:
 
 @on_each_backend
 @pytest.mark.parametrize(
-    ("cls", "rule"), [*(("dispatch", rule) for rule in RULES), ("function", "momentum"), ("function", "nadam")]
+    ("cls", "rule"),
+    [*(("dispatch", rule) for rule in RULES), ("function", "momentum"), ("function", "nadam")],
 )
 def test_parameter_refuses(cls: str, rule: str, backend: str) -> None:
     for kinds in LISTS:
         for good_steps in (0, 2):
-            (opt, params), (twin, others) = (of_classes(rule, backend, kinds, CLASSES[cls]) for _ in range(2))
+            (opt, params), (twin, others) = (
+                of_classes(rule, backend, kinds, CLASSES[cls]) for _ in range(2)
+            )
             for t in range(good_steps + 2):
                 set_gradients(params, t)
                 set_gradients(others, t)
@@ -312,14 +328,17 @@ COLUMNS = {
     "muon": ["momentum_buffer"],
 }
 NUMBERS = {"adam": ["step"], "nadam": ["step", "mu_product"], "adafactor": ["step"]}
-STATES = [(rule, name) for table in (COLUMNS, NUMBERS) for rule, names in table.items() for name in names]
+STATES = [
+    (rule, name) for table in (COLUMNS, NUMBERS) for rule, names in table.items() for name in names
+]
 
 
 @on_each_backend
 @pytest.mark.parametrize(("rule", "name"), STATES)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_state_refuses(cls: str, rule: str, name: str, backend: str) -> None:
-    """A state that is of such a class: the step fails as a whole, unless it replaces what refuses, as a number."""
+    """A state that is of such a class: the step fails as a whole, unless it replaces what refuses,
+    as a number."""
     for place in range(3):
         (opt, params), (twin, others) = (of_classes(rule, backend, "ppp", Tensor) for _ in range(2))
         for t in range(4):
@@ -354,7 +373,10 @@ def test_parameter_with_a_sparse_gradient_refuses(library: str, backend: str) ->
             for _ in range(2):
                 random = torch.Generator().manual_seed(0)
                 data = [torch.randn(4, 2, generator=random) for _ in kinds]
-                params = [Wrapper(d, True) if c in "gb" else nn.Parameter(d) for d, c in zip(data, kinds, strict=True)]
+                params = [
+                    Wrapper(d, True) if c in "gb" else nn.Parameter(d)
+                    for d, c in zip(data, kinds, strict=True)
+                ]
                 opt = getattr(onepass, library)(params, lr=0.1)
                 opt.param_groups[0].update(BACKENDS[backend])
                 runs.append((opt, params))
@@ -362,7 +384,10 @@ def test_parameter_with_a_sparse_gradient_refuses(library: str, backend: str) ->
             for t in range(good_steps + 2):
                 for p in (*params, *others):
                     p.grad = torch.sparse_coo_tensor(
-                        torch.tensor([[1, 3]]), torch.full((2, 2), 1.0 + t), (4, 2), check_invariants=False
+                        torch.tensor([[1, 3]]),
+                        torch.full((2, 2), 1.0 + t),
+                        (4, 2),
+                        check_invariants=False,
                     )
                 if t == good_steps:
                     fails_whole(opt, params[kinds.index("b")], Wrapper)
@@ -377,11 +402,17 @@ def make_inference(entry: Tensor) -> Tensor:
 
 
 def expand_first_row(entry: Tensor) -> Tensor:
-    return entry.flatten()[:1].expand(entry.numel()).view(entry.shape) if entry.numel() > 1 else entry.expand(())
+    return (
+        entry.flatten()[:1].expand(entry.numel()).view(entry.shape)
+        if entry.numel() > 1
+        else entry.expand(())
+    )
 
 
 @on_each_backend
-@pytest.mark.parametrize(("rule", "name"), [s for s in STATES if s[1] not in ("step", "mu_product")])
+@pytest.mark.parametrize(
+    ("rule", "name"), [s for s in STATES if s[1] not in ("step", "mu_product")]
+)
 @pytest.mark.parametrize("place", range(3))
 def test_state_made_in_inference_mode(place: int, rule: str, name: str, backend: str) -> None:
     (opt, params), (twin, others) = (of_classes(rule, backend, "ppp", Tensor) for _ in range(2))
@@ -417,7 +448,9 @@ def test_number_made_in_inference_mode(rule: str, name: str, backend: str) -> No
 
 
 @on_each_backend
-@pytest.mark.parametrize(("rule", "name"), [s for s in STATES if s[1] not in ("step", "mu_product")])
+@pytest.mark.parametrize(
+    ("rule", "name"), [s for s in STATES if s[1] not in ("step", "mu_product")]
+)
 @pytest.mark.parametrize("place", range(3))
 def test_expanded_state(place: int, rule: str, name: str, backend: str) -> None:
     """It steps as a dense copy of it does."""
@@ -428,7 +461,9 @@ def test_expanded_state(place: int, rule: str, name: str, backend: str) -> None:
         if t == 2:
             state = opt.state[params[place]]
             state[name] = expand_first_row(state[name])
-            twin.state[others[place]][name] = state[name].clone(memory_format=torch.contiguous_format)
+            twin.state[others[place]][name] = state[name].clone(
+                memory_format=torch.contiguous_format
+            )
         opt.step()
         twin.step()
     assert [v[-1] for _, v in values(opt) if isinstance(v, tuple)] == [
@@ -439,7 +474,8 @@ def test_expanded_state(place: int, rule: str, name: str, backend: str) -> None:
 @on_each_backend
 @by_each_rule
 def test_undo_of_a_first_step(rule: str, backend: str) -> None:
-    """State that a failed first step has made is gone, also that of parameters that have stepped before."""
+    """State that a failed first step has made is gone, also that of parameters that have stepped
+    before."""
     opt, params = of_classes(rule, backend, "pbpg", Wrapper)
     set_gradients(params, 0, only=[0])
     opt.step()
@@ -476,7 +512,9 @@ class Exchange(Previous):
 @pytest.mark.parametrize("cls", [Tensor, Function], ids=["plain", "class"])
 def test_old_value_as_a_state(cls: Any, dtype: torch.dtype, count: int, backend: str) -> None:
     start = [torch.arange(1.0, 4.0 + i).to(dtype) for i in range(count)]
-    params: list[Any] = [nn.Parameter(t.clone()) if cls is Tensor else cls(t.clone(), True) for t in start]
+    params: list[Any] = [
+        nn.Parameter(t.clone()) if cls is Tensor else cls(t.clone(), True) for t in start
+    ]
     opt = Previous(params, lr=0.5, **BACKENDS[backend])
     for t in range(3):
         for p in params:
@@ -510,30 +548,50 @@ LAYOUTS: dict[str, Callable[[Tensor], list[Tensor]]] = {
     "three equal": lambda b: [b[:16].view(4, 4) for _ in range(3)],
     "overlapping": lambda b: [b[:16].view(4, 4), b[6:22].view(4, 4)],
     "backwards": lambda b: [b[6:22].view(4, 4), b[:16].view(4, 4)],
-    "chained": lambda b: [b[:16].view(4, 4), b[10:22].view(4, 3), b[20:40].view(5, 4), b[50:56].view(2, 3)],
+    "chained": lambda b: [
+        b[:16].view(4, 4),
+        b[10:22].view(4, 3),
+        b[20:40].view(5, 4),
+        b[50:56].view(2, 3),
+    ],
     "transposed": lambda b: [b[:16].view(4, 4), b[:16].view(4, 4).t()],
     "transposed first": lambda b: [b[:12].view(3, 4).t(), b[:12].view(3, 4)],
     "both transposed": lambda b: [b[:16].view(4, 4).t(), b[8:24].view(4, 4).t()],
     "holes": lambda b: [b[:24].view(4, 6)[:, ::2], b[:24].view(4, 6)[:, 1:4]],
     "interleaved": lambda b: [b[:24].view(4, 6)[:, ::2], b[:24].view(4, 6)[:, 1::2]],
     "whole and holes": lambda b: [b[:24].view(4, 6), b[:24].view(4, 6)[1:3, ::2]],
-    "holes and whole": lambda b: [b[:24].view(4, 6)[1:3, ::2], b[:24].view(4, 6), b[30:36].view(2, 3)],
-    "another apart": lambda b: [b[40:52].view(3, 4), b[:16].view(4, 4), b[8:20].view(3, 4), b[60:72].view(4, 3)],
+    "holes and whole": lambda b: [
+        b[:24].view(4, 6)[1:3, ::2],
+        b[:24].view(4, 6),
+        b[30:36].view(2, 3),
+    ],
+    "another apart": lambda b: [
+        b[40:52].view(3, 4),
+        b[:16].view(4, 4),
+        b[8:20].view(3, 4),
+        b[60:72].view(4, 3),
+    ],
 }
 SHARING = ("momentum", "adam", "amsgrad", "nadam", "adafactor", "muon")
 # One walk over memory, and several; the other rules with some of the layouts.
 LAID_OUT = [(layout, rule) for layout in LAYOUTS for rule in ("momentum", "adafactor")]
 LAID_OUT += [
-    (n, rule) for n in ("equal", "transposed", "holes and whole") for rule in SHARING if (n, rule) not in LAID_OUT
+    (n, rule)
+    for n in ("equal", "transposed", "holes and whole")
+    for rule in SHARING
+    if (n, rule) not in LAID_OUT
 ]
 STRICT = {"rtol": 1e-11, "atol": 1e-13}
 
 
 def sequential(rule: str, params: Sequence[Tensor], lrs: Sequence[float]) -> list[Any]:
-    """An oracle: torch's loop over parameters; for Muon, which torch computes in bfloat16, one optimizer for each."""
+    """An oracle: torch's loop over parameters; for Muon, which torch computes in bfloat16, one
+    optimizer for each."""
     if rule != "muon":
         opt = getattr(torch.optim, RULES[rule][0])(
-            [{"params": [p], "lr": lr} for p, lr in zip(params, lrs, strict=True)], **RULES[rule][1], foreach=False
+            [{"params": [p], "lr": lr} for p, lr in zip(params, lrs, strict=True)],
+            **RULES[rule][1],
+            foreach=False,
         )
         return [opt]
     return [onepass.Muon([p], lr=lr) for p, lr in zip(params, lrs, strict=True)]
@@ -567,11 +625,16 @@ def test_shared_memory_of_parameters(groups: bool, layout: str, rule: str, backe
 @on_each_backend
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "amsgrad"])
 def test_shared_memory_of_groups_that_compute_differently(rule: str, backend: str) -> None:
-    """The order is that of the parameters, also where one before both steps together with the second of them."""
+    """The order is that of the parameters, also where one before both steps together with the
+    second of them."""
     ends = []
     for library in (onepass, torch.optim):
         buffer = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        params = [nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(buffer[:8]), nn.Parameter(buffer[4:])]
+        params = [
+            nn.Parameter(torch.ones(3, dtype=torch.float64)),
+            nn.Parameter(buffer[:8]),
+            nn.Parameter(buffer[4:]),
+        ]
         opt = make(library, rule, [{"params": [p], "lr": 0.1, "weight_decay": 0.3} for p in params])
         opt.param_groups[1]["maximize"] = True
         for group in opt.param_groups:
@@ -611,16 +674,21 @@ def test_memory_becomes_shared(layout: str, rule: str, backend: str) -> None:
 
 
 @on_each_backend
-@pytest.mark.parametrize(("rule", "name"), [(r, n) for r in SHARING if r != "muon" for n in COLUMNS[r]])
+@pytest.mark.parametrize(
+    ("rule", "name"), [(r, n) for r in SHARING if r != "muon" for n in COLUMNS[r]]
+)
 @pytest.mark.parametrize("place", [(0, 1), (0, 2), (2, 1)])
 def test_shared_states(place: tuple[int, int], rule: str, name: str, backend: str) -> None:
-    """Two parameters have one state tensor: the second goes on with what the first has made of it."""
+    """Two parameters have one state tensor: the second goes on with what the first has made of
+    it."""
     # So that the rules' numbers are strict, too.
     torch.set_default_dtype(torch.float64)
     ends = []
     for ours in (True, False):
         random = torch.Generator().manual_seed(0)
-        params = [nn.Parameter(torch.randn(3, 2, generator=random, dtype=torch.float64)) for _ in range(3)]
+        params = [
+            nn.Parameter(torch.randn(3, 2, generator=random, dtype=torch.float64)) for _ in range(3)
+        ]
         opt = make(onepass, rule, params, backend) if ours else make(torch.optim, rule, params)
         if not ours:
             opt.param_groups[0].update(foreach=False)
@@ -668,7 +736,10 @@ def test_shared_memory_and_a_failing_step(later: str, rule: str, backend: str) -
     runs = []
     for _ in range(2):
         buffer = torch.randn(40, generator=torch.Generator().manual_seed(0))
-        params: list[Any] = [nn.Parameter(buffer[:12].view(3, 4)), nn.Parameter(buffer[6:18].view(3, 4))]
+        params: list[Any] = [
+            nn.Parameter(buffer[:12].view(3, 4)),
+            nn.Parameter(buffer[6:18].view(3, 4)),
+        ]
         params.append(Wrapper(torch.ones(3, 4), True))
         runs.append((make(onepass, rule, params, backend), params))
     (opt, params), (twin, others) = runs
@@ -715,7 +786,9 @@ def imaginary(t: Tensor) -> Tensor:
 def imaginary_and_dense(t: Tensor) -> Tensor:
     """With dense strides: every second number of twice as many would be the real part."""
     flat = -t.reshape(-1)
-    pairs = torch.cat([torch.zeros(1, dtype=t.dtype), flat, torch.zeros((flat.numel() + 1) % 2, dtype=t.dtype)])
+    pairs = torch.cat(
+        [torch.zeros(1, dtype=t.dtype), flat, torch.zeros((flat.numel() + 1) % 2, dtype=t.dtype)]
+    )
     conjugate = torch.view_as_complex(pairs.view(-1, 2)).conj()
     return conjugate.imag.as_strided(t.shape, t.contiguous().stride(), 1)
 
@@ -727,7 +800,9 @@ NEGATED = [negative, imaginary, imaginary_and_dense]
 @by_each_rule
 @pytest.mark.parametrize("view", NEGATED, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("shape", [(3, 2), (1, 1), (4, 1)])
-def test_negated_gradients(shape: tuple[int, int], view: Callable[[Tensor], Tensor], rule: str, backend: str) -> None:
+def test_negated_gradients(
+    shape: tuple[int, int], view: Callable[[Tensor], Tensor], rule: str, backend: str
+) -> None:
     sides = [[nn.Parameter(torch.ones(shape)) for _ in range(3)] for _ in range(2)]
     opts = [make(onepass, rule, params, backend) for params in sides]
     for t in range(3):
@@ -746,7 +821,9 @@ def test_negated_gradients(shape: tuple[int, int], view: Callable[[Tensor], Tens
 @on_each_backend
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "nadam"])
 @pytest.mark.parametrize("view", NEGATED, ids=lambda f: f.__name__)
-def test_negated_parameters_and_states(view: Callable[[Tensor], Tensor], rule: str, backend: str) -> None:
+def test_negated_parameters_and_states(
+    view: Callable[[Tensor], Tensor], rule: str, backend: str
+) -> None:
     """They may step on another backend, and agree to rounding."""
     for columns in (["p"], COLUMNS.get(rule, []), ["p", *COLUMNS.get(rule, [])]):
         sides = [[nn.Parameter(torch.randn(3, 2).double()) for _ in range(3)] for _ in range(2)]
@@ -766,14 +843,19 @@ def test_negated_parameters_and_states(view: Callable[[Tensor], Tensor], rule: s
                         assert opts[0].state[p][name].is_neg()
             for opt in opts:
                 opt.step()
-        torch.testing.assert_close(*([p.detach().resolve_neg() for p in params] for params in sides), **STRICT)
+        torch.testing.assert_close(
+            *([p.detach().resolve_neg() for p in params] for params in sides), **STRICT
+        )
 
 
 @on_each_backend
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("what", ["g", "p", "state", "g with strides", "g negated"])
 def test_conjugated(what: str, rule: str, backend: str) -> None:
-    sides = [[nn.Parameter(torch.randn(3, 2, dtype=torch.complex128)) for _ in range(3)] for _ in range(2)]
+    sides = [
+        [nn.Parameter(torch.randn(3, 2, dtype=torch.complex128)) for _ in range(3)]
+        for _ in range(2)
+    ]
     for p, q in zip(*sides, strict=True):
         q.data = p.data.clone()
     opts = [make(onepass, rule, params, backend) for params in sides]
@@ -813,7 +895,9 @@ def saved_size(thing: Any) -> int:
 
 
 @on_each_backend
-@pytest.mark.parametrize("rule", ["sgd", "momentum", "amsgrad", "adagrad", "nadam", "asgd", "adafactor"])
+@pytest.mark.parametrize(
+    "rule", ["sgd", "momentum", "amsgrad", "adagrad", "nadam", "asgd", "adafactor"]
+)
 def test_sizes_of_saved_state(rule: str, backend: str) -> None:
     """Within a fifth of torch's."""
     sizes = []
@@ -824,7 +908,13 @@ def test_sizes_of_saved_state(rule: str, backend: str) -> None:
             set_gradients(params, t)
             opt.step()
         entry = dict(opt.state.get(params[0], {}))
-        sizes.append([len(pickle.dumps(opt.state_dict()["state"])), len(pickle.dumps(entry)), saved_size(entry)])
+        sizes.append(
+            [
+                len(pickle.dumps(opt.state_dict()["state"])),
+                len(pickle.dumps(entry)),
+                saved_size(entry),
+            ]
+        )
     for ours, theirs in zip(*sizes, strict=True):
         assert ours <= 1.2 * theirs + 64
 
@@ -836,7 +926,9 @@ def is_number(t: Any) -> bool:
 def check_numbers(opt: Any) -> int:
     """Each number lies in a storage of its own, of its size; returns how many there are."""
     numbers = [t for entry in opt.state.values() for t in entry.values() if is_number(t)]
-    assert all(t.untyped_storage().nbytes() == t.itemsize and t.storage_offset() == 0 for t in numbers)
+    assert all(
+        t.untyped_storage().nbytes() == t.itemsize and t.storage_offset() == 0 for t in numbers
+    )
     assert len({t.data_ptr() for t in numbers}) == len(numbers)
     return len(numbers)
 
@@ -880,7 +972,11 @@ def test_shared_numbers_become_their_own(how: str, algorithm: str, backend: str)
         for name in [name for name, t in side.opt.state[side.params[0]].items() if is_number(t)]:
             value = side.opt.state[side.params[0]][name].clone()
             vector = torch.full((4,), float(value))
-            views = {"one tensor": [value] * 4, "one vector": list(vector), "expanded": list(value.expand(4))}
+            views = {
+                "one tensor": [value] * 4,
+                "one vector": list(vector),
+                "expanded": list(value.expand(4)),
+            }
             views["python"] = [int(value) if name == "step" else float(value)] * 4
             for p, view in zip(side.params, views[how], strict=True):
                 side.opt.state[p][name] = view if ours else value.clone()
@@ -890,7 +986,9 @@ def test_shared_numbers_become_their_own(how: str, algorithm: str, backend: str)
         torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-5, atol=2e-6)
         assert float(sides[0].opt.state[p]["step"]) == 3
     if how in ("one tensor", "expanded"):
-        numbers = [t for entry in sides[0].opt.state.values() for t in entry.values() if is_number(t)]
+        numbers = [
+            t for entry in sides[0].opt.state.values() for t in entry.values() if is_number(t)
+        ]
         assert len({t.data_ptr() for t in numbers}) == len(numbers)
 
 
@@ -927,7 +1025,9 @@ def share_by_a_queue(opt: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
-@pytest.mark.parametrize("share", [share_all, share_by_pickling, share_by_a_queue], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "share", [share_all, share_by_pickling, share_by_a_queue], ids=lambda f: f.__name__
+)
 def test_state_in_shared_memory(share: Callable[[Any], None], algorithm: str) -> None:
     """A kernel steps it, where it lies."""
     ours, twin = make_side(onepass, algorithm), make_side(onepass, algorithm)
@@ -946,7 +1046,9 @@ def test_state_in_shared_memory(share: Callable[[Any], None], algorithm: str) ->
 # Tensors without values.
 
 
-def fake_steps(library: Any, name: str, options: dict[str, Any], backend: str) -> dict[Any, Any] | str:
+def fake_steps(
+    library: Any, name: str, options: dict[str, Any], backend: str
+) -> dict[Any, Any] | str:
     """The kinds of all states after two steps of fake tensors, or what went wrong."""
     with FakeTensorMode():
         params = [nn.Parameter(torch.randn(shape)) for shape in ((4, 3), (5, 2))]
@@ -985,10 +1087,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 
 def eager_runs(algorithm: str, dtype: torch.dtype, together: bool, steps: int = 4) -> list[Any]:
     random = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+    params = [
+        nn.Parameter(torch.randn(shape, generator=random, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
     lrs = [0.1, 0.03, 0.0]
     name, options = ALGORITHMS[algorithm]
-    modes = {k: v for k, v in EAGER.items() if k in getattr(onepass, name)([nn.Parameter(torch.ones(1))]).defaults}
+    modes = {
+        k: v
+        for k, v in EAGER.items()
+        if k in getattr(onepass, name)([nn.Parameter(torch.ones(1))]).defaults
+    }
     groups = [[{"params": [p], "lr": lrs[i % 3]}] for i, p in enumerate(params)]
     given = [[{"params": params[i::3], "lr": lrs[i]} for i in range(3)]] if together else groups
     opts = [getattr(onepass, name)(g, **(options | modes)) for g in given]
@@ -1004,7 +1113,10 @@ def eager_runs(algorithm: str, dtype: torch.dtype, together: bool, steps: int = 
             if any(p.grad is not None for group in opt.param_groups for p in group["params"]):
                 opt.step()
     of = {p: opt for opt in opts for group in opt.param_groups for p in group["params"]}
-    return [[("p", bits_of(p)), *((k, bits_of(t)) for k, t in sorted(of[p].state[p].items()))] for p in params]
+    return [
+        [("p", bits_of(p)), *((k, bits_of(t)) for k, t in sorted(of[p].state[p].items()))]
+        for p in params
+    ]
 
 
 def bits_of(t: Any) -> Any:
@@ -1021,15 +1133,20 @@ def test_together_equals_one_at_a_time(
 ) -> None:
     if most is not None:
         monkeypatch.setattr(eager_batch, "MOST_ELEMENTS", most)
-    assert eager_runs(algorithm, dtype, together=True) == eager_runs(algorithm, dtype, together=False)
+    assert eager_runs(algorithm, dtype, together=True) == eager_runs(
+        algorithm, dtype, together=False
+    )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [(torch.float32, "kernel"), (torch.float32, "eager"), (torch.bfloat16, "eager")], ids=str
+    ("dtype", "backend"),
+    [(torch.float32, "kernel"), (torch.float32, "eager"), (torch.bfloat16, "eager")],
+    ids=str,
 )
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "rprop"])
 def test_rate_zero_keeps_every_bit(algorithm: str, dtype: torch.dtype, backend: str) -> None:
-    """Also a zero's sign, with other parameters in the same batch that do step. Rprop's lr is only a first size."""
+    """Also a zero's sign, with other parameters in the same batch that do step. Rprop's lr is only
+    a first size."""
     name, options = ALGORITHMS[algorithm]
     start = torch.tensor([-0.0, 0.0, 1.0, -3.0, 1e-4]).to(dtype)
     params = [nn.Parameter(start.clone()) for _ in range(4)]

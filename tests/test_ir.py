@@ -1,4 +1,5 @@
-"""Expressions: one object for one value, types and ranks, the sentences for what cannot be, and what functions mean."""
+"""Expressions: one object for one value, types and ranks, the sentences for what cannot be, and
+what functions mean."""
 
 from __future__ import annotations
 
@@ -16,7 +17,18 @@ from onepass.kernel import Graph, functions
 from onepass.kernel.eager import single as eager
 from onepass.kernel.functions import numel
 from onepass.kernel.graph import ir
-from onepass.kernel.graph.ir import Node, Rank, RuleError, const, hyper, load, make, topological, verify, where
+from onepass.kernel.graph.ir import (
+    Node,
+    Rank,
+    RuleError,
+    const,
+    hyper,
+    load,
+    make,
+    topological,
+    verify,
+    where,
+)
 from onepass.kernel.graph.trace import bind, trace
 
 NAN, INF = float("nan"), float("inf")
@@ -136,7 +148,10 @@ BRANCH = "cannot branch on a value that is known only while stepping: use where"
         (lambda: ~p, r"not takes one condition, got \(real\)"),
         (lambda: p & g, "and takes two conditions, or two integers of one type"),
         (lambda: p + "1", r"a rule computes with numbers and columns, got '1' \(str\)"),
-        (lambda: p * torch.ones(1), r"a rule computes with numbers and columns, got tensor\(\[1.\]\) \(Tensor\)"),
+        (
+            lambda: p * torch.ones(1),
+            r"a rule computes with numbers and columns, got tensor\(\[1.\]\) \(Tensor\)",
+        ),
         (lambda: p * None, r"a rule computes with numbers and columns, got None \(NoneType\)"),
         (lambda: p * True, r"a rule computes with numbers and columns, got True \(bool\)"),
         (lambda: make("add", p), "add takes two numbers"),
@@ -204,8 +219,14 @@ A, B = (m.ravel() for m in np.meshgrid(ANY, ANY))
         (lambda a, b: where(a > b, a, b), lambda a, b: torch.where(a > b, a, b)),
         (lambda a, b: where(a >= b, a, 1.0), lambda a, b: torch.where(a >= b, a, 1.0)),
         (lambda a, b: where(a != b, a, b), lambda a, b: torch.where(a != b, a, b)),
-        (lambda a, b: where((a < b) ^ (b <= 0), a, b), lambda a, b: torch.where((a < b) ^ (b <= 0), a, b)),
-        (lambda a, b: where(~(a == b) & (b < 1), a, b), lambda a, b: torch.where(~(a == b) & (b < 1), a, b)),
+        (
+            lambda a, b: where((a < b) ^ (b <= 0), a, b),
+            lambda a, b: torch.where((a < b) ^ (b <= 0), a, b),
+        ),
+        (
+            lambda a, b: where(~(a == b) & (b < 1), a, b),
+            lambda a, b: torch.where(~(a == b) & (b < 1), a, b),
+        ),
         (lambda a, b: functions.maximum(a, 0.5), lambda a, b: torch.clamp(a, min=0.5)),
         (lambda a, b: functions.minimum(0.5, a), lambda a, b: torch.clamp(a, max=0.5)),
         (lambda a, b: a / b, lambda a, b: a / b),
@@ -225,9 +246,12 @@ def test_functions_mean_what_torch_means(ours, theirs) -> None:
     weight=st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0.0, 1.0),
 )
 def test_lerp_is_torch_lerp(a: float, b: float, weight: float) -> None:
-    """Exact at both ends; between, each of the three roundings errs by half a unit of at most twice the larger end."""
+    """Exact at both ends; between, each of the three roundings errs by half a unit of at most twice
+    the larger end."""
     got = values(functions.lerp(load("p"), load("g"), weight), p=np.array([a]), g=np.array([b]))[0]
-    want = torch.lerp(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), weight).item()
+    want = torch.lerp(
+        torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), weight
+    ).item()
     assert abs(got - want) <= 2 * 3 * 2.0**-53 * 2 * max(abs(a), abs(b))
     if weight in (0.0, 1.0):
         assert got == (a if weight == 0 else b)
@@ -262,10 +286,13 @@ def test_the_square_of_an_element_is_a_product_of_host_values_a_power() -> None:
 
 
 def test_constants_beside_elements_round_once() -> None:
-    """0.1 in a float32 kernel is the float32 next to 0.1; hyper-parameters alike, after float64 arithmetic."""
+    """0.1 in a float32 kernel is the float32 next to 0.1; hyper-parameters alike, after float64
+    arithmetic."""
     graph = Graph("test", ("p", "g"), (("p", load("p") * 0.1 + (lr + 1.0) / 3.0),))
     program = bind(graph, (("p", "float32"), ("g", "float32")))
-    got = interpret(program, {"p": np.ones(1, np.float32), "g": np.ones(1, np.float32)}, {"lr": 1e-9})["p"]
+    got = interpret(
+        program, {"p": np.ones(1, np.float32), "g": np.ones(1, np.float32)}, {"lr": 1e-9}
+    )["p"]
     assert got[0] == np.float32(0.1) + np.float32((1e-9 + 1.0) / 3.0)
 
 

@@ -1,4 +1,5 @@
-"""Tensors of more than 2^31 elements: index arithmetic, proved on the program and on the cutting, and one real run."""
+"""Tensors of more than 2^31 elements: index arithmetic, proved on the program and on the cutting,
+and one real run."""
 
 from __future__ import annotations
 
@@ -31,18 +32,23 @@ def test_all_indices_of_lines_are_wide() -> None:
 
 
 def check_indices(source: str) -> None:
-    """Every address is computed from a 64-bit index, and no 64-bit value is ever cut to fewer bits."""
+    """Every address is computed from a 64-bit index, and no 64-bit value is ever cut to fewer
+    bits."""
     addresses = [line for line in source.splitlines() if "getelementptr" in line]
     assert addresses
     for line in addresses:
         assert re.search(r"getelementptr [\w ]+, ptr %\S+, i64 [%\w.-]+$", line), line
     assert not re.search(
-        r"trunc i64|= (add|sub|mul|udiv|urem)( nsw)? i(8|16|32) %\S*(_i|_next|base|line|index|offset)", source
+        r"trunc i64|= (add|sub|mul|udiv|urem)( nsw)? i(8|16|32) %\S*"
+        r"(_i|_next|base|line|index|offset)",
+        source,
     )
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, HUGE), (1, HUGE, 1), (HUGE, 1, 1), (3, 2**16, 2**15 + 3), (2**30, 3, 1)], ids=str
+    "sizes",
+    [(1, 1, HUGE), (1, HUGE, 1), (HUGE, 1, 1), (3, 2**16, 2**15 + 3), (2**30, 3, 1)],
+    ids=str,
 )
 @pytest.mark.parametrize("by_lines", [False, True], ids=["flat", "lines"])
 def test_chunks_cover_every_line_once(sizes: tuple[int, int, int], by_lines: bool) -> None:

@@ -1,4 +1,5 @@
-"""LBFGS: torch.optim's values to the last bit, dense BFGS's directions, and what its state goes through."""
+"""LBFGS: torch.optim's values to the last bit, dense BFGS's directions, and what its state goes
+through."""
 
 from __future__ import annotations
 
@@ -56,14 +57,21 @@ def logistic_regression(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
 
     def loss(p: Sequence[Tensor]) -> Tensor:
         logits = x @ p[0] + p[1]
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels) + 1e-3 * (p[0] ** 2).sum()
+        return (
+            nn.functional.binary_cross_entropy_with_logits(logits, labels)
+            + 1e-3 * (p[0] ** 2).sum()
+        )
 
     return [torch.zeros(6, dtype=dtype), torch.zeros((), dtype=dtype)], loss
 
 
 def network(dtype: torch.dtype) -> tuple[list[Tensor], Loss]:
     x, y = torch.randn(20, 3, dtype=dtype), torch.randn(20, 2, dtype=dtype)
-    start = [torch.randn(3, 4, dtype=dtype) / 2, torch.zeros(4, dtype=dtype), torch.randn(4, 2, dtype=dtype) / 2]
+    start = [
+        torch.randn(3, 4, dtype=dtype) / 2,
+        torch.zeros(4, dtype=dtype),
+        torch.randn(4, 2, dtype=dtype) / 2,
+    ]
     return start, lambda p: (((x @ p[0] + p[1]).tanh() @ p[2] - y) ** 2).mean()
 
 
@@ -72,7 +80,8 @@ PROBLEMS = (rosenbrock, least_squares, logistic_regression, network)
 
 @dataclass
 class Run:
-    """An optimizer on its own copy of a problem's parameters, its evaluations, and the losses that it returned."""
+    """An optimizer on its own copy of a problem's parameters, its evaluations, and the losses that
+    it returned."""
 
     library: Any
     start: list[Tensor]
@@ -110,24 +119,32 @@ class Run:
 
 
 def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with all numbers as tensors: torch keeps some as tensors or as floats, as it comes."""
+    """A state with all numbers as tensors: torch keeps some as tensors or as floats, as it
+    comes."""
 
     def convert(entry: Any) -> Any:
         if isinstance(entry, list):
             return [convert(e) for e in entry if e is not None]
-        return entry.double() if isinstance(entry, Tensor) else torch.tensor(entry, dtype=torch.float64)
+        return (
+            entry.double()
+            if isinstance(entry, Tensor)
+            else torch.tensor(entry, dtype=torch.float64)
+        )
 
     return {name: convert(entry) for name, entry in state.items()}
 
 
 def assert_same(ours: Run, torchs: Run, *, state: bool = True) -> None:
-    """To the last bit: what was returned, how often the loss was evaluated, parameters and state."""
+    """To the last bit: what was returned, how often the loss was evaluated, parameters and
+    state."""
     assert ours.returned == pytest.approx(torchs.returned, rel=0, abs=0, nan_ok=True)
     assert ours.evaluations == torchs.evaluations
     assert torch.equal(ours.values().nan_to_num(7.5), torchs.values().nan_to_num(7.5))
     if state:
         assert ours.state.keys() == torchs.state.keys()
-        torch.testing.assert_close(as_tensors(ours.state), as_tensors(torchs.state), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            as_tensors(ours.state), as_tensors(torchs.state), rtol=0, atol=0, equal_nan=True
+        )
 
 
 def both(problem: Callable, dtype: torch.dtype, **options: Any) -> tuple[Run, Run]:
@@ -153,9 +170,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-CASES = [(name, problem, dtype) for name in list(OPTIONS)[:2] for problem in PROBLEMS for dtype in BOTH]
+CASES = [
+    (name, problem, dtype) for name in list(OPTIONS)[:2] for problem in PROBLEMS for dtype in BOTH
+]
 CASES += [
-    (name, problem, dtype) for name in list(OPTIONS)[2:] for problem, dtype in zip(PROBLEMS, BOTH * 2, strict=True)
+    (name, problem, dtype)
+    for name in list(OPTIONS)[2:]
+    for problem, dtype in zip(PROBLEMS, BOTH * 2, strict=True)
 ]
 
 
@@ -171,7 +192,12 @@ def test_equals_torch(name: str, problem: Callable, search: str | None, dtype: t
 @SEARCHES
 def test_options_that_change_between_steps(search: str | None, dtype: torch.dtype) -> None:
     sides = both(network, dtype, line_search_fn=search, max_iter=3)
-    for changes in ({"lr": 0.5}, {"lr": torch.tensor(0.1)}, {"max_iter": 5, "max_eval": 4}, {"tolerance_grad": 0.1}):
+    for changes in (
+        {"lr": 0.5},
+        {"lr": torch.tensor(0.1)},
+        {"max_iter": 5, "max_eval": 4},
+        {"tolerance_grad": 0.1},
+    ):
         for side in sides:
             side.optimizer.param_groups[0].update(changes)
             side.step()
@@ -179,7 +205,9 @@ def test_options_that_change_between_steps(search: str | None, dtype: torch.dtyp
 
 
 def test_signature_and_layout() -> None:
-    ours, torchs = (inspect.signature(library.LBFGS).parameters for library in (onepass, torch.optim))
+    ours, torchs = (
+        inspect.signature(library.LBFGS).parameters for library in (onepass, torch.optim)
+    )
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
         (p.name, p.kind, p.default) for p in torchs.values()
     ]
@@ -188,7 +216,10 @@ def test_signature_and_layout() -> None:
     mine, theirs = first.optimizer.state_dict(), second.optimizer.state_dict()
     assert list(mine["state"]) == list(theirs["state"]) == [0]
     differentiable = {"differentiable"}
-    assert mine["param_groups"][0].keys() - differentiable == theirs["param_groups"][0].keys() - differentiable
+    assert (
+        mine["param_groups"][0].keys() - differentiable
+        == theirs["param_groups"][0].keys() - differentiable
+    )
 
 
 @SEARCHES
@@ -202,7 +233,9 @@ def test_divergence_goes_where_it_goes_in_torch(search: str | None) -> None:
         lambda p: p[0].log().sum(),
     ]
     for loss in endless[: 1 if search else 4]:
-        assert_same(*(Run(library, start, loss, options).step(3) for library in (onepass, torch.optim)))
+        assert_same(
+            *(Run(library, start, loss, options).step(3) for library in (onepass, torch.optim))
+        )
     # With a search, torch raises an IndexError on some of these.
     for loss in endless:
         assert Run(onepass, start, loss, options).step(3).evaluations <= 3 * 8
@@ -210,7 +243,8 @@ def test_divergence_goes_where_it_goes_in_torch(search: str | None) -> None:
 
 @DTYPES
 def test_a_search_stays_where_the_loss_is_defined(dtype: torch.dtype) -> None:
-    """A trial beyond, where the logarithm is no number, ends the run in torch; its neighbour, an infinite loss, too."""
+    """A trial beyond, where the logarithm is no number, ends the run in torch; its neighbour, an
+    infinite loss, too."""
     start = [torch.tensor([5.0, 0.1, 30.0], dtype=dtype)]
 
     def barrier(p: Sequence[Tensor]) -> Tensor:
@@ -233,7 +267,8 @@ def test_a_step_longer_than_the_dtype_s_largest_number() -> None:
 
 
 def test_searches_that_end_before_their_last_trial() -> None:
-    """At a kink no slope is flat: a bracket shrinks to nothing, and the gradient of an earlier trial is needed."""
+    """At a kink no slope is flat: a bracket shrinks to nothing, and the gradient of an earlier
+    trial is needed."""
     weights = torch.linspace(1, 3, 5, dtype=torch.float64)
 
     def loss(p: Sequence[Tensor]) -> Tensor:
@@ -243,7 +278,9 @@ def test_searches_that_end_before_their_last_trial() -> None:
         torch.manual_seed(seed)
         start = [torch.randn(5, dtype=torch.float64)]
         options = {"line_search_fn": "strong_wolfe", "max_iter": 12, "max_eval": 300}
-        assert_same(*(Run(library, start, loss, options).step(2) for library in (onepass, torch.optim)))
+        assert_same(
+            *(Run(library, start, loss, options).step(2) for library in (onepass, torch.optim))
+        )
 
 
 def test_a_mutation_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +307,8 @@ def test_a_mutation_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_directions_are_those_of_dense_bfgs(problem: Callable) -> None:
-    """With every pair in the history, H is gamma I after all updates in turn: Nocedal and Wright, (6.17) and (7.20)."""
+    """With every pair in the history, H is gamma I after all updates in turn: Nocedal and Wright,
+    (6.17) and (7.20)."""
     start, loss = problem(torch.float64)
     run = Run(onepass, start, loss, {"lr": 0.1, "max_iter": 1, "tolerance_change": 0})
     places, gradients = [], []
@@ -304,7 +342,12 @@ def test_a_quadratic_takes_little_more_steps_than_it_has_dimensions() -> None:
     a = torch.randn(6, 6, dtype=torch.float64)
     a = a @ a.T + torch.eye(6, dtype=torch.float64)
     start = [torch.randn(6, dtype=torch.float64)]
-    run = Run(onepass, start, lambda p: p[0] @ a @ p[0] / 2, {"line_search_fn": "strong_wolfe", "max_iter": 18})
+    run = Run(
+        onepass,
+        start,
+        lambda p: p[0] @ a @ p[0] / 2,
+        {"line_search_fn": "strong_wolfe", "max_iter": 18},
+    )
     run.optimizer.param_groups[0]["tolerance_change"] = 0
     run.step()
     assert run.values().abs().max() < 1e-6
@@ -386,13 +429,22 @@ def through_file(state_dict: Any) -> Any:
 
 @DTYPES
 @SEARCHES
-@pytest.mark.parametrize("direction", ["torch to onepass", "onepass to torch", "onepass to onepass"])
-def test_a_run_continues_from_a_state_dict(direction: str, search: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "direction", ["torch to onepass", "onepass to torch", "onepass to onepass"]
+)
+def test_a_run_continues_from_a_state_dict(
+    direction: str, search: str | None, dtype: torch.dtype
+) -> None:
     """In the middle of a run, with the history full: the same bits as without a stop."""
     options = {"line_search_fn": search, "max_iter": 4, "history_size": 5, "lr": 0.5}
     start, loss = network(dtype)
-    source, target = ({"torch": torch.optim, "onepass": onepass}[word] for word in direction.split(" to "))
-    whole, first = Run(torch.optim, start, loss, options).step(6), Run(source, start, loss, options).step(3)
+    source, target = (
+        {"torch": torch.optim, "onepass": onepass}[word] for word in direction.split(" to ")
+    )
+    whole, first = (
+        Run(torch.optim, start, loss, options).step(6),
+        Run(source, start, loss, options).step(3),
+    )
     second = Run(target, [p.detach() for p in first.params], loss)
     second.optimizer.load_state_dict(through_file(first.optimizer.state_dict()))
     second.step(3)
@@ -413,7 +465,11 @@ def test_a_run_continues_from_a_copy(how: str, tmp_path: Any) -> None:
         run.optimizer = onepass.LBFGS(run.params)
         run.optimizer.load_state_dict(checkpoint.load(tmp_path / "run.safetensors")["optimizer"])
     else:
-        run.optimizer = copy.deepcopy(run.optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(run.optimizer))
+        run.optimizer = (
+            copy.deepcopy(run.optimizer)
+            if how == "deepcopy"
+            else pickle.loads(pickle.dumps(run.optimizer))
+        )
         run.params = run.optimizer.param_groups[0]["params"]
     run.step(2)
     assert torch.equal(run.values(), whole.values())
@@ -435,14 +491,22 @@ def test_an_empty_state_and_one_of_counts_alone_load() -> None:
 
 
 def test_loaded_state_is_a_copy_and_keeps_its_dtype() -> None:
-    """float32 history of parameters that are bfloat16 now; where the parameters are wider, the history follows."""
-    run = Run(onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe", "max_iter": 4}).step()
+    """float32 history of parameters that are bfloat16 now; where the parameters are wider, the
+    history follows."""
+    run = Run(
+        onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe", "max_iter": 4}
+    ).step()
     saved = run.optimizer.state_dict()
     kept = copy.deepcopy(saved)
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         other = Run(onepass, [p.detach().to(dtype) for p in run.params], network(dtype)[1])
         other.optimizer.load_state_dict(saved)
-        vectors = [other.state["d"], other.state["prev_flat_grad"], *other.state["old_dirs"], *other.state["old_stps"]]
+        vectors = [
+            other.state["d"],
+            other.state["prev_flat_grad"],
+            *other.state["old_dirs"],
+            *other.state["old_stps"],
+        ]
         assert {v.dtype for v in vectors} == {expected}
         before = other.loss(other.params)
         other.step(2)
@@ -452,7 +516,8 @@ def test_loaded_state_is_a_copy_and_keeps_its_dtype() -> None:
 
 
 def test_history_follows_names() -> None:
-    """The same parameters in another order: the flat vectors' parts change places, and the run goes on as before."""
+    """The same parameters in another order: the flat vectors' parts change places, and the run goes
+    on as before."""
     start, loss = network(torch.float64)
     names, order = ["first", "bias", "second"], [2, 0, 1]
     options: dict[str, Any] = {"line_search_fn": "strong_wolfe", "max_iter": 3}
@@ -477,10 +542,16 @@ SAVED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (change(d=torch.zeros(24, dtype=torch.int64)), "vectors of 24 numbers"),
     (change(old_dirs=[torch.zeros(24)] * 9), "lists of one length"),
     (change(old_dirs=torch.zeros(24)), "lists of one length"),
-    (change(old_dirs=[None], old_stps=[torch.zeros(24)], ro=[1.0]), "vectors of 24 numbers, but 'old_dirs' has None"),
+    (
+        change(old_dirs=[None], old_stps=[torch.zeros(24)], ro=[1.0]),
+        "vectors of 24 numbers, but 'old_dirs' has None",
+    ),
     (change(prev_flat_grad=None), "has no 'prev_flat_grad'; a whole state has"),
     (change(prev_loss="low"), "numbers for t, H_diag, prev_loss and in ro, got 'low'"),
-    (lambda state: state.update({0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 4)}}), "another optimizer"),
+    (
+        lambda state: state.update({0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 4)}}),
+        "another optimizer",
+    ),
     (lambda state: state.update({0: [1, 2]}), "another optimizer.*list"),
     (lambda state: state.update({1: state.pop(0)}), "beside the first parameter"),
 ]
@@ -508,19 +579,30 @@ def kinds() -> dict[str, tuple[list[Tensor], Loss]]:
     return {
         "complex": (
             [torch.zeros(3, dtype=torch.complex64), torch.zeros(2)],
-            lambda p: (p[0] - target).abs().square().sum() + (p[1] - 1).square().sum() * p[0][0].abs().square(),
+            lambda p: (
+                (p[0] - target).abs().square().sum()
+                + (p[1] - 1).square().sum() * p[0][0].abs().square()
+            ),
         ),
         "mixed precision": (
             [torch.zeros(3), torch.zeros(2, dtype=torch.float64)],
             lambda p: (p[0] - 1).square().sum().double() + (p[1] * p[0].sum() + 2).square().sum(),
         ),
-        "no gradient": ([torch.zeros(3), torch.ones(2)], lambda p: (p[0].cosh() * (p[0] - 1) ** 2).sum()),
+        "no gradient": (
+            [torch.zeros(3), torch.ones(2)],
+            lambda p: (p[0].cosh() * (p[0] - 1) ** 2).sum(),
+        ),
         "none at all": ([torch.zeros(3)], lambda p: torch.tensor(1.0, requires_grad=True) * 2),
-        "empty beside others": ([torch.zeros(0), torch.zeros(3)], lambda p: (p[1] - 1).pow(4).sum()),
+        "empty beside others": (
+            [torch.zeros(0), torch.zeros(3)],
+            lambda p: (p[1] - 1).pow(4).sum(),
+        ),
         "sparse": (
             [torch.zeros(4, 3), torch.zeros(3)],
             lambda p: (
-                (nn.functional.embedding(torch.tensor([1, 3, 1]), p[0], sparse=True) - sides[0]).square().sum()
+                (nn.functional.embedding(torch.tensor([1, 3, 1]), p[0], sparse=True) - sides[0])
+                .square()
+                .sum()
                 + (p[1] - 2).square().sum()
             ),
         ),
@@ -562,9 +644,14 @@ def test_complex_is_what_its_parts_are() -> None:
 
 
 def test_parameters_in_any_layout() -> None:
-    """Transposed, channels last, a part of a larger tensor: torch can flatten none of their gradients."""
+    """Transposed, channels last, a part of a larger tensor: torch can flatten none of their
+    gradients."""
     start, loss = network(torch.float64)
-    layouts = [start[0].t().contiguous().t(), torch.zeros(8, dtype=torch.float64)[::2], start[2].t().clone().t()]
+    layouts = [
+        start[0].t().contiguous().t(),
+        torch.zeros(8, dtype=torch.float64)[::2],
+        start[2].t().clone().t(),
+    ]
     options = {"line_search_fn": "strong_wolfe"}
     run, other = Run(onepass, start, loss, options), Run(onepass, start, loss, options)
     other.params = [nn.Parameter(p) for p in layouts]
@@ -591,14 +678,18 @@ def test_a_gradient_that_is_lazily_conjugate() -> None:
 
 def test_a_model_that_changes_its_precision() -> None:
     """The history follows."""
-    run = Run(onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe", "max_iter": 3}).step(2)
+    run = Run(
+        onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe", "max_iter": 3}
+    ).step(2)
     loss = network(torch.float64)[1]
     run.loss = loss
     for p in run.params:
         p.grad = None
         p.data = p.data.double()
     run.step(2)
-    assert {v.dtype for name in ("old_dirs", "old_stps") for v in run.state[name]} == {torch.float64}
+    assert {v.dtype for name in ("old_dirs", "old_stps") for v in run.state[name]} == {
+        torch.float64
+    }
     assert run.returned[-1] < run.returned[-2]
 
 
@@ -615,7 +706,8 @@ def test_bfloat16_descends() -> None:
 
 
 def test_memory_of_the_history() -> None:
-    """Two vectors a pair, each of its own memory, and none beyond `history_size`; fewer once it is lowered."""
+    """Two vectors a pair, each of its own memory, and none beyond `history_size`; fewer once it is
+    lowered."""
     run = Run(onepass, *network(torch.float32), {"lr": 0.1, "history_size": 4, "max_iter": 10})
     for size in (4, 2):
         run.optimizer.param_groups[0]["history_size"] = size
@@ -666,8 +758,15 @@ def test_a_vector_with_holes_becomes_torchs(name: str, search: str | None) -> No
 @SEARCHES
 @pytest.mark.parametrize("fail_at", [*range(1, 10), 13, 17, 24])
 def test_a_closure_that_raises(fail_at: int, search: str | None) -> None:
-    """Wherever it raises: parameters and state are those after some whole iteration, and the run can go on."""
-    options = {"line_search_fn": search, "lr": 0.6, "max_iter": 5, "max_eval": 100, "history_size": 3}
+    """Wherever it raises: parameters and state are those after some whole iteration, and the run
+    can go on."""
+    options = {
+        "line_search_fn": search,
+        "lr": 0.6,
+        "max_iter": 5,
+        "max_eval": 100,
+        "history_size": 3,
+    }
     start, loss = rosenbrock(torch.float64)
     # Where each iteration ends, by a run that stops after each.
     single = Run(onepass, start, loss, options | {"max_iter": 1})
@@ -712,7 +811,10 @@ def test_an_interrupted_step_does_not_enter_the_history() -> None:
 def test_an_interruption_in_the_first_iteration_leaves_no_trace() -> None:
     options = {"line_search_fn": "strong_wolfe", "max_iter": 5}
     start, loss = rosenbrock(torch.float64)
-    run, whole = Run(onepass, start, loss, options, fail_at=2), Run(onepass, start, loss, options).step(3)
+    run, whole = (
+        Run(onepass, start, loss, options, fail_at=2),
+        Run(onepass, start, loss, options).step(3),
+    )
     with pytest.raises(ArithmeticError):
         run.step()
     assert run.state == {"func_evals": 1, "n_iter": 0}
@@ -740,7 +842,9 @@ def test_a_closure_that_returns_no_loss(value: Any, error: type[Exception]) -> N
         return loss if len(calls) > late else value
 
     for late in (1, 0):
-        with pytest.raises(error, match=r"LBFGS: the closure must return the loss, one real number, got ") as caught:
+        with pytest.raises(
+            error, match=r"LBFGS: the closure must return the loss, one real number, got "
+        ) as caught:
             run.optimizer.step(closure if late else lambda: value)
         assert type(value).__name__ != "Tensor" or str(tuple(value.shape)) in str(caught.value)
         assert torch.equal(run.values(), before)
@@ -751,12 +855,15 @@ def test_any_number_is_a_loss() -> None:
     start, loss = least_squares(torch.float32)
     for convert in (float, lambda x: x, lambda x: x.reshape(1, 1), lambda x: np.float32(x.item())):
         run = Run(onepass, start, loss, {"max_iter": 2, "lr": 0.01})
-        returned = run.optimizer.step(lambda run=run, convert=convert: convert(run.closure().detach()))
+        returned = run.optimizer.step(
+            lambda run=run, convert=convert: convert(run.closure().detach())
+        )
         assert float(returned) > loss(run.params).item()
 
 
 def test_a_closure_sees_the_caller_s_settings() -> None:
-    """Gradients are on within, and off or on outside as they were; NumPy's error handling is the caller's."""
+    """Gradients are on within, and off or on outside as they were; NumPy's error handling is the
+    caller's."""
     run = Run(onepass, *network(torch.float32), {"line_search_fn": "strong_wolfe"})
     seen = []
 
@@ -776,8 +883,15 @@ def test_a_closure_sees_the_caller_s_settings() -> None:
 
 BAD: list[tuple[dict[str, Any], type[Exception]]] = [
     *[({"lr": bad}, ValueError) for bad in (-1.0, math.nan, -math.inf, torch.ones(2))],
-    *[({name: bad}, ValueError) for name in ("max_iter", "max_eval", "history_size") for bad in (0, -3, 2.5, math.nan)],
-    *[({name: "5"}, TypeError) for name in ("lr", "max_iter", "max_eval", "history_size", "tolerance_grad")],
+    *[
+        ({name: bad}, ValueError)
+        for name in ("max_iter", "max_eval", "history_size")
+        for bad in (0, -3, 2.5, math.nan)
+    ],
+    *[
+        ({name: "5"}, TypeError)
+        for name in ("lr", "max_iter", "max_eval", "history_size", "tolerance_grad")
+    ],
     *[({name: None}, TypeError) for name in ("lr", "max_iter", "history_size", "tolerance_change")],
     *[({name: math.nan}, ValueError) for name in ("tolerance_grad", "tolerance_change")],
     *[({"line_search_fn": bad}, RuntimeError) for bad in ("wolfe", True, strong_wolfe)],
@@ -832,14 +946,20 @@ def test_parameters_that_cannot_step() -> None:
         assert len(seen) == calls
 
     plain = nn.Parameter(torch.ones(2))
-    refused([plain, nn.Parameter(torch.ones(2, device="meta"))], "must lie on one device.*parameter 1 is on meta", 0)
+    refused(
+        [plain, nn.Parameter(torch.ones(2, device="meta"))],
+        "must lie on one device.*parameter 1 is on meta",
+        0,
+    )
     refused([plain, nn.Parameter(torch.ones(1).expand(3))], "parameter 1 is expanded", 1)
 
 
 def test_parameters_that_grew() -> None:
     run = Run(onepass, *least_squares(torch.float32), {"max_iter": 3, "lr": 0.01}).step()
     run.params[0].data = torch.zeros(9)
-    with pytest.raises(onepass.StepError, match=r"vectors of 9 numbers, but 'd' has a tensor of shape \(8,\)"):
+    with pytest.raises(
+        onepass.StepError, match=r"vectors of 9 numbers, but 'd' has a tensor of shape \(8,\)"
+    ):
         run.step()
 
 
@@ -855,13 +975,39 @@ def made_in_inference(n: int) -> Tensor:
 
 
 NOT_VECTORS: list[Callable[[], Any]] = [
-    *(lambda: 3, lambda: "d", lambda: [0.0] * 24, lambda: np.zeros(24), object, lambda: torch.zeros(())),
-    *(lambda: torch.zeros(23), lambda: torch.zeros(25), lambda: torch.zeros(24, 1), lambda: torch.zeros(2, 12)),
+    *(
+        lambda: 3,
+        lambda: "d",
+        lambda: [0.0] * 24,
+        lambda: np.zeros(24),
+        object,
+        lambda: torch.zeros(()),
+    ),
+    *(
+        lambda: torch.zeros(23),
+        lambda: torch.zeros(25),
+        lambda: torch.zeros(24, 1),
+        lambda: torch.zeros(2, 12),
+    ),
     *(lambda: torch.zeros(24, dtype=torch.int64), lambda: torch.zeros(24, dtype=torch.complex64)),
-    *(lambda: torch.zeros(24, device="meta"), lambda: torch.zeros(24).to_sparse(), lambda: torch.zeros(1).expand(24)),
+    *(
+        lambda: torch.zeros(24, device="meta"),
+        lambda: torch.zeros(24).to_sparse(),
+        lambda: torch.zeros(1).expand(24),
+    ),
     *(lambda: freed(24), lambda: made_in_inference(24)),
 ]
-NOT_NUMBERS: list[Any] = ["x", [], {}, object(), torch.zeros(2), torch.zeros(()).to("meta"), 1j, True, 10**400]
+NOT_NUMBERS: list[Any] = [
+    "x",
+    [],
+    {},
+    object(),
+    torch.zeros(2),
+    torch.zeros(()).to("meta"),
+    1j,
+    True,
+    10**400,
+]
 NOT_LISTS: list[Any] = [3, "x", {}, (), torch.zeros(24), None, object()]
 
 
@@ -875,24 +1021,37 @@ def damages() -> dict[str, Callable[[dict[str, Any]], Any]]:
         for name in ("d", "prev_flat_grad"):
             done[f"{name} no vector {i}"] = lambda s, n=name, m=make: s.update({n: m()})
         for name in ("old_dirs", "old_stps"):
-            done[f"{name} no vector {i}"] = lambda s, n=name, m=make: s.update({n: [*s[n][:-1], m()]})
+            done[f"{name} no vector {i}"] = lambda s, n=name, m=make: s.update(
+                {n: [*s[n][:-1], m()]}
+            )
     for name in ("old_dirs", "old_stps", "ro"):
-        done |= {f"{name} no list {i}": lambda s, n=name, v=v: s.update({n: v}) for i, v in enumerate(NOT_LISTS)}
+        done |= {
+            f"{name} no list {i}": lambda s, n=name, v=v: s.update({n: v})
+            for i, v in enumerate(NOT_LISTS)
+        }
         done[f"{name} shorter"] = lambda s, n=name: s.update({n: s[n][1:]})
         done[f"{name} longer"] = lambda s, n=name: s.update({n: [*s[n], s[n][0]]})
         done[f"{name} empty"] = lambda s, n=name: s.update({n: []})
     for i, bad in enumerate(NOT_NUMBERS):
-        done |= {f"{n} no number {i}": lambda s, n=n, b=bad: s.update({n: b}) for n in ("t", "H_diag", "prev_loss")}
+        done |= {
+            f"{n} no number {i}": lambda s, n=n, b=bad: s.update({n: b})
+            for n in ("t", "H_diag", "prev_loss")
+        }
         done[f"ro no number {i}"] = lambda s, b=bad: s.update(ro=[*s["ro"][:-1], b])
     for i, bad in enumerate([*NOT_NUMBERS[:7], -1, 1.5, math.nan, math.inf, torch.tensor(-1.0)]):
-        done |= {f"{n} no count {i}": lambda s, n=n, b=bad: s.update({n: b}) for n in ("func_evals", "n_iter")}
+        done |= {
+            f"{n} no count {i}": lambda s, n=n, b=bad: s.update({n: b})
+            for n in ("func_evals", "n_iter")
+        }
     return done
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_a_damaged_state_is_refused_by_the_step(search: str | None) -> None:
     """One sentence, before the closure is called, and all is as it was; undamaged, it steps on."""
-    run = Run(onepass, *network(torch.float32), {"max_iter": 4, "lr": 0.1, "line_search_fn": search}).step(3)
+    run = Run(
+        onepass, *network(torch.float32), {"max_iter": 4, "lr": 0.1, "line_search_fn": search}
+    ).step(3)
     state, calls, faults = run.optimizer.state[run.params[0]], [], []
     assert len(state["old_dirs"]) > 1
     whole = dict(state)
@@ -904,10 +1063,19 @@ def test_a_damaged_state_is_refused_by_the_step(search: str | None) -> None:
             faults.append(f"{name}: accepted")
         except Exception as error:
             text = str(error)
-            if type(error) is not onepass.StepError or "\n" in text or len(text) > 300 or "LBFGS" not in text:
+            if (
+                type(error) is not onepass.StepError
+                or "\n" in text
+                or len(text) > 300
+                or "LBFGS" not in text
+            ):
                 faults.append(f"{name}: {type(error).__name__} {text!r:.150}")
         same = all(torch.equal(p, q) for p, q in zip(run.params, values, strict=True))
-        if not same or before.keys() != state.keys() or any(state[n] is not v for n, v in before.items()):
+        if (
+            not same
+            or before.keys() != state.keys()
+            or any(state[n] is not v for n, v in before.items())
+        ):
             faults.append(f"{name}: changed something")
         state.clear()
         state.update(whole)
@@ -915,7 +1083,9 @@ def test_a_damaged_state_is_refused_by_the_step(search: str | None) -> None:
     assert not calls
     for wrong in (3, None, [], "state"):
         run.optimizer.state[run.params[0]] = wrong
-        with pytest.raises(onepass.StepError, match="LBFGS: the state of parameter 0 must be a dict"):
+        with pytest.raises(
+            onepass.StepError, match="LBFGS: the state of parameter 0 must be a dict"
+        ):
             run.step()
     run.optimizer.state[run.params[0]] = state
     run.step()

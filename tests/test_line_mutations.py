@@ -1,6 +1,7 @@
 """What the oracle's tests are worth for passes over lines: each small mistake in them must show.
 
-Mistaken code may touch any memory, so each mistake is tried in a process of its own; one that crashes it shows, too.
+Mistaken code may touch any memory, so each mistake is tried in a process of its own; one that
+crashes it shows, too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ GUARD = 1 << 14
 
 
 def lined(p, g, row: PerRow, column: PerColumn, *, lr):
-    """Sums and maxima along rows, down columns, and over what they leave; loads and stores of all kinds."""
+    """Sums and maxima along rows, down columns, and over what they leave; loads and stores of all
+    kinds."""
     tall = make("amax", abs(g), attr="rows")
     low = make("amax", abs(p), attr="columns")
     u = where(row > 0, g * row, p - g) * row_mean(g) + column * row + column_mean(row * tall)
@@ -58,7 +60,9 @@ class Judge:
         rng = np.random.default_rng(0)
         self.sizes = SIZES * 2
         self.rows = [i // len(SIZES) for i in range(len(self.sizes))]
-        self.tensors = [random_columns(rng, one, size, share) for share in (0.0, 0.01) for size in SIZES]
+        self.tensors = [
+            random_columns(rng, one, size, share) for share in (0.0, 0.01) for size in SIZES
+        ]
         of_each = zip(self.tensors, self.rows, self.sizes, strict=True)
         self.wanted = [interpreter.interpret(one, t, HYPERS[row], size) for t, row, size in of_each]
         self.guarded: list[np.ndarray] = []
@@ -86,7 +90,11 @@ class Judge:
         guards = (np.concatenate([a[: GUARD // 4], a[len(a) - GUARD // 4 :]]) for a in self.guarded)
         if not all((guard == -7.0).all() for guard in guards):
             return False
-        pairs = ((now[name], want[name]) for now, want in zip(after, self.wanted, strict=True) for name in want)
+        pairs = (
+            (now[name], want[name])
+            for now, want in zip(after, self.wanted, strict=True)
+            for name in want
+        )
         return all(is_same(got, want) for got, want in pairs)
 
 
@@ -94,7 +102,8 @@ class Judge:
 def judge(rule: Any) -> Judge:
     interpreter.CHUNK = walk.CHUNK = chunks.CHUNK = CHUNK
     interpreter.FEWEST_LINES = chunks.FEWEST_LINES = FEWEST_LINES
-    # What LLVM makes of the code is not in question here, and takes far longer than the code's own mistakes to show.
+    # What LLVM makes of the code is not in question here, and takes far longer than the code's own
+    # mistakes to show.
     native.optimize, native.target_machine = parse, plain_machine
     # In float64, where the order of a sum shows.
     return Judge(program(rule, "float64"))
@@ -155,20 +164,28 @@ IN_CODE = {
 
 
 def bodies(one: Program, source: str) -> list[tuple[str, str, str]]:
-    """Each pass's function, and what stands before and after it: walks over elements first, where more can show."""
+    """Each pass's function, and what stands before and after it: walks over elements first, where
+    more can show."""
     found = list(re.finditer(r"(?ms)^define internal void @body_(\d+)\(.*?^}\n", source))
     found.sort(key=lambda body: -one.passes[int(body[1])].domain)
     return [(body[0], source[: body.start()], source[body.end() :]) for body in found]
 
 
 def with_mistake(one: Program, pattern: str) -> str:
-    """The program's code with one mistake, in the first body that has such an instruction and uses what it makes."""
+    """The program's code with one mistake, in the first body that has such an instruction and uses
+    what it makes."""
     source = lower(one)
     for body, before, after in bodies(one, source):
         for found in re.finditer(pattern, body):
             made = re.match(r"%\w+", found[0])
             if made is None or len(re.findall(re.escape(made[0]) + r"\b", body)) > 1:
-                return before + body[: found.start()] + found.expand(IN_CODE[pattern]) + body[found.end() :] + after
+                return (
+                    before
+                    + body[: found.start()]
+                    + found.expand(IN_CODE[pattern])
+                    + body[found.end() :]
+                    + after
+                )
     raise LookupError(f"no pass has {pattern}")
 
 
@@ -195,7 +212,9 @@ IN_CHUNKS = {
     "own // parts[self.tensor]": "own % parts[self.tensor]",
     "own % parts[self.tensor]": "own // parts[self.tensor]",
     "begin + part * block": "begin + part * span",
-    "np.minimum(self.start + block[self.tensor], begin + span[self.tensor])": "self.start + block[self.tensor]",
+    "np.minimum(self.start + block[self.tensor], begin + span[self.tensor])": (
+        "self.start + block[self.tensor]"
+    ),
     "np.maximum.reduceat": "np.minimum.reduceat",
     "result += np.bincount": "result -= np.bincount",
     "Rank.ELEMENT: (matrices, rows, columns)": "Rank.ELEMENT: (matrices, columns, rows)",
@@ -217,7 +236,9 @@ IN_LAUNCHES = {
     "chunks[Rank.ELEMENT].parts)": "chunks[Rank.ELEMENT].parts * 0 + 1)",
 }
 IN_PASSES = {
-    "if a.rank.on_host or a.rank == rank:": "if a.rank.on_host or a.rank == rank or a in self._kept:",
+    "if a.rank.on_host or a.rank == rank:": (
+        "if a.rank.on_host or a.rank == rank or a in self._kept:"
+    ),
     "const(1.0, ": "const(0.0, ",
     "kept != 0": "kept == 0",
     "self._kept[node] = level + 1, into": "self._kept[node] = level, into",
@@ -329,7 +350,8 @@ TRIES = dict(tries())
 
 
 def __getattr__(name: str) -> Callable[[], None]:
-    """A case for `processes`, which asks for it before it forks: what all cases need is computed once."""
+    """A case for `processes`, which asks for it before it forks: what all cases need is computed
+    once."""
     if name not in TRIES:
         raise AttributeError(name)
     for rule in (lined, turned, in_a_row):
@@ -344,7 +366,9 @@ def known_fates() -> dict[str, str]:
 
 @pytest.mark.parametrize("case", TRIES)
 def test_a_mistake_is_noticed(case: str, known_fates: dict[str, str]) -> None:
-    assert known_fates[case] in ("ok", "ended by SIGSEGV", "ended by SIGABRT", "ended by SIGBUS"), known_fates[case]
+    assert known_fates[case] in ("ok", "ended by SIGSEGV", "ended by SIGABRT", "ended by SIGBUS"), (
+        known_fates[case]
+    )
 
 
 def test_enough_is_tried() -> None:

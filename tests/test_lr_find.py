@@ -1,4 +1,5 @@
-"""The range test finds a rate that is known, stops when it should, and leaves nothing behind, to the bit."""
+"""The range test finds a rate that is known, stops when it should, and leaves nothing behind, to
+the bit."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# --- what is there, to the bit ---------------------------------------------------------------------------------------
+# --- what is there, to the bit --------------------------------------------------------------------
 
 
 def bits(t: Tensor) -> bytes:
@@ -55,7 +56,8 @@ def bits(t: Tensor) -> bytes:
 
 
 def photograph(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that a later step depends on, by a name that says where it was: values, places, identities."""
+    """All that a later step depends on, by a name that says where it was: values, places,
+    identities."""
     seen: dict[str, Any] = {}
 
     def look(name: str, value: Any) -> None:
@@ -77,7 +79,9 @@ def photograph(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         look(f"{name} parameters", module._parameters)
         look(f"{name} buffers", module._buffers)
         look(f"{name} mode", module.training)
-    for i, p in enumerate([*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]):
+    for i, p in enumerate(
+        [*model.parameters(), *(p for group in optimizer.param_groups for p in group["params"])]
+    ):
         look(f"gradient of {i}", p.grad)
     look("state", optimizer.state)
     look("groups", optimizer.param_groups)
@@ -85,19 +89,25 @@ def photograph(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     look("called", getattr(optimizer, "_opt_called", "never"))
     seen["attributes"] = {key: id(value) for key, value in vars(optimizer).items()}
     seen["torch"], seen["python"] = bits(torch.get_rng_state()), random.getstate()
-    seen["numpy"] = [part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]  # noqa: NPY002
+    legacy = np.random.get_state()  # noqa: NPY002
+    seen["numpy"] = [part.tobytes() if isinstance(part, np.ndarray) else part for part in legacy]
     return seen
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return sorted(key for key in before.keys() | after.keys() if before.get(key, "none") != after.get(key, "none"))
+    return sorted(
+        key
+        for key in before.keys() | after.keys()
+        if before.get(key, "none") != after.get(key, "none")
+    )
 
 
-# --- models and optimizers -------------------------------------------------------------------------------------------
+# --- models and optimizers ------------------------------------------------------------------------
 
 
 class Normed(nn.Module):
-    """Batch normalisation, dropout, a buffer that is replaced, one that is expanded, an average, a module in eval()."""
+    """Batch normalisation, dropout, a buffer that is replaced, one that is expanded, an average, a
+    module in eval()."""
 
     seen: Tensor
 
@@ -171,19 +181,31 @@ DENSE: dict[str, dict[str, Any]] = {
     "LBFGS": {"max_iter": 3, "history_size": 2, "line_search_fn": "strong_wolfe"},
 }
 CASES: list[tuple[str, Callable[..., torch.optim.Optimizer], dict[str, Any], type[nn.Module]]] = [
-    *((f"{of.__name__}.{name}", getattr(of, name), options, Normed) for of in BOTH for name, options in DENSE.items()),
-    *((f"{name}-tied", getattr(onepass, name), DENSE[name], Tied) for name in ("SGD", "AdamW", "LBFGS")),
+    *(
+        (f"{of.__name__}.{name}", getattr(of, name), options, Normed)
+        for of in BOTH
+        for name, options in DENSE.items()
+    ),
+    *(
+        (f"{name}-tied", getattr(onepass, name), DENSE[name], Tied)
+        for name in ("SGD", "AdamW", "LBFGS")
+    ),
     ("Muon-tied", onepass.Muon, {"use_muon": None}, Tied),
     ("onepass-sparse", onepass.SparseAdam, {"lr": 0.01}, Embedded),
     ("torch-sparse", torch.optim.SparseAdam, {"lr": 0.01}, Embedded),
     ("onepass-eager", onepass.AdamW, {"foreach": False, "fused": False}, Normed),
     ("torch-fused", torch.optim.AdamW, {"fused": True}, Normed),
 ]
-EACH = pytest.mark.parametrize(("build", "options", "kind"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+EACH = pytest.mark.parametrize(
+    ("build", "options", "kind"), [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
 
 
 def start(
-    kind: type[nn.Module], build: Callable[..., torch.optim.Optimizer], options: dict[str, Any], steps: int = 0
+    kind: type[nn.Module],
+    build: Callable[..., torch.optim.Optimizer],
+    options: dict[str, Any],
+    steps: int = 0,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer, the same each time, after some steps."""
     torch.manual_seed(1)
@@ -205,7 +227,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         optimizer.step(closure)
 
 
-# --- nothing is left behind ------------------------------------------------------------------------------------------
+# --- nothing is left behind -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -213,7 +235,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 def test_all_is_as_before(
     build: Callable[..., Any], options: dict[str, Any], kind: type[nn.Module], steps: int
 ) -> None:
-    """On a fresh optimizer, whose state stays empty, and on one that has stepped; and what follows is the same."""
+    """On a fresh optimizer, whose state stays empty, and on one that has stepped; and what follows
+    is the same."""
     twin, its_optimizer = start(kind, build, options, steps)
     model, optimizer = start(kind, build, options, steps)
     before = photograph(model, optimizer)
@@ -267,9 +290,13 @@ def in_step(error: BaseException) -> dict[str, Any]:
     return {"hook": fail}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine"), StopIteration(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), ValueError("mine"), StopIteration(), GeneratorExit()], ids=repr
+)
 @pytest.mark.parametrize("place", [in_loss, in_data, in_observer, in_step])
-def test_all_is_as_before_when_something_fails(place: Callable[..., dict[str, Any]], error: BaseException) -> None:
+def test_all_is_as_before_when_something_fails(
+    place: Callable[..., dict[str, Any]], error: BaseException
+) -> None:
     random.seed(2)
     model, optimizer = start(Normed, onepass.Adam, {"amsgrad": True}, 3)
     arguments = {"loss": cross_entropy, "data": make_data(), "hook": None, **QUICK, **place(error)}
@@ -291,7 +318,9 @@ def test_the_generators_of_a_loader_are_as_before(sampled: bool) -> None:
     dataset = TensorDataset(x, y)
     random_order = torch.utils.data.RandomSampler(dataset, generator=generator)
     own = {"batch_sampler": torch.utils.data.BatchSampler(random_order, 8, False)}
-    loader: DataLoader[Any] = DataLoader(dataset, **(own if sampled else {"shuffle": True, "generator": generator}))
+    loader: DataLoader[Any] = DataLoader(
+        dataset, **(own if sampled else {"shuffle": True, "generator": generator})
+    )
     before = generator.get_state()
     model, optimizer = start(Normed, onepass.SGD, {}) if sampled else start(Tied, onepass.SGD, {})
     lr_find(model, cross_entropy, loader, optimizer)
@@ -340,7 +369,7 @@ def test_a_scheduler_goes_on_where_it_was() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-# --- a restore that forgets something is noticed ---------------------------------------------------------------------
+# --- a restore that forgets something is noticed --------------------------------------------------
 
 FORGOTTEN = [
     ("self._keep(module._parameters)", "pass"),
@@ -372,7 +401,9 @@ FORGOTTEN = [
 class Rehearsal:
     """A trial in which everything changes that is to be undone: what each mutant is measured by."""
 
-    def __init__(self, build: Callable[..., torch.optim.Optimizer], options: dict[str, Any], steps: int) -> None:
+    def __init__(
+        self, build: Callable[..., torch.optim.Optimizer], options: dict[str, Any], steps: int
+    ) -> None:
         self.model, self.optimizer = start(Normed, build, options, steps)
         self.model.eval()
         self.optimizer.step = self.optimizer.step  # as schedulers and accelerate do
@@ -407,7 +438,11 @@ class Batches(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
 def rehearse() -> list[str]:
     """What is changed after each of three trials, or the error that one ends with."""
     found = []
-    for build, name, steps in ((onepass.AdamW, "AdamW", 3), (torch.optim.LBFGS, "LBFGS", 3), (onepass.SGD, "SGD", 0)):
+    for build, name, steps in (
+        (onepass.AdamW, "AdamW", 3),
+        (torch.optim.LBFGS, "LBFGS", 3),
+        (onepass.SGD, "SGD", 0),
+    ):
         try:
             found += Rehearsal(build, DENSE[name], steps).changes()
         except Exception as error:
@@ -420,7 +455,9 @@ def test_in_the_rehearsal_all_is_undone() -> None:
 
 
 @pytest.mark.parametrize(("line", "instead"), FORGOTTEN, ids=[line for line, _ in FORGOTTEN])
-def test_what_is_forgotten_is_noticed(line: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_forgotten_is_noticed(
+    line: str, instead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = inspect.getsource(snapshot)
     assert source.count(line) == 1
     mutant: dict[str, Any] = {"__name__": "mutant"}
@@ -429,7 +466,7 @@ def test_what_is_forgotten_is_noticed(line: str, instead: str, monkeypatch: pyte
     assert rehearse()
 
 
-# --- what it measures ------------------------------------------------------------------------------------------------
+# --- what it measures -----------------------------------------------------------------------------
 
 
 class Scripted(nn.Module):
@@ -460,13 +497,19 @@ X = np.linspace(-7, 1, 100)  # the logarithms of the rates
 @pytest.mark.parametrize("of", BOTH)
 @pytest.mark.parametrize("curvature", [0.1, 1.0, 25.0])
 def test_the_limit_of_stability_is_found(of: Any, curvature: float) -> None:
-    """SGD on c w^2 / 2 multiplies w by 1 - lr c: the loss falls below lr = 2 / c and rises above it."""
+    """SGD on c w^2 / 2 multiplies w by 1 - lr c: the loss falls below lr = 2 / c and rises above
+    it."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
     optimizer = of.SGD(model.parameters(), lr=1.0)
     bounds = {"lowest": 1e-4, "highest": 1e3, "steps": 140}
     found = lr_find(
-        model, lambda m, _: curvature * m.weight.square().sum() / 2, [None], optimizer, **bounds, smoothing=0
+        model,
+        lambda m, _: curvature * m.weight.square().sum() / 2,
+        [None],
+        optimizer,
+        **bounds,
+        smoothing=0,
     )
     limit = 2 / curvature
     assert found.exploded
@@ -476,8 +519,9 @@ def test_the_limit_of_stability_is_found(of: Any, curvature: float) -> None:
     # All losses as the recurrence has them.
     factors = np.cumprod([1.0, *(1 - np.array(found.lrs[:-1]) * curvature)])
     np.testing.assert_allclose(found.losses, curvature * factors**2 / 2, rtol=1e-9)
-    # Well below the limit w decays as exp(-c sum lr). The sum of rates that grow by a factor q is about lr / log q, so
-    # the loss goes as exp(-2 c lr / log q), and falls fastest over log lr where this exponent is 1.
+    # Well below the limit w decays as exp(-c sum lr). The sum of rates that grow by a factor q is
+    # about lr / log q, so the loss goes as exp(-2 c lr / log q), and falls fastest over log lr
+    # where this exponent is 1.
     assert found.suggestion == pytest.approx(math.log(1e7) / 139 / (2 * curvature), rel=0.25)
 
 
@@ -485,7 +529,9 @@ def test_rates_grow_by_the_same_factor() -> None:
     model, optimizer = start(Tied, onepass.SGD, {})
     seen: list[float] = []
     optimizer.register_step_post_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-    found = lr_find(model, cross_entropy, make_data(), optimizer, lowest=1e-5, highest=1e-2, steps=31)
+    found = lr_find(
+        model, cross_entropy, make_data(), optimizer, lowest=1e-5, highest=1e-2, steps=31
+    )
     np.testing.assert_allclose(seen, np.geomspace(1e-5, 1e-2, 31), rtol=1e-12)
     assert list(found.lrs) == seen
     assert not found.exploded
@@ -496,17 +542,23 @@ def test_the_average_is_that_of_the_formula(rng: np.random.Generator) -> None:
     found = Scripted(curve).find(smoothing=0.8)
     for i in range(30):
         weights = 0.8 ** np.arange(i, -1, -1.0)
-        assert found.smoothed[i] == pytest.approx((weights * curve[: i + 1]).sum() / weights.sum(), rel=1e-12)
+        assert found.smoothed[i] == pytest.approx(
+            (weights * curve[: i + 1]).sum() / weights.sum(), rel=1e-12
+        )
     assert Scripted(curve).find(smoothing=0.0).smoothed == pytest.approx(curve)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.1])
 @pytest.mark.parametrize("middle", [-5.0, -3.0, -1.0])
-def test_the_steepest_descent_is_suggested(middle: float, noise: float, rng: np.random.Generator) -> None:
+def test_the_steepest_descent_is_suggested(
+    middle: float, noise: float, rng: np.random.Generator
+) -> None:
     curve = 1 + 2 * logistic(X, middle) + noise * rng.standard_normal(100)
     unsmoothed, smoothed = (Scripted(curve).find(smoothing=s) for s in (0.0, 0.9))
     assert abs(math.log10(unsmoothed.suggestion) - middle) < (0.1 if not noise else 0.5)
-    assert 0 <= math.log10(smoothed.suggestion) - middle + (0.3 if noise else 0) < 1.1  # an average lags behind
+    assert (
+        0 <= math.log10(smoothed.suggestion) - middle + (0.3 if noise else 0) < 1.1
+    )  # an average lags behind
     assert "falls fastest" in smoothed.note
 
 
@@ -515,7 +567,9 @@ def test_in_a_narrow_range_the_descent_is_sought_more_closely() -> None:
         curve = 1 + logistic(np.linspace(-3, -2, 100), middle, 0.02)
         found = Scripted(curve).find(lowest=1e-3, highest=1e-2, smoothing=0.0)
         assert math.log10(found.suggestion) == pytest.approx(middle, abs=0.02)
-        assert found.suggestion == float(f"{found.suggestion:.1e}")  # two digits are more than it is worth
+        assert found.suggestion == float(
+            f"{found.suggestion:.1e}"
+        )  # two digits are more than it is worth
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1e-3, 0.0), (1e3, 0.0), (1.0, -50.0), (1.0, 1.5)])
@@ -535,7 +589,8 @@ def test_the_recovery_from_a_leap_is_no_descent() -> None:
 
 
 def test_a_leap_within_the_decade_of_the_descent_keeps_the_rate_below_it() -> None:
-    """A single high loss is the first sign of instability; one elsewhere is not the descent's business."""
+    """A single high loss is the first sign of instability; one elsewhere is not the descent's
+    business."""
     calm = 2 + logistic(X, -3.0) + 0.01 * np.sin(40 * X)
     rates = 10.0**X
     found = {}
@@ -550,8 +605,12 @@ def test_a_leap_within_the_decade_of_the_descent_keeps_the_rate_below_it() -> No
         assert "falls fastest" in found[at].note
 
 
-@pytest.mark.parametrize("curve", [np.full(100, 2.0), 2 + 10.0 ** (X - 1), "noise"], ids=["flat", "rising", "noise"])
-def test_where_nothing_falls_a_tenth_of_the_last_rate_is_suggested(curve: Any, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "curve", [np.full(100, 2.0), 2 + 10.0 ** (X - 1), "noise"], ids=["flat", "rising", "noise"]
+)
+def test_where_nothing_falls_a_tenth_of_the_last_rate_is_suggested(
+    curve: Any, rng: np.random.Generator
+) -> None:
     curve = 2 + 0.3 * rng.standard_normal(100) if isinstance(curve, str) else curve
     with pytest.warns(
         UserWarning, match=r"lr_find: the loss did not fall .*: the highest rate tried was 10;"
@@ -605,16 +664,21 @@ def test_when_a_loss_has_exploded(curve: list[float], stop: float, ends: int) ->
 
 
 def test_a_result_is_printed_in_a_line() -> None:
-    assert re.fullmatch(r"RangeTest\(suggestion=.*, ratios=\(1\.0,\)\)", repr(Scripted(1 + logistic(X, -3.0)).find()))
+    assert re.fullmatch(
+        r"RangeTest\(suggestion=.*, ratios=\(1\.0,\)\)",
+        repr(Scripted(1 + logistic(X, -3.0)).find()),
+    )
 
 
-@pytest.mark.parametrize("curve", [[3.0, 2.0, 1.0, math.nan], [3.0, math.inf], [0.0, 0.0], [-1.0, -2.0, 1e30]], ids=str)
+@pytest.mark.parametrize(
+    "curve", [[3.0, 2.0, 1.0, math.nan], [3.0, math.inf], [0.0, 0.0], [-1.0, -2.0, 1e30]], ids=str
+)
 def test_every_result_can_be_drawn(curve: list[float], tmp_path: Path) -> None:
     Scripted(curve).find(smoothing=0.0).plot(str(tmp_path / "a.png"), title="a loss of $ and _")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-# --- optimizers of every kind ----------------------------------------------------------------------------------------
+# --- optimizers of every kind ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("of", BOTH)
@@ -627,10 +691,16 @@ def test_groups_keep_their_ratios(of: Any) -> None:
     ]
     optimizer = of.AdamW(groups, foreach=False)
     tensor, seen = groups[0]["lr"], []
-    optimizer.register_step_post_hook(lambda o, *_: seen.append([float(group["lr"]) for group in o.param_groups]))
+    optimizer.register_step_post_hook(
+        lambda o, *_: seen.append([float(group["lr"]) for group in o.param_groups])
+    )
     bias = model.outside.bias.detach().clone()
-    optimizer.register_step_post_hook(lambda *_: seen[-1].append(torch.equal(bias, model.outside.bias)))
-    optimizer.register_step_post_hook(lambda o, *_: seen[-1].append(o.param_groups[0]["lr"] is tensor))
+    optimizer.register_step_post_hook(
+        lambda *_: seen[-1].append(torch.equal(bias, model.outside.bias))
+    )
+    optimizer.register_step_post_hook(
+        lambda o, *_: seen[-1].append(o.param_groups[0]["lr"] is tensor)
+    )
     found = lr_find(model, cross_entropy, make_data(), optimizer, highest=1e-2)
     assert found.ratios == pytest.approx((0.2, 1.0, 0.0))
     for lr, rates in zip(found.lrs, seen, strict=True):
@@ -641,7 +711,10 @@ def test_groups_keep_their_ratios(of: Any) -> None:
 
 def test_the_rates_before_a_warm_up_count() -> None:
     model = Tied()
-    groups = [{"params": [model.inside.weight], "lr": 0.3}, {"params": [model.inside.bias], "lr": 0.1}]
+    groups = [
+        {"params": [model.inside.weight], "lr": 0.3},
+        {"params": [model.inside.bias], "lr": 0.1},
+    ]
     optimizer = onepass.SGD(groups)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
     assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
@@ -656,9 +729,21 @@ def test_hooks_before_a_step_see_its_gradients() -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
     optimizer = onepass.SGD(model.parameters(), lr=1.0)
-    optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.5) and None)
-    found = lr_find(model, lambda m, _: 5 * m.weight.sum(), [None], optimizer, smoothing=0.0, highest=1e-3, steps=20)
-    np.testing.assert_allclose(np.diff(found.losses), -5 * 0.5 * np.array(found.lrs[:-1]), rtol=1e-6)
+    optimizer.register_step_pre_hook(
+        lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.5) and None
+    )
+    found = lr_find(
+        model,
+        lambda m, _: 5 * m.weight.sum(),
+        [None],
+        optimizer,
+        smoothing=0.0,
+        highest=1e-3,
+        steps=20,
+    )
+    np.testing.assert_allclose(
+        np.diff(found.losses), -5 * 0.5 * np.array(found.lrs[:-1]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("of", BOTH)
@@ -705,13 +790,15 @@ def test_gradients_are_computed_where_they_are_switched_off() -> None:
 def test_all_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = start(Tied, onepass.SGD, {})
     told: list[tuple[int, float, float]] = []
-    found = lr_find(model, cross_entropy, make_data(), optimizer, observe=lambda *seen: told.append(seen))
+    found = lr_find(
+        model, cross_entropy, make_data(), optimizer, observe=lambda *seen: told.append(seen)
+    )
     assert told == list(zip(range(100), found.lrs, found.losses, strict=False))[: len(told)]
     assert len(told) == len(found.losses) - found.exploded
     assert capsys.readouterr().out == ""
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -741,12 +828,19 @@ def test_batches_come_in_their_order_and_again() -> None:
     with closing(search._repeat(data, 7)) as batches:
         assert [next(batches) for _ in range(7)] == [data[i % 3] for i in range(7)]
     taken = counting(13)
-    lr_find(model, lambda m, b: seen.append(b) or cross_entropy(m, b), taken, optimizer, steps=12, highest=1e-3)
+    lr_find(
+        model,
+        lambda m, b: seen.append(b) or cross_entropy(m, b),
+        taken,
+        optimizer,
+        steps=12,
+        highest=1e-3,
+    )
     assert len(seen) == 12
     assert torch.equal(next(taken)[0], make_data(13)[12][0])  # no batch is taken that is not used
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def good() -> dict[str, Any]:
@@ -765,7 +859,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": "adam"}, TypeError, "optimizer must be a torch.optim.Optimizer, got a str"),
     ({"loss": 3}, TypeError, r"loss must be a function of \(model, batch\), got a int"),
     ({"data": 3}, TypeError, "data must give batches when iterated, got a int"),
-    ({"data": []}, ValueError, "data has no batches; pass a list of batches or a DataLoader with some"),
+    (
+        {"data": []},
+        ValueError,
+        "data has no batches; pass a list of batches or a DataLoader with some",
+    ),
     ({"data": iter(())}, ValueError, "data has no batches"),
     ({"data": 7}, TypeError, "data must give batches"),
     ({"model": nn.LazyLinear(3)}, ValueError, "parameter 'weight' has no shape yet; run one batch"),
@@ -779,36 +877,64 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"smoothing": -0.1}, ValueError, r"smoothing must lie in \[0, 1\), got -0.1"),
     ({"stop": 1.0}, ValueError, "stop must be more than 1, got 1.0"),
     ({"stop": math.nan}, ValueError, "stop must be more than 1, got nan"),
-    ({"optimizer": zero_rate_of_text()}, ValueError, "lr of param group 0 must be a finite number .* got '0.1'"),
+    (
+        {"optimizer": zero_rate_of_text()},
+        ValueError,
+        "lr of param group 0 must be a finite number .* got '0.1'",
+    ),
     ({"loss": lambda m, b: 3.0}, TypeError, "must return a tensor of one real number, got 3.0"),
-    ({"loss": lambda m, b: m(b[0])}, TypeError, r"must return .* got one of shape \(16, 3\), torch.float32"),
-    ({"loss": lambda m, b: m(b[0]).mean().detach()}, ValueError, "loss does not depend on any parameter"),
-    ({"loss": lambda m, b: m(b[0]).mean() * math.nan}, ValueError, "loss is nan before the first step"),
+    (
+        {"loss": lambda m, b: m(b[0])},
+        TypeError,
+        r"must return .* got one of shape \(16, 3\), torch.float32",
+    ),
+    (
+        {"loss": lambda m, b: m(b[0]).mean().detach()},
+        ValueError,
+        "loss does not depend on any parameter",
+    ),
+    (
+        {"loss": lambda m, b: m(b[0]).mean() * math.nan},
+        ValueError,
+        "loss is nan before the first step",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "error", "words"), BAD, ids=[words for _, _, words in BAD])
-def test_bad_input_is_refused_in_a_sentence(wrong: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_bad_input_is_refused_in_a_sentence(
+    wrong: dict[str, Any], error: type[Exception], words: str
+) -> None:
     arguments = good() | wrong
-    watched = good() | {key: value for key, value in arguments.items() if key in ("model", "optimizer")}
-    watchable = isinstance(watched["model"], nn.Module) and not isinstance(watched["model"], nn.LazyLinear)
+    watched = good() | {
+        key: value for key, value in arguments.items() if key in ("model", "optimizer")
+    }
+    watchable = isinstance(watched["model"], nn.Module) and not isinstance(
+        watched["model"], nn.LazyLinear
+    )
     watchable = watchable and isinstance(watched["optimizer"], torch.optim.Optimizer)
     before = photograph(watched["model"], watched["optimizer"]) if watchable else {}
     with pytest.raises(error, match=f"^lr_find: .*{words}") as caught:
         lr_find(**arguments)
     assert "\n" not in str(caught.value)
-    assert changes(before, photograph(watched["model"], watched["optimizer"]) if watchable else {}) == []
+    assert (
+        changes(before, photograph(watched["model"], watched["optimizer"]) if watchable else {})
+        == []
+    )
 
 
 def test_an_iterator_that_runs_dry_says_so() -> None:
     arguments = good() | {"data": counting(7)}
     before = photograph(arguments["model"], arguments["optimizer"])
-    with pytest.raises(ValueError, match=r"data gave 7 batches for 100 steps and cannot be begun anew, .* or steps=7$"):
+    with pytest.raises(
+        ValueError,
+        match=r"data gave 7 batches for 100 steps and cannot be begun anew, .* or steps=7$",
+    ):
         lr_find(**arguments)
     assert changes(before, photograph(arguments["model"], arguments["optimizer"])) == []
 
 
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parent.parent / "docs" / "lr-find.md").read_text(encoding="utf-8")
 
@@ -823,24 +949,42 @@ def test_the_page_runs(folder: Path) -> None:
     assert optimizer.param_groups[0]["lr"] == found.suggestion
     names["batches"] = [names["batches"][0]]
     exec(clip, names)
-    assert lr_find(names["model"], names["loss"], names["batches"], optimizer).losses[0] == found.losses[0]
+    assert (
+        lr_find(names["model"], names["loss"], names["batches"], optimizer).losses[0]
+        == found.losses[0]
+    )
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["lr-find", "--optimizer", "sgd-momentum", "--steps", "25", "--lowest", "1e-5", "--batch-size", "32"]
+    arguments = [
+        "lr-find",
+        "--optimizer",
+        "sgd-momentum",
+        "--steps",
+        "25",
+        "--lowest",
+        "1e-5",
+        "--batch-size",
+        "32",
+    ]
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
     assert lines[0] == "digits: sgd-momentum, batch size 32, 25 steps"
-    found = re.search(r"^suggested learning rate: (\S+); the smoothed loss falls fastest around it$", out, re.M)
+    found = re.search(
+        r"^suggested learning rate: (\S+); the smoothed loss falls fastest around it$", out, re.M
+    )
     assert found
     rate = found[1]
     assert 1e-4 < float(rate) < 1
-    assert f"train with it: onepass train --task digits --optimizer sgd-momentum --lr {rate} --batch-size 32" in lines
+    assert (
+        f"train with it: onepass train --task digits --optimizer sgd-momentum --lr {rate} "
+        "--batch-size 32" in lines
+    )
     assert lines[-1] == "picture: runs/digits/lr-find.png"
     assert (folder / "runs/digits/lr-find.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (folder / "runs/digits").iterdir()) == ["lr-find.png"]
@@ -871,25 +1015,34 @@ def test_the_command_refuses_in_a_sentence(
     assert not (folder / "runs").exists()
 
 
-def test_the_command_where_no_rate_is_found(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_where_no_rate_is_found(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cli.main(["lr-find", "--highest", "2e-7", "--steps", "8"]) == 0
     out, err = capfd.readouterr()
-    assert "suggested learning rate: 2e-08; the loss did not fall by more than its noise, so this is a tenth of" in out
+    assert (
+        "suggested learning rate: 2e-08; the loss did not fall by more than its noise, so this is "
+        "a tenth of" in out
+    )
     assert err == ""
 
 
 def test_in_a_terminal_there_is_a_bar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(command, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(
+        command, "Console", lambda **_: Console(file=screen, force_terminal=True, width=100)
+    )
     assert cli.main(["lr-find", "--steps", "8", "--batch-size", "16"]) == 0
     for words in ("8/8", "lr 1.00e+01", "loss", "suggested learning rate"):
         assert words in screen.getvalue()
 
 
 @pytest.mark.slow
-def test_digits_are_learned_at_the_rate_that_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_digits_are_learned_at_the_rate_that_is_found(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["lr-find", "--optimizer", "adamw"]) == 0
     command = re.search(r"train with it: onepass (.*)", capsys.readouterr().out)
     assert command

@@ -1,4 +1,5 @@
-"""Schedulers under torch's names: torch's own classes run beside ours, whatever happens to the learning rates."""
+"""Schedulers under torch's names: torch's own classes run beside ours, whatever happens to the
+learning rates."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ import onepass
 from onepass import lr_scheduler, schedule, swa_utils
 from onepass.lr_scheduler import frame as scheduler_frame
 
-OURS = SimpleNamespace(**{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR)
+OURS = SimpleNamespace(
+    **{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR
+)
 TORCHS = SimpleNamespace(**{**vars(OURS), **vars(torch_schedulers), "SWALR": torch_swa_utils.SWALR})
 Spec = tuple[str, dict[str, Any]]
 MOMENTUM = ("CyclicLR", "OneCycleLR")
@@ -55,7 +58,9 @@ def make_optimizer(library: Any, case: Case) -> torch.optim.Optimizer:
     lrs = [0.1 * (index + 1) for index in range(case.groups)]
     tensors = [lr if case.tensor is None else torch.tensor(lr, dtype=case.tensor) for lr in lrs]
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in tensors]
-    return getattr(library, case.optimizer)(groups, lr=0.1, **({"momentum": 0.9} if case.optimizer == "SGD" else {}))
+    return getattr(library, case.optimizer)(
+        groups, lr=0.1, **({"momentum": 0.9} if case.optimizer == "SGD" else {})
+    )
 
 
 def build(library: Any, opt: torch.optim.Optimizer, spec: Spec) -> Any:
@@ -108,20 +113,34 @@ class Side:
 
     def options(self) -> list[float]:
         """What schedulers may write: each group's lr and momentum."""
-        momenta = [group["betas"][0] if "betas" in group else group["momentum"] for group in self.opt.param_groups]
-        return [float(torch.as_tensor(value, dtype=torch.float64).detach()) for value in (*lr_of(self.opt), *momenta)]
+        momenta = [
+            group["betas"][0] if "betas" in group else group["momentum"]
+            for group in self.opt.param_groups
+        ]
+        return [
+            float(torch.as_tensor(value, dtype=torch.float64).detach())
+            for value in (*lr_of(self.opt), *momenta)
+        ]
 
     def state(self) -> dict[str, Any]:
         """A checkpoint, as a file gives it back."""
         return through_a_file(
-            {"optimizer": self.opt.state_dict(), "schedulers": [s.state_dict() for s in self.schedulers], "t": self.t}
+            {
+                "optimizer": self.opt.state_dict(),
+                "schedulers": [s.state_dict() for s in self.schedulers],
+                "t": self.t,
+            }
         )
 
     def resumed(self, library: Any = None, order: str | None = None) -> Side:
         """Another process goes on from this one's checkpoint."""
         state, order = self.state(), order or self.case.order
         side = object.__new__(Side)
-        side.case, side.library, side.optimizers = self.case, library or self.library, self.optimizers
+        side.case, side.library, side.optimizers = (
+            self.case,
+            library or self.library,
+            self.optimizers,
+        )
         side.opt, side.t = make_optimizer(self.optimizers, self.case), state["t"]
         if order == "optimizer first":
             side.opt.load_state_dict(state["optimizer"])
@@ -139,8 +158,11 @@ def lr_of(opt: torch.optim.Optimizer) -> list[Any]:
     return [group["lr"] for group in opt.param_groups]
 
 
-def assert_close(ours: list[list[float]], theirs: list[list[float]], case: Any, rtol: float = 1e-9) -> None:
-    """Each number to its relative precision; what torch leaves of a zero is noise beside the largest."""
+def assert_close(
+    ours: list[list[float]], theirs: list[list[float]], case: Any, rtol: float = 1e-9
+) -> None:
+    """Each number to its relative precision; what torch leaves of a zero is noise beside the
+    largest."""
     noise = 1e-3 * rtol * max(abs(number) for row in theirs for number in row)
     assert len(ours) == len(theirs)
     for t, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
@@ -169,23 +191,39 @@ def waves(t: int) -> float:
 
 MULTIPLYING = {
     "StepLR": options("StepLR", step_size=COUNT, gamma=FACTOR),
-    "MultiStepLR": options("MultiStepLR", milestones=st.lists(COUNT, max_size=4).map(sorted), gamma=FACTOR),
+    "MultiStepLR": options(
+        "MultiStepLR", milestones=st.lists(COUNT, max_size=4).map(sorted), gamma=FACTOR
+    ),
     "ConstantLR": options("ConstantLR", factor=FACTOR, total_iters=COUNT),
-    "LinearLR": options("LinearLR", start_factor=FACTOR, end_factor=FACTOR | st.just(0.0), total_iters=COUNT),
+    "LinearLR": options(
+        "LinearLR", start_factor=FACTOR, end_factor=FACTOR | st.just(0.0), total_iters=COUNT
+    ),
     "ExponentialLR": options("ExponentialLR", gamma=FACTOR),
-    "PolynomialLR": options("PolynomialLR", total_iters=COUNT, power=st.sampled_from([0.5, 1.0, 2.0])),
-    "CosineAnnealingLR": options("CosineAnnealingLR", T_max=COUNT, eta_min=st.sampled_from([0.0, 0.004])),
+    "PolynomialLR": options(
+        "PolynomialLR", total_iters=COUNT, power=st.sampled_from([0.5, 1.0, 2.0])
+    ),
+    "CosineAnnealingLR": options(
+        "CosineAnnealingLR", T_max=COUNT, eta_min=st.sampled_from([0.0, 0.004])
+    ),
     "MultiplicativeLR": options(
         "MultiplicativeLR", lr_lambda=st.sampled_from([decay, waves]) | st.just([decay, waves])
     ),
 }
 ALONE = MULTIPLYING | {
-    "LambdaLR": options("LambdaLR", lr_lambda=st.sampled_from([decay, waves]) | st.just([decay, waves])),
+    "LambdaLR": options(
+        "LambdaLR", lr_lambda=st.sampled_from([decay, waves]) | st.just([decay, waves])
+    ),
     "CosineAnnealingWarmRestarts": options(
-        "CosineAnnealingWarmRestarts", T_0=COUNT, T_mult=st.integers(1, 3), eta_min=st.sampled_from([0.0, 0.004])
+        "CosineAnnealingWarmRestarts",
+        T_0=COUNT,
+        T_mult=st.integers(1, 3),
+        eta_min=st.sampled_from([0.0, 0.004]),
     ),
     "SWALR": options(
-        "SWALR", swa_lr=EITHER, anneal_epochs=st.integers(0, 8), anneal_strategy=st.sampled_from(["cos", "linear"])
+        "SWALR",
+        swa_lr=EITHER,
+        anneal_epochs=st.integers(0, 8),
+        anneal_strategy=st.sampled_from(["cos", "linear"]),
     ),
     "CyclicLR": options(
         "CyclicLR",
@@ -232,7 +270,9 @@ def chained(draw: Any) -> Spec:
 def sequential(draw: Any) -> Spec:
     members = draw(st.lists(alone, min_size=1, max_size=3))
     count = len(members) - 1
-    milestones = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count, unique=True).map(sorted))
+    milestones = draw(
+        st.lists(st.integers(1, 12), min_size=count, max_size=count, unique=True).map(sorted)
+    )
     return "SequentialLR", {"schedulers": members, "milestones": milestones}
 
 
@@ -247,7 +287,8 @@ cases = st.builds(
     tensor=st.sampled_from([None, torch.float64]),
     hands=st.dictionaries(
         st.integers(0, 12),
-        st.tuples(st.just("scale"), st.sampled_from([0.5, 2.0, 3.0])) | st.tuples(st.just("set"), LR),
+        st.tuples(st.just("scale"), st.sampled_from([0.5, 2.0, 3.0]))
+        | st.tuples(st.just("set"), LR),
         max_size=2,
     ),
     cut=st.integers(0, 15),
@@ -299,26 +340,51 @@ TABLE: dict[str, Spec] = {
     "CosineAnnealingLR floor": ("CosineAnnealingLR", {"T_max": 5, "eta_min": 0.01}),
     "MultiplicativeLR": ("MultiplicativeLR", {"lr_lambda": waves}),
     "LambdaLR": ("LambdaLR", {"lr_lambda": [decay, waves]}),
-    "CosineAnnealingWarmRestarts": ("CosineAnnealingWarmRestarts", {"T_0": 3, "T_mult": 2, "eta_min": 0.003}),
+    "CosineAnnealingWarmRestarts": (
+        "CosineAnnealingWarmRestarts",
+        {"T_0": 3, "T_mult": 2, "eta_min": 0.003},
+    ),
     "SWALR": ("SWALR", {"swa_lr": [0.05, 0.2], "anneal_epochs": 6}),
     "SWALR at once": ("SWALR", {"swa_lr": 0.05, "anneal_epochs": 0, "anneal_strategy": "linear"}),
-    "CyclicLR": ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3, "mode": "triangular2"}),
-    "CyclicLR lr alone": ("CyclicLR", {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3, "cycle_momentum": False}),
+    "CyclicLR": (
+        "CyclicLR",
+        {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3, "mode": "triangular2"},
+    ),
+    "CyclicLR lr alone": (
+        "CyclicLR",
+        {"base_lr": 0.01, "max_lr": 0.2, "step_size_up": 3, "cycle_momentum": False},
+    ),
     "OneCycleLR": ("OneCycleLR", {"max_lr": 0.3, "total_steps": 20}),
-    "OneCycleLR three": ("OneCycleLR", {"max_lr": [0.3, 0.1], "total_steps": 20, "three_phase": True}),
+    "OneCycleLR three": (
+        "OneCycleLR",
+        {"max_lr": [0.3, 0.1], "total_steps": 20, "three_phase": True},
+    ),
     "ReduceLROnPlateau": ("ReduceLROnPlateau", {"patience": 1, "factor": 0.5, "cooldown": 1}),
     "ChainedScheduler": (
         "ChainedScheduler",
-        {"schedulers": [("LinearLR", {"start_factor": 0.2, "total_iters": 4}), ("ExponentialLR", {"gamma": 0.9})]},
+        {
+            "schedulers": [
+                ("LinearLR", {"start_factor": 0.2, "total_iters": 4}),
+                ("ExponentialLR", {"gamma": 0.9}),
+            ]
+        },
     ),
     "SequentialLR": (
         "SequentialLR",
-        {"schedulers": [("LinearLR", {"start_factor": 0.2}), ("CosineAnnealingLR", {"T_max": 9})], "milestones": [4]},
+        {
+            "schedulers": [
+                ("LinearLR", {"start_factor": 0.2}),
+                ("CosineAnnealingLR", {"T_max": 9}),
+            ],
+            "milestones": [4],
+        },
     ),
 }
 EACH = pytest.mark.parametrize("name", TABLE)
 TENSORS = pytest.mark.parametrize("tensor", [None, torch.float64], ids=["float", "tensor"])
-REMADE = [name for name in TABLE if name not in ("ReduceLROnPlateau", "ChainedScheduler", "SequentialLR")]
+REMADE = [
+    name for name in TABLE if name not in ("ReduceLROnPlateau", "ChainedScheduler", "SequentialLR")
+]
 HANDS = {2: ("scale", 0.5), 7: ("set", 0.07)}
 
 
@@ -327,7 +393,9 @@ def case_of(*names: str, **options: Any) -> Case:
 
 
 def test_every_class_is_in_the_table() -> None:
-    assert {spec[0] for spec in TABLE.values()} == {*torch_schedulers.__all__, "SWALR"} - {"LRScheduler"}
+    assert {spec[0] for spec in TABLE.values()} == {*torch_schedulers.__all__, "SWALR"} - {
+        "LRScheduler"
+    }
 
 
 @EACH
@@ -354,7 +422,9 @@ def test_torch_goes_on_from_our_checkpoint_and_we_from_that(name: str, tensor: A
         second = first.resumed(TORCHS)
         assert_close(second.run(2), whole[cut : cut + 3], (case, cut))
         for order in ("optimizer first", "optimizer then scheduler", "optimizer last"):
-            assert_close(second.resumed(OURS, order).run(10 - cut), whole[cut + 2 :], (case, cut, order))
+            assert_close(
+                second.resumed(OURS, order).run(10 - cut), whole[cut + 2 :], (case, cut, order)
+            )
 
 
 CHAINS = [("StepLR", "CosineAnnealingLR"), ("CosineAnnealingLR floor", "ConstantLR", "StepLR")]
@@ -381,7 +451,8 @@ def test_chains_go_on_from_torchs_checkpoint(names: Sequence[str], tensor: Any) 
 @pytest.mark.parametrize("name", REMADE)
 @TENSORS
 def test_is_made_anew_at_a_step(name: str, tensor: Any) -> None:
-    """With last_epoch, at any step, after the optimizer's checkpoint: as if nothing had happened."""
+    """With last_epoch, at any step, after the optimizer's checkpoint: as if nothing had
+    happened."""
     case = case_of(name, tensor=tensor)
     whole = Side(case, OURS).run(14)
     for step in range(1, 14):
@@ -391,12 +462,17 @@ def test_is_made_anew_at_a_step(name: str, tensor: Any) -> None:
         opt.load_state_dict(first.opt.state_dict())
         kind, options = TABLE[name]
         again = Side(case, OURS)
-        again.opt, again.schedulers = opt, [getattr(OURS, kind)(opt, **options, last_epoch=step - 1)]
+        again.opt, again.schedulers = (
+            opt,
+            [getattr(OURS, kind)(opt, **options, last_epoch=step - 1)],
+        )
         assert again.schedulers[0].last_epoch == step
         assert_close(again.run(14 - step), whole[step:], (name, step), rtol=1e-12)
 
 
-@pytest.mark.parametrize("names", [("StepLR", "LinearLR"), ("PolynomialLR", "MultiplicativeLR", "ExponentialLR")])
+@pytest.mark.parametrize(
+    "names", [("StepLR", "LinearLR"), ("PolynomialLR", "MultiplicativeLR", "ExponentialLR")]
+)
 @TENSORS
 def test_chains_are_made_anew_at_a_step(names: Sequence[str], tensor: Any) -> None:
     case = case_of(*names, tensor=tensor)
@@ -408,7 +484,8 @@ def test_chains_are_made_anew_at_a_step(names: Sequence[str], tensor: Any) -> No
         again.opt = make_optimizer(torch.optim, case)
         again.opt.load_state_dict(first.opt.state_dict())
         again.schedulers = [
-            getattr(OURS, kind)(again.opt, **options, last_epoch=step - 1) for kind, options in case.specs
+            getattr(OURS, kind)(again.opt, **options, last_epoch=step - 1)
+            for kind, options in case.specs
         ]
         assert_close(again.run(12 - step), whole[step:], (names, step))
 
@@ -421,12 +498,16 @@ def test_what_earlier_versions_of_torch_saved() -> None:
     again = Side(case_of("SWALR"))
     again.schedulers[0].load_state_dict(state | {"anneal_func": len, "verbose": False})
     assert again.schedulers[0].last_epoch == 3
-    assert not hasattr(again.schedulers[0], "anneal_func") or again.schedulers[0].anneal_func is not len
+    assert (
+        not hasattr(again.schedulers[0], "anneal_func")
+        or again.schedulers[0].anneal_func is not len
+    )
     assert "anneal_func" not in again.schedulers[0].state_dict()
 
 
 def test_goes_on_from_torchs_checkpoint_of_a_run_that_has_grown() -> None:
-    """torch's schedulers have no initial value of groups that came later, and scale their rates all the same."""
+    """torch's schedulers have no initial value of groups that came later, and scale their rates all
+    the same."""
 
     def make(library: Any, groups: int) -> tuple[torch.optim.Optimizer, Any]:
         opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
@@ -446,7 +527,9 @@ def test_goes_on_from_torchs_checkpoint_of_a_run_that_has_grown() -> None:
         for o, s in ((opt, scheduler), (resumed, again)):
             o.step()
             s.step()
-        assert [g["lr"] for g in resumed.param_groups] == pytest.approx([g["lr"] for g in opt.param_groups])
+        assert [g["lr"] for g in resumed.param_groups] == pytest.approx(
+            [g["lr"] for g in opt.param_groups]
+        )
 
 
 def test_a_builtin_function_is_not_saved() -> None:
@@ -479,7 +562,9 @@ def test_one_made_anew_twice_is_one() -> None:
     second = OURS.CosineAnnealingLR(opt, 10, last_epoch=3)
     assert [group["lr"] for group in opt.param_groups] == want
     OURS.ExponentialLR(opt, 0.5, last_epoch=3)
-    assert [group["lr"] for group in opt.param_groups] == pytest.approx([lr * 0.5**4 for lr in want])
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx(
+        [lr * 0.5**4 for lr in want]
+    )
     assert first.last_epoch == second.last_epoch == 4
 
 
@@ -510,7 +595,9 @@ def test_is_torchs_class_with_torchs_signature(name: str) -> None:
 
     assert shape(ours) == shape(theirs)
     methods = [
-        name for name in ("step", "get_lr", "get_last_lr", "state_dict", "load_state_dict") if hasattr(ours, name)
+        name
+        for name in ("step", "get_lr", "get_last_lr", "state_dict", "load_state_dict")
+        if hasattr(ours, name)
     ]
     for method in methods:
         assert shape(getattr(ours, method)) == shape(getattr(theirs, method)), method
@@ -520,21 +607,36 @@ def test_is_torchs_class_with_torchs_signature(name: str) -> None:
 
 
 def flat(*members: str, milestones: list[int]) -> Case:
-    return Case([("SequentialLR", {"schedulers": [TABLE[name] for name in members], "milestones": milestones})])
+    return Case(
+        [
+            (
+                "SequentialLR",
+                {"schedulers": [TABLE[name] for name in members], "milestones": milestones},
+            )
+        ]
+    )
 
 
-@pytest.mark.parametrize("tail", ["StepLR", "CosineAnnealingLR floor", "LambdaLR", "CosineAnnealingWarmRestarts"])
+@pytest.mark.parametrize(
+    "tail", ["StepLR", "CosineAnnealingLR floor", "LambdaLR", "CosineAnnealingWarmRestarts"]
+)
 def test_nested_sequences_are_flat_sequences(tail: str) -> None:
     names = ("LinearLR", "ExponentialLR", tail)
     whole = Side(flat(*names, milestones=[3, 7]), TORCHS).run(12)
     a, b, c = (TABLE[name] for name in names)
     left = (
         "SequentialLR",
-        {"schedulers": [("SequentialLR", {"schedulers": [a, b], "milestones": [3]}), c], "milestones": [7]},
+        {
+            "schedulers": [("SequentialLR", {"schedulers": [a, b], "milestones": [3]}), c],
+            "milestones": [7],
+        },
     )
     right = (
         "SequentialLR",
-        {"schedulers": [a, ("SequentialLR", {"schedulers": [b, c], "milestones": [4]})], "milestones": [3]},
+        {
+            "schedulers": [a, ("SequentialLR", {"schedulers": [b, c], "milestones": [4]})],
+            "milestones": [3],
+        },
     )
     for spec in (
         left,
@@ -551,14 +653,20 @@ def test_nested_sequences_are_flat_sequences(tail: str) -> None:
 def test_chains_inside_sequences() -> None:
     chain, first = TABLE["ChainedScheduler"], TABLE["StepLR"]
     alone = Side(Case([chain]), TORCHS).run(8)
-    before = Side(Case([("SequentialLR", {"schedulers": [chain, first], "milestones": [8]})])).run(7)
+    before = Side(Case([("SequentialLR", {"schedulers": [chain, first], "milestones": [8]})])).run(
+        7
+    )
     assert_close(before, alone[:8], chain)
-    after = Side(Case([("SequentialLR", {"schedulers": [first, chain], "milestones": [4]})])).run(12)
+    after = Side(Case([("SequentialLR", {"schedulers": [first, chain], "milestones": [4]})])).run(
+        12
+    )
     assert_close(after[4:], alone, chain)
 
 
 @pytest.mark.parametrize("outer", ["SequentialLR", "ChainedScheduler"])
-@pytest.mark.parametrize("which", [(OURS, TORCHS), (TORCHS, OURS)], ids=["ours holds torch's", "torch's holds ours"])
+@pytest.mark.parametrize(
+    "which", [(OURS, TORCHS), (TORCHS, OURS)], ids=["ours holds torch's", "torch's holds ours"]
+)
 def test_each_library_holds_the_others(outer: str, which: tuple[Any, Any]) -> None:
     case = case_of(outer)
     whole = Side(case, TORCHS).run(10)
@@ -576,17 +684,25 @@ def test_each_library_holds_the_others(outer: str, which: tuple[Any, Any]) -> No
 def test_a_sequence_begins_with_the_member_whose_milestone_is_zero() -> None:
     """pytorch#185872: torch 2.12 and before let the first member have the first step."""
     case = flat("LinearLR", "ExponentialLR", "StepLR", milestones=[0, 4])
-    assert_close(Side(case).run(10), Side(flat("ExponentialLR", "StepLR", milestones=[4]), TORCHS).run(10), case)
+    assert_close(
+        Side(case).run(10),
+        Side(flat("ExponentialLR", "StepLR", milestones=[4]), TORCHS).run(10),
+        case,
+    )
 
 
-# What goes wrong in torch. A test that fails here after an update of torch tells that torch has mended it.
+# What goes wrong in torch. A test that fails here after an update of torch tells that torch has
+# mended it.
 
 TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 known = pytest.mark.skipif(TORCH != (2, 13), reason="what torch does was seen with 2.13")
 
 
-def resumed_at(library: Any, name: str, step: int, lr: float | None = None) -> torch.optim.Optimizer:
-    """An optimizer as its checkpoint left it, and the scheduler that is made anew with last_epoch."""
+def resumed_at(
+    library: Any, name: str, step: int, lr: float | None = None
+) -> torch.optim.Optimizer:
+    """An optimizer as its checkpoint left it, and the scheduler that is made anew with
+    last_epoch."""
     case = case_of(name, groups=1)
     first = Side(case, TORCHS)
     first.run(step)
@@ -598,12 +714,17 @@ def resumed_at(library: Any, name: str, step: int, lr: float | None = None) -> t
     return opt
 
 
-TWICE = [("StepLR", 3, 0.05), ("MultiStepLR", 5, 0.1 * 0.3**3), ("CosineAnnealingWarmRestarts", 10, None)]
+TWICE = [
+    ("StepLR", 3, 0.05),
+    ("MultiStepLR", 5, 0.1 * 0.3**3),
+    ("CosineAnnealingWarmRestarts", 10, None),
+]
 
 
 @pytest.mark.parametrize(("name", "step", "right"), TWICE)
 def test_made_anew_where_the_rate_changes(name: str, step: int, right: float | None) -> None:
-    """gamma applied once more; pytorch#49630, #52236: the cycle's length forgotten beyond the first cycle."""
+    """gamma applied once more; pytorch#49630, #52236: the cycle's length forgotten beyond the first
+    cycle."""
     right = Side(case_of(name, groups=1), TORCHS).run(step)[-1][0] if right is None else right
     assert lr_of(resumed_at(OURS, name, step)) == pytest.approx([right])
 
@@ -615,12 +736,16 @@ def test_torch_made_anew_where_the_rate_changes(name: str, step: int, right: flo
     assert lr_of(resumed_at(TORCHS, name, step)) != pytest.approx([right])
 
 
-@pytest.mark.parametrize("library", [OURS, pytest.param(TORCHS, marks=known)], ids=["ours", "torch"])
+@pytest.mark.parametrize(
+    "library", [OURS, pytest.param(TORCHS, marks=known)], ids=["ours", "torch"]
+)
 def test_cosine_made_anew(library: Any) -> None:
     """pytorch#65342, #60265: right in torch by now."""
     whole = Side(case_of("CosineAnnealingLR", groups=1), TORCHS).run(8)
     for step in range(2, 8):
-        assert lr_of(resumed_at(library, "CosineAnnealingLR", step)) == pytest.approx([whole[step][0]])
+        assert lr_of(resumed_at(library, "CosineAnnealingLR", step)) == pytest.approx(
+            [whole[step][0]]
+        )
 
 
 def sequence_at(library: Any, step: int) -> torch.optim.Optimizer:
@@ -634,7 +759,9 @@ def sequence_at(library: Any, step: int) -> torch.optim.Optimizer:
 def test_sequence_made_anew() -> None:
     """pytorch#162591: at step 4 the second member has stepped once."""
     for step in range(1, 9):
-        assert lr_of(sequence_at(OURS, step)) == pytest.approx([0.1 if step < 3 else 0.9 ** (step - 3)])
+        assert lr_of(sequence_at(OURS, step)) == pytest.approx(
+            [0.1 if step < 3 else 0.9 ** (step - 3)]
+        )
 
 
 @known
@@ -664,7 +791,8 @@ def test_sequences_made_anew(names: list[str], tensor: Any) -> None:
 
 
 def made_after_loading(library: Any) -> list[float]:
-    """pytorch#119168, #17913: the scheduler is made after the optimizer's checkpoint was loaded, and before its own."""
+    """pytorch#119168, #17913: the scheduler is made after the optimizer's checkpoint was loaded,
+    and before its own."""
     case = Case([TABLE["LinearLR"]], groups=1, order="optimizer first")
     first = Side(case, library)
     first.run(4)
@@ -683,7 +811,8 @@ def test_torchs_order_of_making_and_loading() -> None:
 
 @pytest.mark.parametrize("group_lr", [0.1, 0.3])
 def test_hand_set_rate_survives_loading(group_lr: float) -> None:
-    """A rate that was set after the scheduler was made is the user's, and loading leaves it alone."""
+    """A rate that was set after the scheduler was made is the user's, and loading leaves it
+    alone."""
     first = Side(case_of("StepLR", groups=1))
     first.run(5)
     opt = make_optimizer(torch.optim, first.case)
@@ -695,8 +824,12 @@ def test_hand_set_rate_survives_loading(group_lr: float) -> None:
 
 DIVISIONS = {
     "OneCycleLR": lambda library, opt: library.OneCycleLR(opt, 0.1, total_steps=10, pct_start=0.1),
-    "OneCycleLR of one step": lambda library, opt: library.OneCycleLR(opt, 0.1, total_steps=1, pct_start=1.0),
-    "OneCycleLR all up": lambda library, opt: library.OneCycleLR(opt, 0.1, total_steps=10, pct_start=1.0),
+    "OneCycleLR of one step": lambda library, opt: library.OneCycleLR(
+        opt, 0.1, total_steps=1, pct_start=1.0
+    ),
+    "OneCycleLR all up": lambda library, opt: library.OneCycleLR(
+        opt, 0.1, total_steps=10, pct_start=1.0
+    ),
     "ConstantLR": lambda library, opt: library.ConstantLR(opt, factor=0.0, total_iters=3),
 }
 
@@ -711,9 +844,13 @@ def test_nothing_is_divided_by_zero(name: str) -> None:
         scheduler.step()
         rates += lr_of(opt)
     expected = {
-        "OneCycleLR": [0.1 * (4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * t / 9)) / 2) for t in range(10)],
+        "OneCycleLR": [
+            0.1 * (4e-6 + (1 - 4e-6) * (1 + math.cos(math.pi * t / 9)) / 2) for t in range(10)
+        ],
         "OneCycleLR of one step": [0.1],
-        "OneCycleLR all up": [0.1 * (1 - 0.96 * (1 + math.cos(math.pi * t / 9)) / 2) for t in range(10)],
+        "OneCycleLR all up": [
+            0.1 * (1 - 0.96 * (1 + math.cos(math.pi * t / 9)) / 2) for t in range(10)
+        ],
         "ConstantLR": [0.0] * 3 + [0.1] * 7,
     }
     assert rates == pytest.approx(expected[name], rel=1e-9)
@@ -786,14 +923,22 @@ def test_steps_by_number_as_torch(name: str) -> None:
 
 
 def test_no_steps_at_all() -> None:
-    for name, lrs in (("PolynomialLR", [0.1] * 3), ("LinearLR", [0.1 / 3] * 3), ("ConstantLR", [0.1] * 3)):
+    for name, lrs in (
+        ("PolynomialLR", [0.1] * 3),
+        ("LinearLR", [0.1 / 3] * 3),
+        ("ConstantLR", [0.1] * 3),
+    ):
         side = Side(Case([(name, {"total_iters": 0})], groups=1))
         assert [row[0] for row in side.run(2)] == pytest.approx(lrs)
         if name != "ConstantLR":  # torch's never ends
             assert_close(side.run(2), Side(side.case, TORCHS).run(4)[2:], name)
 
 
-ADDED = [name for name in TABLE if not isinstance(next(iter(TABLE[name][1].values())), list) and "three" not in name]
+ADDED = [
+    name
+    for name in TABLE
+    if not isinstance(next(iter(TABLE[name][1].values())), list) and "three" not in name
+]
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -805,7 +950,11 @@ def test_groups_may_join(name: str, tensor: Any) -> None:
     lr = 0.4 if tensor is None else torch.tensor(0.4, dtype=tensor)
     side.opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr})
     rows = side.run(8)
-    assert_close([row[:1] for row in rows], [row[:1] for row in Side(case_of(name, groups=1)).run(11)[3:]], name)
+    assert_close(
+        [row[:1] for row in rows],
+        [row[:1] for row in Side(case_of(name, groups=1)).run(11)[3:]],
+        name,
+    )
     assert rows[-1][1] != rows[0][1]
     assert all(math.isfinite(number) for row in rows for number in row)
     again = make_optimizer(torch.optim, case_of(name, groups=2, tensor=tensor))
@@ -828,14 +977,19 @@ def test_torchs_closed_forms_do_not_take_groups() -> None:
 def test_refuses_the_state_of_another_class(name: str) -> None:
     for other in TABLE:
         kinds = {TABLE[other][0], TABLE[name][0]}
-        if len(kinds) == 1 or kinds in ({"ChainedScheduler", "SequentialLR"}, {"LambdaLR", "MultiplicativeLR"}):
+        if len(kinds) == 1 or kinds in (
+            {"ChainedScheduler", "SequentialLR"},
+            {"LambdaLR", "MultiplicativeLR"},
+        ):
             continue  # torch's state dicts of these are alike
         for library in (OURS, TORCHS):
             side = Side(case_of(name))
             side.run(2)
             before = side.state()
             foreign = build(library, make_optimizer(torch.optim, side.case), TABLE[other])
-            with pytest.raises(KeyError, match=f"it is none of a {type(side.schedulers[0]).__name__}"):
+            with pytest.raises(
+                KeyError, match=f"it is none of a {type(side.schedulers[0]).__name__}"
+            ):
                 side.schedulers[0].load_state_dict(foreign.state_dict())
             assert side.state() == before
 
@@ -925,7 +1079,9 @@ def test_what_is_set_in_mid_run(case: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["then saved", "in the checkpoint"])
-@pytest.mark.parametrize("name", ["ExponentialLR", "StepLR", "LinearLR", "PolynomialLR", "CosineAnnealingLR"])
+@pytest.mark.parametrize(
+    "name", ["ExponentialLR", "StepLR", "LinearLR", "PolynomialLR", "CosineAnnealingLR"]
+)
 def test_an_option_is_set_and_the_run_resumed(name: str, way: str) -> None:
     attribute, short, long = LONGER[name]
     rows = []
@@ -952,7 +1108,9 @@ def test_an_option_is_set_and_the_run_resumed(name: str, way: str) -> None:
 def test_goes_on_with_another_schedule() -> None:
     case = Case((), groups=2)
     opt = make_optimizer(torch.optim, case)
-    scheduler = onepass.Scheduler(opt, {"lr": schedule.cosine(0.3, steps=10), "momentum": schedule.constant(0.8)})
+    scheduler = onepass.Scheduler(
+        opt, {"lr": schedule.cosine(0.3, steps=10), "momentum": schedule.constant(0.8)}
+    )
     for _ in range(5):
         opt.step()
         scheduler.step()
@@ -969,7 +1127,9 @@ def test_goes_on_with_another_schedule() -> None:
             other.step()
             again.step()
             assert lr_of(other) == [longer["lr"](t)] * 2
-            assert [group["momentum"] for group in other.param_groups] == [longer["momentum"](t)] * 2
+            assert [group["momentum"] for group in other.param_groups] == [
+                longer["momentum"](t)
+            ] * 2
 
 
 # A tensor as the rate: it stays the tensor that it is, and nothing shares its memory.
@@ -978,14 +1138,22 @@ def test_goes_on_with_another_schedule() -> None:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    inside = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return [tensor for item in inside for tensor in tensors_in(item)]
 
 
 @EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one element"])
-def test_tensor_rates_stay_and_are_nobody_elses(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_tensor_rates_stay_and_are_nobody_elses(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     """pytorch#126854, #163103, #162359, #163093."""
     case = case_of(name)
     opt = make_optimizer(torch.optim, case)
@@ -998,7 +1166,10 @@ def test_tensor_rates_stay_and_are_nobody_elses(name: str, dtype: torch.dtype, s
     assert_close(rows, Side(case).run(12), name, rtol=1e-5 if dtype == torch.float32 else 1e-9)
     side.schedulers[0].load_state_dict(side.schedulers[0].state_dict())
     side.run(2)
-    assert all(group["lr"] is rate and rate.shape == shape for group, rate in zip(opt.param_groups, rates, strict=True))
+    assert all(
+        group["lr"] is rate and rate.shape == shape
+        for group, rate in zip(opt.param_groups, rates, strict=True)
+    )
     everything = [*rates, *tensors_in([group.get("initial_lr") for group in opt.param_groups])]
     for scheduler in (side.schedulers[0], *getattr(side.schedulers[0], "_schedulers", ())):
         everything += tensors_in([getattr(scheduler, "base_lrs", []), scheduler.get_last_lr()])
@@ -1008,7 +1179,8 @@ def test_tensor_rates_stay_and_are_nobody_elses(name: str, dtype: torch.dtype, s
 
 @known
 def test_torch_fills_nothing_but_the_rate() -> None:
-    """What the four reports asked for is so in torch by now, where one tensor is not the rate of two groups."""
+    """What the four reports asked for is so in torch by now, where one tensor is not the rate of
+    two groups."""
     side = Side(case_of("LambdaLR", tensor=torch.float64), TORCHS)
     rates = lr_of(side.opt)
     side.run(3)
@@ -1016,7 +1188,11 @@ def test_torch_fills_nothing_but_the_rate() -> None:
     assert lr_of(side.opt) == [0.1 * decay(3), 0.2 * waves(3)]
 
 
-SHARED = [name for name in TABLE if not isinstance(next(iter(TABLE[name][1].values())), list) and "three" not in name]
+SHARED = [
+    name
+    for name in TABLE
+    if not isinstance(next(iter(TABLE[name][1].values())), list) and "three" not in name
+]
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -1044,7 +1220,9 @@ def test_rates_may_require_gradients(name: str) -> None:
     assert all(rate.requires_grad and rate.grad_fn is None for rate in lr_of(side.opt))
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("ReduceLROnPlateau", "ChainedScheduler")])
+@pytest.mark.parametrize(
+    "name", [name for name in TABLE if name not in ("ReduceLROnPlateau", "ChainedScheduler")]
+)
 def test_no_step_reads_a_device(name: str) -> None:
     """A tensor without values takes every step: what a device would compute is never waited for."""
     side = Side(case_of(name))
@@ -1053,7 +1231,9 @@ def test_no_step_reads_a_device(name: str) -> None:
     for group in side.opt.param_groups:
         group["lr"] = torch.tensor(0.1, device="meta")
     for scheduler in (*side.schedulers, *getattr(side.schedulers[0], "_schedulers", ())):
-        scheduler._versions = [(lr, lr._version) for lr in lr_of(side.opt)]  # as after a step on a device
+        scheduler._versions = [
+            (lr, lr._version) for lr in lr_of(side.opt)
+        ]  # as after a step on a device
     for _ in range(12):
         side.opt.step()
         side.schedulers[0].step()
@@ -1063,7 +1243,9 @@ def test_no_step_reads_a_device(name: str) -> None:
 # Warnings.
 
 EARLY = r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`"
-STEPPING = [name for name in TABLE if name not in ("ReduceLROnPlateau", "CosineAnnealingWarmRestarts")]
+STEPPING = [
+    name for name in TABLE if name not in ("ReduceLROnPlateau", "CosineAnnealingWarmRestarts")
+]
 
 
 @pytest.mark.parametrize("name", STEPPING)
@@ -1077,7 +1259,8 @@ def test_warns_of_steps_in_the_wrong_order(name: str, library: Any) -> None:
 
 @EACH
 def test_the_right_order_is_silent(name: str) -> None:
-    """Other schedulers, a step that is assigned anew as accelerate does, and a scheduler that is made late."""
+    """Other schedulers, a step that is assigned anew as accelerate does, and a scheduler that is
+    made late."""
     side = Side(case_of(name, "ExponentialLR"))
     side.run(2)
     late = OURS.StepLR(side.opt, 2)
@@ -1099,7 +1282,8 @@ def test_the_warning_points_at_the_caller() -> None:
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_first_step_that_the_scaler_skips(ours: bool) -> None:
-    """GradScaler does not call a step with infinite gradients, and schedulers say so; ours it calls, and we skip."""
+    """GradScaler does not call a step with infinite gradients, and schedulers say so; ours it
+    calls, and we skip."""
     p = torch.nn.Parameter(torch.ones(3))
     opt = onepass.AdamW([p], lr=0.1, fused=True) if ours else torch.optim.SGD([p], lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -1114,10 +1298,36 @@ def test_a_first_step_that_the_scaler_skips(ours: bool) -> None:
 
 # onepass.Scheduler: any option of any optimizer.
 
-OPTIMIZERS = ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
+OPTIMIZERS = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+]
 OPTIMIZERS += ["Adafactor", "SparseAdam", "LBFGS", "Muon"]
-KIND = {"betas[0]": 0.9, "betas[1]": 0.99, "momentum": 0.5, "alpha": 0.9, "rho": 0.9, "etas[0]": 0.5, "lr": 0.1}
-KIND |= {"weight_decay": 0.01, "eps": 1e-8, "tolerance_grad": 1e-7, "lambd": 1e-4, "beta2_decay": -0.8}
+KIND = {
+    "betas[0]": 0.9,
+    "betas[1]": 0.99,
+    "momentum": 0.5,
+    "alpha": 0.9,
+    "rho": 0.9,
+    "etas[0]": 0.5,
+    "lr": 0.1,
+}
+KIND |= {
+    "weight_decay": 0.01,
+    "eps": 1e-8,
+    "tolerance_grad": 1e-7,
+    "lambd": 1e-4,
+    "beta2_decay": -0.8,
+}
 
 
 def is_number(value: Any, indexed: bool) -> bool:
@@ -1134,11 +1344,19 @@ def read(group: dict[str, Any], option: str) -> float:
 def test_drives_every_number_of_every_optimizer(library: Any, name: str) -> None:
     p = torch.nn.Parameter(torch.ones(3, 2))
     opt = getattr(library, name)([p], lr=0.1)
-    found = [option for option in KIND if is_number(opt.param_groups[0].get(option.partition("[")[0]), "[" in option)]
-    schedules = {option: schedule.linear(KIND[option], KIND[option] / 2, steps=4) for option in found}
+    found = [
+        option
+        for option in KIND
+        if is_number(opt.param_groups[0].get(option.partition("[")[0]), "[" in option)
+    ]
+    schedules = {
+        option: schedule.linear(KIND[option], KIND[option] / 2, steps=4) for option in found
+    }
     scheduler = onepass.Scheduler(opt, schedules)
     for t in range(6):
-        assert {option: read(opt.param_groups[0], option) for option in found} == {o: schedules[o](t) for o in found}
+        assert {option: read(opt.param_groups[0], option) for option in found} == {
+            o: schedules[o](t) for o in found
+        }
         p.grad = torch.ones(3, 2) if name != "SparseAdam" else torch.ones(3, 2).to_sparse()
         opt.step(*([lambda: (p * p).sum()] if name == "LBFGS" else []))
         scheduler.step()
@@ -1147,7 +1365,9 @@ def test_drives_every_number_of_every_optimizer(library: Any, name: str) -> None
 
 def test_lists_give_each_group_its_own() -> None:
     opt = make_optimizer(torch.optim, Case((), groups=3))
-    scheduler = onepass.Scheduler(opt, {"lr": [schedule.linear(1, 0, steps=4), None, lambda t: 0.5 + t]})
+    scheduler = onepass.Scheduler(
+        opt, {"lr": [schedule.linear(1, 0, steps=4), None, lambda t: 0.5 + t]}
+    )
     opt.param_groups[1]["lr"] = 0.9
     for t in range(1, 6):
         opt.step()
@@ -1176,14 +1396,22 @@ def test_tensors_are_filled_where_they_stand() -> None:
     opt.step()
     scheduler.step()
     assert [*group["betas"], group["lr"]] == [0.75, tensors[1], 0.75]
-    assert all(now is then for now, then in zip((*group["betas"], group["lr"]), tensors, strict=True))
+    assert all(
+        now is then for now, then in zip((*group["betas"], group["lr"]), tensors, strict=True)
+    )
 
 
-@pytest.mark.parametrize("order", ["optimizer first", "optimizer then scheduler", "optimizer last", "made anew"])
+@pytest.mark.parametrize(
+    "order", ["optimizer first", "optimizer then scheduler", "optimizer last", "made anew"]
+)
 @TENSORS
 def test_scheduler_resumes(order: str, tensor: Any) -> None:
-    """At every step, in every order, also with last_epoch; a change by hand lasts until the next step."""
-    schedules = {"lr": schedule.cosine(0.3, steps=8).warmup(2), "momentum": [schedule.linear(0.8, 0.9, steps=9), None]}
+    """At every step, in every order, also with last_epoch; a change by hand lasts until the next
+    step."""
+    schedules = {
+        "lr": schedule.cosine(0.3, steps=8).warmup(2),
+        "momentum": [schedule.linear(0.8, 0.9, steps=9), None],
+    }
     for cut in range(8):
         case = Case((), tensor=tensor)
         opt = make_optimizer(torch.optim, case)
@@ -1236,7 +1464,8 @@ BAD: dict[str, Bad] = {
             lambda library, opt, spec=spec: getattr(library, spec[0])(object(), **spec[1]),
             TypeError,
             f"{spec[0]} drives an Optimizer of torch.optim, got <object object",
-            torchs=spec[0] not in ("SWALR", "LambdaLR", "MultiplicativeLR"),  # AttributeError of something else
+            torchs=spec[0]
+            not in ("SWALR", "LambdaLR", "MultiplicativeLR"),  # AttributeError of something else
         )
         for name, spec in TABLE.items()
         if spec[0] not in ("SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
@@ -1245,7 +1474,8 @@ BAD: dict[str, Bad] = {
         f"{name} without initial_lr": Bad(
             lambda library, opt, spec=spec: getattr(library, spec[0])(opt, **spec[1], last_epoch=2),
             KeyError,
-            "param_groups[0] has no 'initial_lr', from which last_epoch=2 resumes: load the optimizer's checkpoint",
+            "param_groups[0] has no 'initial_lr', from which last_epoch=2 resumes: load the "
+            "optimizer's checkpoint",
             torchs=True,
         )
         for name, spec in TABLE.items()
@@ -1253,7 +1483,9 @@ BAD: dict[str, Bad] = {
     },
     **{
         f"{name} before the start": Bad(
-            lambda library, opt, spec=spec: getattr(library, spec[0])(opt, **spec[1], last_epoch=-2),
+            lambda library, opt, spec=spec: getattr(library, spec[0])(
+                opt, **spec[1], last_epoch=-2
+            ),
             ValueError,
             f"{spec[0]}: last_epoch must be -1 or a step from 0 on, got -2.",
             torchs=False,
@@ -1261,49 +1493,135 @@ BAD: dict[str, Bad] = {
         for name, spec in TABLE.items()
         if spec[0] not in ("SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
     },
-    "plateau of no optimizer": Bad(lambda m, o: m.ReduceLROnPlateau(object()), TypeError, "is not an Optimizer"),
-    "plateau factor": Bad(lambda m, o: m.ReduceLROnPlateau(o, factor=1.0), ValueError, "Factor should be < 1.0"),
+    "plateau of no optimizer": Bad(
+        lambda m, o: m.ReduceLROnPlateau(object()), TypeError, "is not an Optimizer"
+    ),
+    "plateau factor": Bad(
+        lambda m, o: m.ReduceLROnPlateau(o, factor=1.0), ValueError, "Factor should be < 1.0"
+    ),
     "plateau mode": Bad(lambda m, o: m.ReduceLROnPlateau(o, mode="low"), ValueError, "low"),
-    "plateau threshold": Bad(lambda m, o: m.ReduceLROnPlateau(o, threshold_mode="no"), ValueError, "no"),
+    "plateau threshold": Bad(
+        lambda m, o: m.ReduceLROnPlateau(o, threshold_mode="no"), ValueError, "no"
+    ),
     "plateau min_lr": Bad(lambda m, o: m.ReduceLROnPlateau(o, min_lr=[0.1]), ValueError, "1"),
-    "lambdas": Bad(lambda m, o: m.LambdaLR(o, [decay]), ValueError, "lr_lambda has 1 values, param_groups has 2"),
+    "lambdas": Bad(
+        lambda m, o: m.LambdaLR(o, [decay]),
+        ValueError,
+        "lr_lambda has 1 values, param_groups has 2",
+    ),
     "more lambdas": Bad(
-        lambda m, o: m.MultiplicativeLR(o, (decay,) * 3), ValueError, "has 3 values, param_groups has 2"
+        lambda m, o: m.MultiplicativeLR(o, (decay,) * 3),
+        ValueError,
+        "has 3 values, param_groups has 2",
     ),
     "no function": Bad(
-        lambda m, o: m.LambdaLR(o, 0.5), TypeError, "lr_lambda should be a function of the step, got 0.5"
+        lambda m, o: m.LambdaLR(o, 0.5),
+        TypeError,
+        "lr_lambda should be a function of the step, got 0.5",
     ),
     "no function again": Bad(
         lambda m, o: m.MultiplicativeLR(o, [decay, 2]), TypeError, "a function of the step, got 2"
     ),
-    "step_size": Bad(lambda m, o: m.StepLR(o, 0), ValueError, "step_size must be a positive number", False),
-    "milestones": Bad(lambda m, o: m.MultiStepLR(o, [3, 2]), ValueError, "must be increasing steps from 0 on", False),
-    "negative milestone": Bad(lambda m, o: m.MultiStepLR(o, [-1]), ValueError, "increasing steps from 0 on", False),
-    "constant factor": Bad(lambda m, o: m.ConstantLR(o, 1.5), ValueError, "factor expected to be between 0 and 1"),
-    "negative factor": Bad(lambda m, o: m.ConstantLR(o, -0.1), ValueError, "expected to be between 0 and 1, got -0.1"),
-    "start_factor 0": Bad(lambda m, o: m.LinearLR(o, 0.0), ValueError, "start_factor must be greater than 0"),
-    "start_factor": Bad(lambda m, o: m.LinearLR(o, 1.1), ValueError, "start_factor expected to be between 0 and 1"),
-    "end_factor": Bad(lambda m, o: m.LinearLR(o, 0.5, -0.1), ValueError, "end_factor expected to be between 0 and 1"),
-    "T_max": Bad(lambda m, o: m.CosineAnnealingLR(o, 0), ValueError, "T_max must be a positive number of steps", False),
-    "T_0": Bad(lambda m, o: m.CosineAnnealingWarmRestarts(o, 0), ValueError, "positive integer T_0, but got 0"),
-    "T_0 float": Bad(lambda m, o: m.CosineAnnealingWarmRestarts(o, 2.5), ValueError, "integer T_0, but got 2.5"),
-    "T_mult": Bad(lambda m, o: m.CosineAnnealingWarmRestarts(o, 2, 0), ValueError, "integer T_mult, but got 0"),
-    "eta_min": Bad(lambda m, o: m.CosineAnnealingWarmRestarts(o, 2, 1, "0"), ValueError, "float or int eta_min"),
-    "no momentum": Bad(lambda m, o: m.CyclicLR(o, 0.1, 0.2), ValueError, "must support momentum", optimizer="Adagrad"),
-    "no beta": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9), ValueError, "must support momentum", optimizer="Adagrad"),
-    "base_lr": Bad(lambda m, o: m.CyclicLR(o, [0.1], 0.2), ValueError, "base_lr has 1 values, param_groups has 2"),
-    "max_lr": Bad(lambda m, o: m.CyclicLR(o, 0.1, [0.2] * 3), ValueError, "max_lr has 3 values, param_groups has 2"),
-    "momenta": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9, base_momentum=[0.8]), ValueError, "base_momentum has 1 values"),
+    "step_size": Bad(
+        lambda m, o: m.StepLR(o, 0), ValueError, "step_size must be a positive number", False
+    ),
+    "milestones": Bad(
+        lambda m, o: m.MultiStepLR(o, [3, 2]),
+        ValueError,
+        "must be increasing steps from 0 on",
+        False,
+    ),
+    "negative milestone": Bad(
+        lambda m, o: m.MultiStepLR(o, [-1]), ValueError, "increasing steps from 0 on", False
+    ),
+    "constant factor": Bad(
+        lambda m, o: m.ConstantLR(o, 1.5), ValueError, "factor expected to be between 0 and 1"
+    ),
+    "negative factor": Bad(
+        lambda m, o: m.ConstantLR(o, -0.1), ValueError, "expected to be between 0 and 1, got -0.1"
+    ),
+    "start_factor 0": Bad(
+        lambda m, o: m.LinearLR(o, 0.0), ValueError, "start_factor must be greater than 0"
+    ),
+    "start_factor": Bad(
+        lambda m, o: m.LinearLR(o, 1.1), ValueError, "start_factor expected to be between 0 and 1"
+    ),
+    "end_factor": Bad(
+        lambda m, o: m.LinearLR(o, 0.5, -0.1),
+        ValueError,
+        "end_factor expected to be between 0 and 1",
+    ),
+    "T_max": Bad(
+        lambda m, o: m.CosineAnnealingLR(o, 0),
+        ValueError,
+        "T_max must be a positive number of steps",
+        False,
+    ),
+    "T_0": Bad(
+        lambda m, o: m.CosineAnnealingWarmRestarts(o, 0),
+        ValueError,
+        "positive integer T_0, but got 0",
+    ),
+    "T_0 float": Bad(
+        lambda m, o: m.CosineAnnealingWarmRestarts(o, 2.5), ValueError, "integer T_0, but got 2.5"
+    ),
+    "T_mult": Bad(
+        lambda m, o: m.CosineAnnealingWarmRestarts(o, 2, 0), ValueError, "integer T_mult, but got 0"
+    ),
+    "eta_min": Bad(
+        lambda m, o: m.CosineAnnealingWarmRestarts(o, 2, 1, "0"), ValueError, "float or int eta_min"
+    ),
+    "no momentum": Bad(
+        lambda m, o: m.CyclicLR(o, 0.1, 0.2),
+        ValueError,
+        "must support momentum",
+        optimizer="Adagrad",
+    ),
+    "no beta": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 9),
+        ValueError,
+        "must support momentum",
+        optimizer="Adagrad",
+    ),
+    "base_lr": Bad(
+        lambda m, o: m.CyclicLR(o, [0.1], 0.2),
+        ValueError,
+        "base_lr has 1 values, param_groups has 2",
+    ),
+    "max_lr": Bad(
+        lambda m, o: m.CyclicLR(o, 0.1, [0.2] * 3),
+        ValueError,
+        "max_lr has 3 values, param_groups has 2",
+    ),
+    "momenta": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 9, base_momentum=[0.8]),
+        ValueError,
+        "base_momentum has 1 values",
+    ),
     "mode": Bad(
-        lambda m, o: m.CyclicLR(o, 0.1, 0.2, mode="square"), ValueError, "mode is invalid and scale_fn is None"
+        lambda m, o: m.CyclicLR(o, 0.1, 0.2, mode="square"),
+        ValueError,
+        "mode is invalid and scale_fn is None",
     ),
-    "step_size_up": Bad(lambda m, o: m.CyclicLR(o, 0.1, 0.2, 0), ValueError, "step_size_up must be positive", False),
-    "no total": Bad(lambda m, o: m.OneCycleLR(o, 0.1), ValueError, "You must define either total_steps OR"),
+    "step_size_up": Bad(
+        lambda m, o: m.CyclicLR(o, 0.1, 0.2, 0), ValueError, "step_size_up must be positive", False
+    ),
+    "no total": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1), ValueError, "You must define either total_steps OR"
+    ),
     "half a total": Bad(
-        lambda m, o: m.OneCycleLR(o, 0.1, epochs=3), ValueError, "You must define either total_steps OR"
+        lambda m, o: m.OneCycleLR(o, 0.1, epochs=3),
+        ValueError,
+        "You must define either total_steps OR",
     ),
-    "total 0": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 0), ValueError, "positive integer total_steps, but got 0"),
-    "total float": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9.5), ValueError, "positive integer total_steps, but got 9.5"),
+    "total 0": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 0), ValueError, "positive integer total_steps, but got 0"
+    ),
+    "total float": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 9.5),
+        ValueError,
+        "positive integer total_steps, but got 9.5",
+    ),
     "epochs": Bad(
         lambda m, o: m.OneCycleLR(o, 0.1, epochs=-3, steps_per_epoch=2),
         ValueError,
@@ -1314,39 +1632,78 @@ BAD: dict[str, Bad] = {
         ValueError,
         "integer steps_per_epoch, but got 0.5",
     ),
-    "pct_start": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9, pct_start=1.5), ValueError, "between 0 and 1 pct_start"),
-    "pct_start int": Bad(lambda m, o: m.OneCycleLR(o, 0.1, 9, pct_start=1), ValueError, "between 0 and 1 pct_start"),
+    "pct_start": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 9, pct_start=1.5), ValueError, "between 0 and 1 pct_start"
+    ),
+    "pct_start int": Bad(
+        lambda m, o: m.OneCycleLR(o, 0.1, 9, pct_start=1), ValueError, "between 0 and 1 pct_start"
+    ),
     "one cycle's way": Bad(
-        lambda m, o: m.OneCycleLR(o, 0.1, 9, anneal_strategy="root"), ValueError, "must be one of 'cos' or 'linear'"
+        lambda m, o: m.OneCycleLR(o, 0.1, 9, anneal_strategy="root"),
+        ValueError,
+        "must be one of 'cos' or 'linear'",
     ),
-    "swa's way": Bad(lambda m, o: m.SWALR(o, 0.1, 3, "root"), ValueError, "must be one of 'cos' or 'linear'"),
-    "swa epochs": Bad(lambda m, o: m.SWALR(o, 0.1, -1), ValueError, "anneal_epochs must be equal or greater than 0"),
+    "swa's way": Bad(
+        lambda m, o: m.SWALR(o, 0.1, 3, "root"), ValueError, "must be one of 'cos' or 'linear'"
+    ),
+    "swa epochs": Bad(
+        lambda m, o: m.SWALR(o, 0.1, -1),
+        ValueError,
+        "anneal_epochs must be equal or greater than 0",
+    ),
     "swa epochs float": Bad(
-        lambda m, o: m.SWALR(o, 0.1, 2.5), ValueError, "anneal_epochs must be equal or greater than 0"
+        lambda m, o: m.SWALR(o, 0.1, 2.5),
+        ValueError,
+        "anneal_epochs must be equal or greater than 0",
     ),
-    "swa_lr": Bad(lambda m, o: m.SWALR(o, [0.1]), ValueError, "swa_lr has 1 values, param_groups has 2"),
+    "swa_lr": Bad(
+        lambda m, o: m.SWALR(o, [0.1]), ValueError, "swa_lr has 1 values, param_groups has 2"
+    ),
     "no members": Bad(
-        lambda m, o: m.SequentialLR(o, [], []), ValueError, "SequentialLR expects at least one scheduler"
+        lambda m, o: m.SequentialLR(o, [], []),
+        ValueError,
+        "SequentialLR expects at least one scheduler",
     ),
-    "no chain": Bad(lambda m, o: m.ChainedScheduler([]), ValueError, "ChainedScheduler expects at least one scheduler"),
+    "no chain": Bad(
+        lambda m, o: m.ChainedScheduler([]),
+        ValueError,
+        "ChainedScheduler expects at least one scheduler",
+    ),
     "number of milestones": Bad(
-        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], [3]), ValueError, "1 schedulers do not go with 1 milestones"
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], [3]),
+        ValueError,
+        "1 schedulers do not go with 1 milestones",
     ),
     "milestones in a sequence": Bad(
-        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2) for _ in range(3)], [3, 1]), ValueError, "got [3, 1]", False
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2) for _ in range(3)], [3, 1]),
+        ValueError,
+        "got [3, 1]",
+        False,
     ),
     "no scheduler": Bad(
-        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2), 3], [3]), TypeError, "at index 1 is no scheduler"
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2), 3], [3]),
+        TypeError,
+        "at index 1 is no scheduler",
     ),
-    "no link": Bad(lambda m, o: m.ChainedScheduler([m.StepLR(o, 2), 3]), TypeError, "at index 1 is no scheduler"),
+    "no link": Bad(
+        lambda m, o: m.ChainedScheduler([m.StepLR(o, 2), 3]),
+        TypeError,
+        "at index 1 is no scheduler",
+    ),
     "a plateau in a sequence": Bad(
-        lambda m, o: m.SequentialLR(o, [m.ReduceLROnPlateau(o)], []), ValueError, "the ReduceLROnPlateau at index 0"
+        lambda m, o: m.SequentialLR(o, [m.ReduceLROnPlateau(o)], []),
+        ValueError,
+        "the ReduceLROnPlateau at index 0",
     ),
     "a plateau in a chain": Bad(
-        lambda m, o: m.ChainedScheduler([m.ReduceLROnPlateau(o)]), ValueError, "the ReduceLROnPlateau at index 0"
+        lambda m, o: m.ChainedScheduler([m.ReduceLROnPlateau(o)]),
+        ValueError,
+        "the ReduceLROnPlateau at index 0",
     ),
     "another optimizer": Bad(
-        lambda m, o: m.SequentialLR(o, [m.StepLR(other_optimizer(), 2)], []), ValueError, "belongs to another optimizer"
+        lambda m, o: m.SequentialLR(o, [m.StepLR(other_optimizer(), 2)], []),
+        ValueError,
+        "belongs to another optimizer",
     ),
     "another optimizer in a chain": Bad(
         lambda m, o: m.ChainedScheduler([m.StepLR(o, 2), m.StepLR(other_optimizer(), 2)]),
@@ -1359,10 +1716,20 @@ BAD: dict[str, Bad] = {
         "'beta' is no number in the optimizer's groups",
         False,
     ),
-    "index": Bad(lambda m, o: onepass.Scheduler(o, {"lr[0]": decay}), KeyError, "'lr[0]' is no number", False),
-    "word": Bad(lambda m, o: onepass.Scheduler(o, {"betas[one]": decay}), KeyError, "'betas[one]' is no number", False),
+    "index": Bad(
+        lambda m, o: onepass.Scheduler(o, {"lr[0]": decay}), KeyError, "'lr[0]' is no number", False
+    ),
+    "word": Bad(
+        lambda m, o: onepass.Scheduler(o, {"betas[one]": decay}),
+        KeyError,
+        "'betas[one]' is no number",
+        False,
+    ),
     "schedule": Bad(
-        lambda m, o: onepass.Scheduler(o, {"lr": 0.1}), TypeError, "the schedule of 'lr' must be a func", False
+        lambda m, o: onepass.Scheduler(o, {"lr": 0.1}),
+        TypeError,
+        "the schedule of 'lr' must be a func",
+        False,
     ),
     "schedules": Bad(
         lambda m, o: onepass.Scheduler(o, {"lr": [decay]}),
@@ -1370,13 +1737,26 @@ BAD: dict[str, Bad] = {
         "schedules['lr'] has 1 values, param_groups has 2",
         False,
     ),
-    "no optimizer": Bad(lambda m, o: onepass.Scheduler([], {"lr": decay}), TypeError, "Scheduler drives an Opt", False),
-    "early": Bad(lambda m, o: onepass.Scheduler(o, {"lr": decay}, -3), ValueError, "last_epoch must be -1 or a", False),
+    "no optimizer": Bad(
+        lambda m, o: onepass.Scheduler([], {"lr": decay}),
+        TypeError,
+        "Scheduler drives an Opt",
+        False,
+    ),
+    "early": Bad(
+        lambda m, o: onepass.Scheduler(o, {"lr": decay}, -3),
+        ValueError,
+        "last_epoch must be -1 or a",
+        False,
+    ),
 }
 
 
 def snapshot(opt: torch.optim.Optimizer) -> str:
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in opt.param_groups
+    ]
     return repr(groups)
 
 
@@ -1392,7 +1772,9 @@ def test_bad_input(name: str) -> None:
         bad.call(OURS, opt)
     assert caught.type is bad.error
     assert "\n" not in str(caught.value)
-    if not any(part in name for part in MAKES_MEMBERS):  # of which the members themselves have begun
+    if not any(
+        part in name for part in MAKES_MEMBERS
+    ):  # of which the members themselves have begun
         assert snapshot(opt) == before
     if bad.torchs:
         with pytest.raises(bad.error):
@@ -1405,7 +1787,12 @@ def break_formula(t: float) -> float:
 
 
 STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = {
-    "past the end": (lambda o: OURS.OneCycleLR(o, 0.1, 2), lambda s: s.step(), ValueError, "Tried to step 3 times"),
+    "past the end": (
+        lambda o: OURS.OneCycleLR(o, 0.1, 2),
+        lambda s: s.step(),
+        ValueError,
+        "Tried to step 3 times",
+    ),
     "back": (
         lambda o: OURS.StepLR(o, 2),
         lambda s: s.step(-1),
@@ -1418,8 +1805,18 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exceptio
         ValueError,
         "Expected non-negative epoch, but got -0.5",
     ),
-    "lambda": (lambda o: OURS.LambdaLR(o, break_formula), lambda s: s.step(), ZeroDivisionError, "division by zero"),
-    "factor": (lambda o: OURS.MultiplicativeLR(o, break_formula), lambda s: s.step(), ZeroDivisionError, "division"),
+    "lambda": (
+        lambda o: OURS.LambdaLR(o, break_formula),
+        lambda s: s.step(),
+        ZeroDivisionError,
+        "division by zero",
+    ),
+    "factor": (
+        lambda o: OURS.MultiplicativeLR(o, break_formula),
+        lambda s: s.step(),
+        ZeroDivisionError,
+        "division",
+    ),
     "schedule": (
         lambda o: onepass.Scheduler(o, {"momentum": decay, "lr": break_formula}),
         lambda s: s.step(),
@@ -1427,7 +1824,12 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exceptio
         "division",
     ),
     "metric": (lambda o: OURS.ReduceLROnPlateau(o), lambda s: s.step(None), TypeError, "None"),
-    "no state": (lambda o: OURS.StepLR(o, 2), lambda s: s.load_state_dict({}), KeyError, "lacks step_size, gamma"),
+    "no state": (
+        lambda o: OURS.StepLR(o, 2),
+        lambda s: s.load_state_dict({}),
+        KeyError,
+        "lacks step_size, gamma",
+    ),
     "members": (
         lambda o: build(OURS, o, TABLE["SequentialLR"]),
         lambda s: s.load_state_dict(s.state_dict() | {"_schedulers": []}),
@@ -1436,7 +1838,9 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exceptio
     ),
     "member": (
         lambda o: build(OURS, o, TABLE["SequentialLR"]),
-        lambda s: s.load_state_dict(s.state_dict() | {"_schedulers": s.state_dict()["_schedulers"][::-1]}),
+        lambda s: s.load_state_dict(
+            s.state_dict() | {"_schedulers": s.state_dict()["_schedulers"][::-1]}
+        ),
         KeyError,
         "it is none of a LinearLR",
     ),
@@ -1462,7 +1866,11 @@ def test_a_step_that_fails_has_changed_nothing(name: str) -> None:
 def without_count(scheduler: Any) -> str:
     """The state but for the number of calls, which tells nothing but whether to warn."""
     return repr(
-        {key: value for key, value in scheduler.state_dict().items() if key not in ("_step_count", "_onepass_products")}
+        {
+            key: value
+            for key, value in scheduler.state_dict().items()
+            if key not in ("_step_count", "_onepass_products")
+        }
     )
 
 
@@ -1486,30 +1894,56 @@ def forgets(right: Any, self: Any, *args: Any) -> None:
 MUTATIONS = {
     **{
         f"{name} one step late": wrong(getattr(OURS, name), "scale", late)
-        for name in ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "SWALR")
+        for name in (
+            "StepLR",
+            "MultiStepLR",
+            "ConstantLR",
+            "LinearLR",
+            "ExponentialLR",
+            "PolynomialLR",
+            "SWALR",
+        )
     },
     "cosine one step late": wrong(OURS.CosineAnnealingLR, "scale", late),
     "cosine without a floor": wrong(OURS.CosineAnnealingLR, "floors", lambda right, self: ()),
     "restarts never": wrong(
-        OURS.CosineAnnealingWarmRestarts, "get_lr", lambda right, self: [base * 0.5 for base in self.base_lrs]
+        OURS.CosineAnnealingWarmRestarts,
+        "get_lr",
+        lambda right, self: [base * 0.5 for base in self.base_lrs],
     ),
     "momentum not moved": wrong(OURS.OneCycleLR, "_put_momenta", forgets),
-    "momentum not resumed": wrong(OURS.OneCycleLR, "_restore", lambda right, self, state: vars(self).update(state)),
+    "momentum not resumed": wrong(
+        OURS.OneCycleLR, "_restore", lambda right, self, state: vars(self).update(state)
+    ),
     "height of triangles": wrong(OURS.CyclicLR, "height", lambda right, self: right(self) * 0.99),
-    "hand changes lost": wrong(scheduler_frame.ClosedLR, "_is_own", lambda right, self, index, lr: True),
+    "hand changes lost": wrong(
+        scheduler_frame.ClosedLR, "_is_own", lambda right, self, index, lr: True
+    ),
     "hand changes carried wrongly": wrong(
-        scheduler_frame.ClosedLR, "_carry", lambda right, self, lrs, step: [lr * self.scale(step) for lr in lrs]
+        scheduler_frame.ClosedLR,
+        "_carry",
+        lambda right, self, lrs, step: [lr * self.scale(step) for lr in lrs],
     ),
     "hand changes taken for the formula": wrong(
-        scheduler_frame.ClosedLR, "_restore", lambda right, self, state: vars(self).update(state, _own=[True] * 2)
+        scheduler_frame.ClosedLR,
+        "_restore",
+        lambda right, self, state: vars(self).update(state, _own=[True] * 2),
     ),
     "rate not resumed": wrong(
-        scheduler_frame.LRScheduler, "load_state_dict", lambda right, self, state: self._restore(dict(state))
+        scheduler_frame.LRScheduler,
+        "load_state_dict",
+        lambda right, self, state: self._restore(dict(state)),
     ),
-    "sequence one step late": wrong(OURS.SequentialLR, "_update_lr", lambda right, self, epoch=None: right(self, 1)),
-    "chain broken": wrong(OURS.ChainedScheduler, "step", lambda right, self: self._schedulers[0].step()),
+    "sequence one step late": wrong(
+        OURS.SequentialLR, "_update_lr", lambda right, self, epoch=None: right(self, 1)
+    ),
+    "chain broken": wrong(
+        OURS.ChainedScheduler, "step", lambda right, self: self._schedulers[0].step()
+    ),
     "plateau reduces at once": wrong(
-        OURS.ReduceLROnPlateau, "step", lambda right, self, metrics: self._reduce_lr(0) or right(self, metrics)
+        OURS.ReduceLROnPlateau,
+        "step",
+        lambda right, self, metrics: self._reduce_lr(0) or right(self, metrics),
     ),
 }
 

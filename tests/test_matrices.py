@@ -1,4 +1,5 @@
-"""Values of rows, columns and matrices, passes that walk line by line, and functions of whole matrices between them."""
+"""Values of rows, columns and matrices, passes that walk line by line, and functions of whole
+matrices between them."""
 
 from __future__ import annotations
 
@@ -47,16 +48,41 @@ from onepass.kernel.tensors.temporaries import Temporaries
 over_rules = pytest.mark.parametrize("rule", MATRIX_RULES, ids=lambda rule: rule.__name__)
 FORMATS = ("float32", "float64", "bfloat16", "float16")
 Sizes = tuple[int, int, int]
-# Matrices, rows, columns: lines about LANES, matrices about CHUNK, chunks of more lines than FEWEST_LINES and of those.
+# Matrices, rows, columns: lines about LANES, matrices about CHUNK, chunks of more lines than
+# FEWEST_LINES and of those.
 SMALL: tuple[Sizes, ...] = (
     *((1, 1, 1), (1, 1, 5), (1, 7, 1), (0, 3, 3), (1, 0, 4), (2, 3, 0), (1, 3, 3), (2, 3, 4)),
-    *((3, LANES + 1, LANES - 1), (1, LANES, LANES), (1, LANES - 1, LANES + 1), (1, 2 * LANES, 1), (2, 1, 33)),
+    *(
+        (3, LANES + 1, LANES - 1),
+        (1, LANES, LANES),
+        (1, LANES - 1, LANES + 1),
+        (1, 2 * LANES, 1),
+        (2, 1, 33),
+    ),
 )
 LARGE: tuple[Sizes, ...] = (
-    *((1, FEWEST_LINES, CHUNK // FEWEST_LINES), (1, FEWEST_LINES + 1, CHUNK // FEWEST_LINES), (2, FEWEST_LINES, 1100)),
-    *((2, 2 * FEWEST_LINES + 1, 1100), (9, 61, 61), (4000, 3, 3), (1, 20000, 2), (1, 1, 100003), (1, 40003, 1)),
+    *(
+        (1, FEWEST_LINES, CHUNK // FEWEST_LINES),
+        (1, FEWEST_LINES + 1, CHUNK // FEWEST_LINES),
+        (2, FEWEST_LINES, 1100),
+    ),
+    *(
+        (2, 2 * FEWEST_LINES + 1, 1100),
+        (9, 61, 61),
+        (4000, 3, 3),
+        (1, 20000, 2),
+        (1, 1, 100003),
+        (1, 40003, 1),
+    ),
 )
-LARGER: tuple[Sizes, ...] = (*LARGE, (1, 700, 300), (3, 181, 182), (2, 1, CHUNK), (40, 100, 100), (1, 100003, 2))
+LARGER: tuple[Sizes, ...] = (
+    *LARGE,
+    (1, 700, 300),
+    (3, 181, 182),
+    (2, 1, CHUNK),
+    (40, 100, 100),
+    (1, 100003, 2),
+)
 HYPERS = [{"lr": 0.25}, {"lr": 1e-3}]
 
 
@@ -96,13 +122,19 @@ def test_kernel_is_the_oracle_everywhere(rule: Rule, format: str, rng: np.random
 
 @pytest.mark.parametrize("rule", [edges, turned], ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize(
-    "formats", [("bfloat16",), ("float16",), ("bfloat16", "float32"), ("float32", "float64")], ids="-".join
+    "formats",
+    [("bfloat16",), ("float16",), ("bfloat16", "float32"), ("float32", "float64")],
+    ids="-".join,
 )
-def test_kernel_is_the_oracle_in_other_formats(rule: Rule, formats: Sequence[str], rng: np.random.Generator) -> None:
+def test_kernel_is_the_oracle_in_other_formats(
+    rule: Rule, formats: Sequence[str], rng: np.random.Generator
+) -> None:
     check(rule, SMALL, rng, *formats)
 
 
-def same(got: Sequence[dict[str, np.ndarray]], want: Sequence[dict[str, np.ndarray]], what: str) -> None:
+def same(
+    got: Sequence[dict[str, np.ndarray]], want: Sequence[dict[str, np.ndarray]], what: str
+) -> None:
     for one, other in zip(got, want, strict=True):
         for name in other:
             assert_same_bits(one[name], other[name], f"{name} {what}")
@@ -118,16 +150,25 @@ def test_places_threads_and_company_do_not_matter(
     monkeypatch.setattr(cpu, "UNITS_PER_THREAD", 1)
     kernel = compiled(program(rule))
     tensors = [random_columns(rng, kernel.program, size, 0.0) for size in SEVERAL]
-    alone = [launch(kernel, [t], HYPERS[:1], sizes=[size])[0] for t, size in zip(tensors, SEVERAL, strict=True)]
+    alone = [
+        launch(kernel, [t], HYPERS[:1], sizes=[size])[0]
+        for t, size in zip(tensors, SEVERAL, strict=True)
+    ]
     for threads in (1, 2, 3, 7):
-        same(launch(kernel, tensors, HYPERS[:1], threads=threads, sizes=SEVERAL), alone, f"with {threads} threads")
+        same(
+            launch(kernel, tensors, HYPERS[:1], threads=threads, sizes=SEVERAL),
+            alone,
+            f"with {threads} threads",
+        )
     for misaligned in (1, 2, 4):
         after = launch(kernel, tensors, HYPERS[:1], misaligned=misaligned, sizes=SEVERAL)
         same(after, alone, f"{misaligned} bytes off")
     # In another order, beside others of the same sizes with another setting.
     order = [*range(len(SEVERAL))[::-1], *range(len(SMALL))]
     rows = [i >= len(SEVERAL) for i in range(len(order))]
-    after = launch(kernel, [tensors[i] for i in order], HYPERS, rows, sizes=[SEVERAL[i] for i in order])
+    after = launch(
+        kernel, [tensors[i] for i in order], HYPERS, rows, sizes=[SEVERAL[i] for i in order]
+    )
     same(after[: len(SEVERAL)], alone[::-1], "in another order")
 
 
@@ -155,17 +196,21 @@ class Surrounded:
 def test_temporaries_are_written_before_they_are_read(
     rule: Rule, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing beside them is touched; what the step before has left in them does not matter either."""
+    """And nothing beside them is touched; what the step before has left in them does not matter
+    either."""
     surrounded = Surrounded(monkeypatch)
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **how: empty(*args, **how).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **how: empty(*args, **how).fill_(float("nan"))
+    )
     check(rule, SEVERAL, rng)
     assert surrounded.arrays or rule in (in_a_row, only_a_call)
     assert surrounded.are_whole()
 
 
 def test_launches_may_be_repeated(rng: np.random.Generator) -> None:
-    """One launch again and again, each time on what the last one left: stacks in several chunks among the tensors."""
+    """One launch again and again, each time on what the last one left: stacks in several chunks
+    among the tensors."""
     sizes = np.array([(40, 60, 50), (1, 70, 1000), (3, 4, 5)])
     kernel = compiled(program(factored))
     tensors = [random_columns(rng, kernel.program, tuple(size), 0.0) for size in sizes.tolist()]
@@ -175,11 +220,17 @@ def test_launches_may_be_repeated(rng: np.random.Generator) -> None:
     prepared.leaves[kernel.leaves["lr"]] = 0.25
     for step in range(3):
         wanted = [
-            interpret(kernel.program, {c: a.copy() for c, a in t.items()}, {"lr": 0.25}, tuple(size))
+            interpret(
+                kernel.program, {c: a.copy() for c, a in t.items()}, {"lr": 0.25}, tuple(size)
+            )
             for t, size in zip(tensors, sizes.tolist(), strict=True)
         ]
         prepared.run(2)
-        same([{name: t[name] for name in want} for t, want in zip(tensors, wanted, strict=True)], wanted, f"in {step}")
+        same(
+            [{name: t[name] for name in want} for t, want in zip(tensors, wanted, strict=True)],
+            wanted,
+            f"in {step}",
+        )
 
 
 # What the rules mean, by hand.
@@ -231,10 +282,13 @@ def in_float64(rule: Rule, c: dict[str, np.ndarray], lr: float) -> dict[str, np.
 @over_rules
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
 def test_rules_mean_what_they_say(rule: Rule, eager: bool, rng: np.random.Generator) -> None:
-    """In float64, where each value has at most a hundred roundings and each sum of n as many more."""
+    """In float64, where each value has at most a hundred roundings and each sum of n as many
+    more."""
     kernel = compiled(program(rule, "float64"))
     for size in ((1, 1, 1), (2, 30, 17), (1, 40, 1000)):
-        columns = {c.name: rng.standard_normal(shape_at(c.rank, size)) for c in kernel.program.columns}
+        columns = {
+            c.name: rng.standard_normal(shape_at(c.rank, size)) for c in kernel.program.columns
+        }
         columns |= {name: abs(columns[name]) for name in ("row", "column") if rule is factored}
         wanted = in_float64(rule, columns, 0.25)
         if eager:
@@ -242,11 +296,16 @@ def test_rules_mean_what_they_say(rule: Rule, eager: bool, rng: np.random.Genera
             got = evaluate(finish(trace(rule, ONE_NUMBER)), tensors, {"lr": 0.25})
             after = {name: t.reshape(-1).numpy() for name, t in got.items()}
         else:
-            after = launch(kernel, [{n: a.reshape(-1) for n, a in columns.items()}], HYPERS[:1], sizes=[size])[0]
+            after = launch(
+                kernel, [{n: a.reshape(-1) for n, a in columns.items()}], HYPERS[:1], sizes=[size]
+            )[0]
         for name, want in wanted.items():
             want = np.broadcast_to(want, columns[name].shape).reshape(-1)
             scale = np.abs(want).max() + np.abs(columns[name]).max()
-            assert np.abs(after[name] - want).max() <= (100 + np.prod(size)) * UNIT[torch.float64] * scale, name
+            assert (
+                np.abs(after[name] - want).max()
+                <= (100 + np.prod(size)) * UNIT[torch.float64] * scale
+            ), name
 
 
 @over_rules
@@ -261,17 +320,23 @@ def test_eager_agrees(rule: Rule, rng: np.random.Generator) -> None:
         tensors = {name: torch.from_numpy(a).reshape(shapes[name]) for name, a in columns.items()}
         for name, got in evaluate(graph, tensors, {"lr": 0.25}).items():
             scale = np.abs(want[name]).max() + np.abs(columns[name]).max()
-            assert np.abs(got.reshape(-1).numpy() - want[name]).max() <= 24 * UNIT[torch.float32] * scale
+            assert (
+                np.abs(got.reshape(-1).numpy() - want[name]).max()
+                <= 24 * UNIT[torch.float32] * scale
+            )
 
 
 def test_tensors_without_elements_stay_as_they_are() -> None:
-    """Their rows and columns have values; there is nothing to make new ones from, on either backend."""
+    """Their rows and columns have values; there is nothing to make new ones from, on either
+    backend."""
     columns = {"p": np.zeros(0, np.float32), "g": np.zeros(0, np.float32)}
     columns |= {"row": np.arange(3, dtype=np.float32), "column": np.zeros(0, np.float32)}
     after = launch(compiled(program(factored)), [columns], HYPERS[:1], sizes=[(1, 3, 0)])[0]
     assert after["row"].tolist() == [0, 1, 2]
     tensors = {"p": torch.zeros(3, 0), "g": torch.zeros(3, 0), "row": torch.arange(3.0)[:, None]}
-    after = evaluate(finish(trace(factored, ONE_NUMBER)), tensors | {"column": torch.zeros(1, 0)}, {"lr": 0.25})
+    after = evaluate(
+        finish(trace(factored, ONE_NUMBER)), tensors | {"column": torch.zeros(1, 0)}, {"lr": 0.25}
+    )
     assert after["row"].tolist() == [[0], [1], [2]]
 
 
@@ -279,7 +344,8 @@ def test_tensors_without_elements_stay_as_they_are() -> None:
 
 
 def test_how_rules_are_cut() -> None:
-    """Three walks over the elements, and no temporary of their number; functions of matrices have one, and a result."""
+    """Three walks over the elements, and no temporary of their number; functions of matrices have
+    one, and a result."""
     one = program(factored)
     assert sum(p.domain == Rank.ELEMENT for p in one.passes) == 3
     assert Rank.ELEMENT not in {t.rank for t in one.temporaries}
@@ -291,7 +357,8 @@ def test_how_rules_are_cut() -> None:
 
 @over_rules
 def test_nothing_is_stored_that_is_still_read(rule: Rule) -> None:
-    """A column is read in walks of its own kind alone, none of which follows the one that writes it."""
+    """A column is read in walks of its own kind alone, none of which follows the one that writes
+    it."""
     one = program(rule)
     ranks = {c.name: c.rank for c in one.columns}
     last = max((c.after for c in one.calls), default=-1)
@@ -354,15 +421,54 @@ def power_of_rows(p, g, *, lr):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (mean_of_rows, "sum runs over the elements of a tensor, and this value exists once a row; column_mean reduces"),
-        (rows_twice, "sum runs over a matrix's rows, and this value exists once a row; column_mean reduces it"),
-        (columns_twice, "sum runs over a matrix's columns, and this value exists once a column; row_mean reduces it"),
-        (norm_of_matrices, "sum runs over the elements of a tensor, and this value exists once a matrix"),
-        (mean_of_a_number, "sum runs over a matrix's rows, and this value is the same for all of them"),
-        (elements_in_rows, "returns for 'row' a value with rank ELEMENT, and 'row' is declared to have rank ROW"),
-        (rows_in_columns, "returns for 'column' a value with rank ROW, and 'column' is declared to have rank COLUMN"),
-        (function_of_rows, "a function of whole matrices takes one value with elements, and numbers beside it"),
-        (elements_for_numbers, "a function of whole matrices takes one value with elements, and numbers beside it"),
+        (
+            mean_of_rows,
+            (
+                "sum runs over the elements of a tensor, and this value exists once a row; "
+                "column_mean reduces"
+            ),
+        ),
+        (
+            rows_twice,
+            (
+                "sum runs over a matrix's rows, and this value exists once a row; column_mean "
+                "reduces it"
+            ),
+        ),
+        (
+            columns_twice,
+            (
+                "sum runs over a matrix's columns, and this value exists once a column; row_mean "
+                "reduces it"
+            ),
+        ),
+        (
+            norm_of_matrices,
+            "sum runs over the elements of a tensor, and this value exists once a matrix",
+        ),
+        (
+            mean_of_a_number,
+            "sum runs over a matrix's rows, and this value is the same for all of them",
+        ),
+        (
+            elements_in_rows,
+            "returns for 'row' a value with rank ELEMENT, and 'row' is declared to have rank ROW",
+        ),
+        (
+            rows_in_columns,
+            (
+                "returns for 'column' a value with rank ROW, and 'column' is declared to have rank "
+                "COLUMN"
+            ),
+        ),
+        (
+            function_of_rows,
+            "a function of whole matrices takes one value with elements, and numbers beside it",
+        ),
+        (
+            elements_for_numbers,
+            "a function of whole matrices takes one value with elements, and numbers beside it",
+        ),
         (function_of_conditions, r"call takes floating-point numbers, got \(bool\)"),
         (no_function, "call takes a function of whole matrices first, got 3"),
         (power_of_rows, "exp of an element is not offered"),
@@ -377,15 +483,24 @@ def test_rules_that_cannot_be_raise_a_sentence(rule: Rule, message: str) -> None
 
 def test_annotations_must_be_known_where_the_rule_is() -> None:
     """As text, which Python makes of them on request, they are names of the rule's module."""
-    text = "from __future__ import annotations\n{}\ndef rule(p, g, row: {}, *, lr):\n    return {{'p': p, 'row': 0.5}}"
-    for first, name in (("import onepass", "onepass.PerRow"), ("from onepass import PerRow as R", "R")):
+    text = (
+        "from __future__ import annotations\n{}\ndef rule(p, g, row: {}, *, lr):\n    return "
+        "{{'p': p, 'row': 0.5}}"
+    )
+    for first, name in (
+        ("import onepass", "onepass.PerRow"),
+        ("from onepass import PerRow as R", "R"),
+    ):
         space: dict[str, Any] = {}
         exec(text.format(first, name), space)
         assert signature(space["rule"]).ranks == {"row": Rank.ROW}
     for name in ("PerRow", "onepass.PerColumn"):
         space = {}
         exec(text.format("", name), space)
-        with pytest.raises(RuleError, match=f"annotates a state with '{name}', which is no name of its module; import"):
+        with pytest.raises(
+            RuleError,
+            match=f"annotates a state with '{name}', which is no name of its module; import",
+        ):
             signature(space["rule"])
 
 
@@ -434,7 +549,9 @@ class Halved(onepass.Optimizer):
     """Matrices by a function of them, all else without."""
 
     def __init__(self, params: Any, lr: float = 0.5, third: float = 1 / 3, **modes: Any) -> None:
-        super().__init__(params, {"lr": lr, "third": third, "foreach": None, "fused": None, **modes})
+        super().__init__(
+            params, {"lr": lr, "third": third, "foreach": None, "fused": None, **modes}
+        )
 
     rule = staticmethod(halved)
 
@@ -446,7 +563,9 @@ EAGER = {"foreach": False, "fused": False}
 SHAPES = ((3, 4), (6, 5), (3, 4), (7,), (2, 3, 4), (3, 4), (0, 4), (2, 0, 3))
 
 
-def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def parameters(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
     random = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=random, dtype=dtype)) for shape in shapes]
 
@@ -494,8 +613,8 @@ def test_functions_and_expressions_agree(modes: dict[str, Any], record: Recorded
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later"])
 @pytest.mark.parametrize("bad", [4, 5])
 def test_a_failing_function_changes_nothing(record: Recorded, bad: int, started: bool) -> None:
-    """Whichever matrices it fails for, none has moved: nor those of other shapes and groups, nor what takes no
-    function, on either backend; and the step can be taken again."""
+    """Whichever matrices it fails for, none has moved: nor those of other shapes and groups, nor
+    what takes no function, on either backend; and the step can be taken again."""
 
     class Wrapped(Tensor):
         pass
@@ -553,7 +672,9 @@ class ByName(onepass.Optimizer):
     """A function of this module, by its name."""
 
     def __init__(self, params: Any, function: str, lr: float = 0.5, **modes: Any) -> None:
-        super().__init__(params, {"lr": lr, "function": function, "foreach": None, "fused": None, **modes})
+        super().__init__(
+            params, {"lr": lr, "function": function, "foreach": None, "fused": None, **modes}
+        )
 
     rule = staticmethod(by_name)
 
@@ -590,7 +711,8 @@ def two_sides(matrices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("function", ["itself", "one_for_all", "backwards", "two_sides"])
 def test_results_may_lie_anyhow(function: str) -> None:
-    """The function's own argument, an expanded tensor, a view; also under autocast, and with another default device."""
+    """The function's own argument, an expanded tensor, a view; also under autocast, and with
+    another default device."""
     ends = []
     for place in ("plain", "autocast", "meta", "inference", "eager"):
         params = parameters([(3, 4), (2, 4, 3), (3, 4)])
@@ -656,15 +778,22 @@ LAYOUTS = ((5, 4), (2, 3, 4, 5), (1, 7), (7, 1), (1, 1), (40, 33))
 @pytest.mark.parametrize("cls", [Factored, Turned])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_steps_are_the_oracle(cls: type, dtype: torch.dtype) -> None:
-    """Parameters of all layouts, among them transposed ones, slices and channels last: each step has the oracle's
-    bits, whatever the gradient's layout."""
+    """Parameters of all layouts, among them transposed ones, slices and channels last: each step
+    has the oracle's bits, whatever the gradient's layout."""
     params = [p.data for p in parameters(LAYOUTS, dtype)]
     params += [params[0].clone().t(), torch.randn(6, 9).to(dtype)[1:5, ::2]]
-    params += [params[1].clone().to(memory_format=torch.channels_last), torch.randn(8, 4, dtype=dtype)[2:]]
+    params += [
+        params[1].clone().to(memory_format=torch.channels_last),
+        torch.randn(8, 4, dtype=dtype)[2:],
+    ]
     opt = cls(params)
     one = program(cls.rule, str(dtype).removeprefix("torch."))
     states: list[dict[str, np.ndarray]] = [
-        {c.name: random_columns(np.random.default_rng(0), one, (1, 1, 1))[c.name] for c in one.columns} for _ in params
+        {
+            c.name: random_columns(np.random.default_rng(0), one, (1, 1, 1))[c.name]
+            for c in one.columns
+        }
+        for _ in params
     ]
     for p, state in zip(params, states, strict=True):
         for c in one.columns:
@@ -683,7 +812,11 @@ def test_steps_are_the_oracle(cls: type, dtype: torch.dtype) -> None:
         for p, state in zip(params, states, strict=True):
             for name in ("p", *opt.state[p]):
                 now = p if name == "p" else opt.state[p][name]
-                assert_same_bits(flat(now.contiguous()), state[name], f"{name} of {tuple(p.shape)} in step {step}")
+                assert_same_bits(
+                    flat(now.contiguous()),
+                    state[name],
+                    f"{name} of {tuple(p.shape)} in step {step}",
+                )
 
 
 def test_states_have_their_own_shapes() -> None:
@@ -700,7 +833,8 @@ def test_states_have_their_own_shapes() -> None:
 @pytest.mark.parametrize("cls", [Factored, Turned])
 @pytest.mark.parametrize("way", ["state dict", "file", "deepcopy"])
 def test_runs_continue_from_checkpoints(cls: type, way: str) -> None:
-    """Saved after three steps and continued elsewhere: the bits of a run that was not interrupted."""
+    """Saved after three steps and continued elsewhere: the bits of a run that was not
+    interrupted."""
     params = parameters(LAYOUTS)
     opt = cls(params)
     for step in range(3):
@@ -736,20 +870,34 @@ def test_checkpoints_of_wrong_shapes_are_refused() -> None:
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][0]["row"] = torch.zeros(4, 1)
     before = snapshot(opt)
-    with pytest.raises(ValueError, match=r"saved state 'row' of parameter 0 has shape \(4, 1\), for a parameter of"):
+    with pytest.raises(
+        ValueError, match=r"saved state 'row' of parameter 0 has shape \(4, 1\), for a parameter of"
+    ):
         opt.load_state_dict(saved)
     assert snapshot(opt) == before
     opt.state[params[0]]["row"] = torch.zeros(5)
-    refuses(opt, r"state 'row' of parameter 0 has shape \(5,\), for a parameter of \(5, 4\) it must have \(5, 1\)")
+    refuses(
+        opt,
+        r"state 'row' of parameter 0 has shape \(5,\), for a parameter of "
+        r"\(5, 4\) it must have \(5, 1\)",
+    )
 
 
 @pytest.mark.parametrize("modes", [{}, EAGER], ids=["kernel", "eager"])
 @pytest.mark.parametrize("cls", [Factored, Turned])
 def test_rules_with_matrices_refuse_vectors(cls: type, modes: dict[str, Any]) -> None:
     for shape, dtype, message in (
-        ((3,), torch.float32, r"needs matrices, and parameter 1 has shape \(3,\); give it to another optimizer"),
+        (
+            (3,),
+            torch.float32,
+            r"needs matrices, and parameter 1 has shape \(3,\); give it to another optimizer",
+        ),
         ((), torch.float32, r"needs matrices, and parameter 1 has shape \(\)"),
-        ((2, 2), torch.complex64, "does not support complex parameters, and parameter 1 is torch.complex64"),
+        (
+            (2, 2),
+            torch.complex64,
+            "does not support complex parameters, and parameter 1 is torch.complex64",
+        ),
     ):
         params = [*parameters([(2, 3)]), nn.Parameter(torch.ones(shape, dtype=dtype))]
         for p in params:
@@ -760,7 +908,8 @@ def test_rules_with_matrices_refuse_vectors(cls: type, modes: dict[str, Any]) ->
 
 
 def test_sums_of_rows_are_in_float64() -> None:
-    """2^24 + 1 has no float32; a thousand small numbers beside a large one do not vanish, along rows or columns."""
+    """2^24 + 1 has no float32; a thousand small numbers beside a large one do not vanish, along
+    rows or columns."""
 
     def both_ways(p, g, *, lr):
         return {"p": p + (row_mean(g) - 2.0**24 / 1024) + (column_mean(g) - 2.0**24 / 1024)}
@@ -768,13 +917,18 @@ def test_sums_of_rows_are_in_float64() -> None:
     g = np.ones((1024, 1024), np.float32)
     g[3, 5], g[3, 6], g[4, 5] = 2.0**24, 0.0, 0.0
     columns = {"p": np.zeros(1 << 20, np.float32), "g": g.reshape(-1)}
-    after = launch(compiled(program(both_ways)), [columns], HYPERS[:1], sizes=[(1, 1024, 1024)])[0]["p"]
+    after = launch(compiled(program(both_ways)), [columns], HYPERS[:1], sizes=[(1, 1024, 1024)])[0][
+        "p"
+    ]
     assert after.reshape(1024, 1024)[3, 5] == 2 * 1022 / 1024
 
 
-@pytest.mark.parametrize("place", [0, 15, 16, 17, 999, 1000 * 32 - 1, 1000 * 32, 1000 * 33 + 5, 1000 * 65 - 1])
+@pytest.mark.parametrize(
+    "place", [0, 15, 16, 17, 999, 1000 * 32 - 1, 1000 * 32, 1000 * 33 + 5, 1000 * 65 - 1]
+)
 def test_nothing_hides_from_a_reduction(place: int) -> None:
-    """NaN, infinities and the largest number are found at any place of a row, a column, or a later chunk."""
+    """NaN, infinities and the largest number are found at any place of a row, a column, or a later
+    chunk."""
     kernel = compiled(program(extremes, "float64"))
     for value in (np.nan, -np.inf, -7.0):
         g = np.ones(65000)

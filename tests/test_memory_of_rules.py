@@ -1,4 +1,5 @@
-"""What is kept of a rule: as much as somebody can still use, and never more than so much, whatever threads do."""
+"""What is kept of a rule: as much as somebody can still use, and never more than so much, whatever
+threads do."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def step(cls: type[onepass.Optimizer]) -> Tensor:
 
 
 def let_classes_go() -> None:
-    """Free what nobody has, after so many other classes that the base class has forgotten those before."""
+    """Free what nobody has, after so many other classes that the base class has forgotten those
+    before."""
     for _ in range(300):
         new_class(0.0)([torch.zeros(1)])  # type: ignore[call-arg, arg-type]
     gc.collect()
@@ -80,7 +82,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, ref[Any]]]:
 
     def noted(graph: kernel.Graph, *arguments: Any) -> Any:
         compiled: Any = original(graph, *arguments)
-        parts = {"graph": graph, "kernel": compiled, "program": compiled.program, "library": compiled.library}
+        parts = {
+            "graph": graph,
+            "kernel": compiled,
+            "program": compiled.program,
+            "library": compiled.library,
+        }
         found.append({name: ref(part) for name, part in parts.items()})
         return compiled
 
@@ -116,7 +123,9 @@ def together(work: Callable[[int], object], threads: int = 4) -> list[Any]:
 # Rules that come and go.
 
 
-def test_what_nobody_can_use_is_given_back(made: list[dict[str, ref[Any]]], built: list[str]) -> None:
+def test_what_nobody_can_use_is_given_back(
+    made: list[dict[str, ref[Any]]], built: list[str]
+) -> None:
     living = new_class(0.75, "Living")
     assert torch.equal(step(living), torch.full((3,), -0.75))
     first = made.pop()
@@ -417,10 +426,13 @@ print((resident() - before) / (end - begin))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="says how much memory a process has")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="says how much memory a process has"
+)
 @pytest.mark.parametrize(
     ("work", "most"),
-    # A class for each rule; and code that is in use, of which the compiler's tables would be 800 kB.
+    # A class for each rule; and code that is in use, of which the compiler's tables would be 800
+    # kB.
     [("rules, 300, 1300", 50e3), ("libraries, 20, 220", 200e3)],
 )
 def test_memory_does_not_grow_with_rules(work: str, most: float) -> None:

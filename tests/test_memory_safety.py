@@ -1,7 +1,8 @@
-"""No step touches memory that is gone, or steps with what does not belong together, whatever was done in between.
+"""No step touches memory that is gone, or steps with what does not belong together, whatever was
+done in between.
 
-Cases that could crash are functions `crash_*`, run in processes of their own; operations that torch.optim defines are
-compared with it.
+Cases that could crash are functions `crash_*`, run in processes of their own; operations that
+torch.optim defines are compared with it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,25 @@ import pytest
 import torch
 from processes import fates
 from quick import slow_but
-from sides import ALGORITHMS, CLOSE, SHAPES, Side, assert_same, both, make_side, on_both, quietly, refuses, snapshot
+from sides import (
+    ALGORITHMS,
+    CLOSE,
+    SHAPES,
+    Side,
+    assert_same,
+    both,
+    make_side,
+    on_both,
+    quietly,
+    refuses,
+    snapshot,
+)
 from torch import Tensor, nn
 
 import onepass
 
-# Operations that torch.optim defines: done on both sides between steps, then both go on and must agree.
+# Operations that torch.optim defines: done on both sides between steps, then both go on and must
+# agree.
 
 
 def state_of(side, i: int) -> dict:
@@ -396,7 +410,9 @@ OPERATIONS = [
 
 
 # All kinds of state are among them: none, columns, numbers.
-@pytest.mark.parametrize("algorithm", slow_but(["sgd", "momentum", "amsgrad", "nadam", "asgd"], ALGORITHMS))
+@pytest.mark.parametrize(
+    "algorithm", slow_but(["sgd", "momentum", "amsgrad", "nadam", "asgd"], ALGORITHMS)
+)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 def test_goes_on_like_torch_after(operation, algorithm):
     sides = both(algorithm, (*SHAPES, (5,)))
@@ -409,7 +425,12 @@ def test_goes_on_like_torch_after(operation, algorithm):
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
 def test_before_the_first_step(operation):
     sides = both("amsgrad", (*SHAPES, (5,)))
-    if operation in (fill_one_step, exchange_states, exchange_keys_of_states, replace_state_dict_of_a_parameter):
+    if operation in (
+        fill_one_step,
+        exchange_states,
+        exchange_keys_of_states,
+        replace_state_dict_of_a_parameter,
+    ):
         pytest.skip("there is no state yet")
     on_both(sides, operation)
     on_both(sides, lambda side: (side.step(), side.step()))
@@ -546,7 +567,8 @@ def test_complex_conjugated_between_steps(column):
                 side.params[0].grad = side.params[0].grad.conj()
             side.opt.step()
 
-    # torch refuses to view a conjugated tensor as real: the reference resolves it, which changes no value.
+    # torch refuses to view a conjugated tensor as real: the reference resolves it, which changes no
+    # value.
     def reference(side):
         side.step()
         entry = side.opt.state[side.params[0]]
@@ -562,7 +584,9 @@ def test_complex_conjugated_between_steps(column):
 
     steps(sides[0])
     reference(sides[1])
-    torch.testing.assert_close(sides[0].params[0].detach().resolve_conj(), sides[1].params[0].detach(), **CLOSE)
+    torch.testing.assert_close(
+        sides[0].params[0].detach().resolve_conj(), sides[1].params[0].detach(), **CLOSE
+    )
 
 
 def test_gradient_shared_between_parameters():
@@ -639,7 +663,9 @@ def test_odd_parameters(algorithm):
     makers = [
         lambda r: torch.randn(4, 6, generator=r)[:, ::2],
         lambda r: torch.randn(3, 4, generator=r).t(),
-        lambda r: torch.randn(2, 3, 4, 5, generator=r).contiguous(memory_format=torch.channels_last),
+        lambda r: torch.randn(2, 3, 4, 5, generator=r).contiguous(
+            memory_format=torch.channels_last
+        ),
         lambda r: torch.randn(2, 3, 4, 5, generator=r)[:, 1:, ::2],
         lambda r: torch.randn(0, 3, generator=r),
         lambda r: torch.randn(4, 0, generator=r)[:, :0],
@@ -678,11 +704,17 @@ def test_module_to_channels_last_and_back(algorithm):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
         opt = getattr(library, name)(model.parameters(), **options)
-        for memory_format in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
+        for memory_format in (
+            torch.contiguous_format,
+            torch.channels_last,
+            torch.contiguous_format,
+        ):
             model.to(memory_format=memory_format)
             for _ in range(2):
                 opt.zero_grad()
-                model(torch.randn(2, 3, 8, 8).to(memory_format=memory_format)).square().mean().backward()
+                model(
+                    torch.randn(2, 3, 8, 8).to(memory_format=memory_format)
+                ).square().mean().backward()
                 opt.step()
         ends.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
@@ -706,7 +738,8 @@ def test_tied_weights(algorithm):
 
 
 def test_model_changes_dtype_between_steps():
-    """float32 -> bfloat16 -> float32: state stays float32, as precise as it was, and steps go on."""
+    """float32 -> bfloat16 -> float32: state stays float32, as precise as it was, and steps go
+    on."""
     model = nn.Linear(3, 2)
     opt = onepass.AdamW(model.parameters(), lr=0.1)
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32):
@@ -715,12 +748,16 @@ def test_model_changes_dtype_between_steps():
         opt.zero_grad()
         model(torch.ones(1, 3, dtype=dtype)).sum().backward()
         opt.step()
-        assert all(p.dtype == dtype and not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert all(
+            p.dtype == dtype and not torch.equal(p, q)
+            for p, q in zip(model.parameters(), before, strict=True)
+        )
         assert all(entry["exp_avg"].dtype == torch.float32 for entry in opt.state.values())
     assert {float(entry["step"]) for entry in opt.state.values()} == {4.0}
 
 
-# What no step can be taken with: a RuntimeError of one sentence, nothing changed, and after repair all goes on.
+# What no step can be taken with: a RuntimeError of one sentence, nothing changed, and after repair
+# all goes on.
 
 
 def free(t: Tensor) -> None:
@@ -1173,9 +1210,17 @@ def crash_options_of_no_use_before_the_first_step():
 
 
 def crash_second_of_two_is_bad():
-    """One bad tensor among many, of other dtypes and on the eager backend: none of the others may step."""
+    """One bad tensor among many, of other dtypes and on the eager backend: none of the others may
+    step."""
     for bad in range(6):
-        dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.float32, torch.float32)
+        dtypes = (
+            torch.float32,
+            torch.float64,
+            torch.bfloat16,
+            torch.complex64,
+            torch.float32,
+            torch.float32,
+        )
         params = [nn.Parameter(torch.ones(3, dtype=d)) for d in dtypes]
         groups = [{"params": params[:4]}, {"params": params[4:], **EAGER}]
         opt = onepass.AdamW(groups, foreach=None)
@@ -1215,7 +1260,9 @@ def crash_layouts():
     """Parameters and gradients that are not strided."""
     side = started()
     side.params[0].grad = None
-    torch.utils.swap_tensors(side.params[0], nn.Parameter(side.randn(4, 3).to_mkldnn(), requires_grad=False))
+    torch.utils.swap_tensors(
+        side.params[0], nn.Parameter(side.randn(4, 3).to_mkldnn(), requires_grad=False)
+    )
     before = snapshot(side.opt)
     try:
         side.opt.step()
@@ -1233,7 +1280,8 @@ def crash_layouts():
 
 
 def crash_inference_parameter():
-    """torch refuses to write these outside of inference mode: so must a step, before it has written."""
+    """torch refuses to write these outside of inference mode: so must a step, before it has
+    written."""
     with torch.inference_mode():
         p = torch.ones(3)
     q = nn.Parameter(torch.ones(3))
@@ -1267,7 +1315,9 @@ def crash_swapped_for_a_subclass():
 
     side = started()
     side.params[0].grad = None
-    torch.utils.swap_tensors(side.params[0], torch.randn(4, 3).as_subclass(Wrapper).requires_grad_())
+    torch.utils.swap_tensors(
+        side.params[0], torch.randn(4, 3).as_subclass(Wrapper).requires_grad_()
+    )
     side.params[0].grad = torch.ones(4, 3).as_subclass(Wrapper)
     with pytest.warns(UserWarning, match="eager"):
         side.opt.step()
@@ -1301,7 +1351,8 @@ def crash_fork_before_threads():
 
 
 def crash_addresses_reused():
-    """Between steps the allocator hands the same addresses to other tensors: nobody else's memory is written."""
+    """Between steps the allocator hands the same addresses to other tensors: nobody else's memory
+    is written."""
     side = make_side(onepass, "adamw", ((64, 64),) * 20)
     random = torch.Generator().manual_seed(5)
     for _ in range(60):
@@ -1372,7 +1423,8 @@ def crash_four_threads():
 
 
 def crash_step_while_another_thread_replaces_gradients():
-    """Another thread drops the gradient that a step is reading: it stays until the step is over, as with torch."""
+    """Another thread drops the gradient that a step is reading: it stays until the step is over, as
+    with torch."""
     p = nn.Parameter(torch.zeros(200_000))
     p.grad = torch.ones(200_000)
     opt = onepass.SGD([p], lr=0.1)
@@ -1410,7 +1462,8 @@ def test_survives(case, known_fates):
 @pytest.mark.parametrize("options", [{}, EAGER], ids=["kernel", "eager"])
 @pytest.mark.parametrize("library", [torch.optim, onepass], ids=["torch", "onepass"])
 class TestNothingIsKeptAlive:
-    """Memory that its owner has let go is free at once, without the garbage collector, as with torch.optim."""
+    """Memory that its owner has let go is free at once, without the garbage collector, as with
+    torch.optim."""
 
     @pytest.fixture(autouse=True)
     def no_collector(self):
@@ -1589,7 +1642,8 @@ def test_step_in_backward():
 
 
 def test_meta_parameters_step_like_torch():
-    """A model on the meta device has an optimizer state of the right shapes after a step, and no memory."""
+    """A model on the meta device has an optimizer state of the right shapes after a step, and no
+    memory."""
     for library in (torch.optim, onepass):
         p = nn.Parameter(torch.zeros(4, 3, device="meta"))
         opt = library.AdamW([p])

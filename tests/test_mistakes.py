@@ -1,4 +1,5 @@
-"""Mistakes that do nothing, or the wrong thing, in every step: each is said once, and what is none is not said."""
+"""Mistakes that do nothing, or the wrong thing, in every step: each is said once, and what is none
+is not said."""
 
 from __future__ import annotations
 
@@ -22,7 +23,19 @@ EAGER = {"foreach": False, "fused": False}
 BACKENDS = {"kernel": {}, "eager": EAGER}
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS)
 CLASSES = [
-    *("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"),
+    *(
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Adagrad",
+        "RMSprop",
+        "Adadelta",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "ASGD",
+        "Rprop",
+    ),
     *("Adafactor", "Muon", "SparseAdam"),
 ]
 
@@ -129,7 +142,9 @@ def test_a_detached_loss_in_a_training_loop() -> None:
     assert said([train] * 5) == [0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"])
+@pytest.mark.parametrize(
+    "library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"]
+)
 def test_scheduler_without_training(library: Any) -> None:
     """Schedules are tried out without any gradient."""
     opt = make()
@@ -142,7 +157,9 @@ def test_scheduler_without_training(library: Any) -> None:
     assert not any(said([turn] * 8))
 
 
-@pytest.mark.parametrize("library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"])
+@pytest.mark.parametrize(
+    "library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"]
+)
 def test_scheduler_in_a_training_loop(library: Any) -> None:
     opt = make()
     scheduler = library.StepLR(opt, 2)
@@ -184,7 +201,9 @@ def test_no_parameters_at_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deep", "shallow", "pickle"]
+    "copied",
+    [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))],
+    ids=["deep", "shallow", "pickle"],
 )
 def test_copies_have_their_own_patience(copied: Callable[[Any], Any]) -> None:
     opt = make()
@@ -197,7 +216,12 @@ def test_copies_have_their_own_patience(copied: Callable[[Any], Any]) -> None:
 # Learning rates that the constructor would refuse.
 
 # Rprop's is the first size of its steps, and means nothing later.
-REFUSALS = [(name, rate) for name in CLASSES if name not in ("SparseAdam", "Rprop") for rate in (-0.1, math.nan)]
+REFUSALS = [
+    (name, rate)
+    for name in CLASSES
+    if name not in ("SparseAdam", "Rprop")
+    for rate in (-0.1, math.nan)
+]
 REFUSALS += [("SGD", rate) for rate in (-math.inf, math.inf, -1e-300)]
 
 
@@ -330,7 +354,9 @@ def test_options_as_attributes(name: str, option: str, value: Any) -> None:
 
 def test_each_option_is_said() -> None:
     opt = make("Adam")
-    assert [len(words(partial(setattr, opt, n, 0.1))) for n in ("lr", "eps", "lr", "weight_decay")] == [1, 1, 0, 1]
+    assert [
+        len(words(partial(setattr, opt, n, 0.1))) for n in ("lr", "eps", "lr", "weight_decay")
+    ] == [1, 1, 0, 1]
 
 
 def test_each_optimizer_is_told() -> None:
@@ -505,7 +531,9 @@ def test_a_subclass_with_getattr() -> None:
 class Rule(onepass.Optimizer):
     """A class with options that no other one has."""
 
-    def __init__(self, params: Any, lr: float = 0.1, sharpness: float = 1.0, history: int = 3) -> None:
+    def __init__(
+        self, params: Any, lr: float = 0.1, sharpness: float = 1.0, history: int = 3
+    ) -> None:
         # The last one is not an option.
         self.history = history
         super().__init__(params, {"lr": lr, "sharpness": sharpness})
@@ -527,10 +555,13 @@ def test_options_of_a_new_class() -> None:
 
 @pytest.mark.parametrize("cls", [Own, Heir, Property, Constant, Annotated, WithGetattr, Rule])
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deep", "shallow", "pickle"]
+    "copied",
+    [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))],
+    ids=["deep", "shallow", "pickle"],
 )
 def test_copies_of_optimizers_with_attributes(copied: Callable[[Any], Any], cls: type) -> None:
-    """They keep what torch's keep: param groups, state and defaults, and attributes only as torch does."""
+    """They keep what torch's keep: param groups, state and defaults, and attributes only as torch
+    does."""
 
     def use() -> None:
         opt = cls([nn.Parameter(torch.ones(2))])
@@ -544,7 +575,9 @@ def test_copies_of_optimizers_with_attributes(copied: Callable[[Any], Any], cls:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deep", "shallow", "pickle"]
+    "copied",
+    [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o))],
+    ids=["deep", "shallow", "pickle"],
 )
 def test_copies_have_the_attributes_that_torchs_have(copied: Callable[[Any], Any]) -> None:
     found = []

@@ -62,9 +62,12 @@ Same = Callable[..., Any]
 
 @pytest.fixture
 def same() -> Iterator[Same]:
-    """Says that what `run(library)` returns is as with torch.optim, and that ours alone have stepped; returns ours."""
+    """Says that what `run(library)` returns is as with torch.optim, and that ours alone have
+    stepped; returns ours."""
     stepped: set[str] = set()
-    hook = register_optimizer_step_post_hook(lambda opt, *_: stepped.add(type(opt).__module__.split(".")[0]))
+    hook = register_optimizer_step_post_hook(
+        lambda opt, *_: stepped.add(type(opt).__module__.split(".")[0])
+    )
 
     def compare(run: Callable[[Any], Any]) -> Any:
         theirs = run(torch.optim)
@@ -92,19 +95,23 @@ def lrs(opt: Any) -> list[float]:
     return [float(group["lr"]) for group in opt.param_groups]
 
 
-# schedulefree: moves the weights behind the step's back, and keeps its own tensors in the optimizer's state
+# schedulefree: moves the weights behind the step's back, and keeps its own tensors in the
+# optimizer's state
 
 
 @pytest.mark.parametrize("wrapper", ["ScheduleFreeWrapper", "ScheduleFreeWrapperReference"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_schedulefree(name, wrapper, same):
-    """Its state is there before a first step. Most of torch's classes then miss theirs, so there it lies elsewhere."""
+    """Its state is there before a first step. Most of torch's classes then miss theirs, so there it
+    lies elsewhere."""
     import schedulefree
 
     def run(library, resume=False):
         def wrapped():
             model = make_model()
-            return model, cls(make(library, name, model.parameters()), momentum=0.9, weight_decay_at_y=0.1)
+            return model, cls(
+                make(library, name, model.parameters()), momentum=0.9, weight_decay_at_y=0.1
+            )
 
         cls = getattr(schedulefree, wrapper)
         if library is torch.optim and name not in ("SGD", "Adagrad"):
@@ -134,21 +141,29 @@ def test_schedulefree(name, wrapper, same):
 def timm() -> Iterator[SimpleNamespace]:
     """timm's optimizers and schedulers as they are, without its models, which import torchvision.
 
-    That does not load with torch's build for the CPU. Of the models two functions are needed, taken from their files.
+    That does not load with torch's build for the CPU. Of the models two functions are needed, taken
+    from their files.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("timm", "timm.layers", "timm.models"):
             package = ModuleType(name)
             package.__path__ = find_spec(name).submodule_search_locations
             patch.setitem(sys.modules, name, package)
-        sys.modules["timm.layers"].use_reentrant_ckpt = import_module("timm.layers.config").use_reentrant_ckpt
-        sys.modules["timm.models"].group_parameters = import_module("timm.models._manipulate").group_parameters
-        yield SimpleNamespace(optim=import_module("timm.optim"), scheduler=import_module("timm.scheduler"))
+        sys.modules["timm.layers"].use_reentrant_ckpt = import_module(
+            "timm.layers.config"
+        ).use_reentrant_ckpt
+        sys.modules["timm.models"].group_parameters = import_module(
+            "timm.models._manipulate"
+        ).group_parameters
+        yield SimpleNamespace(
+            optim=import_module("timm.optim"), scheduler=import_module("timm.scheduler")
+        )
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_timm_lookahead(name, timm, same):
-    """It is an optimizer without a constructor's call, and shares groups, defaults and state with its base."""
+    """It is an optimizer without a constructor's call, and shares groups, defaults and state with
+    its base."""
 
     def run(library, resume=False):
         def wrapped():
@@ -191,17 +206,24 @@ def test_timm_lookahead_begins_from_its_bases_checkpoint(timm, same):
 )
 @FEW
 def test_timm_factory(name, options, prefix, timm, same):
-    """It makes groups, those of layers with an "lr_scale" which its schedulers read, and calls a class by its name."""
+    """It makes groups, those of layers with an "lr_scale" which its schedulers read, and calls a
+    class by its name."""
     factory = import_module("timm.optim._optim_factory")
 
     def run(library):
         called = f"{library.__name__}.{name}".lower()
-        how = {"has_betas": name == "AdamW", "has_momentum": name == "SGD", "has_eps": name != "SGD"}
+        how = {
+            "has_betas": name == "AdamW",
+            "has_momentum": name == "SGD",
+            "has_eps": name != "SGD",
+        }
         path = f"{library.__name__}.{name}"
         factory.default_registry.register(timm.optim.OptimInfo(called, path, defaults={}, **how))
         model = make_model()
         opt = timm.optim.create_optimizer_v2(model, prefix + called, lr=0.02, **options)
-        schedule, _ = timm.scheduler.create_scheduler_v2(opt, "cosine", num_epochs=6, warmup_epochs=2)
+        schedule, _ = timm.scheduler.create_scheduler_v2(
+            opt, "cosine", num_epochs=6, warmup_epochs=2
+        )
         epochs, rates = iter(range(1, 9)), []
         losses = train(model, opt, 8, lambda: (schedule.step(next(epochs)), rates.extend(lrs(opt))))
         return losses, rates, weights(model), opt.state_dict()
@@ -217,8 +239,19 @@ def test_timm_schedulers(policy, timm, same):
         def made():
             model = make_model()
             opt = make(library, "SGD", two_groups(model))
-            how = {"decay_epochs": 2, "decay_milestones": [3, 5], "patience_epochs": 0, "noise": [0.5, 0.9]}
-            return model, opt, timm.scheduler.create_scheduler_v2(opt, policy, num_epochs=8, warmup_epochs=2, **how)[0]
+            how = {
+                "decay_epochs": 2,
+                "decay_milestones": [3, 5],
+                "patience_epochs": 0,
+                "noise": [0.5, 0.9],
+            }
+            return (
+                model,
+                opt,
+                timm.scheduler.create_scheduler_v2(
+                    opt, policy, num_epochs=8, warmup_epochs=2, **how
+                )[0],
+            )
 
         model, opt, schedule = made()
         losses, rates = [], []
@@ -236,7 +269,8 @@ def test_timm_schedulers(policy, timm, same):
     same(run)
 
 
-# skorch: makes groups by names, sets options in them by name, and keeps an optimizer in files and pickles
+# skorch: makes groups by names, sets options in them by name, and keeps an optimizer in files and
+# pickles
 
 
 @pytest.fixture
@@ -247,7 +281,10 @@ def skorch_net():
 
     def make_net(library, name="SGD", callbacks=None, **options):
         groups = [("0.*", {"lr": 0.02, "weight_decay": 0.1})]
-        named = {f"optimizer__{option}": value for option, value in (OPTIONS.get(name, {}) | options).items()}
+        named = {
+            f"optimizer__{option}": value
+            for option, value in (OPTIONS.get(name, {}) | options).items()
+        }
         named |= {"optimizer__param_groups": groups} if name != "LBFGS" else {}
         return skorch.NeuralNetClassifier(
             make_model,
@@ -284,7 +321,11 @@ def test_skorch(name, skorch_net, same):
 @FEW
 def test_skorch_resumes(name, how, skorch_net, same, tmp_path):
     make_net, x, y = skorch_net
-    files = {"f_params": tmp_path / "params.pt", "f_optimizer": tmp_path / "opt.pt", "f_history": tmp_path / "history"}
+    files = {
+        "f_params": tmp_path / "params.pt",
+        "f_optimizer": tmp_path / "opt.pt",
+        "f_history": tmp_path / "history",
+    }
 
     def run(library, resume=None):
         net = make_net(library, name).fit(x, y)
@@ -317,19 +358,28 @@ def test_skorch_grid_search(skorch_net, same):
 @pytest.mark.parametrize("every", ["epoch", "batch"])
 @EVERY_SCHEDULER
 def test_skorch_schedulers(policy, every, calls, skorch_net, same):
-    """A second call makes a new scheduler on the same optimizer, with the number of epochs so far as its last."""
+    """A second call makes a new scheduler on the same optimizer, with the number of epochs so far
+    as its last."""
     from skorch.callbacks import LRScheduler
 
     if (policy, every, len(calls)) == ("ConstantLR", "batch", 2):
-        pytest.skip("from a rate that is back at its initial one, torch's goes on to twice the rate")
+        pytest.skip(
+            "from a rate that is back at its initial one, torch's goes on to twice the rate"
+        )
     make_net, x, y = skorch_net
 
     def run(library):
-        schedule = LRScheduler(getattr(library.lr_scheduler, policy), step_every=every, **SCHEDULERS[policy])
+        schedule = LRScheduler(
+            getattr(library.lr_scheduler, policy), step_every=every, **SCHEDULERS[policy]
+        )
         net = make_net(library, callbacks=[("schedule", schedule)]).initialize()
         for epochs in calls:
             net.partial_fit(x, y, epochs=epochs)
-        rates = net.history[:, "event_lr"] if every == "epoch" else net.history[:, "batches", :, "event_lr"]
+        rates = (
+            net.history[:, "event_lr"]
+            if every == "epoch"
+            else net.history[:, "batches", :, "event_lr"]
+        )
         return *trained(net), rates, lrs(net.optimizer_)
 
     same(run)
@@ -416,7 +466,8 @@ decay: 0.1
 
 
 def configured(library: Any, folder: Any, how: str) -> tuple[Any, Any, Any]:
-    """A model, an optimizer and a scheduler as a file says, and what was changed of it on the command line."""
+    """A model, an optimizer and a scheduler as a file says, and what was changed of it on the
+    command line."""
     import hydra
     from omegaconf import OmegaConf
 
@@ -431,11 +482,16 @@ def configured(library: Any, folder: Any, how: str) -> tuple[Any, Any, Any]:
     elif how == "partial":
         opt = instantiate(config.optimizer, _partial_=True)(model.parameters())
     elif how == "groups":
-        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **config.head}]
+        groups = [
+            {"params": model[0].parameters()},
+            {"params": model[2].parameters(), **config.head},
+        ]
         opt = instantiate(config.optimizer, _partial_=True)(groups)
     else:
         OmegaConf.set_readonly(config, True)
-        opt = library.AdamW(model.parameters(), **OmegaConf.masked_copy(config.optimizer, ["lr", "betas"]))
+        opt = library.AdamW(
+            model.parameters(), **OmegaConf.masked_copy(config.optimizer, ["lr", "betas"])
+        )
     return model, opt, instantiate(config.schedule, optimizer=opt)
 
 
@@ -447,7 +503,9 @@ def test_hydra(how, same, tmp_path):
     def run(library):
         model, opt, schedule = configured(library, tmp_path, how)
         losses = train(model, opt, 6, schedule.step)
-        options = [[group["lr"], *group["betas"], group["weight_decay"]] for group in opt.param_groups]
+        options = [
+            [group["lr"], *group["betas"], group["weight_decay"]] for group in opt.param_groups
+        ]
         copies = pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt)
         return losses, weights(model), options, [each.state_dict()["state"] for each in copies]
 
@@ -456,7 +514,8 @@ def test_hydra(how, same, tmp_path):
 
 @HOW
 def test_hydra_keeps_nothing_of_its_own_in_files(how, tmp_path):
-    """Where torch.optim does not: a file with a container of omegaconf's in it is not read by default."""
+    """Where torch.optim does not: a file with a container of omegaconf's in it is not read by
+    default."""
 
     def run(library):
         opt = configured(library, tmp_path, how)[1]
@@ -511,11 +570,16 @@ def test_ignite_schedulers(policy, how, same):
         opt = make(library, "SGD", model.parameters())
         inner = getattr(library.lr_scheduler, policy)(opt, **SCHEDULERS[policy])
         if how == "warmup":
-            # A class of ignite's stands before one of these, and cannot be read from the file that a simulation makes.
+            # A class of ignite's stands before one of these, and cannot be read from the file that
+            # a simulation makes.
             simulated = None if policy == "CosineAnnealingWarmRestarts" else [None] * 12
-            schedule = handlers.create_lr_scheduler_with_warmup(inner, 0.0, 4, output_simulated_values=simulated)
+            schedule = handlers.create_lr_scheduler_with_warmup(
+                inner, 0.0, 4, output_simulated_values=simulated
+            )
         else:
-            simulated = handlers.LRScheduler.simulate_values(10, inner) if how == "simulated" else None
+            simulated = (
+                handlers.LRScheduler.simulate_values(10, inner) if how == "simulated" else None
+            )
             schedule = handlers.LRScheduler(inner, use_legacy=how == "legacy")
         event = "ITERATION_COMPLETED" if how == "legacy" else "ITERATION_STARTED"
         engine, losses, rates = ignite_trainer(model, opt, **{event: schedule})
@@ -535,8 +599,14 @@ def test_ignite_checkpoint(policy, same, tmp_path):
             model = make_model()
             opt = make(library, "AdamW", two_groups(model))
             schedule = getattr(library.lr_scheduler, policy)(opt, **SCHEDULERS[policy])
-            engine, losses, rates = ignite_trainer(model, opt, ITERATION_STARTED=LRScheduler(schedule))
-            return {"model": model, "opt": opt, "schedule": schedule, "engine": engine}, losses, rates
+            engine, losses, rates = ignite_trainer(
+                model, opt, ITERATION_STARTED=LRScheduler(schedule)
+            )
+            return (
+                {"model": model, "opt": opt, "schedule": schedule, "engine": engine},
+                losses,
+                rates,
+            )
 
         things, losses, rates = made()
         things["engine"].run(BATCHES, max_epochs=1 if resume else 2)
@@ -554,17 +624,23 @@ def test_ignite_checkpoint(policy, same, tmp_path):
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["torch's", "ours"])
-@pytest.mark.parametrize("options", [{}, {"min_lr": 0.015, "param_group_index": 1}], ids=["all", "one"])
+@pytest.mark.parametrize(
+    "options", [{}, {"min_lr": 0.015, "param_group_index": 1}], ids=["all", "one"]
+)
 def test_ignite_plateau(options, ours, same, monkeypatch):
     """It replaces a method of ReduceLROnPlateau in the object."""
     from ignite.handlers import param_scheduler as handlers
 
     def run(library):
         if ours:
-            monkeypatch.setattr(handlers, "ReduceLROnPlateau", library.lr_scheduler.ReduceLROnPlateau)
+            monkeypatch.setattr(
+                handlers, "ReduceLROnPlateau", library.lr_scheduler.ReduceLROnPlateau
+            )
         model = make_model()
         opt = make(library, "SGD", two_groups(model))
-        schedule = handlers.ReduceLROnPlateauScheduler(opt, "metric", patience=1, factor=0.5, **options)
+        schedule = handlers.ReduceLROnPlateauScheduler(
+            opt, "metric", patience=1, factor=0.5, **options
+        )
         engine, losses, rates = ignite_trainer(model, opt)
         metrics = iter([5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
 
@@ -594,7 +670,9 @@ def test_ignite_piecewise_linear(same):
                 (1, "weight_decay", [(0, 0.0), (8, 0.5)]),
             ]
         ]
-        engine, losses, rates = ignite_trainer(model, opt, ITERATION_STARTED=ParamGroupScheduler(parts))
+        engine, losses, rates = ignite_trainer(
+            model, opt, ITERATION_STARTED=ParamGroupScheduler(parts)
+        )
         engine.run(BATCHES, max_epochs=2)
         return losses, rates, weights(model)
 
@@ -602,7 +680,8 @@ def test_ignite_piecewise_linear(same):
 
 
 def test_ignite_lr_finder(same):
-    """It runs the optimizer to where it diverges, and puts model and optimizer back by their state dicts."""
+    """It runs the optimizer to where it diverges, and puts model and optimizer back by their state
+    dicts."""
     from ignite.handlers import FastaiLRFinder
 
     def run(library):
@@ -610,7 +689,9 @@ def test_ignite_lr_finder(same):
         opt = make(library, "AdamW", model.parameters())
         engine, losses, _ = ignite_trainer(model, opt)
         finder = FastaiLRFinder()
-        with finder.attach(engine, {"model": model, "optimizer": opt}, num_iter=12, end_lr=1.0) as finding:
+        with finder.attach(
+            engine, {"model": model, "optimizer": opt}, num_iter=12, end_lr=1.0
+        ) as finding:
             finding.run(BATCHES, max_epochs=3)
         engine.run(BATCHES, max_epochs=2)
         return losses, weights(model), finder.get_results()["lr"]
@@ -630,19 +711,35 @@ def test_stable_baselines3(algorithm, name, same, tmp_path):
     steps = {
         "PPO": {"n_steps": 32, "batch_size": 16, "n_epochs": 2},
         "A2C": {"n_steps": 8},
-        "DQN": {"learning_starts": 16, "train_freq": 4, "target_update_interval": 16, "batch_size": 16},
+        "DQN": {
+            "learning_starts": 16,
+            "train_freq": 4,
+            "target_update_interval": 16,
+            "batch_size": 16,
+        },
     }[algorithm]
     options = {key: value for key, value in OPTIONS[name].items() if key != "lr"}
 
     def run(library):
-        policy = {"optimizer_class": getattr(library, name), "optimizer_kwargs": options, "net_arch": [16]}
-        how = {"learning_rate": lambda left: 0.01 * left, "policy_kwargs": policy, "seed": 0, "device": "cpu"}
+        policy = {
+            "optimizer_class": getattr(library, name),
+            "optimizer_kwargs": options,
+            "net_arch": [16],
+        }
+        how = {
+            "learning_rate": lambda left: 0.01 * left,
+            "policy_kwargs": policy,
+            "seed": 0,
+            "device": "cpu",
+        }
         model = cls("MlpPolicy", "CartPole-v1", **how, **steps).learn(96)
         path = tmp_path / f"{library.__name__}.zip"
         model.save(path)
         loaded = cls.load(path, env=model.get_env(), device="cpu")
         assert type(loaded.policy.optimizer) is getattr(library, name)
-        torch.testing.assert_close(loaded.policy.optimizer.state_dict(), model.policy.optimizer.state_dict(), **BITS)
+        torch.testing.assert_close(
+            loaded.policy.optimizer.state_dict(), model.policy.optimizer.state_dict(), **BITS
+        )
         loaded.set_random_seed(1)
         loaded.learn(64, reset_num_timesteps=False)
         return weights(model.policy), weights(loaded.policy)
@@ -650,7 +747,8 @@ def test_stable_baselines3(algorithm, name, same, tmp_path):
     same(run)
 
 
-# pytorch_warmup: multiplies the lr after each step of a scheduler, and takes it back before the next
+# pytorch_warmup: multiplies the lr after each step of a scheduler, and takes it back before the
+# next
 
 
 def warmed(library: Any, name: str, warmup: str, policy: str, resume: bool = False) -> Any:
@@ -684,7 +782,14 @@ def warmed(library: Any, name: str, warmup: str, policy: str, resume: bool = Fal
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam"])
 @pytest.mark.parametrize(
-    "warmup", ["LinearWarmup", "ExponentialWarmup", "UntunedLinearWarmup", "UntunedExponentialWarmup", "RAdamWarmup"]
+    "warmup",
+    [
+        "LinearWarmup",
+        "ExponentialWarmup",
+        "UntunedLinearWarmup",
+        "UntunedExponentialWarmup",
+        "RAdamWarmup",
+    ],
 )
 def test_pytorch_warmup(warmup, name, same):
     same(lambda library: warmed(library, name, warmup, "CosineAnnealingLR"))
@@ -693,7 +798,9 @@ def test_pytorch_warmup(warmup, name, same):
 @EVERY_SCHEDULER
 def test_pytorch_warmup_schedulers(policy, same):
     whole = same(lambda library: warmed(library, "AdamW", "LinearWarmup", policy))
-    torch.testing.assert_close(warmed(onepass, "AdamW", "LinearWarmup", policy, resume=True), whole, **BITS)
+    torch.testing.assert_close(
+        warmed(onepass, "AdamW", "LinearWarmup", policy, resume=True), whole, **BITS
+    )
 
 
 def test_pytorch_warmup_of_a_schedule_of_ours():
@@ -719,7 +826,10 @@ def test_higher_is_told_of_ours():
 
     model = make_model()
     opt = onepass.Adam(model.parameters())
-    with pytest.raises(ValueError, match="not supported by higher yet"), higher.innerloop_ctx(model, opt):
+    with (
+        pytest.raises(ValueError, match="not supported by higher yet"),
+        higher.innerloop_ctx(model, opt),
+    ):
         pass
 
 
@@ -746,7 +856,9 @@ def test_stable_baselines3_is_told_eps(same):
         policy = {"optimizer_class": library.Adam}
         if library is onepass:
             policy["optimizer_kwargs"] = {"eps": 1e-5}
-        model = stable_baselines3.A2C("MlpPolicy", "CartPole-v1", policy_kwargs=policy, seed=0, device="cpu").learn(10)
+        model = stable_baselines3.A2C(
+            "MlpPolicy", "CartPole-v1", policy_kwargs=policy, seed=0, device="cpu"
+        ).learn(10)
         return model.policy.optimizer.param_groups[0]["eps"], weights(model.policy)
 
     same(run)

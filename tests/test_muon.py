@@ -1,4 +1,5 @@
-"""Muon: momentum made orthogonal against the polynomial in float64 and torch.optim, and AdamW for what is no matrix."""
+"""Muon: momentum made orthogonal against the polynomial in float64 and torch.optim, and AdamW for
+what is no matrix."""
 
 from __future__ import annotations
 
@@ -50,8 +51,11 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 # The function.
 
 
-def polynomial(x: np.ndarray, coefficients=COEFFICIENTS, eps: float = 1e-7, steps: int = 5) -> np.ndarray:
-    """Jordan's iteration in float64: each step maps the singular values by s -> a s + b s^3 + c s^5."""
+def polynomial(
+    x: np.ndarray, coefficients=COEFFICIENTS, eps: float = 1e-7, steps: int = 5
+) -> np.ndarray:
+    """Jordan's iteration in float64: each step maps the singular values by s -> a s + b s^3 + c
+    s^5."""
     a, b, c = coefficients
     y = torch.from_numpy(x / max(np.linalg.norm(x), eps))
     for _ in range(steps):
@@ -62,8 +66,9 @@ def polynomial(x: np.ndarray, coefficients=COEFFICIENTS, eps: float = 1e-7, step
 def spread(dtype: torch.dtype, steps: int = 5, first: float = COEFFICIENTS[0]) -> float:
     """How far a result may lie from the polynomial's, relative to it, by Frobenius norms.
 
-    A step multiplies small singular values, and the errors beside them, by its first coefficient. In bfloat16 that
-    bound is more than all of the result, and 16 of its units are two and a half times what errors are seen to be.
+    A step multiplies small singular values, and the errors beside them, by its first coefficient.
+    In bfloat16 that bound is more than all of the result, and 16 of its units are two and a half
+    times what errors are seen to be.
     """
     return 16 * UNIT[dtype] if dtype == torch.bfloat16 else first**steps * UNIT[dtype]
 
@@ -74,8 +79,11 @@ def lies_within(got: Tensor, want: np.ndarray, share: float) -> bool:
 
 @pytest.mark.parametrize("fast", [False, True], ids=["full", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_newton_schulz_is_the_polynomial(dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide, tall and square matrices, in stacks; the argument stays as it is, the result has its shape and type."""
+def test_newton_schulz_is_the_polynomial(
+    dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide, tall and square matrices, in stacks; the argument stays as it is, the result has its
+    shape and type."""
     monkeypatch.setattr(linalg, "has_bfloat16_products", lambda: fast)
     works_in = torch.bfloat16 if fast and dtype == torch.float32 else dtype
     for shape in (*SHAPES, (128, 200)):
@@ -89,7 +97,8 @@ def test_newton_schulz_is_the_polynomial(dtype: torch.dtype, fast: bool, monkeyp
 
 
 def test_singular_values_end_around_one() -> None:
-    """From a five-hundredth of the norm on; what is smaller grows by the first coefficient in each step."""
+    """From a five-hundredth of the norm on; what is smaller grows by the first coefficient in each
+    step."""
     for shape in ((64, 32), (20, 20)):
         u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
         before = torch.logspace(0, -2.4, min(shape), dtype=torch.float64)
@@ -131,10 +140,14 @@ def reference(
     """The weights and momentum after these gradients, and the length of all updates together."""
     p, b, length = start, np.zeros_like(start), 0.0
     n, m = p.shape
-    ratio = 0.2 * np.sqrt(max(n, m)) if adjust_lr_fn == "match_rms_adamw" else np.sqrt(max(1.0, n / m))
+    ratio = (
+        0.2 * np.sqrt(max(n, m)) if adjust_lr_fn == "match_rms_adamw" else np.sqrt(max(1.0, n / m))
+    )
     for g in gradients:
         b = momentum * b + (1 - momentum) * g
-        u = polynomial((1 - momentum) * g + momentum * b if nesterov else b, ns_coefficients, eps, ns_steps)
+        u = polynomial(
+            (1 - momentum) * g + momentum * b if nesterov else b, ns_coefficients, eps, ns_steps
+        )
         p = (1 - lr * weight_decay) * p - lr * ratio * u
         length += lr * ratio * np.linalg.norm(u)
     return p, b, length
@@ -146,7 +159,9 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, list[Te
     return start, gradients
 
 
-def run(make: Callable[..., Any], start: Tensor, gradients: Sequence[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+def run(
+    make: Callable[..., Any], start: Tensor, gradients: Sequence[Tensor], **options: Any
+) -> tuple[Tensor, Tensor]:
     p = start.clone()
     optimizer = make([p], **options)
     for g in gradients:
@@ -166,7 +181,8 @@ def error(got: Tensor, want: np.ndarray) -> float:
 def check_reference(
     make: Callable[..., Any], dtype: torch.dtype, works_in: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Updates err as their function does, and by where their argument's roundings lead; weights by their own."""
+    """Updates err as their function does, and by where their argument's roundings lead; weights by
+    their own."""
     steps, first = options.get("ns_steps", 5), options.get("ns_coefficients", COEFFICIENTS)[0]
     for shape in SHAPES:
         start, gradients = problem(shape, dtype)
@@ -210,7 +226,8 @@ def test_reference_with_products_in_bfloat16(
 @over_options
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_torch(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Where torch.optim ends, whose products are in bfloat16 always: twice what such products may be off."""
+    """Where torch.optim ends, whose products are in bfloat16 always: twice what such products may
+    be off."""
     for shape in SHAPES:
         start, gradients = problem(shape, dtype)
         ours, momentum = run(onepass.Muon, start, gradients, lr=0.05, **options)
@@ -221,15 +238,23 @@ def test_torch(dtype: torch.dtype, options: dict[str, Any]) -> None:
 
 
 def test_torch_with_all_layouts() -> None:
-    """Transposed parameters, slices, one at an odd address, frozen ones, and gradients that lie otherwise."""
+    """Transposed parameters, slices, one at an odd address, frozen ones, and gradients that lie
+    otherwise."""
     ends = []
     for library in (onepass, torch.optim):
         random = torch.Generator().manual_seed(0)
         whole = torch.randn(9, 12, generator=random)
-        odd = bytearray(b"-" + torch.randn(30, generator=random).view(torch.uint8).numpy().tobytes())
+        odd = bytearray(
+            b"-" + torch.randn(30, generator=random).view(torch.uint8).numpy().tobytes()
+        )
         params = [torch.randn(5, 8, generator=random).t(), whole[1:7:2, 3:8]]
-        params += [torch.frombuffer(odd, dtype=torch.float32, offset=1).view(6, 5), torch.randn(6, 5, generator=random)]
-        optimizer = library.Muon([{"params": params[:3]}, {"params": params[3:], "lr": 0.3}], lr=0.05)
+        params += [
+            torch.frombuffer(odd, dtype=torch.float32, offset=1).view(6, 5),
+            torch.randn(6, 5, generator=random),
+        ]
+        optimizer = library.Muon(
+            [{"params": params[:3]}, {"params": params[3:], "lr": 0.3}], lr=0.05
+        )
         for step in range(5):
             for i, p in enumerate(params):
                 g = torch.randn(p.mT.shape, generator=random).mT
@@ -243,15 +268,19 @@ def test_torch_with_all_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_momentum_of_low_precision_is_a_running_mean(dtype: torch.dtype) -> None:
-    """Each step rounds it once. torch, with bfloat16 and without nesterov, divides its own by its norm as it goes."""
+    """Each step rounds it once. torch, with bfloat16 and without nesterov, divides its own by its
+    norm as it goes."""
     start, gradients = problem((24, 40), dtype)
     options = {"nesterov": False, "momentum": 0.9, "lr": 0.05}
     doubles = [g.double().numpy() for g in gradients]
     want_p, want, length = reference(start.double().numpy(), doubles, **options)
     p, momentum = run(onepass.Muon, start, gradients, **options)
-    # A mean of errors, each of at most half a unit of a number no larger than the largest gradients.
+    # A mean of errors, each of at most half a unit of a number no larger than the largest
+    # gradients.
     assert np.abs(momentum.double().numpy() - want).max() <= 10 * UNIT[dtype] * np.abs(want).max()
-    assert error(p, want_p) <= 4 * spread(torch.bfloat16) * length + STEPS * UNIT[dtype] * np.linalg.norm(want_p)
+    assert error(p, want_p) <= 4 * spread(torch.bfloat16) * length + STEPS * UNIT[
+        dtype
+    ] * np.linalg.norm(want_p)
     _, theirs = run(torch.optim.Muon, start, gradients, **options)
     if dtype == torch.bfloat16:
         assert abs(float(theirs.double().norm()) - 1) < 0.02
@@ -260,10 +289,15 @@ def test_momentum_of_low_precision_is_a_running_mean(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("options", [{}, {"lr": 0.0}])
 @pytest.mark.parametrize("make", [onepass.Muon, make_eager], ids=["kernel", "eager"])
-def test_no_gradient_and_no_rate_change_nothing(make: Callable[..., Any], options: dict[str, Any]) -> None:
-    """A gradient of zeros makes no update; without weight decay, or with lr = 0, every bit stays."""
+def test_no_gradient_and_no_rate_change_nothing(
+    make: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    """A gradient of zeros makes no update; without weight decay, or with lr = 0, every bit
+    stays."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        start = torch.tensor([[0.0, -0.0, 1.0], [1e-42, -3.0, 65504.0]], dtype=torch.float64).to(dtype)
+        start = torch.tensor([[0.0, -0.0, 1.0], [1e-42, -3.0, 65504.0]], dtype=torch.float64).to(
+            dtype
+        )
         for sign in (0.0, -0.0):
             p = start.clone()
             optimizer = make([p], **({"weight_decay": 0.0} | options))
@@ -277,7 +311,9 @@ def test_no_gradient_and_no_rate_change_nothing(make: Callable[..., Any], option
 # In company.
 
 
-def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], count: int = 3, seed: int = 0) -> None:
+def steps(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], count: int = 3, seed: int = 0
+) -> None:
     for step in range(count):
         for i, p in enumerate(params):
             random = torch.Generator().manual_seed(1000 * seed + 100 * step + i)
@@ -290,30 +326,42 @@ def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], count: int
 def test_company(dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many matrices of one shape in one call, in groups with rates of their own, or each alone.
 
-    The kernels' part has the same bits; how a library multiplies a stack of matrices it may choose by their number, so
-    products agree within their own rounding.
+    The kernels' part has the same bits; how a library multiplies a stack of matrices it may choose
+    by their number, so products agree within their own rounding.
     """
     monkeypatch.setattr(linalg, "has_bfloat16_products", lambda: fast)
     works_in = torch.bfloat16 if fast and dtype == torch.float32 else dtype
-    start = [torch.randn(shape, dtype=dtype) for shape in [(24, 40), (40, 24), (24, 40), (5, 5)] * 4]
+    start = [
+        torch.randn(shape, dtype=dtype) for shape in [(24, 40), (40, 24), (24, 40), (5, 5)] * 4
+    ]
     together = [p.clone() for p in start]
-    optimizer = onepass.Muon([{"params": together[:5], "lr": 0.05}, {"params": together[5:]}, {"params": []}], lr=0.01)
+    optimizer = onepass.Muon(
+        [{"params": together[:5], "lr": 0.05}, {"params": together[5:]}, {"params": []}], lr=0.01
+    )
     steps(optimizer, together)
     alone = [p.clone() for p in start]
     for i, p in enumerate(alone):
         mine = onepass.Muon([p], lr=0.05 if i < 5 else 0.01)
         for step in range(3):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i), dtype=dtype)
+            p.grad = torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(100 * step + i), dtype=dtype
+            )
             mine.step()
         assert_same_bits(
-            flat(mine.state[p]["momentum_buffer"]), flat(optimizer.state[together[i]]["momentum_buffer"]), "momentum"
+            flat(mine.state[p]["momentum_buffer"]),
+            flat(optimizer.state[together[i]]["momentum_buffer"]),
+            "momentum",
         )
         length = 3 * (0.05 if i < 5 else 0.01) * np.sqrt(p.numel())
-        assert error(together[i], p.double().numpy()) <= 2 * spread(works_in) * length + 8 * UNIT[dtype] * p.norm()
+        assert (
+            error(together[i], p.double().numpy())
+            <= 2 * spread(works_in) * length + 8 * UNIT[dtype] * p.norm()
+        )
 
 
 def test_calls_take_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices of one shape go in several calls where they are many; what becomes of them is the same."""
+    """Matrices of one shape go in several calls where they are many; what becomes of them is the
+    same."""
     ends = []
     for most in (plan.MOST_ELEMENTS, 130):
         monkeypatch.setattr(plan, "MOST_ELEMENTS", most)
@@ -329,16 +377,27 @@ def test_calls_take_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch
 
 
 def test_options_of_groups() -> None:
-    """Steps and coefficients differ between groups, and matrices of one shape do as their groups say."""
-    options = [{"ns_steps": 3}, {"ns_coefficients": (3.0, -3.2, 1.2)}, {"momentum": 0.5}, {"nesterov": False}, {}]
+    """Steps and coefficients differ between groups, and matrices of one shape do as their groups
+    say."""
+    options = [
+        {"ns_steps": 3},
+        {"ns_coefficients": (3.0, -3.2, 1.2)},
+        {"momentum": 0.5},
+        {"nesterov": False},
+        {},
+    ]
     start = [torch.randn(6, 10, dtype=torch.float64) for _ in options]
     together = [p.clone() for p in start]
-    optimizer = onepass.Muon([{"params": [p], **o} for p, o in zip(together, options, strict=True)], lr=0.05)
+    optimizer = onepass.Muon(
+        [{"params": [p], **o} for p, o in zip(together, options, strict=True)], lr=0.05
+    )
     steps(optimizer, together)
     for i, (p, o) in enumerate(zip(start, options, strict=True)):
         mine = onepass.Muon([p], lr=0.05, **o)
         for step in range(3):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i), dtype=p.dtype)
+            p.grad = torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(100 * step + i), dtype=p.dtype
+            )
             mine.step()
         torch.testing.assert_close(together[i], p, rtol=1e-12, atol=1e-12)
 
@@ -352,14 +411,22 @@ def test_adamw_has_the_bits_of_adamw(dtype: torch.dtype, eager: bool) -> None:
     shapes = [(5,), (), (4, 3), (2, 3, 4), (2, 3, 4, 5)]
     ends = []
     for make in (
-        lambda params: onepass.Muon(params, lr=0.02, weight_decay=0.2, use_muon=False, betas=(0.8, 0.7), adam_eps=0.1),
+        lambda params: onepass.Muon(
+            params, lr=0.02, weight_decay=0.2, use_muon=False, betas=(0.8, 0.7), adam_eps=0.1
+        ),
         lambda params: onepass.AdamW(params, lr=0.02, weight_decay=0.2, betas=(0.8, 0.7), eps=0.1),
     ):
         random = torch.Generator().manual_seed(0)
         params = [torch.randn(shape, generator=random, dtype=dtype) for shape in shapes]
         optimizer = on_eager_backend(make(params)) if eager else make(params)
         steps(optimizer, params)
-        ends.append([flat(t) for p in params for t in (p, *(t for _, t in sorted(optimizer.state[p].items())))])
+        ends.append(
+            [
+                flat(t)
+                for p in params
+                for t in (p, *(t for _, t in sorted(optimizer.state[p].items())))
+            ]
+        )
     for muon, adamw in zip(*ends, strict=True):
         assert_same_bits(muon, adamw, "AdamW")
 
@@ -384,7 +451,8 @@ def test_who_takes_what() -> None:
 
 
 def test_switching_between_steps() -> None:
-    """A group that goes over to AdamW begins it anew, and comes back to the momentum that it left."""
+    """A group that goes over to AdamW begins it anew, and comes back to the momentum that it
+    left."""
     start = torch.randn(4, 3)
     p = start.clone()
     optimizer = onepass.Muon([p], lr=0.05)
@@ -434,11 +502,15 @@ class Fragile(onepass.Muon):
 
 
 def test_a_failing_function_leaves_matrices_and_vectors_as_they_were() -> None:
-    """Weights, momentum, moments and step counts: in the first step, which made them, and in later ones."""
+    """Weights, momentum, moments and step counts: in the first step, which made them, and in later
+    ones."""
     ends = []
     for disturbed in (True, False):
         random = torch.Generator().manual_seed(0)
-        params = [torch.randn(shape, generator=random) for shape in ((4, 3), (5,), (6, 6), (2, 3, 4), (3, 4))]
+        params = [
+            torch.randn(shape, generator=random)
+            for shape in ((4, 3), (5,), (6, 6), (2, 3, 4), (3, 4))
+        ]
         optimizer = Fragile(params, use_muon=None)
         for step in range(3):
             for p in params:
@@ -448,7 +520,13 @@ def test_a_failing_function_leaves_matrices_and_vectors_as_they_were() -> None:
                 refuses(optimizer, "no memory for matrices", MemoryError)
                 fails[0] = False
             optimizer.step()
-        ends.append([flat(t) for p in params for t in (p, *(t for _, t in sorted(optimizer.state[p].items())))])
+        ends.append(
+            [
+                flat(t)
+                for p in params
+                for t in (p, *(t for _, t in sorted(optimizer.state[p].items())))
+            ]
+        )
     for a, b in zip(*ends, strict=True):
         assert_same_bits(a, b, "after a failure")
 
@@ -460,7 +538,10 @@ def test_a_failing_function_leaves_matrices_and_vectors_as_they_were() -> None:
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
         ({"weight_decay": -0.1}, "weight_decay must lie in"),
         ({"momentum": -0.1}, "momentum must lie in"),
-        ({"adjust_lr_fn": "other"}, "adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got 'other'"),
+        (
+            {"adjust_lr_fn": "other"},
+            "adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got 'other'",
+        ),
     ],
 )
 def test_options_are_refused_as_by_torch(options: dict[str, Any], message: str) -> None:
@@ -473,13 +554,29 @@ def test_options_are_refused_as_by_torch(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"ns_steps": 100}, ValueError, r"Invalid ns_steps value: 100; ns_steps must lie in \[0, 100\)"),
-        ({"ns_steps": -1}, ValueError, r"Invalid ns_steps value: -1; ns_steps must lie in \[0, 100\)"),
+        (
+            {"ns_steps": 100},
+            ValueError,
+            r"Invalid ns_steps value: 100; ns_steps must lie in \[0, 100\)",
+        ),
+        (
+            {"ns_steps": -1},
+            ValueError,
+            r"Invalid ns_steps value: -1; ns_steps must lie in \[0, 100\)",
+        ),
         ({"ns_steps": 2.5}, ValueError, "ns_steps must be a whole number, got 2.5"),
         ({"ns_steps": "5"}, TypeError, "ns_steps must be a number, got '5'"),
-        ({"ns_coefficients": (1.0, 2.0)}, ValueError, r"ns_coefficients must be three numbers, got \(1.0, 2.0\)"),
+        (
+            {"ns_coefficients": (1.0, 2.0)},
+            ValueError,
+            r"ns_coefficients must be three numbers, got \(1.0, 2.0\)",
+        ),
         ({"ns_coefficients": 3.0}, ValueError, "ns_coefficients must be three numbers, got 3.0"),
-        ({"ns_coefficients": (1.0, 2.0, "x")}, TypeError, r"ns_coefficients\[2\] must be a number, got 'x'"),
+        (
+            {"ns_coefficients": (1.0, 2.0, "x")},
+            TypeError,
+            r"ns_coefficients\[2\] must be a number, got 'x'",
+        ),
         ({"eps": -1e-7}, ValueError, "eps must lie in"),
         ({"adam_eps": -1e-7}, ValueError, "adam_eps must lie in"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\)"),
@@ -487,15 +584,21 @@ def test_options_are_refused_as_by_torch(options: dict[str, Any], message: str) 
         ({"use_muon": "yes"}, TypeError, "use_muon must be True or False"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_options_that_make_no_sense(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         onepass.Muon([torch.ones(2, 2)], **options)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3,), (), (2, 3, 4)])
 def test_muon_alone_takes_matrices_alone(shape: tuple[int, ...]) -> None:
-    """As in torch, with the advice what to do; a later group as the first one, and a group that changes its mind."""
-    advice = "only supports 2D parameters, and one has shape .*; pass use_muon=None to let what is no matrix take AdamW"
+    """As in torch, with the advice what to do; a later group as the first one, and a group that
+    changes its mind."""
+    advice = (
+        "only supports 2D parameters, and one has shape .*; pass use_muon=None to let what is no "
+        "matrix take AdamW"
+    )
     for library in (onepass, torch.optim):
         with pytest.raises(ValueError, match="only supports 2D parameters"):
             library.Muon([torch.ones(2, 2), torch.ones(shape)])
@@ -516,7 +619,9 @@ def test_muon_alone_takes_matrices_alone(shape: tuple[int, ...]) -> None:
 def test_complex_and_sparse_are_refused() -> None:
     p = torch.ones(2, 2, dtype=torch.complex64)
     p.grad = torch.ones_like(p)
-    refuses(onepass.Muon([p]), "Muon does not support complex parameters, and parameter 0 is", StepError)
+    refuses(
+        onepass.Muon([p]), "Muon does not support complex parameters, and parameter 0 is", StepError
+    )
     p = torch.ones(2, 2)
     p.grad = torch.ones(2, 2).to_sparse()
     refuses(onepass.Muon([p]), "sparse", StepError)
@@ -528,7 +633,8 @@ def test_complex_and_sparse_are_refused() -> None:
 @pytest.mark.parametrize("crossing", [3, 7])
 @pytest.mark.parametrize("begin", [onepass, torch.optim], ids=["onepass first", "torch first"])
 def test_checkpoints_cross_to_torch_and_back(begin: Any, crossing: int) -> None:
-    """Options, rates and momentum cross; the weights end where torch alone ends, as close as products allow."""
+    """Options, rates and momentum cross; the weights end where torch alone ends, as close as
+    products allow."""
     ends = []
     for crosses in (True, False):
         random = torch.Generator().manual_seed(0)
@@ -554,7 +660,9 @@ def test_checkpoints_cross_to_torch_and_back(begin: Any, crossing: int) -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "file"])
 def test_copies_go_on_alike(way: str) -> None:
     random = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (5,), (4, 3), ())]
+    params = [
+        nn.Parameter(torch.randn(shape, generator=random)) for shape in ((4, 3), (5,), (4, 3), ())
+    ]
     optimizer = onepass.Muon(params, use_muon=None)
     steps(optimizer, params)
     if way == "file":
@@ -566,7 +674,9 @@ def test_copies_go_on_alike(way: str) -> None:
         other.load_state_dict(torch.load(file, weights_only=True))
     else:
         both = (params, optimizer)
-        others, other = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+        others, other = (
+            copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+        )
     steps(optimizer, params, 2, seed=5)
     steps(other, others, 2, seed=5)
     for p, q in zip(params, others, strict=True):
@@ -582,7 +692,9 @@ def test_wrong_checkpoints_are_refused() -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["momentum_buffer"] = torch.zeros(3, 4)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"'momentum_buffer' of parameter 0 has shape \(3, 4\), the parameter has"):
+    with pytest.raises(
+        ValueError, match=r"'momentum_buffer' of parameter 0 has shape \(3, 4\), the parameter has"
+    ):
         optimizer.load_state_dict(saved)
     assert snapshot(optimizer) == before
 
@@ -593,7 +705,11 @@ def test_the_processor_decides_about_products() -> None:
     p, q = torch.randn(8, 8, dtype=torch.float64), torch.randn(8, 8)
     for x in (p, q):
         exact = polynomial(x.double().numpy())
-        share = error(linalg.newton_schulz(x[None], *COEFFICIENTS, 1e-7, 5)[0], exact) / np.linalg.norm(exact)
-        works_in = torch.bfloat16 if x.dtype == torch.float32 and has_bfloat16_products() else x.dtype
+        share = error(
+            linalg.newton_schulz(x[None], *COEFFICIENTS, 1e-7, 5)[0], exact
+        ) / np.linalg.norm(exact)
+        works_in = (
+            torch.bfloat16 if x.dtype == torch.float32 and has_bfloat16_products() else x.dtype
+        )
         assert share <= spread(works_in)
         assert works_in != torch.bfloat16 or share > spread(torch.float32)

@@ -1,4 +1,5 @@
-"""Do the tests notice? Rules and kernels are made wrong in every small way, and each must fail its test."""
+"""Do the tests notice? Rules and kernels are made wrong in every small way, and each must fail its
+test."""
 
 from __future__ import annotations
 
@@ -39,7 +40,14 @@ SWAPPED = {
     ast.BitOr: ast.BitAnd,
     ast.BitAnd: ast.BitOr,
 }
-NEGATED = {ast.NotEq: ast.Eq, ast.Eq: ast.NotEq, ast.Lt: ast.Gt, ast.Gt: ast.Lt, ast.LtE: ast.GtE, ast.GtE: ast.LtE}
+NEGATED = {
+    ast.NotEq: ast.Eq,
+    ast.Eq: ast.NotEq,
+    ast.Lt: ast.Gt,
+    ast.Gt: ast.Lt,
+    ast.LtE: ast.GtE,
+    ast.GtE: ast.LtE,
+}
 
 
 def replacements(node: ast.AST, numbers: list[str], values: list[str]) -> Iterator[ast.AST]:
@@ -104,7 +112,9 @@ def mutants(rule) -> Iterator[tuple[str, object]]:
             old = [n for statement in function.body for n in ast.walk(statement)][place]
             Replace(old, copy.deepcopy(new)).visit(mutant)
             ast.fix_missing_locations(mutant)
-            yield build(rule, mutant, f"line {node.lineno}: {ast.unparse(node)} -> {ast.unparse(new)}")
+            yield build(
+                rule, mutant, f"line {node.lineno}: {ast.unparse(node)} -> {ast.unparse(new)}"
+            )
 
 
 class Replace(ast.NodeTransformer):
@@ -127,7 +137,8 @@ STEPS = 6
 
 
 def is_right(row: Row, rule) -> bool:
-    """Whether a rule passes what `test_numerics` asks: the float64 reference, and NaN and infinity as in torch."""
+    """Whether a rule passes what `test_numerics` asks: the float64 reference, and NaN and infinity
+    as in torch."""
     rng = np.random.default_rng(1)
     start, *gradients = rng.standard_normal((STEPS + 1, 16))
     lrs = [0.01, 0.01, 0.03, 0.03, 0.001, 0.001]
@@ -149,7 +160,10 @@ def spreads_as_torch(row: Row, mutant: type) -> bool:
     values = torch.tensor([1.0, float("inf"), NAN])
     g = values.repeat_interleave(3)
     ends, names = [], []
-    for make in (lambda p: on_eager_backend(mutant([p], **row.options)), lambda p: row.make_torch([p], foreach=False)):
+    for make in (
+        lambda p: on_eager_backend(mutant([p], **row.options)),
+        lambda p: row.make_torch([p], foreach=False),
+    ):
         p = values.repeat(3)
         optimizer = make(p)
         for _ in range(2):
@@ -176,7 +190,8 @@ EQUIVALENT: dict[str, set[str]] = {}
 
 @pytest.mark.parametrize("name", rules())
 def test_a_wrong_rule_is_noticed(name: str) -> None:
-    """Each mutant gives wrong numbers for one of its optimizer's rows; a few are no rules and raise."""
+    """Each mutant gives wrong numbers for one of its optimizer's rows; a few are no rules and
+    raise."""
     rule, rows = rules()[name]
     assert all(is_right(row, rule) for row in rows)
     unnoticed, wrong, no_rules = set(), 0, 0
@@ -224,7 +239,8 @@ SAME_CODE = (
     "'lshr' -> 'ashr'",
     # A weight of lerp that is no number gives none from either end.
     "fcmp olt double %v[0-9]+, 0x3FE0000000000000 .*: 'fcmp olt' -> 'fcmp ult'",
-    # A learning rate that is no number leaves no old value to keep. (What is negated next is another number's test.)
+    # A learning rate that is no number leaves no old value to keep. (What is negated next is
+    # another number's test.)
     r"fcmp oeq double %v[0-9]+, 0x0000000000000000 \| (?!.* xor ).*: 'fcmp oeq' -> 'fcmp ueq'",
     # Beside a test for NaN, and against a number.
     "fcmp ogt double %lane[0-9]+_0, 0x0000000000000000 .*: 'fcmp ogt' -> 'fcmp ugt'",
@@ -235,7 +251,8 @@ LAST_LOOP = re.compile(r"(?s)loop[12]_body:(?!.*loop[0-9]_body:)")
 
 
 def wrong_sources(source: str) -> Iterator[tuple[str, str]]:
-    """The mathematics of a kernel with one instruction exchanged: body and host code, not the walk around them."""
+    """The mathematics of a kernel with one instruction exchanged: body and host code, not the walk
+    around them."""
     parts = re.split(r"(?m)^(?=define |declare )", source)
     for k, part in enumerate(parts):
         if not re.match(r"define internal void @(body|host)_", part):
@@ -243,12 +260,16 @@ def wrong_sources(source: str) -> Iterator[tuple[str, str]]:
         for token, others in TOKENS.items():
             for found in re.finditer(re.escape(token), part):
                 if LAST_LOOP.search(part, 0, found.start()) and "_more" not in token:
-                    # Taken where the learning rate is 0, which hides what the update would have been; made by the same
-                    # code as the others.
+                    # Taken where the learning rate is 0, which hides what the update would have
+                    # been; made by the same code as the others.
                     continue
                 for other in others:
                     changed = part[: found.start()] + other + part[found.end() :]
-                    declared = [d.replace(token, other) for d in parts if d.startswith("declare") and token in d]
+                    declared = [
+                        d.replace(token, other)
+                        for d in parts
+                        if d.startswith("declare") and token in d
+                    ]
                     declared = [d for d in declared if d.strip() not in map(str.strip, parts)]
                     line = part[: found.start()].count("\n")
                     here, after = (part + "\n\n").splitlines()[line : line + 2]
@@ -260,10 +281,14 @@ def wrong_sources(source: str) -> Iterator[tuple[str, str]]:
 Case = tuple[Program, list[dict[str, np.ndarray]], list[dict[str, float]]]
 
 
-def numbers(one: Program, shares: tuple[float, ...] = (0.0, 0.3, 1.0)) -> list[dict[str, np.ndarray]]:
+def numbers(
+    one: Program, shares: tuple[float, ...] = (0.0, 0.3, 1.0)
+) -> list[dict[str, np.ndarray]]:
     """Tensors with shares of special numbers, and with zeros of both signs in all columns."""
     rng = np.random.default_rng(0)
-    tensors = [random_columns(rng, one, n, share) for n, share in zip((17, 3000, 700), shares, strict=True)]
+    tensors = [
+        random_columns(rng, one, n, share) for n, share in zip((17, 3000, 700), shares, strict=True)
+    ]
     for columns in tensors:
         for a in columns.values():
             a[5::50] = -0.0
@@ -299,12 +324,18 @@ def sgd() -> Case:
     ]
     one = program_of(graph, *["float64"] * 3)
     undecided = {"dampening": 0.3, "weight_decay": NAN}
-    return one, numbers(one), [hypers_of(row, graph, 1, **setting) for setting in (*settings, undecided)]
+    return (
+        one,
+        numbers(one),
+        [hypers_of(row, graph, 1, **setting) for setting in (*settings, undecided)],
+    )
 
 
 def all_operations() -> Case:
     # Its p moves where lr is 0, so that there is nothing to keep.
-    one = program_of(finish(trace(everything, (("lr", ("float",)),)), exact=False), *["float32"] * 3)
+    one = program_of(
+        finish(trace(everything, (("lr", ("float",)),)), exact=False), *["float32"] * 3
+    )
     return one, numbers(one), [{"lr": lr} for lr in (0.25, 0.3, 0.5, 0.0, NAN)]
 
 
@@ -314,7 +345,9 @@ def store(p, g, *, lr):
 
 def bfloat16() -> Case:
     """All upper halves of a float32 with lower ones at, below and above ties."""
-    one = program_of(finish(trace(store, (("lr", ("float",)),)), exact=False), "bfloat16", "float32", "float32")
+    one = program_of(
+        finish(trace(store, (("lr", ("float",)),)), exact=False), "bfloat16", "float32", "float32"
+    )
     high = np.arange(1 << 16, dtype=np.uint32) << 16
     values = [(high | np.uint32(low)).view(np.float32) for low in (0, 1, 0x7FFF, 0x8000, 0x8001)]
     return one, [{"p": np.zeros(1 << 16, np.uint16), "g": v} for v in values], [{"lr": 0.0}]
@@ -337,13 +370,18 @@ def reductions() -> Case:
     return program(reduced, "float64"), tensors, [{"lr": 0.0}]
 
 
-@pytest.mark.parametrize("case", [adam, sgd, all_operations, bfloat16, reductions], ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case", [adam, sgd, all_operations, bfloat16, reductions], ids=lambda case: case.__name__
+)
 def test_wrong_code_is_noticed(case: Callable[[], Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each exchanged instruction changes a bit somewhere, with numbers such as the oracle's tests use."""
+    """Each exchanged instruction changes a bit somewhere, with numbers such as the oracle's tests
+    use."""
     one, tensors, hypers = case()
     # The interpreter's view does not change with the code.
     rows = [i % len(hypers) for i in range(len(tensors))]
-    wanted = [interpret(one, columns, hypers[row]) for columns, row in zip(tensors, rows, strict=True)]
+    wanted = [
+        interpret(one, columns, hypers[row]) for columns, row in zip(tensors, rows, strict=True)
+    ]
 
     def agrees(kernel: Kernel) -> bool:
         try:
@@ -351,7 +389,11 @@ def test_wrong_code_is_noticed(case: Callable[[], Case], monkeypatch: pytest.Mon
         except AssertionError:
             # It wrote where nobody may.
             return False
-        pairs = ((now[name], want[name]) for now, want in zip(after, wanted, strict=True) for name in want)
+        pairs = (
+            (now[name], want[name])
+            for now, want in zip(after, wanted, strict=True)
+            for name in want
+        )
         return all(is_same(got, want) for got, want in pairs)
 
     right = compiled(one)

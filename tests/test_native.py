@@ -1,4 +1,5 @@
-"""Machine code: the same bits on any pool of threads, no contraction, no calls, and facts as Python reads them."""
+"""Machine code: the same bits on any pool of threads, no contraction, no calls, and facts as Python
+reads them."""
 
 from __future__ import annotations
 
@@ -41,17 +42,27 @@ def all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_python_threads_do_as_openmp(threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch has no OpenMP runtime to share, a pool of Python threads runs the same workers."""
+def test_python_threads_do_as_openmp(
+    threads: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no OpenMP runtime to share, a pool of Python threads runs the same
+    workers."""
     kernel = compiled(program_of(graph_of(AMSGRAD), *["float32"] * 3))
     reducing = compiled(program(RULES[4]))
     ran = []
-    for one, hypers in ((kernel, hypers_of(AMSGRAD, graph_of(AMSGRAD), 3)), (reducing, {"lr": 0.25})):
+    for one, hypers in (
+        (kernel, hypers_of(AMSGRAD, graph_of(AMSGRAD), 3)),
+        (reducing, {"lr": 0.25}),
+    ):
         tensors = [random_columns(rng, one.program, n, 0.0) for n in (200000, 5, 70000, 0, 100003)]
         shared = launch(one, tensors, [hypers], threads=threads)
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "openmp", lambda: 0)
-            patch.setattr(cpu, "run_in_threads", lambda *args: ran.append(args[2]) or native.run_in_threads(*args))
+            patch.setattr(
+                cpu,
+                "run_in_threads",
+                lambda *args: ran.append(args[2]) or native.run_in_threads(*args),
+            )
             own = launch(one, tensors, [hypers], threads=threads)
         for got, want in zip(own, shared, strict=True):
             for name in want:
@@ -103,7 +114,8 @@ def functions(assembly: str) -> dict[str, list[str]]:
 
 
 def kernels() -> Iterator[cpu.Kernel]:
-    """What is compiled for the table's widest rules and for those with every operation, in all formats."""
+    """What is compiled for the table's widest rules and for those with every operation, in all
+    formats."""
     for format in FORMATS:
         for row in (TABLE[6], AMSGRAD):
             yield compiled(program_of(graph_of(row), format, format, format))
@@ -116,7 +128,8 @@ FUSED = re.compile(r"^(vf?n?madd|vf?n?msub|vfmadd|vfmsub|vfnm|fmadd|fmsub|fnmadd
 
 
 def test_no_loop_calls_and_nothing_is_contracted() -> None:
-    """A call in a loop would cost more than memory does; a fused multiply-add rounds once, where twice is right."""
+    """A call in a loop would cost more than memory does; a fused multiply-add rounds once, where
+    twice is right."""
     for kernel in kernels():
         listing = functions(kernel.library.assembly())
         bodies = [name for name in listing if name.startswith("body")]
@@ -137,7 +150,8 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_hosts_need_no_calls_either(target: str) -> None:
-    """Whatever machine they are compiled for, a conversion that it lacks must not become a library's function."""
+    """Whatever machine they are compiled for, a conversion that it lacks must not become a
+    library's function."""
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     triple, name = TARGETS[target]
@@ -145,9 +159,16 @@ def test_other_hosts_need_no_calls_either(target: str) -> None:
         backend = llvm.Target.from_triple(triple)
     except RuntimeError:
         pytest.skip("this llvmlite has no such target")
-    for row, format in ((AMSGRAD, "float32"), (AMSGRAD, "bfloat16"), (TABLE[6], "float16"), (TABLE[18], "float64")):
+    for row, format in (
+        (AMSGRAD, "float32"),
+        (AMSGRAD, "bfloat16"),
+        (TABLE[6], "float16"),
+        (TABLE[18], "float64"),
+    ):
         machine = backend.create_target_machine(cpu=name, opt=2)
-        module = llvm.parse_assembly(compiled(program_of(graph_of(row), format, format, format)).source)
+        module = llvm.parse_assembly(
+            compiled(program_of(graph_of(row), format, format, format)).source
+        )
         module.triple, module.data_layout = triple, str(machine.target_data)
         tuning = llvm.create_pipeline_tuning_options(speed_level=2)
         tuning.loop_vectorization = True
@@ -155,7 +176,10 @@ def test_other_hosts_need_no_calls_either(target: str) -> None:
         builder.getModulePassManager().run(module, builder)
         listing = functions(machine.emit_assembly(module))
         assert listing["body_0"]
-        assert not [line for line in listing["body_0"] if CALL.match(line) or FUSED.match(line)], (row.name, format)
+        assert not [line for line in listing["body_0"] if CALL.match(line) or FUSED.match(line)], (
+            row.name,
+            format,
+        )
 
 
 @pytest.mark.skipif(not X86, reason="reads x86 assembly")
@@ -167,7 +191,9 @@ def test_loops_are_vectorised(format: str) -> None:
     lines = functions(kernel.library.assembly())["body_0"]
     register = r"%[yz]mm" if llvm.get_host_cpu_features().get("avx2") else r"%[xyz]mm"
     for operation in ("add", "mul", "div", "sqrt"):
-        assert [line for line in lines if re.match(rf"v?{operation}{packed}\s.*{register}", line)], operation
+        assert [
+            line for line in lines if re.match(rf"v?{operation}{packed}\s.*{register}", line)
+        ], operation
 
 
 def test_reductions_are_vectorised() -> None:
@@ -191,7 +217,8 @@ def test_code_lives_as_long_as_its_library() -> None:
 
 
 def test_an_optimizer_keeps_its_kernel() -> None:
-    """Emptied caches, which also happen when very many programs are compiled, take no code from under a step."""
+    """Emptied caches, which also happen when very many programs are compiled, take no code from
+    under a step."""
     p = torch.ones(100)
     optimizer = onepass.AdamW([p], lr=0.1)
     other = torch.ones(100)
@@ -268,7 +295,15 @@ def strange_tensors() -> dict[str, object]:
 
 
 # All but these differ from what is expected.
-SAME = {"plain", "parameter", "buffer", "no leaf", "swapped data", "view at an offset", "view at the end"}
+SAME = {
+    "plain",
+    "parameter",
+    "buffer",
+    "no leaf",
+    "swapped data",
+    "view at an offset",
+    "view at the end",
+}
 
 
 @pytest.fixture(params=["objects", "cdata", "python"])
@@ -292,7 +327,9 @@ def test_facts_are_the_same_however_they_are_asked(way: str) -> None:
     strange = strange_tensors()
     expected = Expected([torch.empty(3, 4) for _ in strange])
     assert expected.compare(list(strange.values())) == len(strange) - len(SAME)
-    for name, t, changed, pointer in zip(strange, strange.values(), expected.changed, expected.pointers, strict=True):
+    for name, t, changed, pointer in zip(
+        strange, strange.values(), expected.changed, expected.pointers, strict=True
+    ):
         assert bool(changed) == (name not in SAME), name
         if not changed:
             assert pointer == t.data_ptr(), name

@@ -50,30 +50,41 @@ MIXED = (
 # The oracle, bit for bit.
 
 
-def check_formats(row: Row, rng: np.random.Generator, p: str, g: str, state: str, sizes: Sequence[int]) -> None:
+def check_formats(
+    row: Row, rng: np.random.Generator, p: str, g: str, state: str, sizes: Sequence[int]
+) -> None:
     graph = graph_of(row)
     kernel = compiled(program_of(graph, p, g, state))
     tensors = [random_columns(rng, kernel.program, size) for size in sizes]
-    hypers = [hypers_of(row, graph, 1, True), hypers_of(row, graph, 7), hypers_of(row, graph, 400, lr=3.0)]
+    hypers = [
+        hypers_of(row, graph, 1, True),
+        hypers_of(row, graph, 7),
+        hypers_of(row, graph, 400, lr=3.0),
+    ]
     rows = [i % 3 for i in range(len(sizes))]
     aligned = check_oracle(kernel, tensors, hypers, rows)
     for misaligned in (1, 2, 4):
         again = launch(kernel, tensors, hypers, rows, misaligned=misaligned)
         for i in range(len(sizes)):
             for name in again[i]:
-                assert_same_bits(again[i][name], aligned[i][name], f"{name}, {misaligned} bytes off")
+                assert_same_bits(
+                    again[i][name], aligned[i][name], f"{name}, {misaligned} bytes off"
+                )
 
 
 @over_table
 @pytest.mark.parametrize("format", ONE_FORMAT)
 def test_kernel_is_the_oracle(row: Row, format: str, rng: np.random.Generator) -> None:
-    """Every element has the interpreter's bits, at awkward sizes and places, whatever the numbers; guards are whole."""
+    """Every element has the interpreter's bits, at awkward sizes and places, whatever the numbers;
+    guards are whole."""
     check_formats(row, rng, format, format, format, SIZES[:8])
 
 
 @pytest.mark.parametrize("row", [TABLE[6], TABLE[14], TABLE[18]], ids=str)
 @pytest.mark.parametrize("format", ONE_FORMAT)
-def test_kernel_is_the_oracle_across_chunks(row: Row, format: str, rng: np.random.Generator) -> None:
+def test_kernel_is_the_oracle_across_chunks(
+    row: Row, format: str, rng: np.random.Generator
+) -> None:
     check_formats(row, rng, format, format, format, SIZES)
 
 
@@ -88,21 +99,32 @@ def test_kernel_is_the_oracle_in_mixed_formats(
 @pytest.mark.slow
 @over_table
 @pytest.mark.parametrize("formats", [*MIXED, *((f, f, f) for f in ONE_FORMAT)], ids="-".join)
-def test_kernel_is_the_oracle_everywhere(row: Row, formats: tuple[str, str, str], rng: np.random.Generator) -> None:
+def test_kernel_is_the_oracle_everywhere(
+    row: Row, formats: tuple[str, str, str], rng: np.random.Generator
+) -> None:
     check_formats(row, rng, *formats, sizes=SIZES)
 
 
 @over_table
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128],
+    [
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+        torch.complex64,
+        torch.complex128,
+    ],
     ids=lambda d: str(d).removeprefix("torch."),
 )
 def test_step_is_the_oracle(row: Row, dtype: torch.dtype, rng: np.random.Generator) -> None:
-    """Through the whole optimizer, states and scalars included, and a change of lr: tensors of all kinds at once."""
+    """Through the whole optimizer, states and scalars included, and a change of lr: tensors of all
+    kinds at once."""
     shapes = [(), (0,), (1,), (3, 5), (17,), (1000,)]
     plain = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    # A view that begins at element 1 of its storage, a transposed one, and memory at an odd address.
+    # A view that begins at element 1 of its storage, a transposed one, and memory at an odd
+    # address.
     odd = bytearray(b"-" + torch.randn(33, dtype=dtype).view(torch.uint8).numpy().tobytes())
     params = [*plain, torch.randn(40, dtype=dtype)[1:], torch.randn(7, 4, dtype=dtype).t()]
     params.append(torch.frombuffer(odd, dtype=dtype, offset=1))
@@ -112,7 +134,10 @@ def test_step_is_the_oracle(row: Row, dtype: torch.dtype, rng: np.random.Generat
     real = str(dtype.to_real() if dtype.is_complex else dtype).removeprefix("torch.")
     program = program_of(graph, real, real, real)
     # Each parameter's columns and scalars.
-    states = [{n: flat(optimizer.initial_state(n, p.contiguous(), group)) for n in graph.state} for p in params]
+    states = [
+        {n: flat(optimizer.initial_state(n, p.contiguous(), group)) for n in graph.state}
+        for p in params
+    ]
     scalars: list[dict[str, float]] = [{} for _ in params]
     for step, lr in ((1, 0.01), (2, 0.01), (3, 0.5)):
         for p in params:
@@ -125,12 +150,19 @@ def test_step_is_the_oracle(row: Row, dtype: torch.dtype, rng: np.random.Generat
             wanted.append(state | interpret(program, columns, hypers))
         optimizer.step()
         for i, (p, want) in enumerate(zip(params, wanted, strict=True)):
-            assert_same_bits(flat(p.contiguous()), want.pop("p"), f"p of {tuple(p.shape)} in step {step}")
+            assert_same_bits(
+                flat(p.contiguous()), want.pop("p"), f"p of {tuple(p.shape)} in step {step}"
+            )
             # Stored as torch stores them, in float32.
             numbers = {name: want.pop(name).astype(np.float32) for name, _ in graph.scalars}
             for name, values in (want | numbers).items():
-                assert_same_bits(flat(optimizer.state[p][name].contiguous()), values, f"{name} in step {step}")
-            states[i], scalars[i] = want, {name: float(number[0]) for name, number in numbers.items()}
+                assert_same_bits(
+                    flat(optimizer.state[p][name].contiguous()), values, f"{name} in step {step}"
+                )
+            states[i], scalars[i] = (
+                want,
+                {name: float(number[0]) for name, number in numbers.items()},
+            )
 
 
 # What must not matter.
@@ -186,7 +218,8 @@ def test_company_does_not_matter(row: Row) -> None:
 
 @over_table
 def test_uneven_steps_do_not_matter(row: Row) -> None:
-    """Parameters at different step counts in one launch have the bits that they have alone, in float64 too."""
+    """Parameters at different step counts in one launch have the bits that they have alone, in
+    float64 too."""
     gradients = [[torch.randn(5, dtype=torch.float64) for _ in range(12)] for _ in range(6)]
     together = [torch.ones(5, dtype=torch.float64) for _ in range(6)]
     optimizer = row.make(together)
@@ -211,7 +244,11 @@ def learning_rates() -> list[float]:
 
 
 def run(
-    row: Row, optimizer: torch.optim.Optimizer, p: Tensor, gradients: Sequence[Any], lrs: Sequence[float]
+    row: Row,
+    optimizer: torch.optim.Optimizer,
+    p: Tensor,
+    gradients: Sequence[Any],
+    lrs: Sequence[float],
 ) -> np.ndarray:
     """The row's results after all steps, in float64."""
     for g, lr in zip(gradients, lrs, strict=True):
@@ -221,9 +258,15 @@ def run(
     return results(row, optimizer, p)
 
 
-def problem(rng: np.random.Generator, dtype: torch.dtype, frozen: bool) -> tuple[np.ndarray, list[np.ndarray | None]]:
-    """Weights and gradients that the dtype holds exactly; `frozen` ones have no gradient in some of the steps."""
-    numbers = [torch.from_numpy(rng.standard_normal(500)).to(dtype).double().numpy() for _ in range(STEPS + 1)]
+def problem(
+    rng: np.random.Generator, dtype: torch.dtype, frozen: bool
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Weights and gradients that the dtype holds exactly; `frozen` ones have no gradient in some of
+    the steps."""
+    numbers = [
+        torch.from_numpy(rng.standard_normal(500)).to(dtype).double().numpy()
+        for _ in range(STEPS + 1)
+    ]
     gradients: list[np.ndarray | None] = list(numbers[1:])
     if frozen:
         gradients[:2], gradients[9:12] = [None] * 2, [None] * 3
@@ -233,8 +276,12 @@ def problem(rng: np.random.Generator, dtype: torch.dtype, frozen: bool) -> tuple
 @over_table
 @pytest.mark.parametrize("frozen", [False, True], ids=["always", "frozen"])
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_reference(row: Row, dtype: torch.dtype, frozen: bool, eager: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_reference(
+    row: Row, dtype: torch.dtype, frozen: bool, eager: bool, rng: np.random.Generator
+) -> None:
     """Twenty steps end where the float64 reference does, within what rounding explains."""
     start, gradients = problem(rng, dtype, frozen)
     path = walk(row, start, gradients, learning_rates())
@@ -260,7 +307,10 @@ def test_torch(row: Row, dtype: torch.dtype, frozen: bool, rng: np.random.Genera
 @over_table
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_torch_complex(row: Row, dtype: torch.dtype) -> None:
-    start, gradients = torch.randn(50, dtype=dtype), [torch.randn(50, dtype=dtype) for _ in range(STEPS)]
+    start, gradients = (
+        torch.randn(50, dtype=dtype),
+        [torch.randn(50, dtype=dtype) for _ in range(STEPS)],
+    )
     ends = []
     for make in (row.make, partial(row.make_torch, foreach=False)):
         p = start.clone()
@@ -292,7 +342,10 @@ def test_eager_agrees(row: Row, rng: np.random.Generator) -> None:
 LIMITS = [
     (lambda p: Adam(p, amsgrad=False), lambda p: Adam(p)),
     (lambda p: AdamW(p, weight_decay=0.0), lambda p: Adam(p, weight_decay=0.0)),
-    (lambda p: Adam(p, weight_decay=0.1, decoupled_weight_decay=True), lambda p: AdamW(p, weight_decay=0.1)),
+    (
+        lambda p: Adam(p, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda p: AdamW(p, weight_decay=0.1),
+    ),
     (lambda p: SGD(p, momentum=0.0), lambda p: SGD(p)),
     (lambda p: SGD(p, momentum=1e-300, nesterov=True), lambda p: SGD(p)),
     (lambda p: SGD(p, momentum=0.9, dampening=0.0), lambda p: SGD(p, momentum=0.9)),
@@ -300,12 +353,16 @@ LIMITS = [
     (lambda p: RMSprop(p, momentum=1e-300), lambda p: RMSprop(p)),
     (lambda p: NAdam(p, decoupled_weight_decay=True), lambda p: NAdam(p)),
     (lambda p: RAdam(p, decoupled_weight_decay=True), lambda p: RAdam(p)),
-    # No rectification, no momentum; a scale that begins as one and stays; no decay, and an lr that float32 holds.
+    # No rectification, no momentum; a scale that begins as one and stays; no decay, and an lr that
+    # float32 holds.
     (lambda p: RAdam(p, betas=(0.0, 0.5)), lambda p: SGD(p)),
     (lambda p: Adadelta(p, lr=1e-3, rho=1.0), lambda p: SGD(p)),
     (lambda p: ASGD(p, lr=2**-7, lambd=0.0), lambda p: SGD(p, lr=2**-7)),
     # The largest v so far is v itself where nothing is forgotten.
-    (lambda p: Adam(p, amsgrad=True, betas=(0.9, 0.999999)), lambda p: Adam(p, betas=(0.9, 0.999999))),
+    (
+        lambda p: Adam(p, amsgrad=True, betas=(0.9, 0.999999)),
+        lambda p: Adam(p, betas=(0.9, 0.999999)),
+    ),
 ]
 
 
@@ -340,13 +397,19 @@ def test_maximize_is_the_negated_gradient(row: Row) -> None:
 
 @over_table
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> None:
-    """lr = 0 and gradients of zero, of either sign: -0.0, subnormals and the largest numbers stay what they are."""
+    """lr = 0 and gradients of zero, of either sign: -0.0, subnormals and the largest numbers stay
+    what they are."""
     finite = torch.tensor([x for x in SPECIAL if abs(x) < INF], dtype=torch.float64).to(dtype)
     # What overflows to infinity with the decay's or the root's arithmetic is no weight anybody has.
     finite = torch.cat(
-        [finite[finite.isfinite()], torch.finfo(dtype).smallest_normal * torch.tensor([0.5, -0.25], dtype=dtype)]
+        [
+            finite[finite.isfinite()],
+            torch.finfo(dtype).smallest_normal * torch.tensor([0.5, -0.25], dtype=dtype),
+        ]
     )
     if row.options.get("centered"):
         # A variance is the difference of two squares, which are no number when both are infinite.
@@ -365,7 +428,8 @@ def test_no_step_keeps_every_bit(row: Row, dtype: torch.dtype, eager: bool) -> N
 @over_table
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_non_finite_numbers_spread_as_in_torch(row: Row, dtype: torch.dtype) -> None:
-    """NaN and infinities of p and g lead to NaN and infinities where torch has them, in p and in every state."""
+    """NaN and infinities of p and g lead to NaN and infinities where torch has them, in p and in
+    every state."""
     values = torch.tensor([0.0, 1.0, -2.0, INF, -INF, NAN, 1e-3], dtype=dtype)
     p = torch.cartesian_prod(values, values)[:, 0].contiguous()
     g = torch.cartesian_prod(values, values)[:, 1].contiguous()
@@ -407,10 +471,13 @@ CHANGES = {
 
 @over_table
 def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a further step, nor new numbers, nor another optimizer of the kind, nor other shapes."""
+    """Neither a further step, nor new numbers, nor another optimizer of the kind, nor other
+    shapes."""
     built = []
     monkeypatch.setattr(
-        Library, "__init__", lambda *args, original=Library.__init__: built.append(1) or original(*args)
+        Library,
+        "__init__",
+        lambda *args, original=Library.__init__: built.append(1) or original(*args),
     )
     cpu.make_kernel.cache_clear()
     p = torch.randn(100)
@@ -419,7 +486,9 @@ def test_second_step_compiles_nothing(row: Row, monkeypatch: pytest.MonkeyPatch)
     built.clear()
     before = cpu.make_kernel.cache_info().misses
     for name, value in CHANGES.items():
-        if name in optimizer.param_groups[0] and bool(optimizer.param_groups[0][name]) | (name != "momentum"):
+        if name in optimizer.param_groups[0] and bool(optimizer.param_groups[0][name]) | (
+            name != "momentum"
+        ):
             optimizer.param_groups[0][name] = value
             three_steps(optimizer, [p])
     others = [torch.randn(7, 3), torch.randn(40000), torch.randn(())]

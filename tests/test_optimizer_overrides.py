@@ -1,4 +1,5 @@
-"""What a subclass overrides is what happens: on torch's class and on ours it ends up in the same place."""
+"""What a subclass overrides is what happens: on torch's class and on ours it ends up in the same
+place."""
 
 from __future__ import annotations
 
@@ -43,19 +44,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 OPTIONS = {name: options for name, options in OPTIONS.items() if hasattr(torch.optim, name)}
 WITH_GROUPS = [name for name in OPTIONS if hasattr(getattr(torch.optim, name), "_init_group")]
-# torch's iteration is in bfloat16, ours is not: there only what both of torch's code compute can be compared.
+# torch's iteration is in bfloat16, ours is not: there only what both of torch's code compute can be
+# compared.
 DENSE = [name for name in OPTIONS if name not in ("Muon", "SparseAdam")]
 SHAPES = ((4, 3), (2, 2), (3, 5), (2, 1))
 
 
-def sides_of(name: str, subclass: Callable[[Any], type], shapes: Sequence[tuple[int, ...]] = SHAPES) -> Any:
+def sides_of(
+    name: str, subclass: Callable[[Any], type], shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> Any:
     sides = []
     for library in (onepass, torch.optim):
         base = getattr(library, name)
         # torch adds its hooks to a class when the first one is made.
         base([nn.Parameter(torch.ones(2, 2))])
         random = torch.Generator().manual_seed(0)
-        params: list[Tensor] = [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+        params: list[Tensor] = [
+            nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes
+        ]
         sides.append(Side(library, subclass(base)(params, **OPTIONS[name]), params, random))
     return tuple(sides)
 
@@ -164,7 +170,9 @@ def other_constructor(base: Any) -> type:
     class Sub(base):
         def __init__(self, params: Any, lr: float = 0.3, **options: Any) -> None:
             params = list(params)
-            super().__init__([{"params": params[:2]}, {"params": params[2:], "lr": lr / 3}], lr=lr, **options)
+            super().__init__(
+                [{"params": params[:2]}, {"params": params[2:], "lr": lr / 3}], lr=lr, **options
+            )
             self.log = [len(self.param_groups)]
 
     return Sub
@@ -236,7 +244,8 @@ def log_of(opt: Any) -> Any:
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("subclass", SUBCLASSES, ids=lambda f: f.__name__)
 def test_overrides(subclass: Callable[[Any], type], name: str) -> None:
-    """Steps, a further group, a checkpoint, a copy; then both are in the same place and have called the same."""
+    """Steps, a further group, a checkpoint, a copy; then both are in the same place and have called
+    the same."""
     sides = sides_of(name, subclass)
     for side in sides:
         train(side)
@@ -249,7 +258,10 @@ def test_overrides(subclass: Callable[[Any], type], name: str) -> None:
         train(side)
     assert_same(sides)
     assert log_of(sides[0].opt) == log_of(sides[1].opt)
-    options = [[{k: v for k, v in g.items() if k in ("lr", "mine")} for g in side.opt.param_groups] for side in sides]
+    options = [
+        [{k: v for k, v in g.items() if k in ("lr", "mine")} for g in side.opt.param_groups]
+        for side in sides
+    ]
     assert options[0] == options[1]
 
 
@@ -331,7 +343,9 @@ def test_pickled_subclasses_with_init_group() -> None:
     sides = []
     for library, cls in ((onepass, Filtered), (torch.optim, TorchFiltered)):
         random = torch.Generator().manual_seed(0)
-        params: list[Tensor] = [nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES]
+        params: list[Tensor] = [
+            nn.Parameter(torch.randn(shape, generator=random)) for shape in SHAPES
+        ]
         side = Side(library, cls(params, lr=0.1), params, random)
         train(side)
         other = pickle.loads(pickle.dumps(side.opt))
@@ -439,7 +453,16 @@ def mixin(base: Any) -> type:
     return type("Mixed", (Mixin, base), {})
 
 
-INITS = [counted, filtered, clipped, doubled, begun_otherwise, grandchild, grandchild_with_both, mixin]
+INITS = [
+    counted,
+    filtered,
+    clipped,
+    doubled,
+    begun_otherwise,
+    grandchild,
+    grandchild_with_both,
+    mixin,
+]
 
 
 # torch's Muon is slow.
@@ -475,11 +498,23 @@ def test_init_group_called_by_a_step_of_ones_own(name: str) -> None:
                     params, grads = lists[:2]
                     for p, g in zip(params, grads, strict=True):
                         p.add_(g, alpha=-group["lr"])
-                    self.seen = [[tuple(t.shape) for t in entries if isinstance(t, Tensor)] for entries in lists]
+                    self.seen = [
+                        [tuple(t.shape) for t in entries if isinstance(t, Tensor)]
+                        for entries in lists
+                    ]
 
         return Sub
 
-    counts = {"SGD": 3, "Adam": 6, "AdamW": 6, "Adagrad": 4, "RMSprop": 6, "Adadelta": 5, "NAdam": 6, "Rprop": 5}
+    counts = {
+        "SGD": 3,
+        "Adam": 6,
+        "AdamW": 6,
+        "Adagrad": 4,
+        "RMSprop": 6,
+        "Adadelta": 5,
+        "NAdam": 6,
+        "Rprop": 5,
+    }
     counts |= {"Adamax": 5, "RAdam": 5, "ASGD": 6, "Adafactor": 6, "Muon": 3}
     sides = sides_of(name, subclass)
     for side in sides:
@@ -495,7 +530,9 @@ def test_slower_steps_are_said_once() -> None:
         warnings.simplefilter("always")
         train(ours, 4)
     found = [str(w.message) for w in caught]
-    assert found == ["Sub steps by torch.optim's slower code: it overrides _init_group, which only that calls"]
+    assert found == [
+        "Sub steps by torch.optim's slower code: it overrides _init_group, which only that calls"
+    ]
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Rprop", "Adafactor"])
@@ -517,7 +554,9 @@ def test_hooks_are_called_as_often(subclass: Callable[[Any], type], name: str) -
 def test_hooks_that_change_arguments(name: str) -> None:
     sides = sides_of(name, counted)
     for side in sides:
-        side.opt.register_step_pre_hook(lambda opt, args, kwargs: (args[:1], {"closure": lambda: 7.0}))
+        side.opt.register_step_pre_hook(
+            lambda opt, args, kwargs: (args[:1], {"closure": lambda: 7.0})
+        )
         side.set_gradients()
         assert side.opt.step() == 7.0
     assert_equal(sides)
@@ -530,7 +569,9 @@ def test_step_assigned_to_an_instance(name: str) -> None:
         original = side.opt.step
         calls: list[int] = []
 
-        def step(self: Any, closure: Any = None, original: Any = original, calls: Any = calls) -> Any:
+        def step(
+            self: Any, closure: Any = None, original: Any = original, calls: Any = calls
+        ) -> Any:
             calls.append(1)
             for group in self.param_groups:
                 for p in group["params"]:
@@ -545,7 +586,9 @@ def test_step_assigned_to_an_instance(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adafactor"])
-@pytest.mark.parametrize("library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"])
+@pytest.mark.parametrize(
+    "library", [onepass.lr_scheduler, torch.optim.lr_scheduler], ids=["onepass", "torch"]
+)
 def test_overridden_steps_under_a_scheduler(library: Any, name: str) -> None:
     for subclass in (plain_step, counted):
         sides = sides_of(name, subclass)
@@ -556,18 +599,28 @@ def test_overridden_steps_under_a_scheduler(library: Any, name: str) -> None:
                 train(side, 1)
                 scheduler.step()
         assert_same(sides)
-        assert [g["lr"] for g in sides[0].opt.param_groups] == [g["lr"] for g in sides[1].opt.param_groups]
+        assert [g["lr"] for g in sides[0].opt.param_groups] == [
+            g["lr"] for g in sides[1].opt.param_groups
+        ]
 
 
 def test_sparse_adam_overrides() -> None:
-    for subclass in (plain_step, other_zero_grad, other_add_param_group, other_constructor, other_state_dict):
+    for subclass in (
+        plain_step,
+        other_zero_grad,
+        other_add_param_group,
+        other_constructor,
+        other_state_dict,
+    ):
         sides = sides_of("SparseAdam", subclass)
         for side in sides:
             train(side)
             side.opt.load_state_dict(copy.deepcopy(side.opt.state_dict()))
             train(side)
         for p, q in zip(sides[0].params, sides[1].params, strict=True):
-            torch.testing.assert_close(p.detach(), q.detach(), rtol=CLOSE["rtol"], atol=CLOSE["atol"])
+            torch.testing.assert_close(
+                p.detach(), q.detach(), rtol=CLOSE["rtol"], atol=CLOSE["atol"]
+            )
         assert log_of(sides[0].opt) == log_of(sides[1].opt)
 
 
@@ -627,7 +680,9 @@ class Stepping(Tensor):
 
     @staticmethod
     def __new__(cls, content: Tensor, requires_grad: bool = False) -> Stepping:
-        wrapper = Tensor._make_wrapper_subclass(cls, content.shape, dtype=content.dtype, requires_grad=requires_grad)
+        wrapper = Tensor._make_wrapper_subclass(
+            cls, content.shape, dtype=content.dtype, requires_grad=requires_grad
+        )
         wrapper.content = content
         return wrapper
 
@@ -671,14 +726,22 @@ def look(opt: Any) -> Any:
         for p in params
         for name, t in sorted(opt.state.get(p, {}).items())
     ]
-    return [bare(p).tolist() for p in params], state, [p._version for p in params if type(p) is nn.Parameter]
+    return (
+        [bare(p).tolist() for p in params],
+        state,
+        [p._version for p in params if type(p) is nn.Parameter],
+    )
 
 
 @pytest.mark.parametrize("backend", MODES)
 @pytest.mark.parametrize("name", ["SGD", "Adam", "NAdam", "Adafactor", "Adagrad"])
-@pytest.mark.parametrize("operations", [("mul", "div", "add", "sub"), ("copy_",)], ids=["computes", "stores"])
+@pytest.mark.parametrize(
+    "operations", [("mul", "div", "add", "sub"), ("copy_",)], ids=["computes", "stores"]
+)
 @pytest.mark.parametrize("before", [0, 2])
-def test_step_within_a_step(before: int, operations: tuple[str, ...], name: str, backend: str) -> None:
+def test_step_within_a_step(
+    before: int, operations: tuple[str, ...], name: str, backend: str
+) -> None:
     for place in range(3):
         runs = []
         for _ in range(2):

@@ -1,4 +1,5 @@
-"""From rules to programs: what a rule may say, how it is cut at reductions, and that all backends compute the same."""
+"""From rules to programs: what a rule may say, how it is cut at reductions, and that all backends
+compute the same."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def swapped(g, p, *, lr):
 
 @pytest.mark.parametrize("rule", [no_gradient, any_columns, any_keywords, swapped])
 def test_signatures_must_say_it_all(rule: Rule) -> None:
-    with pytest.raises(RuleError, match=rf"{rule.__name__} must be written `def rule\(p, g, \*states"):
+    with pytest.raises(
+        RuleError, match=rf"{rule.__name__} must be written `def rule\(p, g, \*states"
+    ):
         signature(rule)
 
 
@@ -89,11 +92,20 @@ def returns_text(p, g, *, lr):
     ("rule", "message"),
     [
         (branches, r"use where\(condition, a, b\) instead of `if`"),
-        (unknown_column, "unknown_column.rule returns 'momentun'; it may write its columns other than g: p, momentum"),
+        (
+            unknown_column,
+            (
+                "unknown_column.rule returns 'momentun'; it may write its columns other than g: p, "
+                "momentum"
+            ),
+        ),
         (writes_gradient, "returns 'g'; it may write its columns other than g: p"),
         (forgets_p, "must return a dict with the new value of 'p'"),
         (returns_tensor, "must return a dict with the new value of 'p', got sub"),
-        (returns_condition, r"returns a condition for 's'; columns hold numbers: where\(s, 1.0, 0.0\)"),
+        (
+            returns_condition,
+            r"returns a condition for 's'; columns hold numbers: where\(s, 1.0, 0.0\)",
+        ),
         (returns_text, "a rule computes with numbers and columns, got 'p'"),
     ],
 )
@@ -121,7 +133,9 @@ def test_flags_are_resolved_while_tracing() -> None:
         if row.name == "Adam":
             assert ("max_exp_avg_sq" in graph_of(row).state) == bool(row.options.get("amsgrad"))
         if row.name == "SGD":
-            assert graph_of(row).state == (("momentum_buffer",) if row.options.get("momentum") else ())
+            assert graph_of(row).state == (
+                ("momentum_buffer",) if row.options.get("momentum") else ()
+            )
 
 
 BYTES = {
@@ -153,13 +167,29 @@ def test_each_column_is_read_and_written_once(row: Row) -> None:
 
 def test_any_identifier_may_name_a_column() -> None:
     """Names that the generated code uses itself, and letters that it does not."""
-    names = ("row", "begin", "end", "partial", "v0", "v1", "input0", "entry", "done", "acc0", "lane0_1", "μ", "loop_i")
+    names = (
+        "row",
+        "begin",
+        "end",
+        "partial",
+        "v0",
+        "v1",
+        "input0",
+        "entry",
+        "done",
+        "acc0",
+        "lane0_1",
+        "μ",
+        "loop_i",
+    )
     source = f"def rule(p, g, {', '.join(names)}, *, lr):\n"
     source += f"    return {{'p': p - lr * norm(g), {', '.join(f'{n!r}: {n} + g' for n in names)}}}"
     space: dict[str, Any] = {"norm": norm}
     exec(source, space)
     kernel = compiled(program(space["rule"]))
-    check_oracle(kernel, [random_columns(np.random.default_rng(0), kernel.program, 77)], [{"lr": 0.5}])
+    check_oracle(
+        kernel, [random_columns(np.random.default_rng(0), kernel.program, 77)], [{"lr": 0.5}]
+    )
 
 
 def test_keywords_may_have_any_name() -> None:
@@ -186,14 +216,18 @@ def test_kernel_is_the_oracle(rule: Rule, format: str, rng: np.random.Generator)
     hypers = [{"lr": 0.25}, {"lr": 1e-3}]
     rows = [i % 2 for i in range(len(SIZES))]
     for special in (0.0, 0.01):
-        check_oracle(kernel, [random_columns(rng, kernel.program, n, special) for n in SIZES], hypers, rows)
+        check_oracle(
+            kernel, [random_columns(rng, kernel.program, n, special) for n in SIZES], hypers, rows
+        )
 
 
 @over_rules
 def test_kernel_is_the_oracle_with_wider_states(rule: Rule, rng: np.random.Generator) -> None:
     for state in ("float32", "float64"):
         kernel = compiled(program(rule, "bfloat16", state))
-        check_oracle(kernel, [random_columns(rng, kernel.program, n, 0.0) for n in SIZES[:6]], [{"lr": 0.25}])
+        check_oracle(
+            kernel, [random_columns(rng, kernel.program, n, 0.0) for n in SIZES[:6]], [{"lr": 0.25}]
+        )
 
 
 @over_rules
@@ -205,7 +239,9 @@ def test_threads_and_company_do_not_matter(
     tensors = [random_columns(rng, kernel.program, n, 0.0) for n in (*SIZES, 9 * CHUNK + 1, 300)]
     alone = [launch(kernel, [t], [{"lr": 0.25}], threads=1)[0] for t in tensors]
     for threads in (1, 2, 7):
-        for got, want in zip(launch(kernel, tensors, [{"lr": 0.25}], threads=threads), alone, strict=True):
+        for got, want in zip(
+            launch(kernel, tensors, [{"lr": 0.25}], threads=threads), alone, strict=True
+        ):
             for name in want:
                 assert_same_bits(got[name], want[name], f"{name} with {threads} threads")
 
@@ -231,8 +267,11 @@ def in_float64(rule: Rule, columns: Mapping[str, np.ndarray], lr: float) -> dict
 @pytest.mark.parametrize("rule", [lars, lamb, centred], ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("format", ["float64", "float32"])
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
-def test_reductions_mean_what_they_say(rule: Rule, format: str, eager: bool, rng: np.random.Generator) -> None:
-    """Elements have a dozen roundings each; sums are in float64, where n of them weigh nothing beside float32's."""
+def test_reductions_mean_what_they_say(
+    rule: Rule, format: str, eager: bool, rng: np.random.Generator
+) -> None:
+    """Elements have a dozen roundings each; sums are in float64, where n of them weigh nothing
+    beside float32's."""
     unit = UNIT[getattr(torch, format)]
     graph = finish(trace(rule, ONE_NUMBER))
     kernel = compiled(program(rule, format))
@@ -247,7 +286,8 @@ def test_reductions_mean_what_they_say(rule: Rule, format: str, eager: bool, rng
         else:
             got = launch(kernel, [columns], [{"lr": 0.25}])[0]
         for name, values in want.items():
-            # A float64 sum of n numbers errs by n/2 units, far less in truth: only that part grows with n.
+            # A float64 sum of n numbers errs by n/2 units, far less in truth: only that part grows
+            # with n.
             terms = 24 + (n if format == "float64" else 0)
             bound = terms * unit * np.abs(values).max() + 4 * unit * np.abs(columns[name]).max()
             assert np.abs(got[name] - values).max() <= bound
@@ -263,7 +303,8 @@ class Lamb(onepass.Optimizer):
 
 
 def test_a_rule_of_ones_own_gets_every_backend() -> None:
-    """Through the optimizer: kernel and eager agree, tensors keep their own norms, and empty ones do no harm."""
+    """Through the optimizer: kernel and eager agree, tensors keep their own norms, and empty ones
+    do no harm."""
     start = [torch.randn(shape) for shape in ((40, 30), (7,), (0,), ())]
     ends = []
     for modes in ({}, {"foreach": False, "fused": False}):
@@ -294,7 +335,8 @@ def reduce_by(kernel: Any, values: np.ndarray) -> float:
 
 @pytest.mark.parametrize("place", [0, 5, 16, 40, CHUNK - 1, CHUNK, CHUNK + 2])
 def test_nothing_hides_from_a_reduction(place: int) -> None:
-    """NaN, infinities and the largest number are found at any place: in lanes, in tails, in later chunks."""
+    """NaN, infinities and the largest number are found at any place: in lanes, in tails, in later
+    chunks."""
 
     def largest(p, g, *, lr):
         return {"p": p + amax(g)}
@@ -303,7 +345,11 @@ def test_nothing_hides_from_a_reduction(place: int) -> None:
         return {"p": p + total(g)}
 
     n = CHUNK + 3
-    for value, biggest, sum_of_all in ((NAN, NAN, NAN), (-INF, INF, -INF), (-7.0, 7.0, n - 1 - 7.0)):
+    for value, biggest, sum_of_all in (
+        (NAN, NAN, NAN),
+        (-INF, INF, -INF),
+        (-7.0, 7.0, n - 1 - 7.0),
+    ):
         values = np.ones(n)
         values[place] = value
         np.testing.assert_equal(reduce_by(compiled(program(largest, "float64")), values), biggest)
@@ -340,7 +386,8 @@ def test_eager_reduces_empty_tensors_too() -> None:
 @over_rules
 @pytest.mark.parametrize("format", ["float32", "float64"])
 def test_eager_agrees(rule: Rule, format: str, rng: np.random.Generator) -> None:
-    """One step from the same numbers: the same operations, rounded once each, in another order in the sums alone."""
+    """One step from the same numbers: the same operations, rounded once each, in another order in
+    the sums alone."""
     graph = finish(trace(rule, ONE_NUMBER))
     kernel = compiled(program(rule, format))
     for n in (1, 17, 1000):
@@ -350,7 +397,9 @@ def test_eager_agrees(rule: Rule, format: str, rng: np.random.Generator) -> None
         tensors = {name: torch.from_numpy(a) for name, a in columns.items()}
         for name, got in evaluate(graph, tensors, {"lr": 0.25}).items():
             scale = max(np.abs(want[name]).max(), np.abs(columns[name]).max())
-            assert np.abs(got.numpy() - want[name]).max() <= 24 * UNIT[getattr(torch, format)] * scale
+            assert (
+                np.abs(got.numpy() - want[name]).max() <= 24 * UNIT[getattr(torch, format)] * scale
+            )
 
 
 def test_scalars_reduce_in_eager_as_anywhere() -> None:
@@ -385,7 +434,9 @@ def test_the_gradient_factor(maximize: bool, rng: np.random.Generator) -> None:
 def test_exactness_may_be_left_out() -> None:
     """With autograd, p must not be chosen by a comparison with itself."""
     assert any(node.op == "where" for node in finish(trace(plain, ONE_NUMBER)).roots)
-    assert not any(node.op == "where" for node in finish(trace(plain, ONE_NUMBER), exact=False).roots)
+    assert not any(
+        node.op == "where" for node in finish(trace(plain, ONE_NUMBER), exact=False).roots
+    )
 
 
 def test_programs_are_bound_and_compiled_once() -> None:
@@ -422,5 +473,7 @@ def test_long_rules_compile() -> None:
 def test_rows_of_many_groups(rng: np.random.Generator) -> None:
     """Four hundred settings in one launch, reductions and all, each tensor with its own."""
     kernel = compiled(program(lars))
-    tensors: Sequence[dict[str, np.ndarray]] = [random_columns(rng, kernel.program, 5, 0.0) for _ in range(400)]
+    tensors: Sequence[dict[str, np.ndarray]] = [
+        random_columns(rng, kernel.program, 5, 0.0) for _ in range(400)
+    ]
     check_oracle(kernel, tensors, [{"lr": 0.001 * i} for i in range(400)], list(range(400)))

@@ -1,4 +1,5 @@
-"""The script that runs PyTorch's own tests: what it puts in the place of torch.optim, and what it counts."""
+"""The script that runs PyTorch's own tests: what it puts in the place of torch.optim, and what it
+counts."""
 
 from __future__ import annotations
 
@@ -28,8 +29,10 @@ TESTS = {
 class T(unittest.TestCase):
     def test_names(self):
         ours = {"onepass"} if is_ours() else {"torch"}
-        names = [SGD, Optimizer, Adam, torch.optim.Muon, lr_scheduler.StepLR, torch.optim.lr_scheduler.LambdaLR]
-        names += [torch.optim.swa_utils.AveragedModel, torch.optim.swa_utils.SWALR, *(i.optim_cls for i in optim_db)]
+        names = [SGD, Optimizer, Adam, torch.optim.Muon, lr_scheduler.StepLR]
+        names += [torch.optim.lr_scheduler.LambdaLR]
+        names += [torch.optim.swa_utils.AveragedModel, torch.optim.swa_utils.SWALR]
+        names += [i.optim_cls for i in optim_db]
         assert {cls.__module__.partition(".")[0] for cls in names} == ours
 
     def test_torch_passes(self):
@@ -83,7 +86,9 @@ def test_counts_what_torch_passes_and_onepass_does_not(tmp_path: Path) -> None:
         "optim/test_lrscheduler.py: 1 of 1",
         "optim/test_swa_utils.py: 1 of 1",
     ], done.stdout + done.stderr
-    assert lines[4].startswith("lost: test_optim.py::T::test_torch_passes failed AssertionError: a sentence, that is")
+    assert lines[4].startswith(
+        "lost: test_optim.py::T::test_torch_passes failed AssertionError: a sentence, that is"
+    )
     assert lines[5].startswith("score: 5 of 6 tests that torch")
 
 

@@ -57,7 +57,8 @@ def test_ones_own_rule_gets_the_kernel():
 
 
 def test_the_example_runs():
-    # Its model is small: two threads would only wait for each other, for long where others test at the same time.
+    # Its model is small: two threads would only wait for each other, for long where others test at
+    # the same time.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "examples" / "lion.py"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -1,4 +1,5 @@
-"""Schedules are pure functions: each against a formula written anew, their compositions, their text, their errors."""
+"""Schedules are pure functions: each against a formula written anew, their compositions, their
+text, their errors."""
 
 from __future__ import annotations
 
@@ -28,14 +29,18 @@ def half_wave(x: np.ndarray) -> np.ndarray:
     return np.cos(np.pi * x / 2) ** 2
 
 
-def restarts(t: np.ndarray, start: float, end: float, lengths: list[int], decay: float = 1.0) -> np.ndarray:
+def restarts(
+    t: np.ndarray, start: float, end: float, lengths: list[int], decay: float = 1.0
+) -> np.ndarray:
     edges = np.concatenate([[0], np.cumsum(lengths)])
     cycle = np.searchsorted(edges, t, side="right") - 1
     place = (t - edges[cycle]) / np.array(lengths)[cycle]
     return end + (start * decay**cycle - end) * half_wave(place)
 
 
-def one_cycle(t: np.ndarray, top: float, steps: int, wave: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def one_cycle(
+    t: np.ndarray, top: float, steps: int, wave: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     up = 0.04 + (1 - 0.04) * (1 - wave(np.minimum(t / top, 1)))
     down = 4e-6 + (1 - 4e-6) * wave(np.clip((t - top) / (steps - top), 0, 1))
     return np.where(t < top, up, down)
@@ -59,7 +64,10 @@ FORMULAS: dict[str, tuple[Schedule, Callable[[np.ndarray], np.ndarray]]] = {
         schedule.polynomial(0.5, steps=30, power=0.5),
         lambda t: 0.5 * np.sqrt(1 - np.minimum(t, 30) / 30),
     ),
-    "exponential": (schedule.exponential(0.5, gamma=0.9), lambda t: 0.5 * np.cumprod(np.r_[1, np.full(60, 0.9)])),
+    "exponential": (
+        schedule.exponential(0.5, gamma=0.9),
+        lambda t: 0.5 * np.cumprod(np.r_[1, np.full(60, 0.9)]),
+    ),
     "exponential every": (
         schedule.exponential(0.5, gamma=0.5, every=10),
         lambda t: 0.5 * np.exp2(-t / 10),
@@ -93,7 +101,10 @@ FORMULAS: dict[str, tuple[Schedule, Callable[[np.ndarray], np.ndarray]]] = {
         lambda t: np.select([t < 10, t < 30.5], [0.3, 0.2], 0.1),
     ),
     "piecewise alone": (schedule.piecewise(0.4, {}), lambda t: np.full(t.shape, 0.4)),
-    "inverse_sqrt": (schedule.inverse_sqrt(0.2, timescale=16), lambda t: 0.8 / np.sqrt(np.maximum(t, 16))),
+    "inverse_sqrt": (
+        schedule.inverse_sqrt(0.2, timescale=16),
+        lambda t: 0.8 / np.sqrt(np.maximum(t, 16)),
+    ),
     "warmup_stable_decay": (
         schedule.warmup_stable_decay(0.6, 0.1, steps=50, warmup_steps=10, decay_steps=20),
         lambda t: np.interp(t, [0, 10, 30, 50], [0, 0.6, 0.6, 0.1]),
@@ -114,7 +125,10 @@ FORMULAS: dict[str, tuple[Schedule, Callable[[np.ndarray], np.ndarray]]] = {
         schedule.linear(1, 0, steps=20).times(schedule.exponential(3, gamma=0.9)),
         lambda t: np.maximum(0, 1 - t / 20) * 3 * 0.9**t,
     ),
-    "times a number": (schedule.cosine(1, steps=50).times(0.25), lambda t: half_wave(np.minimum(t, 50) / 50) / 4),
+    "times a number": (
+        schedule.cosine(1, steps=50).times(0.25),
+        lambda t: half_wave(np.minimum(t, 50) / 50) / 4,
+    ),
     "warmup": (
         schedule.constant(2).warmup(8, start=0.5),
         lambda t: np.interp(t, [0, 8], [1, 2]),
@@ -125,7 +139,9 @@ FORMULAS: dict[str, tuple[Schedule, Callable[[np.ndarray], np.ndarray]]] = {
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formula(name: str) -> None:
     made, formula = FORMULAS[name]
-    np.testing.assert_allclose([made(int(t)) for t in STEPS], formula(STEPS), rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(
+        [made(int(t)) for t in STEPS], formula(STEPS), rtol=1e-13, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -140,7 +156,13 @@ def test_ends_are_exact(start: float, end: float, steps: float) -> None:
         made = make(start, end, steps=steps)
         assert made.steps == steps
         assert made(0) == pytest.approx(start, rel=1e-15)
-        assert made(steps) == made(steps + 1) == made(10**9) == made(math.inf) == pytest.approx(end, abs=1e-15)
+        assert (
+            made(steps)
+            == made(steps + 1)
+            == made(10**9)
+            == made(math.inf)
+            == pytest.approx(end, abs=1e-15)
+        )
 
 
 def test_lines_are_the_rounded_rational_numbers() -> None:
@@ -149,7 +171,15 @@ def test_lines_are_the_rounded_rational_numbers() -> None:
         assert schedule.linear(0.25, 0.75, steps=100)(t) == pytest.approx(float(exact), rel=3e-16)
 
 
-MONOTONE = ["cosine", "linear down", "polynomial", "polynomial 2", "polynomial root", "exponential", "piecewise"]
+MONOTONE = [
+    "cosine",
+    "linear down",
+    "polynomial",
+    "polynomial 2",
+    "polynomial root",
+    "exponential",
+    "piecewise",
+]
 MONOTONE += ["inverse_sqrt", "times", "times a number", "cosine floor", "warmup_stable_decay root"]
 
 
@@ -162,8 +192,12 @@ def test_decays_never_rise(name: str) -> None:
 @pytest.mark.parametrize(
     "made",
     [
-        schedule.warmup_stable_decay(1, 0.1, steps=100, warmup_steps=20, decay_steps=30, shape="linear"),
-        schedule.warmup_stable_decay(1, 0.1, steps=100, warmup_steps=20, decay_steps=30, shape="cosine"),
+        schedule.warmup_stable_decay(
+            1, 0.1, steps=100, warmup_steps=20, decay_steps=30, shape="linear"
+        ),
+        schedule.warmup_stable_decay(
+            1, 0.1, steps=100, warmup_steps=20, decay_steps=30, shape="cosine"
+        ),
         schedule.one_cycle(1, steps=100),
         schedule.one_cycle(1, steps=100, shape="linear"),
         schedule.cosine(1, steps=100).warmup(20),
@@ -210,11 +244,17 @@ SIMPLE = st.one_of(
     st.builds(schedule.polynomial, NUMBER, NUMBER, steps=LENGTH, power=RATE),
     st.builds(schedule.exponential, NUMBER, gamma=RATE, every=LENGTH),
     st.builds(schedule.cosine, NUMBER, NUMBER, steps=LENGTH),
-    st.builds(schedule.warm_restarts, NUMBER, NUMBER, period=LENGTH, mult=st.integers(1, 3), decay=RATE),
-    st.builds(schedule.one_cycle, NUMBER, steps=LENGTH, rise=st.sampled_from([0.1, 0.3, 0.5]), shape=SHAPE),
+    st.builds(
+        schedule.warm_restarts, NUMBER, NUMBER, period=LENGTH, mult=st.integers(1, 3), decay=RATE
+    ),
+    st.builds(
+        schedule.one_cycle, NUMBER, steps=LENGTH, rise=st.sampled_from([0.1, 0.3, 0.5]), shape=SHAPE
+    ),
     st.builds(schedule.triangular, NUMBER, NUMBER, up=LENGTH, down=st.none() | LENGTH, decay=RATE),
     st.builds(
-        schedule.piecewise, NUMBER, st.dictionaries(LENGTH, NUMBER, max_size=4).map(lambda d: dict(sorted(d.items())))
+        schedule.piecewise,
+        NUMBER,
+        st.dictionaries(LENGTH, NUMBER, max_size=4).map(lambda d: dict(sorted(d.items()))),
     ),
     st.builds(schedule.inverse_sqrt, NUMBER, timescale=LENGTH),
     warmups(),
@@ -251,7 +291,9 @@ def test_laws_of_composition(a: Schedule, b: Schedule, t: float, at: float, k: f
 
 
 @given(ANY, ANY, ANY, LENGTH, LENGTH, STEP)
-def test_sequences_are_associative(a: Schedule, b: Schedule, c: Schedule, m: float, n: float, t: float) -> None:
+def test_sequences_are_associative(
+    a: Schedule, b: Schedule, c: Schedule, m: float, n: float, t: float
+) -> None:
     assume(abs(t - m) > 1e-9 and abs(t - m - n) > 1e-9)
     left, right = a.then(b, at=m).then(c, at=m + n), a.then(b.then(c, at=n), at=m)
     assert left(t) == pytest.approx(right(t), rel=1e-6, abs=1e-6)
@@ -261,7 +303,12 @@ def test_sequences_are_associative(a: Schedule, b: Schedule, c: Schedule, m: flo
 @settings(max_examples=300)
 @given(ANY, STEP)
 def test_text_and_copies_are_the_same_schedule(made: Schedule, t: float) -> None:
-    for again in (parse(repr(made)), pickle.loads(pickle.dumps(made)), copy.deepcopy(made), copy.copy(made)):
+    for again in (
+        parse(repr(made)),
+        pickle.loads(pickle.dumps(made)),
+        copy.deepcopy(made),
+        copy.copy(made),
+    ):
         assert again == made
         assert hash(again) == hash(made)
         assert repr(again) == repr(made)
@@ -280,7 +327,12 @@ def test_values_are_numbers(made: Schedule) -> None:
 
 def test_schedules_differ() -> None:
     cosine = schedule.cosine(1.0, steps=10)
-    others = [schedule.cosine(1.0, steps=11), schedule.linear(1.0, 0.0, steps=10), cosine.warmup(2), cosine.times(1)]
+    others = [
+        schedule.cosine(1.0, steps=11),
+        schedule.linear(1.0, 0.0, steps=10),
+        cosine.warmup(2),
+        cosine.times(1),
+    ]
     assert cosine == schedule.cosine(1, 0, steps=10)
     assert all(cosine != other and other != cosine for other in others)
     assert cosine != "cosine(1.0, end=0.0, steps=10)"
@@ -301,7 +353,9 @@ def test_own_formula() -> None:
     assert made.warmup(2)(1) == 0.5
     assert made.steps == math.inf
     assert staircase.__doc__ == "A formula of a user's own."
-    with pytest.raises(ScheduleError, match="staircase: every must be a number greater than 0, got 0"):
+    with pytest.raises(
+        ScheduleError, match="staircase: every must be a number greater than 0, got 0"
+    ):
         staircase(1.0, height=0.5, every=0)
     with pytest.raises(TypeError, match="staircase: missing a required argument: 'height'"):
         staircase(1.0)  # pyright: ignore[reportCallIssue]
@@ -310,7 +364,10 @@ def test_own_formula() -> None:
 # What is wrong is said in one sentence.
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "steps 0": (lambda: schedule.cosine(1.0, steps=0), "cosine: steps must be a number greater than 0, got 0."),
+    "steps 0": (
+        lambda: schedule.cosine(1.0, steps=0),
+        "cosine: steps must be a number greater than 0, got 0.",
+    ),
     "steps nan": (
         lambda: schedule.linear(1, 0, steps=math.nan),
         "linear: steps must be a number greater than 0, got nan",
@@ -322,32 +379,62 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "start": (lambda: schedule.cosine(None, steps=3), "cosine: start must be a number, got None."),
     "bool": (lambda: schedule.constant(True), "constant: value must be a number, got True."),
     "infinite": (lambda: schedule.constant(math.inf), "constant: value must be a number, got inf."),
-    "nan": (lambda: schedule.linear(math.nan, 0, steps=2), "linear: start must be a number, got nan."),
-    "power": (lambda: schedule.polynomial(1, steps=3, power=0), "polynomial: power must be a number greater than 0"),
-    "gamma": (lambda: schedule.exponential(1, gamma=-0.5), "exponential: gamma must be a number greater than 0"),
+    "nan": (
+        lambda: schedule.linear(math.nan, 0, steps=2),
+        "linear: start must be a number, got nan.",
+    ),
+    "power": (
+        lambda: schedule.polynomial(1, steps=3, power=0),
+        "polynomial: power must be a number greater than 0",
+    ),
+    "gamma": (
+        lambda: schedule.exponential(1, gamma=-0.5),
+        "exponential: gamma must be a number greater than 0",
+    ),
     "every": (
         lambda: schedule.exponential(1, gamma=0.5, every=0),
         "exponential: every must be a number greater than 0",
     ),
-    "mult": (lambda: schedule.warm_restarts(1, period=3, mult=0.5), "warm_restarts: mult must be a number from 1 on"),
-    "period": (lambda: schedule.warm_restarts(1, period=-3), "warm_restarts: period must be a number greater than 0"),
-    "rise": (lambda: schedule.one_cycle(1, steps=3, rise=1.0), "one_cycle: rise must lie between 0 and 1, got 1.0."),
-    "div_factor": (lambda: schedule.one_cycle(1, steps=3, div_factor=0), "div_factor must be a number greater than 0"),
+    "mult": (
+        lambda: schedule.warm_restarts(1, period=3, mult=0.5),
+        "warm_restarts: mult must be a number from 1 on",
+    ),
+    "period": (
+        lambda: schedule.warm_restarts(1, period=-3),
+        "warm_restarts: period must be a number greater than 0",
+    ),
+    "rise": (
+        lambda: schedule.one_cycle(1, steps=3, rise=1.0),
+        "one_cycle: rise must lie between 0 and 1, got 1.0.",
+    ),
+    "div_factor": (
+        lambda: schedule.one_cycle(1, steps=3, div_factor=0),
+        "div_factor must be a number greater than 0",
+    ),
     "shape": (
         lambda: schedule.one_cycle(1, steps=3, shape="sine"),
         "shape must be one of linear, cosine, sqrt, got 'sine'",
     ),
-    "up": (lambda: schedule.triangular(0, 1, up=0), "triangular: up must be a number greater than 0, got 0."),
+    "up": (
+        lambda: schedule.triangular(0, 1, up=0),
+        "triangular: up must be a number greater than 0, got 0.",
+    ),
     "down": (
         lambda: schedule.triangular(0, 1, up=1, down=0),
         "triangular: down must be a number greater than 0, got 0.",
     ),
-    "changes": (lambda: schedule.piecewise(1, {5: 1, 3: 2}), "changes must be a dict of increasing steps, from 0 on"),
+    "changes": (
+        lambda: schedule.piecewise(1, {5: 1, 3: 2}),
+        "changes must be a dict of increasing steps, from 0 on",
+    ),
     "negative change": (
         lambda: schedule.piecewise(1, {-1: 1}),
         "changes must be a dict of increasing steps, from 0 on",
     ),
-    "list of changes": (lambda: schedule.piecewise(1, [3, 5]), "changes must be a dict of increasing steps, from 0 on"),
+    "list of changes": (
+        lambda: schedule.piecewise(1, [3, 5]),
+        "changes must be a dict of increasing steps, from 0 on",
+    ),
     "text in changes": (
         lambda: schedule.piecewise(1, {"3": 2}),
         "changes must be a dict of increasing steps, from 0 on",
@@ -360,8 +447,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: schedule.warmup_stable_decay(1, steps=10, warmup_steps=6, decay_steps=5),
         "warmup_stable_decay: warmup_steps=6 and decay_steps=5 do not fit into steps=10.",
     ),
-    "negative warmup": (lambda: schedule.constant(1).warmup(-1), "warmup: length must be a number from 0 on, got -1."),
-    "start of warmup": (lambda: schedule.constant(1).warmup(2, "0"), "warmup: start must be a number, got '0'."),
+    "negative warmup": (
+        lambda: schedule.constant(1).warmup(-1),
+        "warmup: length must be a number from 0 on, got -1.",
+    ),
+    "start of warmup": (
+        lambda: schedule.constant(1).warmup(2, "0"),
+        "warmup: start must be a number, got '0'.",
+    ),
     "endless then": (
         lambda: schedule.constant(1).then(schedule.constant(2)),
         "then: at must be a number from 0 on, got inf",
@@ -374,7 +467,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: schedule.constant(1).then(3, at=2),
         "then: following must be a schedule, or another function",
     ),
-    "times what": (lambda: schedule.constant(1).times("2"), "times: factor must be a number, got '2'."),
+    "times what": (
+        lambda: schedule.constant(1).times("2"),
+        "times: factor must be a number, got '2'.",
+    ),
     "negative step": (
         lambda: schedule.cosine(1, steps=3)(-1),
         "has values at steps from 0 on, and was asked for step -1",
@@ -431,7 +527,9 @@ def test_errors_of_text(text: str, message: str) -> None:
 
 
 def test_text_takes_what_one_types() -> None:
-    assert parse(" cosine(3e-4, steps=10_000).warmup(500) ") == schedule.cosine(3e-4, steps=10_000).warmup(500)
+    assert parse(" cosine(3e-4, steps=10_000).warmup(500) ") == schedule.cosine(
+        3e-4, steps=10_000
+    ).warmup(500)
     assert parse("constant(-1)") == schedule.constant(-1)
     assert parse("piecewise(0.1, {30: 0.01, 60: -0.001})")(60) == -0.001
 
@@ -446,15 +544,30 @@ def test_arguments_are_kept_apart() -> None:
 
 # Mutations: every small mistake in a formula is noticed by its row above.
 
-SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
-FREE_FUNCTIONS = (formulas.anneal, formulas.half_cosine)  # a wrong find_cycle may not come to an end
+SWAPPED = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+}
+FREE_FUNCTIONS = (
+    formulas.anneal,
+    formulas.half_cosine,
+)  # a wrong find_cycle may not come to an end
 
 
 def places(tree: ast.Module) -> list[ast.BinOp | ast.Constant]:
     """What computes: no docstring, and no check that raises, which the table of errors tests."""
     definition = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
-    body = [s for s in definition.body[1:] if not (isinstance(s, ast.If) and isinstance(s.body[0], ast.Raise))]
-    return [node for s in body for node in ast.walk(s) if isinstance(node, (ast.BinOp, ast.Constant))]
+    body = [
+        s
+        for s in definition.body[1:]
+        if not (isinstance(s, ast.If) and isinstance(s.body[0], ast.Raise))
+    ]
+    return [
+        node for s in body for node in ast.walk(s) if isinstance(node, (ast.BinOp, ast.Constant))
+    ]
 
 
 def mistakes(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -462,7 +575,10 @@ def mistakes(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., 
     tree = ast.parse(inspect.getsource(function))
     definition = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
     definition.decorator_list, definition.returns = [], None
-    definition.args.defaults, definition.args.kw_defaults = [], [None] * len(definition.args.kwonlyargs)
+    definition.args.defaults, definition.args.kw_defaults = (
+        [],
+        [None] * len(definition.args.kwonlyargs),
+    )
     for index in range(len(places(tree))):
         wrong = copy.deepcopy(tree)
         node = places(wrong)[index]
@@ -484,7 +600,9 @@ def still_right(name: str, formula: Callable[..., float]) -> bool:
     try:
         with np.errstate(all="ignore"):
             values = [formula(min(int(t), made.steps), **made._given) for t in STEPS]
-        np.testing.assert_allclose(np.array(values, dtype=float), expected(STEPS), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            np.array(values, dtype=float), expected(STEPS), rtol=1e-9, atol=1e-12
+        )
     except (AssertionError, ArithmeticError, ValueError, TypeError):
         return False
     return True
@@ -493,15 +611,25 @@ def still_right(name: str, formula: Callable[..., float]) -> bool:
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "constant"])
 def test_wrong_formulas_are_noticed(name: str) -> None:
     formula = inspect.unwrap(MAKERS[name])
-    rows = [row for row, (made, _) in FORMULAS.items() if repr(made).startswith(f"{name}(") and "." not in row]
-    survivors = [what for what, wrong in mistakes(formula) if all(still_right(row, wrong) for row in rows)]
+    rows = [
+        row
+        for row, (made, _) in FORMULAS.items()
+        if repr(made).startswith(f"{name}(") and "." not in row
+    ]
+    survivors = [
+        what for what, wrong in mistakes(formula) if all(still_right(row, wrong) for row in rows)
+    ]
     assert not survivors
 
 
 @pytest.mark.parametrize("function", FREE_FUNCTIONS, ids=lambda f: f.__name__)
-def test_wrong_functions_of_formulas_are_noticed(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_functions_of_formulas_are_noticed(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     survivors = []
     for what, wrong in mistakes(function):
         monkeypatch.setattr(formulas, function.__name__, wrong)
-        survivors += [what] * all(still_right(row, made._formula) for row, (made, _) in FORMULAS.items())
+        survivors += [what] * all(
+            still_right(row, made._formula) for row, (made, _) in FORMULAS.items()
+        )
     assert not survivors

@@ -1,4 +1,5 @@
-"""Schedulers that people derive from ours: each override is obeyed as with torch's class as the base."""
+"""Schedulers that people derive from ours: each override is obeyed as with torch's class as the
+base."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ from torch.optim import swa_utils as torch_swa_utils
 import onepass
 from onepass import lr_scheduler, swa_utils
 
-OURS = SimpleNamespace(**{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR)
+OURS = SimpleNamespace(
+    **{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR
+)
 TORCHS = SimpleNamespace(**{**vars(OURS), **vars(torch_schedulers), "SWALR": torch_swa_utils.SWALR})
-LIBRARIES = pytest.mark.parametrize("optimizers", slow_but([onepass], [torch.optim, onepass]), ids=["torch", "onepass"])
+LIBRARIES = pytest.mark.parametrize(
+    "optimizers", slow_but([onepass], [torch.optim, onepass]), ids=["torch", "onepass"]
+)
 STEPS = 15
 
 
@@ -47,7 +52,9 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_optimizer(optimizers: Any, tensor: torch.dtype | None = None, groups: int = 2) -> torch.optim.Optimizer:
+def make_optimizer(
+    optimizers: Any, tensor: torch.dtype | None = None, groups: int = 2
+) -> torch.optim.Optimizer:
     lrs = [0.1 * (index + 1) for index in range(groups)]
     rates = [lr if tensor is None else torch.tensor(lr, dtype=tensor) for lr in lrs]
     params = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in rates]
@@ -377,7 +384,13 @@ def our_words(base: Any) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.scale, self._step, self._left_over, self.height = 0.5, 0, 3, 1.0
             super().__init__(*args, **kwargs)
-            self.floors, self._own, self._closed, self._rates, self._move = [0.0], None, True, 7, "on"
+            self.floors, self._own, self._closed, self._rates, self._move = (
+                [0.0],
+                None,
+                True,
+                7,
+                "on",
+            )
 
         def get_lr(self) -> Any:
             return [max(lr, 0.03) * (1 + self.scale * 0.01) for lr in super().get_lr()]
@@ -389,7 +402,14 @@ def our_words_and_no_override(base: Any) -> Any:
     class Words(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.scale, self._step, self.floors, self._closed, self.momenta, self._adopt = 0.5, 0, [0.0], 1, 2, 3
+            self.scale, self._step, self.floors, self._closed, self.momenta, self._adopt = (
+                0.5,
+                0,
+                [0.0],
+                1,
+                2,
+                3,
+            )
             self._write = self._carry = self._check = self._restore = self.options = None
 
     return Words
@@ -400,7 +420,9 @@ def our_methods(base: Any) -> Any:
         def scale(self, *args: Any) -> None:
             raise AssertionError
 
-        floors = _prepare = _adopt = _reset = _write = _closed = _carry = _settle = _restore = _check = _rates = scale
+        floors = _prepare = _adopt = _reset = _write = _closed = _carry = _settle = _restore = (
+            _check
+        ) = _rates = scale
         _move = _enter = _resume = momenta = height = _note = _values = _put_momenta = scale
 
         def get_lr(self) -> Any:
@@ -482,15 +504,64 @@ def assigned_later(base: Any) -> Any:
 STYLES: dict[str, Callable[[Any], Any]] = {
     make.__name__: make
     for make in (
-        *(warm_up, floor, ceiling, scaled, inverse_root, recursion, step_count, initial, within_step, first_time),
-        *(mixin, late_mixin, grandchild, grandchild_that_only_inherits, sometimes, of_another_epoch, frozen_group),
-        *(a_tuple, a_generator, numpys, closed_form, closed_form_only, logging_step, warm_step, whole_step, twice),
-        *(own_update, own_initial_step, initial_step_with_more, restarts, our_words, our_words_and_no_override),
-        *(our_methods, our_methods_and_no_override, own_last_lr, small_state, state_with_more, plain, partial_method),
+        *(
+            warm_up,
+            floor,
+            ceiling,
+            scaled,
+            inverse_root,
+            recursion,
+            step_count,
+            initial,
+            within_step,
+            first_time,
+        ),
+        *(
+            mixin,
+            late_mixin,
+            grandchild,
+            grandchild_that_only_inherits,
+            sometimes,
+            of_another_epoch,
+            frozen_group,
+        ),
+        *(
+            a_tuple,
+            a_generator,
+            numpys,
+            closed_form,
+            closed_form_only,
+            logging_step,
+            warm_step,
+            whole_step,
+            twice,
+        ),
+        *(
+            own_update,
+            own_initial_step,
+            initial_step_with_more,
+            restarts,
+            our_words,
+            our_words_and_no_override,
+        ),
+        *(
+            our_methods,
+            our_methods_and_no_override,
+            own_last_lr,
+            small_state,
+            state_with_more,
+            plain,
+            partial_method,
+        ),
         *(assigned_later,),
     )
 }
-NOT_OF_TENSORS = {"warm_step", "whole_step", "own_update", "own_initial_step"}  # they write the lr themselves
+NOT_OF_TENSORS = {
+    "warm_step",
+    "whole_step",
+    "own_update",
+    "own_initial_step",
+}  # they write the lr themselves
 # In plain classes the closed form and torch's recursion are apart by roundings.
 PLAIN = {"plain", "late_mixin", "closed_form_only"}
 
@@ -498,7 +569,9 @@ PLAIN = {"plain", "late_mixin", "closed_form_only"}
 class Side:
     """A training with a scheduler of one class on an optimizer of one library."""
 
-    def __init__(self, cls: Any, name: str, optimizers: Any = torch.optim, tensor: Any = None) -> None:
+    def __init__(
+        self, cls: Any, name: str, optimizers: Any = torch.optim, tensor: Any = None
+    ) -> None:
         self.opt = make_optimizer(optimizers, tensor)
         self.scheduler = cls(self.opt, **BASES[name])
 
@@ -572,7 +645,9 @@ def test_steps_by_number(style: str, name: str) -> None:
     assert_same(Side(mine, name).run(7, *epochs), Side(its, name).run(7, *epochs), (style, name))
 
 
-@pytest.mark.parametrize("style", sorted({*STYLES} - PLAIN - {"own_last_lr", "our_words_and_no_override"}))
+@pytest.mark.parametrize(
+    "style", sorted({*STYLES} - PLAIN - {"own_last_lr", "our_words_and_no_override"})
+)
 @ALL
 @LIBRARIES
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -582,7 +657,13 @@ def test_made_again_at_a_step_as_on_torchs_class(style: str, name: str, optimize
     for cls in (mine, its):
         opt = make_optimizer(optimizers)
         for group in opt.param_groups:
-            group.update(initial_lr=group["lr"] * 2, max_lr=0.3, min_lr=1e-5, base_momentum=0.8, max_momentum=0.9)
+            group.update(
+                initial_lr=group["lr"] * 2,
+                max_lr=0.3,
+                min_lr=1e-5,
+                base_momentum=0.8,
+                max_momentum=0.9,
+            )
         scheduler = cls(opt, **BASES[name], last_epoch=4)
         rows.append([numbers(opt)])
         for _ in range(5):
@@ -606,10 +687,19 @@ def set_a_square(self: Any, strategy: str) -> None:
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale_fn": ("CyclicLR", {"scale_fn": lambda self, x: 0.9**x}),
     "triangles": ("CyclicLR", {"_triangular2_scale_fn": staticmethod(lambda x: 1 / x)}),
-    "no momentum": ("CyclicLR", {"get_lr": lambda self: [lr * (1 + self.last_epoch) for lr in self.base_lrs]}),
-    "anneal": ("OneCycleLR", {"_anneal_func": lambda self, start, end, pct: slow_cosine(start, end, pct)}),
+    "no momentum": (
+        "CyclicLR",
+        {"get_lr": lambda self: [lr * (1 + self.last_epoch) for lr in self.base_lrs]},
+    ),
+    "anneal": (
+        "OneCycleLR",
+        {"_anneal_func": lambda self, start, end, pct: slow_cosine(start, end, pct)},
+    ),
     "cosine": ("OneCycleLR", {"_annealing_cos": staticmethod(slow_cosine)}),
-    "no momentum in one cycle": ("OneCycleLR", {"get_lr": lambda self: [0.1 + self.last_epoch] * 2}),
+    "no momentum in one cycle": (
+        "OneCycleLR",
+        {"get_lr": lambda self: [0.1 + self.last_epoch] * 2},
+    ),
     "swa": ("SWALR", {"_cosine_anneal": staticmethod(lambda t: t * t)}),
     "swa's start": ("SWALR", {"_get_initial_lr": staticmethod(lambda lr, swa_lr, alpha: lr)}),
     "swa's function": ("SWALR", {"_set_anneal_func": set_a_square}),
@@ -619,7 +709,10 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_one_class(part: str) -> None:
     name, methods = PARTS[part]
-    rows = [Side(type("Part", (getattr(library, name),), methods), name).run(STEPS) for library in (OURS, TORCHS)]
+    rows = [
+        Side(type("Part", (getattr(library, name),), methods), name).run(STEPS)
+        for library in (OURS, TORCHS)
+    ]
     assert_same(rows[0], rows[1], part)
     assert rows[0] != Side(getattr(TORCHS, name), name).run(STEPS)
 
@@ -638,10 +731,18 @@ def test_a_function_of_annealing_that_is_put_in(library: Any) -> None:
 PLATEAUS: dict[str, dict[str, Any]] = {
     "better": {"_is_better": lambda self, a, best: a < best - 0.3},
     "cooldown": {"in_cooldown": property(lambda self: self.last_epoch % 3 == 0)},
-    "reduce": {"_reduce_lr": lambda self, epoch: self.optimizer.param_groups[0].update(lr=0.7**epoch)},
-    "reset": {"_reset": lambda self: vars(self).update(best=-2.0, cooldown_counter=2, num_bad_epochs=1)},
+    "reduce": {
+        "_reduce_lr": lambda self, epoch: self.optimizer.param_groups[0].update(lr=0.7**epoch)
+    },
+    "reset": {
+        "_reset": lambda self: vars(self).update(best=-2.0, cooldown_counter=2, num_bad_epochs=1)
+    },
     "get_lr": {"get_lr": lambda self: [99.0, 99.0]},
-    "step": {"step": lambda self, metrics, epoch=None: type(self).__mro__[1].step(self, metrics * 2 - 0.1)},
+    "step": {
+        "step": lambda self, metrics, epoch=None: (
+            type(self).__mro__[1].step(self, metrics * 2 - 0.1)
+        )
+    },
 }
 
 
@@ -660,7 +761,9 @@ def test_parts_of_the_plateau(part: str) -> None:
                 scheduler = again
             opt.step()
             scheduler.step(math.sin(t * t))
-            rows[-1].append([*lrs(opt), scheduler.last_epoch, scheduler.num_bad_epochs, scheduler.best])
+            rows[-1].append(
+                [*lrs(opt), scheduler.last_epoch, scheduler.num_bad_epochs, scheduler.best]
+            )
     assert_same(rows[0], rows[1], part)
 
 
@@ -742,7 +845,9 @@ def from_the_base(library: Any) -> Any:
             return [group["lr"] * self.scale for group in self.optimizer.param_groups]
 
         def _get_closed_form_lr(self) -> Any:
-            return [lr * self.scale ** max(0, self.last_epoch - self.warm + 1) for lr in self.base_lrs]
+            return [
+                lr * self.scale ** max(0, self.last_epoch - self.warm + 1) for lr in self.base_lrs
+            ]
 
     return Own
 
@@ -757,7 +862,10 @@ def gradual(library: Any) -> Any:
 
         def get_lr(self) -> Any:
             if self.last_epoch <= self.total:
-                return [lr * ((self.multiplier - 1) * self.last_epoch / self.total + 1) for lr in self.base_lrs]
+                return [
+                    lr * ((self.multiplier - 1) * self.last_epoch / self.total + 1)
+                    for lr in self.base_lrs
+                ]
             if not self.finished:
                 self.after.base_lrs = [lr * self.multiplier for lr in self.base_lrs]
                 self.finished = True
@@ -816,19 +924,35 @@ def sequence_of(library: Any, opt: Any, style: str, *names: str) -> Any:
     return library.SequentialLR(opt, members, [3, 8][: len(names) - 1])
 
 
-IN_SEQUENCES = ("warm_up", "floor", "scaled", "recursion", "step_count", "initial", "our_words", "twice", "closed_form")
+IN_SEQUENCES = (
+    "warm_up",
+    "floor",
+    "scaled",
+    "recursion",
+    "step_count",
+    "initial",
+    "our_words",
+    "twice",
+    "closed_form",
+)
 MADE: dict[str, Callable[[Any, Any], Any]] = {
     "base": lambda library, opt: from_the_base(library)(opt, 4),
     "floor of the base": lambda library, opt: floor(from_the_base(library))(opt, 4),
-    "gradual": lambda library, opt: gradual(library)(opt, 2.0, 3, library.CosineAnnealingLR(opt, 7)),
-    "gradual and steps": lambda library, opt: gradual(library)(opt, 1.0, 3, library.StepLR(opt, 2, 0.5)),
+    "gradual": lambda library, opt: gradual(library)(
+        opt, 2.0, 3, library.CosineAnnealingLR(opt, 7)
+    ),
+    "gradual and steps": lambda library, opt: gradual(library)(
+        opt, 1.0, 3, library.StepLR(opt, 2, 0.5)
+    ),
     "chain": lambda library, opt: library.ChainedScheduler(
         [floor(library.LinearLR)(opt, 0.2, total_iters=4), scaled(library.ExponentialLR)(opt, 0.9)]
     ),
     "chain with the base": lambda library, opt: library.ChainedScheduler(
         [library.StepLR(opt, 3, 0.5), from_the_base(library)(opt, 3)]
     ),
-    "counted chain": lambda library, opt: counted(library.ChainedScheduler)([library.StepLR(opt, 3, 0.5)]),
+    "counted chain": lambda library, opt: counted(library.ChainedScheduler)(
+        [library.StepLR(opt, 3, 0.5)]
+    ),
     "counted sequence": lambda library, opt: counted(library.SequentialLR)(
         opt, [library.LinearLR(opt, 0.2), own_last_lr(library.ExponentialLR)(opt, 0.9)], [4]
     ),
@@ -872,7 +996,13 @@ def test_schedulers_of_schedulers(name: str, optimizers: Any) -> None:
                 opt, scheduler = fresh, again
             opt.step()
             scheduler.step()
-            rows[-1].append([*numbers(opt), *map(float, scheduler.get_last_lr()), getattr(scheduler, "count", 0)])
+            rows[-1].append(
+                [
+                    *numbers(opt),
+                    *map(float, scheduler.get_last_lr()),
+                    getattr(scheduler, "count", 0),
+                ]
+            )
     assert_same(rows[0], rows[1], name)
 
 
@@ -923,9 +1053,19 @@ def lrs_of(rows: list[list[float]]) -> list[float]:
 
 # Made again with last_epoch: a lr that somebody has set stays.
 
-RECURSIVE = ("StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "CosineAnnealingLR")
+RECURSIVE = (
+    "StepLR",
+    "MultiStepLR",
+    "ConstantLR",
+    "LinearLR",
+    "ExponentialLR",
+    "PolynomialLR",
+    "CosineAnnealingLR",
+)
 RECURSIVE += ("MultiplicativeLR", "SWALR")
-TENSORS = pytest.mark.parametrize("tensor", [None, torch.float64, torch.float32], ids=["float", "tensor", "float32"])
+TENSORS = pytest.mark.parametrize(
+    "tensor", [None, torch.float64, torch.float32], ids=["float", "tensor", "float32"]
+)
 
 
 def set_lrs(opt: torch.optim.Optimizer, lrs: list[float]) -> None:
@@ -966,7 +1106,9 @@ def test_a_lr_that_was_set_stays(name: str, tensor: Any, optimizers: Any, last: 
 @pytest.mark.parametrize("name", RECURSIVE)
 @LIBRARIES
 @pytest.mark.parametrize("last", [0, 1, 2, 3, 4, 5, 7, 8])
-def test_from_a_lr_that_was_set_torchs_recursion_goes_on(name: str, optimizers: Any, last: int) -> None:
+def test_from_a_lr_that_was_set_torchs_recursion_goes_on(
+    name: str, optimizers: Any, last: int
+) -> None:
     rows: list[list[list[float]]] = []
     for library in (OURS, TORCHS):
         opt = make_optimizer(optimizers)
@@ -988,7 +1130,9 @@ def test_from_a_lr_that_was_set_torchs_recursion_goes_on(name: str, optimizers: 
 @LIBRARIES
 @pytest.mark.parametrize("found", ["fresh", "this step", "last step", "torch's"])
 @pytest.mark.parametrize("last", slow_but([0, 2, 5], [0, 1, 2, 4, 5, 8]))
-def test_the_formula_goes_on(name: str, tensor: Any, optimizers: Any, found: str, last: int) -> None:
+def test_the_formula_goes_on(
+    name: str, tensor: Any, optimizers: Any, found: str, last: int
+) -> None:
     library = TORCHS if found == "torch's" else OURS
     whole = Side(getattr(library, name), name, optimizers, tensor)
     whole.run(last + 1 if found != "last step" else last)
@@ -1050,7 +1194,9 @@ def test_averaging_that_begins_in_mid_run(epochs: int, strategy: str) -> None:
             first.step()
         for group in opt.param_groups:
             group["initial_lr"] = 0.01
-        swa = library.SWALR(opt, [0.01, 0.01], anneal_epochs=5, anneal_strategy=strategy, last_epoch=epochs)
+        swa = library.SWALR(
+            opt, [0.01, 0.01], anneal_epochs=5, anneal_strategy=strategy, last_epoch=epochs
+        )
         rows.append([lrs(opt)])
         for t in range(8):
             if t == 3:
@@ -1067,11 +1213,14 @@ def test_averaging_that_begins_in_mid_run(epochs: int, strategy: str) -> None:
 
 @pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
 @pytest.mark.parametrize(
-    "names", [("LinearLR", "CosineAnnealingLR"), ("StepLR", "ExponentialLR"), ("ConstantLR", "LambdaLR")]
+    "names",
+    [("LinearLR", "CosineAnnealingLR"), ("StepLR", "ExponentialLR"), ("ConstantLR", "LambdaLR")],
 )
 def test_sequences_keep_what_was_set(names: tuple[str, str], last: int) -> None:
     def make(opt: Any, last: int = -1) -> Any:
-        return OURS.SequentialLR(opt, [getattr(OURS, name)(opt, **BASES[name]) for name in names], [4], last_epoch=last)
+        return OURS.SequentialLR(
+            opt, [getattr(OURS, name)(opt, **BASES[name]) for name in names], [4], last_epoch=last
+        )
 
     for values in (None, [0.017, 0.0231]):
         opt = make_optimizer(torch.optim)
@@ -1096,7 +1245,9 @@ def test_sequences_keep_what_was_set(names: tuple[str, str], last: int) -> None:
 @ALL
 @TENSORS
 @LIBRARIES
-def test_a_start_from_another_lr_than_the_initial_one(name: str, tensor: Any, optimizers: Any) -> None:
+def test_a_start_from_another_lr_than_the_initial_one(
+    name: str, tensor: Any, optimizers: Any
+) -> None:
     rows: list[list[list[float]]] = []
     for library in (OURS, TORCHS):
         opt = make_optimizer(optimizers, tensor)
@@ -1109,7 +1260,9 @@ def test_a_start_from_another_lr_than_the_initial_one(name: str, tensor: Any, op
             scheduler.step()
             rows[-1].append(numbers(opt))
     for ours, theirs in zip(*rows, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5 if tensor == torch.float32 else 1e-9, abs=1e-12), name
+        assert ours == pytest.approx(
+            theirs, rel=1e-5 if tensor == torch.float32 else 1e-9, abs=1e-12
+        ), name
 
 
 @ALL
@@ -1143,18 +1296,39 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "CosineAnnealingWarmRestarts": ("T_0", "T_mult", "eta_min"),
     "SWALR": ("swa_lr", "anneal_epochs"),
     "CyclicLR": ("base_lr", "max_lr", "step_size_up", "gamma", "base_momentum", "max_momentum"),
-    "OneCycleLR": ("max_lr", "pct_start", "base_momentum", "max_momentum", "div_factor", "final_div_factor"),
+    "OneCycleLR": (
+        "max_lr",
+        "pct_start",
+        "base_momentum",
+        "max_momentum",
+        "div_factor",
+        "final_div_factor",
+    ),
     "MultiplicativeLR": (),
     "LambdaLR": (),
 }
 TABLE = [(name, argument) for name in NUMBERS for argument in (*NUMBERS[name], "last_epoch")]
 TABLE += [(name, "lr_lambda") for name in ("LambdaLR", "MultiplicativeLR")]
-TABLE += [("MultiStepLR", "milestones"), ("CyclicLR", "step_size_down"), ("CyclicLR", "scale_fn"), ("CyclicLR", "mode")]
+TABLE += [
+    ("MultiStepLR", "milestones"),
+    ("CyclicLR", "step_size_down"),
+    ("CyclicLR", "scale_fn"),
+    ("CyclicLR", "mode"),
+]
 TABLE += [("OneCycleLR", argument) for argument in ("total_steps", "anneal_strategy")]
 TABLE += [("SWALR", "anneal_strategy")]
 TABLE += [
     ("ReduceLROnPlateau", argument)
-    for argument in ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")
+    for argument in (
+        "mode",
+        "factor",
+        "patience",
+        "threshold",
+        "threshold_mode",
+        "cooldown",
+        "min_lr",
+        "eps",
+    )
 ]
 NONE_IS_VALID = {"step_size_down", "scale_fn", "total_steps"}
 
@@ -1166,7 +1340,15 @@ def call(library: Any, name: str, options: dict[str, Any]) -> torch.optim.Optimi
         getattr(library, name)(opt, **BASES.get(name, {}) | options)
     except Exception:
         if library is OURS:
-            assert repr([{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]) == before
+            assert (
+                repr(
+                    [
+                        {k: v for k, v in group.items() if k != "params"}
+                        for group in opt.param_groups
+                    ]
+                )
+                == before
+            )
         raise
     return opt
 
@@ -1175,7 +1357,9 @@ def call(library: Any, name: str, options: dict[str, Any]) -> torch.optim.Optimi
 @pytest.mark.parametrize(("name", "argument"), TABLE)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_is_not_a_number(name: str, argument: str, value: Any) -> None:
-    if (value is None and argument in NONE_IS_VALID) or (argument == "milestones" and isinstance(value, torch.Tensor)):
+    if (value is None and argument in NONE_IS_VALID) or (
+        argument == "milestones" and isinstance(value, torch.Tensor)
+    ):
         return
     try:
         call(TORCHS, name, {argument: value})
@@ -1195,7 +1379,15 @@ def test_what_is_not_a_number(name: str, argument: str, value: Any) -> None:
         assert caught.type is error, message
 
 
-GOOD: list[Any] = [np.float64(0.5), np.float32(0.5), np.int64(1), 1, True, torch.tensor(0.5), np.array(0.5)]
+GOOD: list[Any] = [
+    np.float64(0.5),
+    np.float32(0.5),
+    np.int64(1),
+    1,
+    True,
+    torch.tensor(0.5),
+    np.array(0.5),
+]
 
 
 @pytest.mark.parametrize("value", GOOD, ids=lambda value: f"{type(value).__name__} {value}")
@@ -1211,7 +1403,9 @@ def test_what_torch_takes_is_taken(name: str, argument: str, value: Any) -> None
     assert numbers(call(OURS, name, {argument: value})) == pytest.approx(numbers(theirs), rel=1e-6)
 
 
-@pytest.mark.parametrize("milestones", [(2, 4), np.array([2, 4]), iter([2, 4]), {2: 1, 4: 1}.keys(), [2.0, 4.0]])
+@pytest.mark.parametrize(
+    "milestones", [(2, 4), np.array([2, 4]), iter([2, 4]), {2: 1, 4: 1}.keys(), [2.0, 4.0]]
+)
 def test_milestones_of_all_kinds(milestones: Any) -> None:
     opt = make_optimizer(torch.optim, groups=1)
     scheduler = OURS.MultiStepLR(opt, milestones, 0.5)
@@ -1229,17 +1423,41 @@ def test_momentum_is_not_asked_for_where_it_is_not_moved() -> None:
 
 
 SEQUENCES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "milestones": (lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)] * 2, ["3"]), "milestones must be a list of steps"),
-    "no milestones": (lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], None), "milestones must be a list of steps"),
-    "number": (lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)] * 2, 3), "milestones must be a list of steps"),
-    "schedulers": (lambda m, o: m.SequentialLR(o, None, [3]), "schedulers must be a list of schedulers"),
-    "scheduler": (lambda m, o: m.SequentialLR(o, m.StepLR(o, 2), []), "schedulers must be a list of schedulers"),
-    "chain": (lambda m, o: m.ChainedScheduler(m.StepLR(o, 2)), "schedulers must be a list of schedulers"),
+    "milestones": (
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)] * 2, ["3"]),
+        "milestones must be a list of steps",
+    ),
+    "no milestones": (
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], None),
+        "milestones must be a list of steps",
+    ),
+    "number": (
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)] * 2, 3),
+        "milestones must be a list of steps",
+    ),
+    "schedulers": (
+        lambda m, o: m.SequentialLR(o, None, [3]),
+        "schedulers must be a list of schedulers",
+    ),
+    "scheduler": (
+        lambda m, o: m.SequentialLR(o, m.StepLR(o, 2), []),
+        "schedulers must be a list of schedulers",
+    ),
+    "chain": (
+        lambda m, o: m.ChainedScheduler(m.StepLR(o, 2)),
+        "schedulers must be a list of schedulers",
+    ),
     "no chain": (lambda m, o: m.ChainedScheduler(None), "schedulers must be a list of schedulers"),
     "member": (lambda m, o: m.ChainedScheduler(["a"]), "at index 0 is no scheduler"),
-    "last_epoch": (lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], [], "3"), "last_epoch must be a number"),
+    "last_epoch": (
+        lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], [], "3"),
+        "last_epoch must be a number",
+    ),
     "schedules": (lambda m, o: onepass.Scheduler(o, BAD[2]), "schedules must be a dict"),
-    "step": (lambda m, o: onepass.Scheduler(o, {"lr": waves}, BAD[1]), "last_epoch must be a number"),
+    "step": (
+        lambda m, o: onepass.Scheduler(o, {"lr": waves}, BAD[1]),
+        "last_epoch must be a number",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Random sequences of what a user may do between steps, on onepass and on torch.optim side by side."""
+"""Random sequences of what a user may do between steps, on onepass and on torch.optim side by
+side."""
 
 from __future__ import annotations
 
@@ -80,7 +81,10 @@ class Machine(RuleBasedStateMachine):
 
         self.both(odd)
 
-    @rule(i=INDEX, how=st.sampled_from(["clone", "view", "holes", "set_", "storage", "swap", "transposed"]))
+    @rule(
+        i=INDEX,
+        how=st.sampled_from(["clone", "view", "holes", "set_", "storage", "swap", "transposed"]),
+    )
     def move_data(self, i, how):
         def move(side):
             p = side.params[i]
@@ -104,7 +108,10 @@ class Machine(RuleBasedStateMachine):
 
         self.both(move)
 
-    @rule(i=INDEX, how=st.sampled_from(["clear", "pop", "scale", "copy", "data", "step number", "fill"]))
+    @rule(
+        i=INDEX,
+        how=st.sampled_from(["clear", "pop", "scale", "copy", "data", "step number", "fill"]),
+    )
     def change_state(self, i, how):
         def change(side):
             p = side.params[i]
@@ -155,11 +162,16 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def move_between_groups(self, data):
         groups = len(self.sides[0].opt.param_groups)
-        source, target = data.draw(st.integers(0, groups - 1)), data.draw(st.integers(0, groups - 1))
+        source, target = (
+            data.draw(st.integers(0, groups - 1)),
+            data.draw(st.integers(0, groups - 1)),
+        )
 
         def move(side):
             if len(side.opt.param_groups[source]["params"]) > 1:
-                side.opt.param_groups[target]["params"].append(side.opt.param_groups[source]["params"].pop())
+                side.opt.param_groups[target]["params"].append(
+                    side.opt.param_groups[source]["params"].pop()
+                )
 
         self.both(move)
 

@@ -1,4 +1,5 @@
-"""Sparse gradients: rows that have values step as dense ones do, bit for bit, and all others stay as they are."""
+"""Sparse gradients: rows that have values step as dense ones do, bit for bit, and all others stay
+as they are."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from onepass.kernel.cpu.launch import Kernel, Launch
 
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_adam": ("SparseAdam", {"lr": 0.05}),
-    "sparse_adam-maximize": ("SparseAdam", {"lr": 0.05, "betas": (0.6, 0.9), "eps": 1e-3, "maximize": True}),
+    "sparse_adam-maximize": (
+        "SparseAdam",
+        {"lr": 0.05, "betas": (0.6, 0.9), "eps": 1e-3, "maximize": True},
+    ),
     "sgd": ("SGD", {"lr": 0.1}),
     "sgd-maximize": ("SGD", {"lr": 0.1, "maximize": True}),
     "momentum": ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}),
@@ -29,7 +33,8 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BY_ROWS = ("sparse_adam", "sgd", "adagrad")
 EAGER = {"foreach": False, "fused": False}
-# (shape, sparse dimensions): a table, tables of two indices, rows of two dimensions, single elements.
+# (shape, sparse dimensions): a table, tables of two indices, rows of two dimensions, single
+# elements.
 SHAPES = [((30, 16), 1), ((6, 5, 12), 2), ((9, 3, 4), 1), ((7, 6), 2), ((40,), 1)]
 
 
@@ -49,17 +54,25 @@ def make(
     return opt
 
 
-def indices_in(shape: Sequence[int], k: int, n: int, random: torch.Generator | None = None) -> Tensor:
-    return torch.stack([torch.randint(0, max(size, 1), (n,), generator=random) for size in shape[:k]])
+def indices_in(
+    shape: Sequence[int], k: int, n: int, random: torch.Generator | None = None
+) -> Tensor:
+    return torch.stack(
+        [torch.randint(0, max(size, 1), (n,), generator=random) for size in shape[:k]]
+    )
 
 
 def coo(indices: Any, values: Tensor, shape: Sequence[int], claims: bool = False) -> Tensor:
     """A sparse tensor that nobody has looked at."""
     indices = torch.as_tensor(indices)
-    return torch.sparse_coo_tensor(indices, values, tuple(shape), check_invariants=False, is_coalesced=claims)
+    return torch.sparse_coo_tensor(
+        indices, values, tuple(shape), check_invariants=False, is_coalesced=claims
+    )
 
 
-def random_gradient(shape: Sequence[int], k: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_gradient(
+    shape: Sequence[int], k: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """n values at random indices, with repetitions."""
     random = torch.Generator().manual_seed(seed)
     indices = indices_in(shape, k, n, random)
@@ -115,7 +128,8 @@ def assert_same_state(mine: dict, yours: dict) -> None:
 
 @pytest.mark.parametrize("algorithm", ["sgd", "momentum", "adagrad"])
 def test_sparse_and_dense_steps_by_turns(algorithm):
-    """What torch's momentum cannot do, a sparse gradient after a dense one, is the dense step that it stands for."""
+    """What torch's momentum cannot do, a sparse gradient after a dense one, is the dense step that
+    it stands for."""
     ends = []
     for library in (onepass, torch.optim):
         torch.manual_seed(0)
@@ -134,7 +148,9 @@ def test_embeddings_are_trained_as_in_torch():
     ends = []
     for library in (onepass, torch.optim):
         torch.manual_seed(0)
-        model = nn.ModuleDict({"a": nn.Embedding(50, 8, sparse=True), "b": nn.EmbeddingBag(20, 8, sparse=True)})
+        model = nn.ModuleDict(
+            {"a": nn.Embedding(50, 8, sparse=True), "b": nn.EmbeddingBag(20, 8, sparse=True)}
+        )
         opt = library.SparseAdam(list(model.parameters()), lr=0.1)
         schedule = torch.optim.lr_scheduler.StepLR(opt, 3)
         for _ in range(8):
@@ -194,7 +210,9 @@ FORMATS = {
 LAYOUTS = {
     "contiguous": lambda t: t.clone(),
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "reversed": lambda t: t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1]),
+    "reversed": lambda t: (
+        t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+    ),
     "with holes": lambda t: torch.stack([t, t], -1)[..., 0],
     "in a wider table": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
     "offset": lambda t: torch.cat([t.new_zeros(3), t.reshape(-1)])[3:].view(t.shape),
@@ -208,7 +226,9 @@ def dense_class(algorithm: str) -> type:
     return type("Dense", (getattr(onepass, SPARSE[algorithm][0]),), {"gradients": "dense"})
 
 
-def fresh_state(algorithm: str, p: Tensor, dtype: torch.dtype, random: torch.Generator) -> dict[str, Any]:
+def fresh_state(
+    algorithm: str, p: Tensor, dtype: torch.dtype, random: torch.Generator
+) -> dict[str, Any]:
     """State as after seven steps, with special values."""
     names = {"sparse_adam": ("exp_avg", "exp_avg_sq"), "sgd": (), "adagrad": ("sum",)}[algorithm]
     state: dict[str, Any] = {}
@@ -220,8 +240,11 @@ def fresh_state(algorithm: str, p: Tensor, dtype: torch.dtype, random: torch.Gen
     return state
 
 
-def check_against_dense(algorithm: str, layout: str, g: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """One step on a sparse gradient, and the dense rule on the rows that it has; all bits compared."""
+def check_against_dense(
+    algorithm: str, layout: str, g: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """One step on a sparse gradient, and the dense rule on the rows that it has; all bits
+    compared."""
     random = torch.Generator().manual_seed(1)
     p_dtype, g_dtype, s_dtype = dtypes
     start = torch.randn(g.shape, generator=random)
@@ -231,7 +254,9 @@ def check_against_dense(algorithm: str, layout: str, g: Tensor, dtypes: Sequence
     p.grad = g = g.to(g_dtype)
     opt = make(algorithm, [p])
     state = fresh_state(algorithm, p, s_dtype, random)
-    opt.state[p] = {n: LAYOUTS[layout](s) if isinstance(s, Tensor) and s.dim() else s for n, s in state.items()}
+    opt.state[p] = {
+        n: LAYOUTS[layout](s) if isinstance(s, Tensor) and s.dim() else s for n, s in state.items()
+    }
     whole = g.coalesce()
     at = tuple(whole._indices())
     before = {"p": p.detach().clone(), **{n: s.clone() for n, s in state.items() if n != "step"}}
@@ -240,7 +265,9 @@ def check_against_dense(algorithm: str, layout: str, g: Tensor, dtypes: Sequence
     q.grad_dtype = g_dtype
     q.grad = whole._values().clone()
     dense = dense_class(algorithm)([q], **SPARSE[algorithm][1])
-    dense.state[q] = {n: s[at].clone() if n != "step" else torch.tensor(7.0) for n, s in state.items()}
+    dense.state[q] = {
+        n: s[at].clone() if n != "step" else torch.tensor(7.0) for n, s in state.items()
+    }
     opt.step()
     dense.step()
 
@@ -257,7 +284,9 @@ def check_against_dense(algorithm: str, layout: str, g: Tensor, dtypes: Sequence
 @pytest.mark.parametrize("algorithm", BY_ROWS)
 def test_rows_step_as_dense_ones_and_nothing_else_changes(algorithm, formats):
     for shape, k in SHAPES:
-        check_against_dense(algorithm, "contiguous", random_gradient(shape, k, 12), FORMATS[formats])
+        check_against_dense(
+            algorithm, "contiguous", random_gradient(shape, k, 12), FORMATS[formats]
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -271,7 +300,9 @@ def test_parameters_in_any_order_of_memory(algorithm, layout):
 def test_one_wide_row_and_many_narrow_ones(algorithm):
     """A row longer than what a thread takes at a time; more rows than one unit of work has."""
     for shape, n in (((3, 70_000), 2), ((5_000, 7), 4_000), ((1, 2_000), 3), ((9, 1), 20)):
-        check_against_dense(algorithm, "contiguous", random_gradient(shape, 1, n), FORMATS["float32"])
+        check_against_dense(
+            algorithm, "contiguous", random_gradient(shape, 1, n), FORMATS["float32"]
+        )
 
 
 def test_a_sum_over_repeated_indices_comes_first():
@@ -328,7 +359,9 @@ def test_the_eager_backend_agrees(algorithm):
         assert bool(opt._onepass.plan.eager) == eager
         ends.append(opt)
     ours, theirs = ends
-    torch.testing.assert_close(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], **CLOSE)
+    torch.testing.assert_close(
+        ours.param_groups[0]["params"], theirs.param_groups[0]["params"], **CLOSE
+    )
     assert_same_state(ours.state_dict()["state"], theirs.state_dict()["state"])
 
 
@@ -338,8 +371,16 @@ def test_the_eager_backend_agrees(algorithm):
 @pytest.mark.parametrize("eager", [False, True], ids=["kernel", "eager"])
 @pytest.mark.parametrize("algorithm", BY_ROWS)
 def test_odd_shapes(algorithm, eager):
-    """No rows, rows of no elements, no dimensions at all, no sparse ones, no dense ones, and no values."""
-    for shape, k, n in (((0, 4), 1, 0), ((3, 0), 1, 2), ((), 0, 1), ((4, 3), 0, 1), ((4, 3), 2, 9), ((4, 3), 1, 0)):
+    """No rows, rows of no elements, no dimensions at all, no sparse ones, no dense ones, and no
+    values."""
+    for shape, k, n in (
+        ((0, 4), 1, 0),
+        ((3, 0), 1, 2),
+        ((), 0, 1),
+        ((4, 3), 0, 1),
+        ((4, 3), 2, 9),
+        ((4, 3), 1, 0),
+    ):
         ends = []
         for library in (onepass, torch.optim):
             torch.manual_seed(0)
@@ -362,9 +403,15 @@ def test_odd_shapes(algorithm, eager):
 def test_all_parameters_of_all_groups_step_in_one_launch(monkeypatch):
     launches = []
     run = Launch.run
-    monkeypatch.setattr(Launch, "run", lambda self, threads: (launches.append(self), run(self, threads)))
+    monkeypatch.setattr(
+        Launch, "run", lambda self, threads: (launches.append(self), run(self, threads))
+    )
     tables = [nn.Parameter(torch.zeros(10, width)) for width in (4, 4, 8, 300)]
-    groups = [{"params": tables[:2], "lr": 1.0}, {"params": tables[2:3], "lr": 2.0}, {"params": tables[3:], "lr": 3.0}]
+    groups = [
+        {"params": tables[:2], "lr": 1.0},
+        {"params": tables[2:3], "lr": 2.0},
+        {"params": tables[3:], "lr": 3.0},
+    ]
     opt = onepass.SGD(groups)
     for i, p in enumerate(tables):
         p.grad = coo([[i, 9]], torch.ones(2, p.shape[1]), p.shape)
@@ -379,7 +426,9 @@ def test_all_parameters_of_all_groups_step_in_one_launch(monkeypatch):
 def test_launches_serve_steps_with_more_or_fewer_rows(monkeypatch):
     prepared = []
     prepare = Kernel.prepare
-    monkeypatch.setattr(Kernel, "prepare", lambda self, *a: (prepared.append(a), prepare(self, *a))[1])
+    monkeypatch.setattr(
+        Kernel, "prepare", lambda self, *a: (prepared.append(a), prepare(self, *a))[1]
+    )
     p, q = (nn.Parameter(torch.zeros(1_000, 8)) for _ in range(2))
     opts = onepass.SGD([p], lr=1.0), torch.optim.SGD([q], lr=1.0)
     for step in range(20):
@@ -478,7 +527,9 @@ def test_differentiating_through_a_sparse_step(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["sparse_adam", "adagrad", "momentum"])
-@pytest.mark.parametrize("order", [(onepass, torch.optim), (torch.optim, onepass)], ids=["to torch", "from torch"])
+@pytest.mark.parametrize(
+    "order", [(onepass, torch.optim), (torch.optim, onepass)], ids=["to torch", "from torch"]
+)
 def test_checkpoints_cross_over_in_the_middle_of_a_run(algorithm, order):
     def steps(opt: Any, p: Tensor, seeds: range) -> None:
         for seed in seeds:
@@ -574,7 +625,10 @@ def test_other_classes_say_what_to_use(name, eager):
     for group in opt.param_groups:
         group.update(EAGER if eager else {})
     p.grad, q.grad = torch.ones(4, 3), random_gradient((4, 3), 1, 2)
-    refuses(opt, rf"{name} does not support sparse gradients, .*SparseAdam.* SGD or Adagrad \(parameter 1\)")
+    refuses(
+        opt,
+        rf"{name} does not support sparse gradients, .*SparseAdam.* SGD or Adagrad \(parameter 1\)",
+    )
     assert not opt.state
     q.grad = torch.ones(4, 3)
     opt.step()
@@ -587,7 +641,10 @@ def test_sparse_adam_refuses_dense_gradients(eager):
     p = nn.Parameter(torch.ones(4, 3))
     opt = make("sparse_adam", [p], eager=eager)
     p.grad = torch.ones(4, 3)
-    words = "SparseAdam does not support dense gradients, please consider Adam instead.*sparse=True.*parameter 0"
+    words = (
+        "SparseAdam does not support dense gradients, please consider Adam "
+        "instead.*sparse=True.*parameter 0"
+    )
     refuses(opt, words)
     p.grad = random_gradient((4, 3), 1, 2)
     opt.step()
@@ -603,7 +660,9 @@ def test_weight_decay_and_sparse_gradients_exclude_each_other(algorithm, eager):
     p.grad = random_gradient((4, 3), 1, 2)
     opt.step()
     opt.param_groups[0]["weight_decay"] = 0.1
-    refuses(opt, "weight_decay option is not compatible with sparse gradients, got 0.1; set it to 0")
+    refuses(
+        opt, "weight_decay option is not compatible with sparse gradients, got 0.1; set it to 0"
+    )
     p.grad = torch.ones(4, 3)
     opt.step()
     opt.param_groups[0]["weight_decay"] = torch.tensor(0.0)
@@ -614,12 +673,16 @@ def test_weight_decay_and_sparse_gradients_exclude_each_other(algorithm, eager):
 def test_constructors_refuse_what_torchs_do():
     dense = nn.Parameter(torch.ones(4, 3))
     for library in (onepass, torch.optim):
-        for p, word in ((torch.eye(3).to_sparse().requires_grad_(), "parse"), (dense.cfloat().detach(), "omplex")):
+        for p, word in (
+            (torch.eye(3).to_sparse().requires_grad_(), "parse"),
+            (dense.cfloat().detach(), "omplex"),
+        ):
             with pytest.raises(ValueError, match=word):
                 library.SparseAdam([dense, p.requires_grad_()])
     opt = onepass.SparseAdam([dense])
     with pytest.raises(
-        ValueError, match=r"SparseAdam requires dense parameter tensors, and one of shape \(3, 3\) is sparse"
+        ValueError,
+        match=r"SparseAdam requires dense parameter tensors, and one of shape \(3, 3\) is sparse",
     ):
         opt.add_param_group({"params": [torch.eye(3).to_sparse().requires_grad_()]})
     assert len(opt.param_groups) == 1
@@ -636,7 +699,9 @@ def test_compressed_gradients_are_to_be_converted():
         csr = nn.Parameter(quietly(torch.eye(4, 3).to_sparse_csr))
         csr.grad = csr.detach().clone()
         opt.param_groups[0]["params"][0] = csr
-        with pytest.raises(RuntimeError, match=r"layout torch.sparse_csr; convert it with .to_sparse_coo\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"layout torch.sparse_csr; convert it with .to_sparse_coo\(\)"
+        ):
             opt.step()
     opt = onepass.AdamW([p])
     opt.param_groups[0]["params"][0] = csr
@@ -701,12 +766,16 @@ def test_a_rule_that_sees_the_whole_tensor_steps_on_filled_gradients(eager):
             group.update(EAGER if eager else {})
         p.grad = coo([[1, 2]], torch.tensor([[3.0, 0.0], [0.0, 4.0]]), (4, 2))
         if cls is Normed:
-            with pytest.raises(onepass.RuleError, match="cannot step the rows of a sparse gradient alone"):
+            with pytest.raises(
+                onepass.RuleError, match="cannot step the rows of a sparse gradient alone"
+            ):
                 opt.step()
             assert not p.any()
         else:
             opt.step()
-            torch.testing.assert_close(p.detach(), torch.tensor([[0, 0], [-0.6, 0], [0, -0.8], [0, 0]]))
+            torch.testing.assert_close(
+                p.detach(), torch.tensor([[0, 0], [-0.6, 0], [0, -0.8], [0, 0]])
+            )
 
 
 # Memory that is shared, gone, or not what it seems.
@@ -747,12 +816,16 @@ def test_parameters_that_share_rows_step_one_after_the_other():
 @pytest.mark.parametrize("first", ["rows", "whole"])
 @pytest.mark.parametrize("algorithm", ["SGD", "Adagrad"])
 def test_rows_of_memory_that_another_parameter_steps_whole(algorithm, first):
-    """Neither takes back what the other has done, in whatever order they and a third one are computed."""
+    """Neither takes back what the other has done, in whatever order they and a third one are
+    computed."""
     ends = []
     for library in (onepass, torch.optim):
         memory = torch.linspace(-1, 1, 90, dtype=torch.float64).view(10, 9)
         by_rows, whole = nn.Parameter(memory[:6]), nn.Parameter(memory[4:])
-        params = [nn.Parameter(torch.ones(3)), *([by_rows, whole] if first == "rows" else [whole, by_rows])]
+        params = [
+            nn.Parameter(torch.ones(3)),
+            *([by_rows, whole] if first == "rows" else [whole, by_rows]),
+        ]
         opt = getattr(library, algorithm)(params, lr=0.1)
         opt.param_groups[0].update(foreach=False, fused=False)
         for t in range(3):
@@ -766,11 +839,19 @@ def test_rows_of_memory_that_another_parameter_steps_whole(algorithm, first):
 
 def test_a_failing_step_leaves_no_trace():
     good, bad = nn.Parameter(torch.ones(5, 9)), nn.Parameter(torch.ones(5, 9))
-    for opt in (onepass.SparseAdam([good, bad]), onepass.SGD([good, bad], lr=0.1), onepass.Adagrad([good, bad])):
+    for opt in (
+        onepass.SparseAdam([good, bad]),
+        onepass.SGD([good, bad], lr=0.1),
+        onepass.Adagrad([good, bad]),
+    ):
         good.grad = random_gradient((5, 9), 1, 3)
         bad.grad = coo([[1, 5]], torch.ones(2, 9), (5, 9))
         had = bool(opt.state)
-        refuses(opt, "gradient of parameter 1 has the index 5 in dimension 0, where the parameter's size is 5")
+        refuses(
+            opt,
+            "gradient of parameter 1 has the index 5 in dimension 0, where the parameter's size is "
+            "5",
+        )
         assert bool(opt.state) == had
         bad.grad = random_gradient((5, 9), 1, 3)
         opt.step()
@@ -819,12 +900,21 @@ def started(algorithm: str, eager: bool = False) -> tuple[Any, Tensor]:
 
 
 def each_start() -> list[tuple[Any, Tensor]]:
-    return [started(algorithm, eager) for algorithm in (*BY_ROWS, "momentum") for eager in (False, True)]
+    return [
+        started(algorithm, eager) for algorithm in (*BY_ROWS, "momentum") for eager in (False, True)
+    ]
 
 
 def crash_indices_out_of_range():
     far = 1 << 40
-    cases = [([[20]], 0), ([[far]], 0), ([[-1]], 0), ([[-far]], 0), ([[3, 1 << 62]], 0), ([[3, 4, 3, -20]], 0)]
+    cases = [
+        ([[20]], 0),
+        ([[far]], 0),
+        ([[-1]], 0),
+        ([[-far]], 0),
+        ([[3, 1 << 62]], 0),
+        ([[3, 4, 3, -20]], 0),
+    ]
     for opt, p in each_start():
         for claims in (False, True):
             for indices, d in cases:
@@ -832,7 +922,8 @@ def crash_indices_out_of_range():
                 refuses(opt, f"index -?[0-9]+ in dimension {d}, where the parameter's size is 20")
         p.grad = coo([[3, 4], [8, 9]], torch.ones(2), (20, 9))
         refuses(opt, "index 9 in dimension 1, where the parameter's size is 9")
-        # In one dimension too far, and by as much too near in the other: together they point into the table.
+        # In one dimension too far, and by as much too near in the other: together they point into
+        # the table.
         p.grad = coo([[3, 4], [-9, 8]], torch.ones(2), (20, 9))
         refuses(opt, "index -9 in dimension 1")
         p.grad = random_gradient((20, 9), 1, 8)
@@ -892,16 +983,29 @@ def crash_parameter_changed():
 
 def crash_state_changed():
     """Swapped for what is smaller, of another type, freed, lazy, laid out otherwise, or gone."""
-    for algorithm, name in (("sparse_adam", "exp_avg"), ("adagrad", "sum"), ("momentum", "momentum_buffer")):
+    for algorithm, name in (
+        ("sparse_adam", "exp_avg"),
+        ("adagrad", "sum"),
+        ("momentum", "momentum_buffer"),
+    ):
         for eager in (False, True):
-            for wrong in (torch.ones(4, 9), torch.ones(20, 9, dtype=torch.int64), torch.eye(20, 9).to_sparse(), "text"):
+            for wrong in (
+                torch.ones(4, 9),
+                torch.ones(20, 9, dtype=torch.int64),
+                torch.eye(20, 9).to_sparse(),
+                "text",
+            ):
                 opt, p = started(algorithm, eager)
                 opt.state[p][name] = wrong
                 refuses(opt, name)
             opt, p = started(algorithm, eager)
             opt.state[p][name].untyped_storage().resize_(0)
             refuses(opt, f"{name}.* has lost its storage")
-            for other in (torch.ones(20, 9).double(), torch.ones(9, 20).t(), torch.ones(20, 18)[:, ::2]):
+            for other in (
+                torch.ones(20, 9).double(),
+                torch.ones(9, 20).t(),
+                torch.ones(20, 18)[:, ::2],
+            ):
                 opt, p = started(algorithm, eager)
                 opt.state[p][name] = other
                 opt.step()
@@ -957,7 +1061,8 @@ def crash_lazy_columns():
 
 
 def crash_many_gradients_of_changing_size():
-    """Launches are laid out for more rows than there are: what is beyond must not be anybody's memory."""
+    """Launches are laid out for more rows than there are: what is beyond must not be anybody's
+    memory."""
     tables = [nn.Parameter(torch.zeros(500, width)) for width in (1, 7, 64, 1500)]
     guards = [p.detach().clone() for p in tables]
     opt = onepass.SGD(tables, lr=1.0)

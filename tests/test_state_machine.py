@@ -1,4 +1,5 @@
-"""Random actions on every optimizer, each step against float64; see `state_machine.py` and `actions.py`."""
+"""Random actions on every optimizer, each step against float64; see `state_machine.py` and
+`actions.py`."""
 
 from __future__ import annotations
 
@@ -68,7 +69,9 @@ def test_a_seed_makes_one_run(algorithm: str) -> None:
         machine.run(8)
     assert runs[0].log == runs[1].log
     for p, q in zip(runs[0].params, runs[1].params, strict=True):
-        assert torch.equal(torch.nan_to_num(p.detach().resolve_neg()), torch.nan_to_num(q.detach().resolve_neg()))
+        assert torch.equal(
+            torch.nan_to_num(p.detach().resolve_neg()), torch.nan_to_num(q.detach().resolve_neg())
+        )
 
 
 # What the machine must notice.
@@ -146,7 +149,9 @@ def test_notices_an_update_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("what", ["parameter", "state", "version", "option"])
-def test_notices_a_failing_step_that_leaves_a_trace(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notices_a_failing_step_that_leaves_a_trace(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = optimizer._make_ready
 
     def make_ready(self: Any, *arguments: Any) -> Any:
@@ -187,7 +192,8 @@ def test_notices_a_half_applied_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_notices_updates_that_are_lost_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nobody looked who shares memory: copies of the same memory are written back one after the other."""
+    """As if nobody looked who shares memory: copies of the same memory are written back one after
+    the other."""
     monkeypatch.setattr("onepass.stepping.plan.find_shared", lambda *_: ())
     monkeypatch.setattr("onepass.stepping.plan.Plan._is_shared_as_before", lambda self: True)
 

@@ -1,4 +1,5 @@
-"""What `import onepass as optim` offers: torch.optim's names, signatures, attributes, errors, and no warnings."""
+"""What `import onepass as optim` offers: torch.optim's names, signatures, attributes, errors, and
+no warnings."""
 
 from __future__ import annotations
 
@@ -18,12 +19,17 @@ import pytest
 import torch
 from sides import CLOSE
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import onepass
 
 TORCH = {name: getattr(torch.optim, name) for name in torch.optim.__all__}
-CLASSES = sorted(name for name, value in TORCH.items() if inspect.isclass(value) and name != "Optimizer")
+CLASSES = sorted(
+    name for name, value in TORCH.items() if inspect.isclass(value) and name != "Optimizer"
+)
 EACH = pytest.mark.parametrize("name", CLASSES)
 BOTH = (onepass, torch.optim)
 # Arguments that torch does not have.
@@ -60,7 +66,10 @@ def test_star_import() -> None:
 def test_nothing_of_torch_that_is_imported_from_a_submodule_is_missing() -> None:
     """`from torch.optim.lr_scheduler import StepLR` and the like."""
     for module in ("lr_scheduler", "swa_utils"):
-        ours, theirs = importlib.import_module(f"onepass.{module}"), importlib.import_module(f"torch.optim.{module}")
+        ours, theirs = (
+            importlib.import_module(f"onepass.{module}"),
+            importlib.import_module(f"torch.optim.{module}"),
+        )
         assert getattr(onepass, module) is ours
         assert set(ours.__all__) == set(theirs.__all__)
         for name in theirs.__all__:
@@ -68,7 +77,9 @@ def test_nothing_of_torch_that_is_imported_from_a_submodule_is_missing() -> None
             assert mine is not other
             assert issubclass(mine, other) if isinstance(other, type) else callable(mine)
             there, here = (inspect.signature(f).parameters.values() for f in (other, mine))
-            assert [(p.name, p.default, p.kind) for p in here] == [(p.name, p.default, p.kind) for p in there], name
+            assert [(p.name, p.default, p.kind) for p in here] == [
+                (p.name, p.default, p.kind) for p in there
+            ], name
 
 
 @EACH
@@ -84,7 +95,9 @@ def test_classes_inherit_as_torchs_do(name: str) -> None:
     assert issubclass(cls, onepass.Optimizer)
     assert issubclass(cls, torch.optim.Optimizer)
     for other in CLASSES:
-        assert issubclass(cls, getattr(onepass, other)) == issubclass(TORCH[name], TORCH[other]), other
+        assert issubclass(cls, getattr(onepass, other)) == issubclass(TORCH[name], TORCH[other]), (
+            other
+        )
 
 
 # Signatures and attributes.
@@ -92,7 +105,8 @@ def test_classes_inherit_as_torchs_do(name: str) -> None:
 
 @EACH
 def test_signature(name: str) -> None:
-    """torch's arguments: names, kinds, order and defaults. Further ones come last, by keyword alone."""
+    """torch's arguments: names, kinds, order and defaults. Further ones come last, by keyword
+    alone."""
     ours, theirs = parameters_of(getattr(onepass, name)), parameters_of(TORCH[name])
     assert ours[: len(theirs)] == theirs
     further = ours[len(theirs) :]
@@ -111,7 +125,8 @@ def test_public_attributes(name: str) -> None:
             pairs = zip(parameters_of(getattr(cls, attribute)), parameters_of(theirs), strict=True)
             for (mine, kind, default), (yours, expected, theirs_default) in pairs:
                 assert (mine, kind) == (yours, expected), attribute
-                # What torch demands may have a default here, so that its absence is told in a sentence.
+                # What torch demands may have a default here, so that its absence is told in a
+                # sentence.
                 assert theirs_default in (default, inspect.Parameter.empty), attribute
 
 
@@ -127,7 +142,9 @@ def parameter(*shape: int) -> nn.Parameter:
 def test_instances_have_torchs_attributes_and_groups(name: str) -> None:
     ours, theirs = (make(library, name, [parameter()]) for library in BOTH)
     assert {a for a in vars(theirs) if not a.startswith("_")} <= set(vars(ours))
-    further = {n for n, _, _ in parameters_of(getattr(onepass, name))} - {n for n, _, _ in parameters_of(TORCH[name])}
+    further = {n for n, _, _ in parameters_of(getattr(onepass, name))} - {
+        n for n, _, _ in parameters_of(TORCH[name])
+    }
     assert {k: v for k, v in ours.defaults.items() if k not in further} == theirs.defaults
     mine, yours = (list(opt.param_groups[0]) for opt in (ours, theirs))
     assert [key for key in mine if key not in further] == yours
@@ -199,14 +216,30 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     *[
         (name, {"betas": betas})
         for name in WITH_BETAS
-        for betas in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, -0.1), (0.9, NAN), (NAN, 0.9), ("a", 0.9), None)
+        for betas in (
+            (1.0, 0.9),
+            (0.9, 1.0),
+            (-0.1, 0.9),
+            (0.9, -0.1),
+            (0.9, NAN),
+            (NAN, 0.9),
+            ("a", 0.9),
+            None,
+        )
     ],
-    *[(name, {"fused": True, other: True}) for name in WITH_FUSED for other in ("foreach", "differentiable")],
+    *[
+        (name, {"fused": True, other: True})
+        for name in WITH_FUSED
+        for other in ("foreach", "differentiable")
+    ],
     *[(name, {"learning_rate": 0.1}) for name in NON_NEGATIVE],
     ("SGD", {"nesterov": True}),
     ("SGD", {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
     ("Adadelta", {"rho": 1.1}),
-    *[("Rprop", {"etas": etas}) for etas in ((0.0, 1.2), (-0.5, 1.2), (1.0, 1.2), (0.5, 1.0), (0.5, 0.9), (NAN, 1.2))],
+    *[
+        ("Rprop", {"etas": etas})
+        for etas in ((0.0, 1.2), (-0.5, 1.2), (1.0, 1.2), (0.5, 1.0), (0.5, 0.9), (NAN, 1.2))
+    ],
     ("SparseAdam", {"lr": 0.0}),
     ("SparseAdam", {"eps": 0.0}),
     ("Adafactor", {"d": 0.5}),
@@ -218,7 +251,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 
 
 def label(x: Any) -> str:
-    return ",".join(f"{k}={v}" for k, v in x.items()).replace("\n", "") if isinstance(x, dict) else str(x)
+    return (
+        ",".join(f"{k}={v}" for k, v in x.items()).replace("\n", "")
+        if isinstance(x, dict)
+        else str(x)
+    )
 
 
 @pytest.mark.parametrize(("name", "bad"), BAD, ids=label)
@@ -231,7 +268,8 @@ def test_errors_are_of_the_types_that_torch_raises(name: str, bad: dict[str, Any
     assert issubclass(*kinds), kinds
 
 
-# At the edge of what makes sense, and beyond: torch accepts them, and what they compute is checked against it.
+# At the edge of what makes sense, and beyond: torch accepts them, and what they compute is checked
+# against it.
 EDGES: list[tuple[str, dict[str, Any]]] = [
     *[(name, {"lr": 0.0}) for name in NON_NEGATIVE if name != "SparseAdam"],
     *[(name, {"lr": torch.tensor(0.1)}) for name in NON_NEGATIVE],
@@ -265,7 +303,8 @@ EDGES: list[tuple[str, dict[str, Any]]] = [
 
 
 def drive(opt: Any, params: Sequence[Tensor], steps: int = 3, seed: int = 1) -> list[Tensor]:
-    """Steps with random gradients: sparse ones where only those will do, those of a loss where the loss is needed."""
+    """Steps with random gradients: sparse ones where only those will do, those of a loss where the
+    loss is needed."""
     name = type(opt).__name__
     for k in range(steps):
         random = torch.Generator().manual_seed(100 * seed + k)
@@ -310,7 +349,9 @@ def test_a_closure_that_is_needed() -> None:
             make(library, "LBFGS", [parameter()]).step()
 
 
-@pytest.mark.skipif("swap_in_optimizer_params_and_state" not in TORCH, reason="this torch does not have it")
+@pytest.mark.skipif(
+    "swap_in_optimizer_params_and_state" not in TORCH, reason="this torch does not have it"
+)
 @pytest.mark.parametrize(
     "name", ["AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop"]
 )
@@ -328,7 +369,9 @@ def test_steps_on_other_parameters_and_state(name: str) -> None:
         with library.swap_in_optimizer_params_and_state(opt, others, state_dict):
             drive(opt, list(others.values()), 2, seed=2)
         ends.append(([p.detach() for p in others.values()], state_dict["state"]))
-        torch.testing.assert_close(([p.detach() for p in params], opt.state_dict()["state"]), own, rtol=0, atol=0)
+        torch.testing.assert_close(
+            ([p.detach() for p in params], opt.state_dict()["state"]), own, rtol=0, atol=0
+        )
         drive(opt, params, 1)
     torch.testing.assert_close(*ends, **CLOSE)
 
@@ -344,9 +387,15 @@ def test_global_and_own_step_hooks(name: str) -> None:
         opt = make(library, name, params)
         handles = [
             register_optimizer_step_pre_hook(lambda o, a, k, seen=seen: seen.append("global pre")),
-            register_optimizer_step_post_hook(lambda o, a, k, seen=seen: seen.append("global post")),
-            opt.register_step_pre_hook(lambda o, a, k, seen=seen, opt=opt: seen.append(f"pre {o is opt}")),
-            opt.register_step_post_hook(lambda o, a, k, seen=seen, opt=opt: seen.append(f"post {o is opt}")),
+            register_optimizer_step_post_hook(
+                lambda o, a, k, seen=seen: seen.append("global post")
+            ),
+            opt.register_step_pre_hook(
+                lambda o, a, k, seen=seen, opt=opt: seen.append(f"pre {o is opt}")
+            ),
+            opt.register_step_post_hook(
+                lambda o, a, k, seen=seen, opt=opt: seen.append(f"post {o is opt}")
+            ),
         ]
         try:
             drive(opt, params, 1)
@@ -379,12 +428,15 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "vector": lambda: torch.randn(7),
     "transposed": lambda: torch.randn(5, 4).t(),
     "channels_last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-    "channels_last_3d": lambda: torch.randn(2, 3, 2, 2, 3).contiguous(memory_format=torch.channels_last_3d),
+    "channels_last_3d": lambda: torch.randn(2, 3, 2, 2, 3).contiguous(
+        memory_format=torch.channels_last_3d
+    ),
     "permuted": lambda: torch.randn(2, 3, 4).permute(2, 0, 1),
     "offset": lambda: torch.randn(20)[3:15].view(4, 3),
 }
 MATRICES = ("matrix", "no elements", "transposed", "offset")
-# torch's own flatten gradients by `view`, or lay out sparse ones anew, and refuse what is not contiguous.
+# torch's own flatten gradients by `view`, or lay out sparse ones anew, and refuse what is not
+# contiguous.
 CONTIGUOUS_IN_TORCH = ("LBFGS", "SparseAdam")
 
 
@@ -402,18 +454,28 @@ def test_layouts_step_as_in_torch(name: str, layout: str) -> None:
         if library is torch.optim and name in CONTIGUOUS_IN_TORCH:
             start = start.contiguous()
         if name == "LBFGS":
-            # It divides by differences of gradients: sums that add in another order soon lead elsewhere.
+            # It divides by differences of gradients: sums that add in another order soon lead
+            # elsewhere.
             start = start.double()
         p = nn.Parameter(start)
         opt = make(library, name, [p])
         after = drive(opt, [p])
         assert p.stride() == start.stride()
-        ends.append((after, {k: v for e in opt.state.values() for k, v in e.items() if isinstance(v, Tensor)}))
+        ends.append(
+            (
+                after,
+                {k: v for e in opt.state.values() for k, v in e.items() if isinstance(v, Tensor)},
+            )
+        )
     (ours, mine), (theirs, yours) = ends
     torch.testing.assert_close(ours, theirs, **CLOSE)
     assert set(mine) == set(yours)
     for key, value in yours.items():
-        assert (mine[key].dtype, mine[key].shape, mine[key].device) == (value.dtype, value.shape, value.device), key
+        assert (mine[key].dtype, mine[key].shape, mine[key].device) == (
+            value.dtype,
+            value.shape,
+            value.device,
+        ), key
         torch.testing.assert_close(mine[key], value, msg=lambda m, key=key: f"{key}: {m}", **CLOSE)
 
 
@@ -422,12 +484,26 @@ def test_layouts_step_as_in_torch(name: str, layout: str) -> None:
 
 def choices(name: str) -> list[dict[str, Any]]:
     """Each option of a class that is a flag, on and off, and all of its own flags at once."""
-    defaults = {n: default for n, _, default in parameters_of(getattr(onepass, name)) if n != "params"}
-    flags = [n for n, default in defaults.items() if isinstance(default, bool) or n in ("foreach", "fused")]
+    defaults = {
+        n: default for n, _, default in parameters_of(getattr(onepass, name)) if n != "params"
+    }
+    flags = [
+        n
+        for n, default in defaults.items()
+        if isinstance(default, bool) or n in ("foreach", "fused")
+    ]
     needs = {"nesterov": {"momentum": 0.9}, "differentiable": {}}
     single = [{flag: value, **needs.get(flag, {})} for flag in flags for value in (True, False)]
-    own = [flag for flag in flags if flag not in ("foreach", "fused", "differentiable", "capturable", "nesterov")]
-    return [{}, *({k: v for k, v in one.items() if k in defaults} for one in single), dict.fromkeys(own, True)]
+    own = [
+        flag
+        for flag in flags
+        if flag not in ("foreach", "fused", "differentiable", "capturable", "nesterov")
+    ]
+    return [
+        {},
+        *({k: v for k, v in one.items() if k in defaults} for one in single),
+        dict.fromkeys(own, True),
+    ]
 
 
 @EACH
@@ -437,7 +513,9 @@ def test_no_option_of_any_class_warns(name: str) -> None:
         for options in choices(name):
             leaves = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2, 5))]
             # What is differentiated through must not be a leaf.
-            params: list[Any] = [p.clone() for p in leaves] if options.get("differentiable") else leaves
+            params: list[Any] = (
+                [p.clone() for p in leaves] if options.get("differentiable") else leaves
+            )
             opt = make(onepass, name, params, **options)
             for p in params:
                 p.retain_grad()
@@ -447,9 +525,12 @@ def test_no_option_of_any_class_warns(name: str) -> None:
 
 @EACH
 def test_no_deprecated_name_is_used(name: str) -> None:
-    """torch deprecates by typing.deprecated, which warns when called: nothing here calls such a function."""
+    """torch deprecates by typing.deprecated, which warns when called: nothing here calls such a
+    function."""
     cls = getattr(onepass, name)
-    deprecated = {n for n, f in inspect.getmembers(torch.optim.Optimizer) if hasattr(f, "__deprecated__")}
+    deprecated = {
+        n for n, f in inspect.getmembers(torch.optim.Optimizer) if hasattr(f, "__deprecated__")
+    }
     for base in cls.__mro__:
         if base.__module__.startswith("onepass"):
             functions = [f for f in vars(base).values() if isinstance(f, types.FunctionType)]
@@ -464,7 +545,13 @@ def test_what_messages_recommend_is_there() -> None:
     """Every `onepass.name` in the package's texts."""
     folder = Path(onepass.__file__).parent
     names = {
-        name for file in folder.rglob("*.py") for name in re.findall(r"\bonepass\.([a-z_]\w*)\b", file.read_text())
+        name
+        for file in folder.rglob("*.py")
+        for name in re.findall(r"\bonepass\.([a-z_]\w*)\b", file.read_text())
     }
-    missing = [n for n in names if not hasattr(onepass, n) and importlib.util.find_spec(f"onepass.{n}") is None]
+    missing = [
+        n
+        for n in names
+        if not hasattr(onepass, n) and importlib.util.find_spec(f"onepass.{n}") is None
+    ]
     assert not missing

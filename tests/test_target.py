@@ -1,4 +1,5 @@
-"""What kernels become on GPUs, compiled without one: wide accesses, exact arithmetic, nothing spilled, long offsets.
+"""What kernels become on GPUs, compiled without one: wide accesses, exact arithmetic, nothing
+spilled, long offsets.
 
 The compiler runs in processes of its own, where no variable tells Triton to interpret kernels.
 """
@@ -30,9 +31,17 @@ from onepass.kernel.graph.ir import Rank
 from onepass.kernel.graph.passes import ITEMSIZE, Program
 from onepass.kernel.graph.trace import bind
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-# The rules of other shapes than one pass over elements; of Adafactor, two programs: a matrix's and a vector's.
-FURTHER = [("Adafactor", {}, (4, 4)), ("Adafactor", {}, (4,)), ("Muon", {}, (4, 4)), ("SparseAdam", {}, (4,))]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+# The rules of other shapes than one pass over elements; of Adafactor, two programs: a matrix's and
+# a vector's.
+FURTHER = [
+    ("Adafactor", {}, (4, 4)),
+    ("Adafactor", {}, (4,)),
+    ("Muon", {}, (4, 4)),
+    ("SparseAdam", {}, (4,)),
+]
 STATE = {"bfloat16": "float32", "float16": "float32", "float32": "float32", "float64": "float64"}
 
 COMPILE = """
@@ -46,11 +55,14 @@ with open(sys.argv[1], "wb") as file:
 
 
 def run(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a new interpreter, where Triton compiles unless the environment given says otherwise."""
+    """Run a script in a new interpreter, where Triton compiles unless the environment given says
+    otherwise."""
     known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     known |= {"PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-W", "error", "-c", text, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=known, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=known, timeout=300, check=False
+    )
 
 
 def compiled(sources: Sequence[Source], target: str, folder: Path) -> list[list[Compiled]]:
@@ -62,8 +74,11 @@ def compiled(sources: Sequence[Source], target: str, folder: Path) -> list[list[
     return pickle.loads(file.read_bytes())
 
 
-def program_of(name: str, options: Mapping[str, object], shape: tuple[int, ...], p: str, state: str) -> Program:
-    """The program that steps a parameter of this shape, stored as `p` with its gradient, its state as `state`."""
+def program_of(
+    name: str, options: Mapping[str, object], shape: tuple[int, ...], p: str, state: str
+) -> Program:
+    """The program that steps a parameter of this shape, stored as `p` with its gradient, its state
+    as `state`."""
     graph = graph_of(getattr(onepass, name)([torch.zeros(shape, requires_grad=True)], **options))
     return bind(graph, (("g", p), ("p", p), *((column, state) for column in graph.state)))
 
@@ -88,9 +103,14 @@ def complaints(program: Program, kernels: Iterable[Compiled], source: Source) ->
         code, name = one.listing, one.function.name
         if one.spill_stores or one.spill_loads or one.stack or code.local:
             found.append(f"{name} spills")
-        # A power in float64 is made of fused operations in every library; it is a uniform value, computed once a step.
+        # A power in float64 is made of fused operations in every library; it is a uniform value,
+        # computed once a step.
         if not (name.startswith("uniforms") and "power(" in body_of(source, name)):
-            counts = {"fuses": code.fused, "approximates": code.approximate, "flushes": code.flushing}
+            counts = {
+                "fuses": code.fused,
+                "approximates": code.approximate,
+                "flushes": code.flushing,
+            }
             found += [f"{name} {what}" for what, count in counts.items() if count]
         if one.target.startswith("sm_") and walk:
             found += [f"{name}: {line}" for line in narrow_accesses(program, int(walk[1]), one)]
@@ -104,13 +124,20 @@ def body_of(source: Source, name: str) -> str:
 
 
 def narrow_accesses(program: Program, k: int, one: Compiled) -> list[str]:
-    """Which accesses of whole blocks are narrower than a thread's elements allow, and which masked ones are wider."""
+    """Which accesses of whole blocks are narrower than a thread's elements allow, and which masked
+    ones are wider."""
     walk = program.passes[k]
-    columns = {"loads": [n for n in walk.loads if n.rank == walk.domain], "stores": [n for _, n in walk.stores]}
+    columns = {
+        "loads": [n for n in walk.loads if n.rank == walk.domain],
+        "stores": [n for _, n in walk.stores],
+    }
     largest = max(ITEMSIZE.get(n.type, 4) for n in (*walk.loads, *columns["stores"], *walk.roots))
     reduces = bool(walk.reductions or walk.sums)
     found = []
-    for which, masked in (("loads", one.listing.masked_loads), ("stores", one.listing.masked_stores)):
+    for which, masked in (
+        ("loads", one.listing.masked_loads),
+        ("stores", one.listing.masked_stores),
+    ):
         # Sums are float64, whatever is summed up.
         if any(bits > (64 if reduces else 8 * largest) for bits in masked):
             found.append(f"masked {which} of {masked}")
@@ -127,16 +154,19 @@ def narrow_accesses(program: Program, k: int, one: Compiled) -> list[str]:
         assert all(bits >= 64 for bits in wanted)
         for bits, count in wanted.items():
             # 64 bits are also an address's or a size's.
-            if accesses.get(bits, 0) < count or (bits == 128 and accesses[bits] != count and not reduces):
+            if accesses.get(bits, 0) < count or (
+                bits == 128 and accesses[bits] != count and not reduces
+            ):
                 found.append(f"{which} of {accesses}, not {wanted}")
     return found
 
 
 def short_offsets(ttir: str) -> list[str]:
-    """Operations in 32 bits that could wrap, on the way to a column's addresses or to a comparison for a mask.
+    """Operations in 32 bits that could wrap, on the way to a column's addresses or to a comparison
+    for a mask.
 
-    What only depends on constants is bounded, a loop over a bounded range too, and a minimum with a constant. What
-    columns hold is data: a format may compute with it in 32 bits.
+    What only depends on constants is bounded, a loop over a bounded range too, and a minimum with a
+    constant. What columns hold is data: a format may compute with it in 32 bits.
     """
     bounded, short, columns, data, found = set(), set(), set(), set(), []
     for line in ttir.splitlines():
@@ -151,7 +181,9 @@ def short_offsets(ttir: str) -> list[str]:
         for known in (bounded, short, columns, data):
             known.discard(name)
         is_constant = set(operands) <= bounded and op != "tt.get_program_id"
-        if (op == "tt.load" and operands[0] in columns) or (op != "tt.addptr" and set(operands) & data):
+        if (op == "tt.load" and operands[0] in columns) or (
+            op != "tt.addptr" and set(operands) & data
+        ):
             data.add(name)
         elif is_constant or (op == "arith.minsi" and set(operands) & bounded):
             bounded.add(name)
@@ -164,7 +196,8 @@ def short_offsets(ttir: str) -> list[str]:
         elif op in ("tt.splat", "tt.broadcast", "tt.expand_dims") and operands[0] in columns:
             columns.add(name)
         elif op == "arith.trunci" or (
-            op in ("arith.muli", "arith.addi", "arith.subi", "arith.shli") and re.search(r"i32>?$", rest)
+            op in ("arith.muli", "arith.addi", "arith.subi", "arith.shli")
+            and re.search(r"i32>?$", rest)
         ):
             short.add(name)
         elif op == "arith.cmpi":
@@ -190,11 +223,19 @@ def short_offsets(ttir: str) -> list[str]:
         pytest.param("sm_100", "float32", (), marks=pytest.mark.slow),
         pytest.param("sm_120", "float32", (), marks=pytest.mark.slow),
     ],
-    ids=lambda value: "all" if value == () else "-".join(value) if isinstance(value, tuple) else value,
+    ids=lambda value: (
+        "all" if value == () else "-".join(value) if isinstance(value, tuple) else value
+    ),
 )
-def test_every_program_is_as_it_should_be(target: str, p: str, names: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_program_is_as_it_should_be(
+    target: str, p: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
     """With state as wide as arithmetic, and stored as the parameters are."""
-    found = {f"{title}, {state}": one for state in {STATE[p], p} for title, one in programs(p, state, names).items()}
+    found = {
+        f"{title}, {state}": one
+        for state in {STATE[p], p}
+        for title, one in programs(p, state, names).items()
+    }
     sources = {title: lower(one) for title, one in found.items()}
     kernels = dict(zip(found, compiled(list(sources.values()), target, tmp_path), strict=True))
     wrong = {title: complaints(found[title], kernels[title], sources[title]) for title in found}
@@ -204,23 +245,36 @@ def test_every_program_is_as_it_should_be(target: str, p: str, names: tuple[str,
 
 @needs_triton
 def test_numbers_that_lie_on_the_device(tmp_path: Path) -> None:
-    """Steps and products of momenta are read and written there, the rates that follow from them computed, and a guard
-    is asked first whether there is a step at all."""
-    cases = [("AdamW", ("step",)), ("NAdam", ("step", "mu_product")), ("ASGD", ("step", "eta", "mu"))]
+    """Steps and products of momenta are read and written there, the rates that follow from them
+    computed, and a guard is asked first whether there is a step at all."""
+    cases = [
+        ("AdamW", ("step",)),
+        ("NAdam", ("step", "mu_product")),
+        ("ASGD", ("step", "eta", "mu")),
+    ]
     found = [program_of(name, {}, (4,), "float32", "float32") for name, _ in cases]
-    sources = [guarded(lower(program, numbers)) for program, (_, numbers) in zip(found, cases, strict=True)]
-    for program, source, kernels in zip(found, sources, compiled(sources, "sm_90", tmp_path), strict=True):
+    sources = [
+        guarded(lower(program, numbers)) for program, (_, numbers) in zip(found, cases, strict=True)
+    ]
+    for program, source, kernels in zip(
+        found, sources, compiled(sources, "sm_90", tmp_path), strict=True
+    ):
         assert [one.function.name for one in kernels] == ["uniforms_0", "pass_0"]
         assert complaints(program, kernels, source) == []
 
 
 def guarded(source: Source) -> Source:
-    on = tuple(replace(f, constants=(("GUARDED", True), *f.constants[1:])) for f in source.functions)
+    on = tuple(
+        replace(f, constants=(("GUARDED", True), *f.constants[1:])) for f in source.functions
+    )
     return Source(source.text, on)
 
 
 PRODUCT_AND_SUM = r"(t\d+) = (u\d+) \* (t\d+)\n    (t\d+) = (t\d+) \+ \1\n"
-FLUSHING = r'tl.inline_asm_elementwise("sqrt.rn.ftz.f32 $0, $1;", "=f,f", [\1], dtype=tl.float32, is_pure=True, pack=1)'
+FLUSHING = (
+    r'tl.inline_asm_elementwise("sqrt.rn.ftz.f32 $0, $1;", "=f,f", [\1], '
+    "dtype=tl.float32, is_pure=True, pack=1)"
+)
 
 
 def mutants() -> Iterator[tuple[str, Program, Source, str]]:
@@ -235,7 +289,11 @@ def mutants() -> Iterator[tuple[str, Program, Source, str]]:
         ("approximate division", [(r"tl\.div_rn\((\w+), (\w+)\)", r"\1 / \2")], "approximates"),
         ("approximate root", [(r"tl\.sqrt_rn\(", "tl.sqrt(")], "approximates"),
         ("flushing root", [(r"tl\.sqrt_rn\((\w+)\)", FLUSHING)], "flushes"),
-        ("short", [(r"block\.to\(tl\.int64\) \* BLOCK", "(block * BLOCK).to(tl.int64)")], "short offset"),
+        (
+            "short",
+            [(r"block\.to\(tl\.int64\) \* BLOCK", "(block * BLOCK).to(tl.int64)")],
+            "short offset",
+        ),
     ]
     for title, changes, complaint in rows:
         text = source.text
@@ -243,7 +301,9 @@ def mutants() -> Iterator[tuple[str, Program, Source, str]]:
             text, count = re.subn(pattern, new, text)
             assert count, (title, pattern)
         yield title, program, Source(text, source.functions), complaint
-    large = tuple(replace(f, constants=(("GUARDED", False), ("BLOCK", 16384))) for f in source.functions)
+    large = tuple(
+        replace(f, constants=(("GUARDED", False), ("BLOCK", 16384))) for f in source.functions
+    )
     yield "large blocks", program, Source(source.text, large), "spills"
     program = program_of("Adafactor", {}, (4, 4), "float32", "float32")
     source = lower(program)
@@ -275,7 +335,9 @@ def test_command_line() -> None:
     assert "def pass_0(addresses, " in done.stdout
     assert re.search(r"Compiled for sm_90 by Triton \d+\.\d+\.\d+, without a device\n", done.stdout)
     assert re.search(r"\n    pass_0: with \d+ registers \d+ of 64 warps run at once\n", done.stdout)
-    assert re.search(r"blocks: \d+\.\d instructions an element, 4 elements a thread, loads 5x128 ", done.stdout)
+    assert re.search(
+        r"blocks: \d+\.\d instructions an element, 4 elements a thread, loads 5x128 ", done.stdout
+    )
     assert "ps for 36 bytes at 4.3 TB/s, at least " in done.stdout
     assert re.search(r"\n        the limit is memory, \d+\.\d times the other\n$", done.stdout)
 
@@ -296,7 +358,8 @@ def test_targets_without_an_estimate() -> None:
 @needs_triton
 def test_without_a_disassembler_one_line_says_so() -> None:
     done = run(
-        f"from triton import knobs\nvars(type(knobs.nvidia))['nvdisasm'].default_path = '/nowhere'\n{SHOW}",
+        "from triton import knobs\nvars(type(knobs.nvidia))['nvdisasm'].default_path = "
+        f"'/nowhere'\n{SHOW}",
         "explain",
         "sgd",
         "--target",
@@ -305,7 +368,11 @@ def test_without_a_disassembler_one_line_says_so() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert "registers" in lines[-2]
-    assert lines[-1].strip().startswith("instructions are not counted: this installation of Triton has no nvdisasm")
+    assert (
+        lines[-1]
+        .strip()
+        .startswith("instructions are not counted: this installation of Triton has no nvdisasm")
+    )
 
 
 @needs_triton
@@ -326,5 +393,7 @@ def test_unknown_targets_are_one_sentence(capsys: pytest.CaptureFixture[str]) ->
 def test_without_triton_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "Pass 1 of 1" in explain("sgd").text()
-    with pytest.raises(TargetError, match=r"Triton, which is not installed: run pip install triton\.$"):
+    with pytest.raises(
+        TargetError, match=r"Triton, which is not installed: run pip install triton\.$"
+    ):
         compile_for(Source("", ()), "sm_90")

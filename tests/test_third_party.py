@@ -1,7 +1,9 @@
-"""Classes as public code writes them on torch's: on torch.optim and on onepass they must end up in the same place.
+"""Classes as public code writes them on torch's: on torch.optim and on onepass they must end up in
+the same place.
 
-Each is a function of the library, which returns what builds an optimizer of parameters, or a scheduler of an optimizer.
-All go through the same drives: steps, checkpoints, copies, pickles, a scheduler, a gradient scaler, bad arguments.
+Each is a function of the library, which returns what builds an optimizer of parameters, or a
+scheduler of an optimizer. All go through the same drives: steps, checkpoints, copies, pickles, a
+scheduler, a gradient scaler, bad arguments.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def params_of(opt: Any) -> list[nn.Parameter]:
 
 
 def loss_of(opt: Any, t: int) -> Tensor:
-    """Another function of the parameters in each step; in one of them, one parameter has no gradient."""
+    """Another function of the parameters in each step; in one of them, one parameter has no
+    gradient."""
     total = torch.zeros((), dtype=torch.float64)
     for i, p in enumerate(params_of(opt)):
         if (t, i) != (1, 1):
@@ -111,7 +114,9 @@ FORGETS: dict[str, Any] = {"copied": AttributeError, "pickled": AttributeError}
 FOREIGN: dict[str, Any] = {"scheduled": TypeError}
 
 
-def case(drive: Drive = backward, resumes: bool = True, **fails: type[BaseException]) -> Callable[[Any], Any]:
+def case(
+    drive: Drive = backward, resumes: bool = True, **fails: type[BaseException]
+) -> Callable[[Any], Any]:
     def register(make: Any) -> Any:
         OPTIMIZERS[make.__name__] = Case(make, drive, resumes, fails)
         return make
@@ -128,7 +133,8 @@ def two_groups(params: Any) -> list[dict[str, Any]]:
 
 @case(**FORGETS)
 def lookahead(optim: Any) -> Any:
-    """Slow and fast weights: takes over the groups of another optimizer, and never calls the base's constructor."""
+    """Slow and fast weights: takes over the groups of another optimizer, and never calls the base's
+    constructor."""
 
     class Lookahead(optim.Optimizer):
         def __init__(self, base: Any, alpha: float = 0.5, k: int = 2) -> None:
@@ -195,12 +201,18 @@ def lookahead_with_two_states(optim: Any) -> Any:
 
         def state_dict(self) -> Any:
             fast, slow = self.base.state_dict(), super().state_dict()
-            return {"state": fast["state"], "slow_state": slow["state"], "param_groups": fast["param_groups"]}
+            return {
+                "state": fast["state"],
+                "slow_state": slow["state"],
+                "param_groups": fast["param_groups"],
+            }
 
         def load_state_dict(self, state_dict: Any) -> None:
             fast = {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
             self.base.load_state_dict(fast)
-            super().load_state_dict({"state": state_dict["slow_state"], "param_groups": state_dict["param_groups"]})
+            super().load_state_dict(
+                {"state": state_dict["slow_state"], "param_groups": state_dict["param_groups"]}
+            )
             self.param_groups = self.base.param_groups
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -213,7 +225,8 @@ def lookahead_with_two_states(optim: Any) -> Any:
 
 @case()
 def hooks_by_hand(optim: Any) -> Any:
-    """A wrapper that skips the constructor, and makes the attributes that its author once found missing."""
+    """A wrapper that skips the constructor, and makes the attributes that its author once found
+    missing."""
 
     class Wrapper(optim.Optimizer):
         def __init__(self, inner: Any) -> None:
@@ -246,7 +259,8 @@ def hooks_by_hand(optim: Any) -> Any:
 
 @case(with_closure, resumes=False, **FORGETS)
 def sharpness_aware(optim: Any) -> Any:
-    """Climbs, asks the closure again, and puts the old memory back; the inner optimizer is made of its own groups."""
+    """Climbs, asks the closure again, and puts the old memory back; the inner optimizer is made of
+    its own groups."""
 
     class SAM(optim.Optimizer):
         def __init__(self, params: Any, base: Any, rho: float = 0.05, **options: Any) -> None:
@@ -259,7 +273,12 @@ def sharpness_aware(optim: Any) -> Any:
 
         @torch.no_grad()
         def first_step(self, zero_grad: bool = False) -> None:
-            grads = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+            grads = [
+                p.grad.norm()
+                for group in self.param_groups
+                for p in group["params"]
+                if p.grad is not None
+            ]
             norm = torch.stack(grads).norm()
             for group in self.param_groups:
                 for p in group["params"]:
@@ -306,7 +325,8 @@ def first_and_second(opt: Any, t: int) -> Any:
 
 @case(first_and_second, **FORGETS)
 def sharpness_aware_by_hand(optim: Any) -> Any:
-    """The two halves of a step called by the training loop; `step` itself is never called, and only refuses."""
+    """The two halves of a step called by the training loop; `step` itself is never called, and only
+    refuses."""
 
     class SAM(optim.Optimizer):
         def __init__(self, params: Any, base: Any, rho: float = 0.1) -> None:
@@ -345,7 +365,10 @@ def sharpness_aware_by_hand(optim: Any) -> Any:
 
         def load_state_dict(self, state_dict: Any) -> None:
             self.base_optimizer.load_state_dict(state_dict)
-            self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
+            self.param_groups, self.state = (
+                self.base_optimizer.param_groups,
+                self.base_optimizer.state,
+            )
 
     def build(params: Any) -> Any:
         return SAM(params, optim.RMSprop(params, lr=0.01))
@@ -355,13 +378,17 @@ def sharpness_aware_by_hand(optim: Any) -> Any:
 
 @case()
 def delegating_properties(optim: Any) -> Any:
-    """Privacy engines: `state`, `param_groups` and `defaults` are properties that lead to the optimizer within."""
+    """Privacy engines: `state`, `param_groups` and `defaults` are properties that lead to the
+    optimizer within."""
 
     class Private(optim.Optimizer):
         def __init__(self, original: Any, max_norm: float) -> None:
             self.original, self.max_norm = original, max_norm
 
-        state = property(lambda self: self.original.state, lambda self, value: setattr(self.original, "state", value))
+        state = property(
+            lambda self: self.original.state,
+            lambda self, value: setattr(self.original, "state", value),
+        )
         defaults = property(lambda self: self.original.defaults)
 
         @property
@@ -404,7 +431,8 @@ def delegating_properties(optim: Any) -> Any:
 
 @case()
 def adaptive_rate_control(optim: Any) -> Any:
-    """Layer-wise rates around any optimizer: the weight decay is set to 0 during the inner step, and put back."""
+    """Layer-wise rates around any optimizer: the weight decay is set to 0 during the inner step,
+    and put back."""
 
     class LARC:
         def __init__(self, inner: Any, trust: float = 0.02) -> None:
@@ -448,7 +476,9 @@ def adaptive_rate_control(optim: Any) -> Any:
             for group, decay in zip(self.optim.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
 
-    return lambda params: LARC(optim.SGD(two_groups(params), lr=0.1, momentum=0.9, weight_decay=0.1))
+    return lambda params: LARC(
+        optim.SGD(two_groups(params), lr=0.1, momentum=0.9, weight_decay=0.1)
+    )
 
 
 OPTIMIZERS["adaptive_rate_control"].fails.update(FOREIGN)
@@ -528,7 +558,9 @@ def inverse_square_root(optim: Any) -> Any:
         def __repr__(self) -> str:
             return repr(self._optimizer)
 
-    return lambda params: ScheduledOptim(optim.Adam(params, lr=0, betas=(0.9, 0.98), eps=1e-9), 64, 3)
+    return lambda params: ScheduledOptim(
+        optim.Adam(params, lr=0, betas=(0.9, 0.98), eps=1e-9), 64, 3
+    )
 
 
 @case(**FOREIGN)
@@ -565,13 +597,15 @@ def several_in_one(optim: Any) -> Any:
             return "\n".join(map(repr, self.optimizers))
 
     return lambda params: MultipleOptimizer(
-        optim.SGD(params[:1], lr=0.1, momentum=0.8, nesterov=True), optim.Adagrad(params[1:], lr=0.1)
+        optim.SGD(params[:1], lr=0.1, momentum=0.8, nesterov=True),
+        optim.Adagrad(params[1:], lr=0.1),
     )
 
 
 @case()
 def several_as_a_subclass(optim: Any) -> Any:
-    """Two optimizers behind one that was made by `__new__` and an empty group; its step is wrapped by hand."""
+    """Two optimizers behind one that was made by `__new__` and an empty group; its step is wrapped
+    by hand."""
 
     class Dual(optim.Optimizer):
         def __init__(self, first: Any, second: Any) -> None:
@@ -580,7 +614,9 @@ def several_as_a_subclass(optim: Any) -> Any:
             self.refresh()
 
         def refresh(self) -> None:
-            self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+            self.param_groups = [
+                group for optimizer in self.optimizers for group in optimizer.param_groups
+            ]
 
         def __iter__(self) -> Iterator[Any]:
             return iter(self.optimizers)
@@ -614,12 +650,15 @@ def several_as_a_subclass(optim: Any) -> Any:
             super().__setstate__(state)
             self.refresh()
 
-    return lambda params: Dual(optim.AdamW(params[:1], lr=0.05), optim.RMSprop(params[1:], lr=0.01, momentum=0.5))
+    return lambda params: Dual(
+        optim.AdamW(params[:1], lr=0.05), optim.RMSprop(params[1:], lr=0.01, momentum=0.5)
+    )
 
 
 @case(**FORGETS, scaled=AssertionError)
 def master_weights(optim: Any) -> Any:
-    """Mixed precision before autocast: steps copies in a wider type, and copies them back to the model's weights."""
+    """Mixed precision before autocast: steps copies in a wider type, and copies them back to the
+    model's weights."""
 
     class Master(optim.AdamW):
         def __init__(self, params: Any, **options: Any) -> None:
@@ -649,7 +688,9 @@ def master_weights(optim: Any) -> Any:
             return {**super().state_dict(), "masters": masters}
 
         def load_state_dict(self, state_dict: Any) -> None:
-            super().load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
+            super().load_state_dict(
+                {key: value for key, value in state_dict.items() if key != "masters"}
+            )
             groups = (p for group in self.param_groups for p in group["params"])
             for p, master in zip(groups, state_dict["masters"], strict=True):
                 p.data.copy_(master)
@@ -659,7 +700,8 @@ def master_weights(optim: Any) -> Any:
 
 @case(**FORGETS)
 def average_of_weights(optim: Any) -> Any:
-    """An early form of weight averaging: a wrapper with state of its own, whose state dict merges both."""
+    """An early form of weight averaging: a wrapper with state of its own, whose state dict merges
+    both."""
 
     class SWA(optim.Optimizer):
         def __init__(self, optimizer: Any, start: int, freq: int) -> None:
@@ -699,14 +741,20 @@ def average_of_weights(optim: Any) -> Any:
             inner = self.optimizer.state_dict()
             params = params_of(self)
             buffers = {i: dict(self.state[p]) for i, p in enumerate(params) if p in self.state}
-            return {"opt_state": inner["state"], "swa_state": buffers, "param_groups": inner["param_groups"]}
+            return {
+                "opt_state": inner["state"],
+                "swa_state": buffers,
+                "param_groups": inner["param_groups"],
+            }
 
         def load_state_dict(self, state_dict: Any) -> None:
             self.optimizer.load_state_dict(
                 {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
             )
             self.param_groups, self.opt_state = self.optimizer.param_groups, self.optimizer.state
-            self.state.update({params_of(self)[i]: dict(entry) for i, entry in state_dict["swa_state"].items()})
+            self.state.update(
+                {params_of(self)[i]: dict(entry) for i, entry in state_dict["swa_state"].items()}
+            )
 
     return lambda params: SWA(optim.SGD(two_groups(params), lr=0.05, momentum=0.9), 2, 2)
 
@@ -747,7 +795,9 @@ def grafted(optim: Any) -> Any:
             self.length.load_state_dict(state_dict[1])
             self.direction.load_state_dict(state_dict[2])
 
-    return lambda params: Graft(params, lambda p: optim.SGD(p, lr=0.1), lambda p: optim.Adam(p, lr=0.01))
+    return lambda params: Graft(
+        params, lambda p: optim.SGD(p, lr=0.1), lambda p: optim.Adam(p, lr=0.01)
+    )
 
 
 @case(**FORGETS)
@@ -757,7 +807,9 @@ def shared_state(optim: Any) -> Any:
     class Turns(optim.Adam):
         def __init__(self, params: Any, **options: Any) -> None:
             super().__init__(params, **options)
-            self.other = optim.AdamW([{"params": group["params"]} for group in self.param_groups], lr=0.01)
+            self.other = optim.AdamW(
+                [{"params": group["params"]} for group in self.param_groups], lr=0.01
+            )
             self.other.state, self.turn = self.state, 0
 
         def step(self, closure: Any = None) -> Any:
@@ -781,11 +833,16 @@ def shared_state(optim: Any) -> Any:
 
 @case()
 def lamb(optim: Any) -> Any:
-    """Adam with trust ratios, in the style of early large-batch code: `data`, and a count that is an int."""
+    """Adam with trust ratios, in the style of early large-batch code: `data`, and a count that is
+    an int."""
 
     class Lamb(optim.Optimizer):
         def __init__(
-            self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.999), weight_decay: float = 0.01
+            self,
+            params: Any,
+            lr: float = 1e-3,
+            betas: Any = (0.9, 0.999),
+            weight_decay: float = 0.01,
         ) -> None:
             if lr < 0.0:
                 raise ValueError(f"Invalid learning rate: {lr}")
@@ -800,10 +857,15 @@ def lamb(optim: Any) -> Any:
                     grad, state = p.grad.data, self.state[p]
                     if len(state) == 0:
                         state["step"] = 0
-                        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.data), torch.zeros_like(p.data)
+                        state["exp_avg"], state["exp_avg_sq"] = (
+                            torch.zeros_like(p.data),
+                            torch.zeros_like(p.data),
+                        )
                     state["step"] += 1
                     state["exp_avg"].mul_(group["betas"][0]).add_(grad, alpha=1 - group["betas"][0])
-                    state["exp_avg_sq"].mul_(group["betas"][1]).addcmul_(grad, grad, value=1 - group["betas"][1])
+                    state["exp_avg_sq"].mul_(group["betas"][1]).addcmul_(
+                        grad, grad, value=1 - group["betas"][1]
+                    )
                     move = state["exp_avg"] / state["exp_avg_sq"].sqrt().add(1e-6)
                     move.add_(p.data, alpha=group["weight_decay"])
                     state["trust_ratio"] = float(p.data.norm().clamp(0, 10) / move.norm())
@@ -818,7 +880,9 @@ def lion(optim: Any) -> Any:
     """Signs of a momentum, with the closure under `enable_grad` inside a step under `no_grad`."""
 
     class Lion(optim.Optimizer):
-        def __init__(self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+        def __init__(
+            self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0.0
+        ) -> None:
             super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
         @torch.no_grad()
@@ -840,7 +904,8 @@ def lion(optim: Any) -> Any:
 
 @case()
 def required_options(optim: Any) -> Any:
-    """Old code marks the learning rate as `required`: each group must bring one, or the base refuses it."""
+    """Old code marks the learning rate as `required`: each group must bring one, or the base
+    refuses it."""
 
     class Old(optim.Optimizer):
         def __init__(self, params: Any, lr: Any = required, momentum: float = 0.9) -> None:
@@ -861,13 +926,16 @@ def required_options(optim: Any) -> Any:
 
 @case()
 def orthogonal_and_adam(optim: Any) -> Any:
-    """One class with two algorithms: matrices are made orthogonal, all else steps by Adam; a flag in the group says."""
+    """One class with two algorithms: matrices are made orthogonal, all else steps by Adam; a flag
+    in the group says."""
 
     class MuonWithAdam(optim.Optimizer):
         def __init__(self, param_groups: Any) -> None:
             for group in param_groups:
                 assert "use_muon" in group
-                group.setdefault("momentum", 0.95) if group["use_muon"] else group.setdefault("betas", (0.9, 0.95))
+                group.setdefault("momentum", 0.95) if group["use_muon"] else group.setdefault(
+                    "betas", (0.9, 0.95)
+                )
                 group.setdefault("lr", 0.02)
             super().__init__(param_groups, {})
 
@@ -885,14 +953,21 @@ def orthogonal_and_adam(optim: Any) -> Any:
                         p.add_(u @ v, alpha=-group["lr"])
                         continue
                     if not state:
-                        state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=0)
+                        state.update(
+                            exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=0
+                        )
                     state["step"] += 1
                     state["exp_avg"].lerp_(p.grad, 0.1)
                     state["exp_avg_sq"].lerp_(p.grad.square(), 0.05)
-                    p.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt() + 1e-8, value=-group["lr"])
+                    p.addcdiv_(
+                        state["exp_avg"], state["exp_avg_sq"].sqrt() + 1e-8, value=-group["lr"]
+                    )
 
     return lambda params: MuonWithAdam(
-        [{"params": params[:1], "use_muon": True}, {"params": params[1:], "use_muon": False, "lr": 0.01}]
+        [
+            {"params": params[:1], "use_muon": True},
+            {"params": params[1:], "use_muon": False, "lr": 0.01},
+        ]
     )
 
 
@@ -937,7 +1012,8 @@ def generic(optim: Any) -> Any:
 
 @case(copied=AttributeError, pickled=AttributeError, resumed=AttributeError)
 def slots(optim: Any) -> Any:
-    """A mixin with slots before the optimizer; loading begins in them, and finds them empty in a fresh one."""
+    """A mixin with slots before the optimizer; loading begins in them, and finds them empty in a
+    fresh one."""
 
     class Counts:
         __slots__ = ("count",)
@@ -982,7 +1058,8 @@ def dataclass_from_the_base(optim: Any) -> Any:
 
 @case()
 def dataclass_with_options(optim: Any) -> Any:
-    """A dataclass whose fields are options of Adam's, without defaults, before fields of its own."""
+    """A dataclass whose fields are options of Adam's, without defaults, before fields of its
+    own."""
 
     @dataclasses.dataclass(eq=False, repr=False)
     class Configured(optim.Adam):
@@ -1023,7 +1100,8 @@ def numpy_weights(optim: Any) -> Any:
 
 @case()
 def state_of_all_kinds(optim: Any) -> Any:
-    """Momentum with a queue, nested lists, tuples and a word for the whole optimizer in its state."""
+    """Momentum with a queue, nested lists, tuples and a word for the whole optimizer in its
+    state."""
 
     class History(optim.Optimizer):
         def __init__(self, params: Any, lr: float) -> None:
@@ -1078,7 +1156,8 @@ def rate_by_hypergradient(optim: Any) -> Any:
 
 @case()
 def layer_wise_rates(optim: Any) -> Any:
-    """LARS on top of SGD: gradients are scaled in place, the group's decay is 0 during the inner step."""
+    """LARS on top of SGD: gradients are scaled in place, the group's decay is 0 during the inner
+    step."""
 
     class LARS(optim.SGD):
         def __init__(self, params: Any, lr: float, trust: float = 0.02, **options: Any) -> None:
@@ -1121,7 +1200,8 @@ def centralized(optim: Any) -> Any:
 
 @case()
 def cautious(optim: Any) -> Any:
-    """AdamW whose steps are taken back where they disagree with the gradient, and the rest made longer."""
+    """AdamW whose steps are taken back where they disagree with the gradient, and the rest made
+    longer."""
 
     class Cautious(optim.AdamW):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -1130,7 +1210,9 @@ def cautious(optim: Any) -> Any:
 
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            before = [(p, p.data.clone(), p.grad.clone()) for p in params_of(self) if p.grad is not None]
+            before = [
+                (p, p.data.clone(), p.grad.clone()) for p in params_of(self) if p.grad is not None
+            ]
             loss = super().step(closure)
             for p, old, grad in before:
                 mask = ((p - old) * grad < 0).to(p.dtype)
@@ -1143,7 +1225,8 @@ def cautious(optim: Any) -> Any:
 
 @case(**FORGETS)
 def rectified_with_slow_weights(optim: Any) -> Any:
-    """Three ideas in one subclass of RAdam: gradients without their mean, slow weights in the state, a counter."""
+    """Three ideas in one subclass of RAdam: gradients without their mean, slow weights in the
+    state, a counter."""
 
     class Ranger(optim.RAdam):
         def __init__(self, params: Any, lr: float = 1e-3, k: int = 3, **options: Any) -> None:
@@ -1166,7 +1249,9 @@ def rectified_with_slow_weights(optim: Any) -> Any:
 
         def load_state_dict(self, state_dict: Any) -> None:
             super().load_state_dict(state_dict)
-            self.count = int(max((s["step"] for s in self.state.values() if "step" in s), default=0))
+            self.count = int(
+                max((s["step"] for s in self.state.values() if "step" in s), default=0)
+            )
 
     return lambda params: Ranger(params, 0.1, betas=(0.9, 0.95))
 
@@ -1181,7 +1266,8 @@ def averaged(opt: Any, t: int) -> Any:
 
 @case(averaged)
 def average_in_the_state(optim: Any) -> Any:
-    """Adam which keeps an average of the weights in its state, and exchanges both for an evaluation."""
+    """Adam which keeps an average of the weights in its state, and exchanges both for an
+    evaluation."""
 
     class AdamWithEMA(optim.Adam):
         def step(self, closure: Any = None) -> Any:
@@ -1200,7 +1286,8 @@ def average_in_the_state(optim: Any) -> Any:
 
 @case()
 def decay_as_a_mixin(optim: Any) -> Any:
-    """Decoupled decay as a mixin before any optimizer, with an option that the base does not know."""
+    """Decoupled decay as a mixin before any optimizer, with an option that the base does not
+    know."""
 
     class Decay:
         def __init__(self, decay: float, *args: Any, **options: Any) -> None:
@@ -1258,7 +1345,8 @@ def extra_gradient(optim: Any) -> Any:
 
 @case()
 def state_made_at_once(optim: Any) -> Any:
-    """Adam for several processes: all of its state is made by the constructor, in memory that they share."""
+    """Adam for several processes: all of its state is made by the constructor, in memory that they
+    share."""
 
     class SharedAdam(optim.Adam):
         def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
@@ -1266,7 +1354,10 @@ def state_made_at_once(optim: Any) -> Any:
             for p in params_of(self):
                 state = self.state[p]
                 state["step"] = torch.zeros(1)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p.data), torch.zeros_like(p.data)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(p.data),
+                    torch.zeros_like(p.data),
+                )
                 for value in state.values():
                     value.share_memory_()
 
@@ -1275,7 +1366,8 @@ def state_made_at_once(optim: Any) -> Any:
 
 @case(**FORGETS)
 def langevin(optim: Any) -> Any:
-    """Noise after each step, from a generator that belongs to the optimizer and travels in its state dict."""
+    """Noise after each step, from a generator that belongs to the optimizer and travels in its
+    state dict."""
 
     class Langevin(optim.SGD):
         def __init__(self, params: Any, lr: float, heat: float) -> None:
@@ -1347,7 +1439,8 @@ def some_groups_at_a_time(optim: Any) -> Any:
 
 @case(**FORGETS)
 def accumulating(optim: Any) -> Any:
-    """Averages the gradients of two calls in buffers of its own, and steps on them in every second call."""
+    """Averages the gradients of two calls in buffers of its own, and steps on them in every second
+    call."""
 
     class Accumulating(optim.SGD):
         def __init__(self, params: Any, every: int, **options: Any) -> None:
@@ -1412,7 +1505,9 @@ def projected(optim: Any) -> Any:
                     p.data = p.data.clamp(low, high) if p.ndim == 1 else p.data.clamp_(low, high)
             return loss
 
-    return lambda params: Projected([{"params": params[:1], "bounds": (-1, 0.5)}, {"params": params[1:]}], lr=1.0)
+    return lambda params: Projected(
+        [{"params": params[:1], "bounds": (-1, 0.5)}, {"params": params[1:]}], lr=1.0
+    )
 
 
 def visible(opt: Any, t: int) -> Any:
@@ -1423,7 +1518,8 @@ def visible(opt: Any, t: int) -> Any:
 
 @case(visible)
 def step_with_arguments(optim: Any) -> Any:
-    """Steps only what was seen: a mask and a count are arguments of the step, in place of the closure."""
+    """Steps only what was seen: a mask and a count are arguments of the step, in place of the
+    closure."""
 
     class Selective(optim.Adam):
         def step(self, visibility: Any = None, count: int = 0, closure: Any = None) -> Any:
@@ -1442,7 +1538,9 @@ def step_that_tells(optim: Any) -> Any:
     class Telling(optim.SGD):
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
-            finite = all(bool(p.grad.isfinite().all()) for p in params_of(self) if p.grad is not None)
+            finite = all(
+                bool(p.grad.isfinite().all()) for p in params_of(self) if p.grad is not None
+            )
             return finite, super().step(closure) if finite else None
 
     return lambda params: Telling(two_groups(params), lr=0.05, momentum=0.9)
@@ -1458,7 +1556,8 @@ def grown_and_cut(opt: Any, t: int) -> Any:
 
 @case(grown_and_cut)
 def parameters_replaced(optim: Any) -> Any:
-    """Scenes of points that grow: a parameter in a group gives way to a longer or shorter one, with its state."""
+    """Scenes of points that grow: a parameter in a group gives way to a longer or shorter one, with
+    its state."""
 
     class Growing(optim.Adam):
         def replace(self, index: int, change: Any) -> None:
@@ -1501,7 +1600,8 @@ def backtracking(optim: Any) -> Any:
 
 @case(with_closure)
 def quasi_newton(optim: Any) -> Any:
-    """LBFGS that looks into its own state after the step, and forgets what it has learned now and then."""
+    """LBFGS that looks into its own state after the step, and forgets what it has learned now and
+    then."""
 
     class Watched(optim.LBFGS):
         def step(self, closure: Any = None) -> Any:
@@ -1524,7 +1624,8 @@ def quasi_newton(optim: Any) -> Any:
 
 @case()
 def written_before_lists(optim: Any) -> Any:
-    """A subclass of Adam with the step of long ago: counts are ints, the numbers as in the groups."""
+    """A subclass of Adam with the step of long ago: counts are ints, the numbers as in the
+    groups."""
 
     class OldAdam(optim.Adam):
         @torch.no_grad()
@@ -1542,12 +1643,18 @@ def written_before_lists(optim: Any) -> Any:
                     if len(state) == 0:
                         state["step"] = 0
                         state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                        state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                        state["exp_avg_sq"] = torch.zeros_like(
+                            p, memory_format=torch.preserve_format
+                        )
                     state["step"] += 1
                     state["exp_avg"].mul_(low).add_(p.grad, alpha=1 - low)
                     state["exp_avg_sq"].mul_(high).addcmul_(p.grad, p.grad, value=1 - high)
-                    root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - high ** state["step"])).add_(group["eps"])
-                    p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - low ** state["step"]))
+                    root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - high ** state["step"])).add_(
+                        group["eps"]
+                    )
+                    p.addcdiv_(
+                        state["exp_avg"], root, value=-group["lr"] / (1 - low ** state["step"])
+                    )
             return loss
 
         def __setstate__(self, state: Any) -> None:
@@ -1560,7 +1667,8 @@ def written_before_lists(optim: Any) -> Any:
 
 @case()
 def low_rank(optim: Any) -> Any:
-    """AdamW for large matrices: moments of a projected gradient, smaller than the weights, and a projector."""
+    """AdamW for large matrices: moments of a projected gradient, smaller than the weights, and a
+    projector."""
 
     class LowRank(optim.AdamW):
         @torch.no_grad()
@@ -1575,7 +1683,11 @@ def low_rank(optim: Any) -> Any:
                             state["projector"] = torch.linalg.svd(grad, full_matrices=False)[2][:1]
                         grad = grad @ state["projector"].T
                     if "step" not in state:
-                        state.update(step=0, exp_avg=torch.zeros_like(grad), exp_avg_sq=torch.zeros_like(grad))
+                        state.update(
+                            step=0,
+                            exp_avg=torch.zeros_like(grad),
+                            exp_avg_sq=torch.zeros_like(grad),
+                        )
                     state["step"] += 1
                     state["exp_avg"].lerp_(grad, 0.1)
                     state["exp_avg_sq"].lerp_(grad * grad, 0.01)
@@ -1603,7 +1715,9 @@ def one_number_a_block(optim: Any) -> Any:
                         state["exp_avg_sq"] = torch.zeros(p.shape[0], dtype=p.dtype)
                     state["step"] += 1
                     state["exp_avg"].lerp_(p.grad, 1 - group["betas"][0])
-                    state["exp_avg_sq"].lerp_(square.flatten(1).mean(1) if p.ndim > 1 else square, 0.01)
+                    state["exp_avg_sq"].lerp_(
+                        square.flatten(1).mean(1) if p.ndim > 1 else square, 0.01
+                    )
                     root = state["exp_avg_sq"].sqrt().view(-1, *[1] * (p.ndim - 1)) + group["eps"]
                     p.sub_(state["exp_avg"] / root, alpha=group["lr"])
 
@@ -1640,7 +1754,10 @@ def eight_bits(optim: Any) -> Any:
                         continue
                     state = self.state[p]
                     if not state:
-                        state["step"], state["absmax"] = torch.zeros(()), torch.zeros((), dtype=p.dtype)
+                        state["step"], state["absmax"] = (
+                            torch.zeros(()),
+                            torch.zeros((), dtype=p.dtype),
+                        )
                         state["exp_avg"] = torch.zeros_like(p, dtype=torch.int8)
                     state["step"] += 1
                     full = state["exp_avg"].to(p.dtype) * state["absmax"] / 127
@@ -1654,7 +1771,8 @@ def eight_bits(optim: Any) -> Any:
 
 @case()
 def functional_form(optim: Any) -> Any:
-    """Fills torch's lists by `_init_group`, changes them, and calls the function of the algorithm."""
+    """Fills torch's lists by `_init_group`, changes them, and calls the function of the
+    algorithm."""
 
     class Functional(optim.SGD):
         @torch.no_grad()
@@ -1685,7 +1803,8 @@ def functional_form(optim: Any) -> Any:
 
 @case(resumes=False)
 def hooks_of_its_own(optim: Any) -> Any:
-    """Registers hooks on itself: clips before each step, counts after it, and signs what it saves."""
+    """Registers hooks on itself: clips before each step, counts after it, and signs what it
+    saves."""
 
     class Hooked(optim.Adam):
         def __init__(self, params: Any, **options: Any) -> None:
@@ -1693,7 +1812,9 @@ def hooks_of_its_own(optim: Any) -> Any:
             self.register_step_pre_hook(lambda opt, args, kwargs: opt.clip())
             self.register_step_post_hook(lambda opt, args, kwargs: opt.count())
             self.register_state_dict_post_hook(lambda opt, state: {**state, "signed": opt.counted})
-            self.register_load_state_dict_pre_hook(lambda opt, state: {k: v for k, v in state.items() if k != "signed"})
+            self.register_load_state_dict_pre_hook(
+                lambda opt, state: {k: v for k, v in state.items() if k != "signed"}
+            )
             self.register_load_state_dict_post_hook(lambda opt: setattr(opt, "counted", 100))
 
         counted = 0
@@ -1730,7 +1851,10 @@ def other_defaults(optim: Any) -> Any:
         def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 group["clock"] = group.get("clock", 0) + 1
-                group["kept"], group["lr"] = group["lr"], group["lr"] * min(1, group["clock"] / group["warm"])
+                group["kept"], group["lr"] = (
+                    group["lr"],
+                    group["lr"] * min(1, group["clock"] / group["warm"]),
+                )
             loss = super().step(closure)
             for group in self.param_groups:
                 group["lr"] = group.pop("kept")
@@ -1777,7 +1901,8 @@ def made_by_new(optim: Any) -> Any:
 
 @case()
 def made_without_a_constructor(optim: Any) -> Any:
-    """An object that comes out of `__setstate__` alone, as some trainers move optimizers between processes."""
+    """An object that comes out of `__setstate__` alone, as some trainers move optimizers between
+    processes."""
 
     class Moved(optim.Adam):
         pass
@@ -1841,7 +1966,8 @@ def in_a_context(opt: Any, t: int) -> Any:
 
 @case(in_a_context)
 def context_manager(optim: Any) -> Any:
-    """`with optimizer:` around the backward pass: gradients are dropped on entry, the step is taken on exit."""
+    """`with optimizer:` around the backward pass: gradients are dropped on entry, the step is taken
+    on exit."""
 
     class Managed(optim.Adamax):
         last: Any = None
@@ -1859,7 +1985,8 @@ def context_manager(optim: Any) -> Any:
 
 @case()
 def registered_subclasses(optim: Any) -> Any:
-    """A base that takes keywords in the class statement, and keeps a register of what derives from it."""
+    """A base that takes keywords in the class statement, and keeps a register of what derives from
+    it."""
 
     class Registered(optim.SGD):
         known: dict[str, Any] = {}  # noqa: RUF012
@@ -1914,18 +2041,25 @@ def named_parameters(optim: Any) -> Any:
         def add_param_group(self, param_group: Any) -> None:
             params = list(param_group["params"])
             if not isinstance(params[0], tuple):
-                params = [(f"{len(getattr(self, 'param_groups', []))}.{i}", p) for i, p in enumerate(params)]
+                params = [
+                    (f"{len(getattr(self, 'param_groups', []))}.{i}", p)
+                    for i, p in enumerate(params)
+                ]
             super().add_param_group(param_group | {"params": params})
 
     return lambda params: Named(
-        [{"params": [("weight", params[0])]}, {"params": [("bias", params[1]), ("deep.bias", params[2])], "lr": 0.1}],
+        [
+            {"params": [("weight", params[0])]},
+            {"params": [("bias", params[1]), ("deep.bias", params[2])], "lr": 0.1},
+        ],
         lr=0.02,
     )
 
 
 @case()
 def checks_of_capture(optim: Any) -> Any:
-    """Own code around parts of the base: the check of graph capture, the profiler's mark, `hooked` steps unwrapped."""
+    """Own code around parts of the base: the check of graph capture, the profiler's mark, `hooked`
+    steps unwrapped."""
 
     class Parts(optim.Adam):
         def step(self, closure: Any = None) -> Any:
@@ -1933,7 +2067,9 @@ def checks_of_capture(optim: Any) -> Any:
             self._optimizer_step_code()
             step = super().step
             inner = getattr(step, "__wrapped__", None)
-            return inner(self, closure) if getattr(step, "hooked", False) and inner else step(closure)
+            return (
+                inner(self, closure) if getattr(step, "hooked", False) and inner else step(closure)
+            )
 
     return lambda params: Parts(two_groups(params), lr=0.05)
 
@@ -1970,7 +2106,9 @@ def a_sequence_of_parameters(optim: Any) -> Any:
         def __getitem__(self, index: int) -> Any:
             return self.params[index]
 
-    return lambda params: optim.Adam([{"params": Bank(params[:1])}, {"params": Bank(params[1:])}], lr=0.05)
+    return lambda params: optim.Adam(
+        [{"params": Bank(params[:1])}, {"params": Bank(params[1:])}], lr=0.05
+    )
 
 
 @case()
@@ -1996,7 +2134,9 @@ def fused_by_name(optim: Any) -> Any:
     """A name for the fast form, with its flags set, and a longer printed form."""
 
     class FusedAdam(optim.Adam):
-        def __init__(self, params: Any, lr: float = 1e-3, adam_w_mode: bool = True, **options: Any) -> None:
+        def __init__(
+            self, params: Any, lr: float = 1e-3, adam_w_mode: bool = True, **options: Any
+        ) -> None:
             super().__init__(params, lr=lr, foreach=True, **options)
             self.adam_w_mode = 1 if adam_w_mode else 0
             self.set_grad_none = True
@@ -2057,7 +2197,9 @@ def publish(thing: Any, optim: Any) -> None:
     for value in (thing, *vars(thing).values()):
         cls = type(value)
         if cls.__module__ == __name__ and "<locals>" in cls.__qualname__:
-            cls.__qualname__ = f"{cls.__qualname__}_{optim.__name__}".replace("<locals>", "").replace(".", "_")
+            cls.__qualname__ = f"{cls.__qualname__}_{optim.__name__}".replace(
+                "<locals>", ""
+            ).replace(".", "_")
             globals()[cls.__qualname__] = cls
 
 
@@ -2076,7 +2218,10 @@ def plain(value: Any) -> Any:
 
 
 def look(opt: Any) -> Any:
-    return [plain(params_of(opt)), [(sorted(group), plain(group["lr"])) for group in opt.param_groups]]
+    return [
+        plain(params_of(opt)),
+        [(sorted(group), plain(group["lr"])) for group in opt.param_groups],
+    ]
 
 
 def run(name: str, opt: Any, start: int, end: int) -> list[Any]:
@@ -2101,7 +2246,9 @@ def reopened(name: str, optim: Any, other: Any) -> Any:
     opt = build(name, optim)
     run(name, opt, 0, 3)
     saved, weights = through_a_file(opt.state_dict()), [p.detach().clone() for p in params_of(opt)]
-    if len(weights) != len(SHAPES) or any(w.shape != s for w, s in zip(weights, SHAPES, strict=True)):
+    if len(weights) != len(SHAPES) or any(
+        w.shape != s for w, s in zip(weights, SHAPES, strict=True)
+    ):
         fresh = build(name, other, [nn.Parameter(w.clone()) for w in weights])
     else:
         fresh = build(name, other)
@@ -2151,7 +2298,9 @@ def scheduled(name: str, optim: Any) -> Any:
 def grown(name: str, optim: Any) -> Any:
     opt = build(name, optim)
     rows = run(name, opt, 0, 2)
-    opt.add_param_group({"params": [nn.Parameter(torch.ones(NEW_SHAPE, dtype=torch.float64))], "lr": 0.03})
+    opt.add_param_group(
+        {"params": [nn.Parameter(torch.ones(NEW_SHAPE, dtype=torch.float64))], "lr": 0.03}
+    )
     return rows + run(name, opt, 2, STEPS)
 
 
@@ -2191,9 +2340,17 @@ def refused(name: str, optim: Any) -> Any:
     found = [error_of(lambda params=params: build(name, optim, params)) for params in given]
     opt = build(name, optim)
     first = params_of(opt)[0]
-    groups: list[Any] = [[first], {"params": {first}}, {"lr": 1.0}, {"params": ["a"]}, {"params": [first * 2]}]
+    groups: list[Any] = [
+        [first],
+        {"params": {first}},
+        {"lr": 1.0},
+        {"params": ["a"]},
+        {"params": [first * 2]},
+    ]
     found += [error_of(lambda group=group: opt.add_param_group(group)) for group in groups]
-    found.append(error_of(lambda: opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})))
+    found.append(
+        error_of(lambda: opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]}))
+    )
     held = opt.param_groups[0]["params"][0]
     found.append(error_of(lambda: opt.add_param_group({"params": [held], "lr": 0.1})))
     saved = copy.deepcopy(opt.state_dict())
@@ -2236,19 +2393,23 @@ def assert_alike(ours: Any, theirs: Any, path: str = "", rtol: float = 1e-10) ->
 
 
 def applies(prop: str, name: str) -> bool:
-    """A scaler takes no closures; LBFGS has one group only, and says so where a second one is added."""
+    """A scaler takes no closures; LBFGS has one group only, and says so where a second one is
+    added."""
     if name == "quasi_newton":
         return prop not in ("scaled", "grown", "refused")
     return prop != "scaled" or OPTIMIZERS[name].drive is backward
 
 
 def find(prop: Callable[..., Any], name: str, *libraries: Any) -> Any:
-    """What comes of it with classes that are new, as torch changes a class when the first object is made."""
+    """What comes of it with classes that are new, as torch changes a class when the first object is
+    made."""
     builder.cache_clear()
     return prop(name, *libraries)
 
 
-OPTIMIZER_TABLE = [(prop, name) for name in OPTIMIZERS for prop in PROPERTIES if applies(prop, name)]
+OPTIMIZER_TABLE = [
+    (prop, name) for name in OPTIMIZERS for prop in PROPERTIES if applies(prop, name)
+]
 
 
 @pytest.mark.parametrize(("prop", "name"), OPTIMIZER_TABLE)
@@ -2272,7 +2433,9 @@ def test_checkpoints_of_optimizers_cross(name: str) -> None:
             with pytest.raises(error):
                 find(reopened, name, first, second)
         else:
-            assert_alike(find(reopened, name, first, second), find(reopened, name, torch.optim, torch.optim))
+            assert_alike(
+                find(reopened, name, first, second), find(reopened, name, torch.optim, torch.optim)
+            )
 
 
 # Schedulers. Each makes what builds a scheduler of an optimizer with two groups.
@@ -2298,7 +2461,9 @@ def of_a_metric(scheduler: Any, opt: Any, t: int) -> Any:
     return scheduler.step(metrics=(1.0, 0.8, 0.9, 0.85, 0.81, 0.82, 0.9, 0.7)[t % 8])
 
 
-def timed(drive: Any = after_a_step, kind: str = "SGD", **fails: type[BaseException]) -> Callable[[Any], Any]:
+def timed(
+    drive: Any = after_a_step, kind: str = "SGD", **fails: type[BaseException]
+) -> Callable[[Any], Any]:
     def register(make: Any) -> Any:
         SCHEDULERS[make.__name__] = Timed(make, drive, kind, fails)
         return make
@@ -2330,7 +2495,11 @@ def delayed(optim: Any) -> Any:
             return None
 
         def state_dict(self) -> Any:
-            kept = {key: value for key, value in self.__dict__.items() if key not in ("optimizer", "after")}
+            kept = {
+                key: value
+                for key, value in self.__dict__.items()
+                if key not in ("optimizer", "after")
+            }
             return {**kept, "after": self.after.state_dict()}
 
         def load_state_dict(self, state_dict: Any) -> None:
@@ -2346,14 +2515,19 @@ def gradual_with_plateau(optim: Any) -> Any:
     """Warms up, and then hands metrics on to a plateau scheduler: `step(epoch, metrics)`."""
 
     class Gradual(optim.lr_scheduler._LRScheduler):
-        def __init__(self, optimizer: Any, multiplier: float, total: int, after: Any = None) -> None:
+        def __init__(
+            self, optimizer: Any, multiplier: float, total: int, after: Any = None
+        ) -> None:
             self.multiplier, self.total, self.after, self.finished = multiplier, total, after, False
             super().__init__(optimizer)
 
         def get_lr(self) -> Any:
             if self.last_epoch > self.total:
                 return [lr * self.multiplier for lr in self.base_lrs]
-            return [lr * ((self.multiplier - 1) * self.last_epoch / self.total + 1) for lr in self.base_lrs]
+            return [
+                lr * ((self.multiplier - 1) * self.last_epoch / self.total + 1)
+                for lr in self.base_lrs
+            ]
 
         def step(self, epoch: Any = None, metrics: Any = None) -> Any:
             if metrics is None:
@@ -2373,17 +2547,22 @@ def gradual_with_plateau(optim: Any) -> Any:
             self.after.load_state_dict(state_dict["after"])
 
     def build(opt: Any) -> Any:
-        return Gradual(opt, 2.0, 2, optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5))
+        return Gradual(
+            opt, 2.0, 2, optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5)
+        )
 
     return build
 
 
 @timed()
 def restarts_with_warm_up(optim: Any) -> Any:
-    """Cosine cycles with a warm up in each: sets all learning rates to a minimum once its base is made."""
+    """Cosine cycles with a warm up in each: sets all learning rates to a minimum once its base is
+    made."""
 
     class Restarts(optim.lr_scheduler.LRScheduler):
-        def __init__(self, optimizer: Any, first: int, low: float, high: float, warm: int, gamma: float) -> None:
+        def __init__(
+            self, optimizer: Any, first: int, low: float, high: float, warm: int, gamma: float
+        ) -> None:
             assert warm < first
             self.first, self.low, self.high, self.warm, self.gamma = first, low, high, warm, gamma
             self.cycle, self.size, self.place = 0, first, -1
@@ -2403,14 +2582,20 @@ def restarts_with_warm_up(optim: Any) -> Any:
             if self.place < self.warm:
                 return [(high - low) * self.place / self.warm + low for low in self.base_lrs]
             part = (self.place - self.warm) / (self.size - self.warm)
-            return [low + (high - low) * (1 + math.cos(math.pi * part)) / 2 for low in self.base_lrs]
+            return [
+                low + (high - low) * (1 + math.cos(math.pi * part)) / 2 for low in self.base_lrs
+            ]
 
         def step(self, epoch: Any = None) -> None:
             if epoch is None:
                 epoch = self.last_epoch + 1
                 self.place += 1
                 if self.place >= self.size:
-                    self.cycle, self.place, self.size = self.cycle + 1, self.place - self.size, self.size + 1
+                    self.cycle, self.place, self.size = (
+                        self.cycle + 1,
+                        self.place - self.size,
+                        self.size + 1,
+                    )
             self.last_epoch = math.floor(epoch)
             for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 group["lr"] = lr
@@ -2423,10 +2608,13 @@ def restarts_with_warm_up(optim: Any) -> Any:
 
 @timed()
 def recursion_with_closed_form(optim: Any) -> Any:
-    """Warms up and anneals by steps from the lr that is there, with a closed form beside it, and a guard."""
+    """Warms up and anneals by steps from the lr that is there, with a closed form beside it, and a
+    guard."""
 
     class WarmCosine(optim.lr_scheduler.LRScheduler):
-        def __init__(self, optimizer: Any, warm: int, total: int, start: float = 0.0, last_epoch: int = -1) -> None:
+        def __init__(
+            self, optimizer: Any, warm: int, total: int, start: float = 0.0, last_epoch: int = -1
+        ) -> None:
             self.warm, self.total, self.start = warm, total, start
             super().__init__(optimizer, last_epoch)
 
@@ -2458,7 +2646,9 @@ def warm_multi_step(optim: Any) -> Any:
     """The schedule of detection code: `bisect` over milestones, times a warm up."""
 
     class WarmMultiStep(optim.lr_scheduler.LRScheduler):
-        def __init__(self, optimizer: Any, milestones: Any, gamma: float, warm: int, last_epoch: int = -1) -> None:
+        def __init__(
+            self, optimizer: Any, milestones: Any, gamma: float, warm: int, last_epoch: int = -1
+        ) -> None:
             if list(milestones) != sorted(milestones):
                 raise ValueError("milestones must increase")
             self.milestones, self.gamma, self.warm = milestones, gamma, warm
@@ -2466,7 +2656,10 @@ def warm_multi_step(optim: Any) -> Any:
 
         def get_lr(self) -> Any:
             alpha = min(1.0, 0.1 + 0.9 * self.last_epoch / self.warm)
-            return [lr * alpha * self.gamma ** bisect_right(self.milestones, self.last_epoch) for lr in self.base_lrs]
+            return [
+                lr * alpha * self.gamma ** bisect_right(self.milestones, self.last_epoch)
+                for lr in self.base_lrs
+            ]
 
         def _compute_values(self) -> Any:
             return self.get_lr()
@@ -2514,7 +2707,8 @@ def betas_too(optim: Any) -> Any:
 
 @timed()
 def momentum_by_a_step_of_its_own(optim: Any) -> Any:
-    """Calls the base's step, and then sets the momentum; another learning rate than the base's is reported."""
+    """Calls the base's step, and then sets the momentum; another learning rate than the base's is
+    reported."""
 
     class OneCycle(optim.lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any, total: int) -> None:
@@ -2522,7 +2716,9 @@ def momentum_by_a_step_of_its_own(optim: Any) -> Any:
             super().__init__(optimizer)
 
         def get_lr(self) -> Any:
-            return [lr * (1 - abs(self.last_epoch - self.total) / self.total) for lr in self.base_lrs]
+            return [
+                lr * (1 - abs(self.last_epoch - self.total) / self.total) for lr in self.base_lrs
+            ]
 
         def step(self, epoch: Any = None) -> float:
             super().step(epoch)
@@ -2570,7 +2766,12 @@ def without_the_constructor(optim: Any) -> Any:
 
     class Bare(optim.lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any, factor: float) -> None:
-            self.optimizer, self.factor, self.last_epoch, self._step_count = optimizer, factor, -1, 2
+            self.optimizer, self.factor, self.last_epoch, self._step_count = (
+                optimizer,
+                factor,
+                -1,
+                2,
+            )
             self.step()
 
         def get_lr(self) -> Any:
@@ -2602,7 +2803,8 @@ def with_a_step_alone(optim: Any) -> Any:
 
 @timed()
 def attributes_afterwards(optim: Any) -> Any:
-    """The base's constructor comes first, and `get_lr` finds defaults until the attributes are there."""
+    """The base's constructor comes first, and `get_lr` finds defaults until the attributes are
+    there."""
 
     class Late(optim.lr_scheduler.LRScheduler):
         def __init__(self, optimizer: Any, power: float) -> None:
@@ -2649,7 +2851,8 @@ def decay_of_lambda(t: int) -> float:
 
 @timed(with_new_rates)
 def new_base_rates_of_steps(optim: Any) -> Any:
-    """The same on a schedule that torch makes by factors, and whose base rates are read only at the start."""
+    """The same on a schedule that torch makes by factors, and whose base rates are read only at the
+    start."""
 
     class Rebased(optim.lr_scheduler.StepLR):
         def rebase(self, lrs: Any) -> None:
@@ -2666,7 +2869,8 @@ def softened(scheduler: Any, opt: Any, t: int) -> Any:
 
 @timed(softened)
 def factor_that_changes(optim: Any) -> Any:
-    """An option of the base that is changed in mid-run, by a method that is no part of the schedule."""
+    """An option of the base that is changed in mid-run, by a method that is no part of the
+    schedule."""
 
     class Softened(optim.lr_scheduler.ExponentialLR):
         def soften(self) -> None:
@@ -2688,7 +2892,8 @@ def milestones_that_change(optim: Any) -> Any:
 
 @timed(softened)
 def cosine_that_is_extended(optim: Any) -> Any:
-    """A training that goes on for longer than was said: the cosine's length is changed in mid-run."""
+    """A training that goes on for longer than was said: the cosine's length is changed in
+    mid-run."""
 
     class Extended(optim.lr_scheduler.CosineAnnealingLR):
         def soften(self) -> None:
@@ -2868,12 +3073,15 @@ def chain_of_its_own(optim: Any) -> Any:
                 group["lr"] = max(group["lr"], self.floor)
             self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    return lambda opt: Floored([schedulers.ConstantLR(opt, 0.5, 2), schedulers.ExponentialLR(opt, 0.6)])
+    return lambda opt: Floored(
+        [schedulers.ConstantLR(opt, 0.5, 2), schedulers.ExponentialLR(opt, 0.6)]
+    )
 
 
 @timed()
 def no_scheduler_of_torchs(optim: Any) -> Any:
-    """A scheduler that derives from nothing, with fields of its own in the groups and a scale for each layer."""
+    """A scheduler that derives from nothing, with fields of its own in the groups and a scale for
+    each layer."""
 
     class Scheduler:
         def __init__(self, optimizer: Any, field: str) -> None:
@@ -2907,7 +3115,9 @@ def function_in_the_constructor(optim: Any) -> Any:
     """A subclass of LambdaLR that gives it a local function."""
 
     class PolyLR(optim.lr_scheduler.LambdaLR):
-        def __init__(self, optimizer: Any, total: int, power: float = 0.9, last_epoch: int = -1) -> None:
+        def __init__(
+            self, optimizer: Any, total: int, power: float = 0.9, last_epoch: int = -1
+        ) -> None:
             super().__init__(optimizer, lambda t: (1 - t / (total + 1)) ** power, last_epoch)
 
     return lambda opt: PolyLR(opt, 12)
@@ -2931,7 +3141,8 @@ def from_the_last_rates(optim: Any) -> Any:
 
 @timed()
 def looks_ahead(optim: Any) -> Any:
-    """Says what the next rates will be: by a copy of itself and of the optimizer, which it steps."""
+    """Says what the next rates will be: by a copy of itself and of the optimizer, which it
+    steps."""
 
     class Previewed(optim.lr_scheduler.CosineAnnealingLR):
         def preview(self, n: int) -> Any:
@@ -2951,7 +3162,8 @@ def looks_ahead(optim: Any) -> Any:
 
 @timed()
 def logged_step(optim: Any) -> Any:
-    """A decorator that wraps the step of the scheduler's class, and notes what it sees before and after."""
+    """A decorator that wraps the step of the scheduler's class, and notes what it sees before and
+    after."""
 
     def logged(step: Any) -> Any:
         @functools.wraps(step)
@@ -3003,14 +3215,17 @@ def plateau_that_asks(optim: Any) -> Any:
             before = self.num_bad_epochs, self.best
             super().step(self.ask(self.last_epoch))
             ended = all(
-                group["lr"] <= low for group, low in zip(self.optimizer.param_groups, self.min_lrs, strict=True)
+                group["lr"] <= low
+                for group, low in zip(self.optimizer.param_groups, self.min_lrs, strict=True)
             )
             return before, self.in_cooldown, ended
 
         def state_dict(self) -> Any:
             return {key: value for key, value in super().state_dict().items() if key != "ask"}
 
-    return lambda opt: Asking(opt, wave, patience=1, factor=0.1, cooldown=1, threshold_mode="abs", mode="max")
+    return lambda opt: Asking(
+        opt, wave, patience=1, factor=0.1, cooldown=1, threshold_mode="abs", mode="max"
+    )
 
 
 def wave(t: int) -> float:
@@ -3041,18 +3256,23 @@ def several_schedules(optim: Any) -> Any:
                 scheduler.load_state_dict(state)
 
     def build(opt: Any) -> Any:
-        return Combined(optim.lr_scheduler.StepLR(opt, 2, 0.5), optim.lr_scheduler.PolynomialLR(opt, 9))
+        return Combined(
+            optim.lr_scheduler.StepLR(opt, 2, 0.5), optim.lr_scheduler.PolynomialLR(opt, 9)
+        )
 
     return build
 
 
 @timed()
 def cyclic_of_ones_own(optim: Any) -> Any:
-    """A subclass of the library's cycle with smaller and smaller ones, and a report of the cycle."""
+    """A subclass of the library's cycle with smaller and smaller ones, and a report of the
+    cycle."""
 
     class Fading(optim.lr_scheduler.CyclicLR):
         def __init__(self, optimizer: Any, low: float, high: float, half: int) -> None:
-            super().__init__(optimizer, low, high, half, mode="exp_range", gamma=0.9, cycle_momentum=False)
+            super().__init__(
+                optimizer, low, high, half, mode="exp_range", gamma=0.9, cycle_momentum=False
+            )
 
         def get_lr(self) -> Any:
             return [lr / (1 + 0.1 * self.cycle) for lr in super().get_lr()]
@@ -3130,21 +3350,37 @@ OPTIONS = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 
 
 def rates(opt: Any, scheduler: Any) -> Any:
-    options = [{key: plain(group[key]) for key in OPTIONS if key in group} for group in opt.param_groups]
-    return options, list(scheduler.get_last_lr()), getattr(scheduler, "last_epoch", None), plain(params_of(opt))
+    options = [
+        {key: plain(group[key]) for key in OPTIONS if key in group} for group in opt.param_groups
+    ]
+    return (
+        options,
+        list(scheduler.get_last_lr()),
+        getattr(scheduler, "last_epoch", None),
+        plain(params_of(opt)),
+    )
 
 
 def go(name: str, opt: Any, scheduler: Any, start: int, end: int) -> list[Any]:
-    if not hasattr(scheduler, "_last_lr") and isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+    if not hasattr(scheduler, "_last_lr") and isinstance(
+        scheduler, torch.optim.lr_scheduler.LRScheduler
+    ):
         scheduler._last_lr = [group["lr"] for group in opt.param_groups]
-    return [[SCHEDULERS[name].drive(scheduler, opt, t), rates(opt, scheduler)] for t in range(start, end)]
+    return [
+        [SCHEDULERS[name].drive(scheduler, opt, t), rates(opt, scheduler)]
+        for t in range(start, end)
+    ]
 
 
 def public(state: Any) -> Any:
     """The names in a state dict that are no private ones, which ours has some more of."""
     if isinstance(state, Mapping):
         shared = ("_step_count", "_last_lr", "_schedulers", "_milestones")
-        return {key: public(value) for key, value in state.items() if not str(key).startswith("_") or key in shared}
+        return {
+            key: public(value)
+            for key, value in state.items()
+            if not str(key).startswith("_") or key in shared
+        }
     return [public(entry) for entry in state] if isinstance(state, (list, tuple)) else state
 
 
@@ -3154,13 +3390,19 @@ ROUNDS = 8
 def schedule(name: str, optim: Any) -> Any:
     opt, scheduler = begin(name, optim)
     rows = [rates(opt, scheduler)] if hasattr(scheduler, "_last_lr") else []
-    return rows, go(name, opt, scheduler, 0, ROUNDS), public(getattr(scheduler, "state_dict", dict)())
+    return (
+        rows,
+        go(name, opt, scheduler, 0, ROUNDS),
+        public(getattr(scheduler, "state_dict", dict)()),
+    )
 
 
 def schedule_reopened(name: str, optim: Any, other: Any) -> Any:
     opt, scheduler = begin(name, optim)
     go(name, opt, scheduler, 0, 5)
-    saved = through_a_file([opt.state_dict(), scheduler.state_dict(), [p.detach() for p in params_of(opt)]])
+    saved = through_a_file(
+        [opt.state_dict(), scheduler.state_dict(), [p.detach() for p in params_of(opt)]]
+    )
     opt, scheduler = begin(name, other)
     if len(saved[0]["param_groups"]) > 2:
         scheduler.thaw([nn.Parameter(torch.ones(2, dtype=torch.float64))], 0.3)
@@ -3200,8 +3442,12 @@ def schedule_pickled(name: str, optim: Any) -> Any:
 
 
 def schedule_refused(name: str, optim: Any) -> Any:
-    """What is no optimizer; where torch looks at the groups first, their absence is its error, and ours is the same."""
-    found = [error_of(lambda opt=opt: schedule_builder(name, optim)(opt)) for opt in (None, nn.Linear(1, 1))]
+    """What is no optimizer; where torch looks at the groups first, their absence is its error, and
+    ours is the same."""
+    found = [
+        error_of(lambda opt=opt: schedule_builder(name, optim)(opt))
+        for opt in (None, nn.Linear(1, 1))
+    ]
     return [None if error is None else error[0] in (TypeError, AttributeError) for error in found]
 
 

@@ -1,4 +1,5 @@
-"""Threads that use one optimizer, or one another's parameters and gradients: no crash, no lost step, no deadlock.
+"""Threads that use one optimizer, or one another's parameters and gradients: no crash, no lost
+step, no deadlock.
 
 Cases are functions `crash_*`, run in processes of their own with a time limit (`processes.py`).
 """
@@ -35,7 +36,8 @@ CHANGED = (RuntimeError, KeyError)
 
 
 def together(*work: Callable[[], Any], limit: float = 50.0) -> None:
-    """Run functions in threads that change places as often as they can; errors of any reach the caller."""
+    """Run functions in threads that change places as often as they can; errors of any reach the
+    caller."""
     errors: list[BaseException] = []
     barrier = threading.Barrier(len(work))
 
@@ -94,7 +96,10 @@ def step_one_optimizer(threads: int, steps: int, zero_grad: bool = False, **opti
     assert_whole(params, -threads * steps)
     if not zero_grad:
         # The gradients are always there: every step moves every weight.
-        assert torch.equal(torch.cat([p.detach() for p in params]), torch.full((4 * SIZE,), -float(threads * steps)))
+        assert torch.equal(
+            torch.cat([p.detach() for p in params]),
+            torch.full((4 * SIZE,), -float(threads * steps)),
+        )
 
 
 def crash_two_threads() -> None:
@@ -179,7 +184,9 @@ def crash_muon_and_sparse_adam() -> None:
     assert torch.isfinite(matrix).all()
 
 
-def beside_steps(other: Callable[[Any, list[Any]], Any], rounds: int = 60, opt: Any = None, params: Any = None) -> Any:
+def beside_steps(
+    other: Callable[[Any, list[Any]], Any], rounds: int = 60, opt: Any = None, params: Any = None
+) -> Any:
     """Two threads step; a third does something else with the optimizer meanwhile."""
     params = zeros() if params is None else params
     opt = onepass.Adam(params, lr=0.01) if opt is None else opt
@@ -315,7 +322,8 @@ def crash_gradients_are_replaced() -> None:
 
 
 def crash_gradients_are_dropped() -> None:
-    """As `zero_grad` drops them. `p.grad = None` of a last reference, beside a thread that reads it, crashes torch."""
+    """As `zero_grad` drops them. `p.grad = None` of a last reference, beside a thread that reads
+    it, crashes torch."""
     beside_gradients(lambda p: drop_gradients([p]))
 
 
@@ -331,7 +339,9 @@ def crash_gradients_are_zeroed() -> None:
 def crash_gradients_are_laid_otherwise() -> None:
     """A gradient that is expanded, or has holes, in turn."""
     beside_gradients(
-        lambda p: setattr(p, "grad", random.choice([torch.ones(1).expand(p.shape), torch.ones(2 * len(p))[::2]]))
+        lambda p: setattr(
+            p, "grad", random.choice([torch.ones(1).expand(p.shape), torch.ones(2 * len(p))[::2]])
+        )
     )
 
 
@@ -435,7 +445,9 @@ def crash_hook_saves() -> None:
     (p,) = zeros(1)
     opt = onepass.Adam([p], lr=1.0)
     counts = []
-    opt.register_step_post_hook(lambda o, *_: counts.append(float(o.state_dict()["state"][0]["step"])))
+    opt.register_step_post_hook(
+        lambda o, *_: counts.append(float(o.state_dict()["state"][0]["step"]))
+    )
     for _ in range(3):
         ones([p])
         opt.step()
@@ -523,8 +535,13 @@ def fork_while_kernels_are_made(known: bool) -> None:
     def first_step() -> None:
         # A rule of its own, which nobody has compiled yet.
         base = getattr(onepass, next(names))
-        rule = types.FunctionType(base.rule.__code__, base.rule.__globals__, None, None, base.rule.__closure__)
-        rule.__kwdefaults__, rule.__annotations__ = base.rule.__kwdefaults__, base.rule.__annotations__
+        rule = types.FunctionType(
+            base.rule.__code__, base.rule.__globals__, None, None, base.rule.__closure__
+        )
+        rule.__kwdefaults__, rule.__annotations__ = (
+            base.rule.__kwdefaults__,
+            base.rule.__annotations__,
+        )
         type("Own", (base,), {"rule": staticmethod(rule)})(params, lr=0.01).step()
 
     ones(params)
@@ -652,10 +669,13 @@ def crash_attributes_are_copied_deeply() -> None:
 
 
 def test_wrapped_as_by_fabric() -> None:
-    """Lightning Fabric copies an optimizer's attributes, without `step`, into an object of a class of its own."""
+    """Lightning Fabric copies an optimizer's attributes, without `step`, into an object of a class
+    of its own."""
     p, opt = stepped()
     made = object.__new__(type("FabricAdam", (Wrapper, onepass.Adam), {}))
-    made.__dict__ = {k: v for k, v in vars(opt).items() if k not in ("state_dict", "step", "zero_grad")}
+    made.__dict__ = {
+        k: v for k, v in vars(opt).items() if k not in ("state_dict", "step", "zero_grad")
+    }
     made.step()
     made.state_dict()
     opt.step()
@@ -697,7 +717,8 @@ def test_survives(case: str, known_fates: dict[str, str]) -> None:
 MANY = """
 import sys, test_threads
 for i in range(int(sys.argv[1])):
-    test_threads.step_one_optimizer(2 + 2 * (i % 2), 300 if i % 2 == 0 else 150, zero_grad=i % 3 == 2)
+    steps = 300 if i % 2 == 0 else 150
+    test_threads.step_one_optimizer(2 + 2 * (i % 2), steps, zero_grad=i % 3 == 2)
 """
 
 

@@ -21,7 +21,15 @@ from onepass.app import tasks
 from onepass.app.tasks import Data, Examples, TaskError, text
 from onepass.app.training import loop
 from onepass.app.training.comparison import compare_steps
-from onepass.app.training.loop import Diverged, Run, Settings, SettingsError, fit, make_schedule, make_settings
+from onepass.app.training.loop import (
+    Diverged,
+    Run,
+    Settings,
+    SettingsError,
+    fit,
+    make_schedule,
+    make_settings,
+)
 from onepass.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def short_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs of 100 images: three batches of 32 and one of 4."""
-    monkeypatch.setitem(tasks.TASKS, "digits", dataclasses.replace(tasks.TASKS["digits"], examples_per_epoch=100))
+    monkeypatch.setitem(
+        tasks.TASKS, "digits", dataclasses.replace(tasks.TASKS["digits"], examples_per_epoch=100)
+    )
 
 
 class Silent:
@@ -76,11 +86,13 @@ def assert_same(a: object, b: object) -> None:
         assert a == b
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), [("AdamW", "cosine"), ("Adam", "step"), ("SGD", "none")], ids=lambda value: value
+    ("optimizer", "schedule"),
+    [("AdamW", "cosine"), ("Adam", "step"), ("SGD", "none")],
+    ids=lambda value: value,
 )
 def test_resuming_anywhere_gives_the_same_bits(
     optimizer: str, schedule: str, tmp_path: Path, short_digits: None
@@ -97,7 +109,9 @@ def test_resuming_anywhere_gives_the_same_bits(
         assert_same(expected, load_result(tmp_path / "again"))
 
 
-def test_the_seed_decides_and_the_callers_random_state_is_left_alone(tmp_path: Path, short_digits: None) -> None:
+def test_the_seed_decides_and_the_callers_random_state_is_left_alone(
+    tmp_path: Path, short_digits: None
+) -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -117,7 +131,12 @@ def test_what_is_measured(tmp_path: Path, short_digits: None) -> None:
     assert len(history.lr) == len(history.train_loss) == len(history.train_metric) == 8
     assert len(history.held_out_loss) == len(history.held_out_metric) == 2
     assert history.lr == list(map(make_schedule("cosine", 3e-3, 8), range(8)))
-    assert min(run.seconds.forward, run.seconds.backward, run.seconds.optimizer, run.seconds.evaluation) > 0
+    assert (
+        min(
+            run.seconds.forward, run.seconds.backward, run.seconds.optimizer, run.seconds.evaluation
+        )
+        > 0
+    )
     run.model.eval()
     inputs, targets = run.data.held_out.batch(torch.arange(len(run.data.held_out)))
     with torch.no_grad():
@@ -142,7 +161,9 @@ def test_an_interruption_leaves_the_last_epoch(tmp_path: Path, short_digits: Non
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, short_digits: None) -> None:
     run = Run(short_settings(optimizer="SGD", lr=1e30, schedule="none"), tmp_path)
-    with pytest.raises(Diverged, match=r"the loss became (nan|inf) in epoch 1, step \d of 12: try a smaller lr"):
+    with pytest.raises(
+        Diverged, match=r"the loss became (nan|inf) in epoch 1, step \d of 12: try a smaller lr"
+    ):
         fit(run, tmp_path / "run", Silent())
     assert not (tmp_path / "run").exists()
 
@@ -160,26 +181,35 @@ def test_a_batch_larger_than_the_data(tmp_path: Path, short_digits: None) -> Non
         ({"lr": 0.5}, "with lr 0.003 and not 0.5"),
     ],
 )
-def test_conflicting_settings(asked: dict, sentence: str, tmp_path: Path, short_digits: None) -> None:
+def test_conflicting_settings(
+    asked: dict, sentence: str, tmp_path: Path, short_digits: None
+) -> None:
     Run(short_settings(), tmp_path).save(tmp_path / "run")
     with pytest.raises(SettingsError, match=sentence):
         Run.load(tmp_path / "run", asked)
 
 
-def test_other_data_is_refused(tmp_path: Path, short_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_data_is_refused(
+    tmp_path: Path, short_digits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Run(short_settings(), tmp_path).save(tmp_path / "run")
     task = tasks.TASKS["digits"]
 
     def load_fewer(folder: Path) -> Data:
         data = task.load(folder)
-        return Data(Examples(data.train.inputs[1:], data.train.targets[1:], data.train.decode), data.held_out)
+        return Data(
+            Examples(data.train.inputs[1:], data.train.targets[1:], data.train.decode),
+            data.held_out,
+        )
 
     monkeypatch.setitem(tasks.TASKS, "digits", dataclasses.replace(task, load=load_fewer))
     with pytest.raises(SettingsError, match="the data of task digits is not that with which"):
         Run.load(tmp_path / "run", {})
 
 
-@pytest.mark.parametrize("missing", ["model", "optimizer", "settings", "epoch", "rng", "history", "data"])
+@pytest.mark.parametrize(
+    "missing", ["model", "optimizer", "settings", "epoch", "rng", "history", "data"]
+)
 def test_a_checkpoint_of_something_else(missing: str, tmp_path: Path, short_digits: None) -> None:
     Run(short_settings(), tmp_path).save(tmp_path / "run")
     tree = checkpoint.load(tmp_path / "run")
@@ -233,16 +263,46 @@ def junk_but(*fine: object) -> list[Any]:
 
 
 SETTINGS = ("task", "optimizer", "lr", "epochs", "batch_size", "schedule", "seed")
-TREE = ("kind", "settings", "epoch", "step", "model", "optimizer", "rng", "history", "seconds", "data", "torch")
+TREE = (
+    "kind",
+    "settings",
+    "epoch",
+    "step",
+    "model",
+    "optimizer",
+    "rng",
+    "history",
+    "seconds",
+    "data",
+    "torch",
+)
 HISTORY = ("lr", "train_loss", "train_metric", "held_out_loss", "held_out_metric")
 SECONDS = ("forward", "backward", "optimizer", "evaluation")
 TEXTS = ("kind", "torch")
-# What makes no sense in a run that has finished one epoch of four steps: where in the tree, and the values.
+# What makes no sense in a run that has finished one epoch of four steps: where in the tree, and the
+# values.
 ABSURD: dict[tuple[str | int, ...], list[Any]] = {
     **{(key,): [v for v in JUNK if not (key in TEXTS and isinstance(v, str))] for key in TREE},
-    ("epoch",): [*JUNK, -5, -1, 0, 2, 4, 10**9, 10**400, -(10**400), INF, 1.0, "1", torch.tensor(1)],
+    ("epoch",): [
+        *JUNK,
+        -5,
+        -1,
+        0,
+        2,
+        4,
+        10**9,
+        10**400,
+        -(10**400),
+        INF,
+        1.0,
+        "1",
+        torch.tensor(1),
+    ],
     ("step",): [*JUNK, -1, 0, 3, 5, 10**400],
-    **{("settings", key): [*JUNK, INF, -1, 10**400] for key in ("lr", "epochs", "batch_size", "seed")},
+    **{
+        ("settings", key): [*JUNK, INF, -1, 10**400]
+        for key in ("lr", "epochs", "batch_size", "seed")
+    },
     ("settings", "lr"): [*junk_but(1.5), 0, -0.0, -1.0, INF, -INF, 10**400, "0.1"],
     ("settings", "epochs"): [*JUNK, 0, -1, 10**10, 10**400, 3.0, "3"],
     ("settings", "batch_size"): [*JUNK, 0, -1, 1, 16, 10**9, 10**10, 10**12, 10**30, 10**400, 32.0],
@@ -254,7 +314,15 @@ ABSURD: dict[tuple[str | int, ...], list[Any]] = {
     ("extra",): [1],
     (3,): [1],
     **{
-        ("history", key): [*junk_but([1]), [NAN] * 3, ["x"] * 4, [1.0] * 5, [True] * 4, [10**400] * 4, 5]
+        ("history", key): [
+            *junk_but([1]),
+            [NAN] * 3,
+            ["x"] * 4,
+            [1.0] * 5,
+            [True] * 4,
+            [10**400] * 4,
+            5,
+        ]
         for key in HISTORY
     },
     **{("history", key, 0): [*junk_but(1.5), INF, 10**400] for key in ("lr", "train_loss")},
@@ -265,9 +333,16 @@ ABSURD: dict[tuple[str | int, ...], list[Any]] = {
     ("data", "folder"): [v for v in JUNK if not isinstance(v, str)] + ["\0", 3],
     ("data", "fingerprint"): JUNK,
     ("data", "extra"): [1],
-    **{("rng", key): [*JUNK, torch.zeros(16), torch.zeros(16, dtype=torch.uint8)] for key in ("torch", "shuffle")},
+    **{
+        ("rng", key): [*JUNK, torch.zeros(16), torch.zeros(16, dtype=torch.uint8)]
+        for key in ("torch", "shuffle")
+    },
     ("rng", "extra"): [1],
-    ("model", "0.weight"): [*JUNK, torch.zeros(32, 1, 3, 3, dtype=torch.float64), torch.zeros(32, 1, 3, 2)],
+    ("model", "0.weight"): [
+        *JUNK,
+        torch.zeros(32, 1, 3, 3, dtype=torch.float64),
+        torch.zeros(32, 1, 3, 2),
+    ],
     ("model", "extra"): [torch.ones(1)],
     ("model", 3): [torch.ones(1)],
     ("optimizer", "state"): JUNK,
@@ -315,7 +390,11 @@ def finished_epoch(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "where", [pytest.param(where, id=".".join(map(str, where))) for where in {**ABSURD, **dict.fromkeys(LOST)}]
+    "where",
+    [
+        pytest.param(where, id=".".join(map(str, where)))
+        for where in {**ABSURD, **dict.fromkeys(LOST)}
+    ],
 )
 def test_a_checkpoint_that_makes_no_sense(
     where: tuple[str | int, ...], finished_epoch: bytes, tmp_path: Path, short_digits: None
@@ -343,13 +422,15 @@ def test_a_checkpoint_that_makes_no_sense(
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_the_checkpoint_itself_makes_sense(finished_epoch: bytes, tmp_path: Path, short_digits: None) -> None:
+def test_the_checkpoint_itself_makes_sense(
+    finished_epoch: bytes, tmp_path: Path, short_digits: None
+) -> None:
     (tmp_path / "run").write_bytes(finished_epoch)
     run = Run.load(tmp_path / "run", {})
     assert (run.epoch, len(run.history.train_loss)) == (1, 4)
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -397,7 +478,9 @@ def test_an_optimizer_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for cls in (Picky, NeedsClosure):
         monkeypatch.setattr(onepass, cls.__name__, cls, raising=False)
     monkeypatch.setattr(onepass, "__all__", [*onepass.__all__, "Picky", "NeedsClosure"])
-    with pytest.raises(SettingsError, match=r"Picky cannot train .* lr must be below 1, got 2.0; choose another"):
+    with pytest.raises(
+        SettingsError, match=r"Picky cannot train .* lr must be below 1, got 2.0; choose another"
+    ):
         Run(make_settings(optimizer="picky", lr=2.0), tmp_path)
     with pytest.raises(SettingsError, match=r"NeedsClosure cannot train .* 'closure'"):
         Run(make_settings(optimizer="needsclosure", lr=2.0), tmp_path)
@@ -407,7 +490,8 @@ def test_an_optimizer_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 def test_schedules(total: int, warmup: int) -> None:
     rates = {
-        name: list(map(make_schedule(name, 0.5, total, warmup), range(total))) for name in ("step", "cosine", "none")
+        name: list(map(make_schedule(name, 0.5, total, warmup), range(total)))
+        for name in ("step", "cosine", "none")
     }
     assert rates.pop("none") == [0.5] * total
     for values in rates.values():
@@ -423,7 +507,7 @@ def test_schedules(total: int, warmup: int) -> None:
         assert rates["cosine"][-1] < 0.001
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
+# --- timing ---------------------------------------------------------------------------------------
 
 
 def test_the_comparison_leaves_the_run_alone() -> None:
@@ -452,10 +536,12 @@ def test_an_optimizer_that_torch_does_not_have() -> None:
 
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    assert [entry.name for entry in compare_steps(OnlyOurs([p], lr=0.1), [p], budget=0.01)] == ["onepass OnlyOurs"]
+    assert [entry.name for entry in compare_steps(OnlyOurs([p], lr=0.1), [p], budget=0.01)] == [
+        "onepass OnlyOurs"
+    ]
 
 
-# --- tasks -----------------------------------------------------------------------------------------------------------
+# --- tasks ----------------------------------------------------------------------------------------
 
 
 def test_digits_are_split_by_class_always_alike() -> None:
@@ -474,8 +560,12 @@ def test_digits_are_split_by_class_always_alike() -> None:
     assert task.make_model()(inputs).shape == (4, 10)
 
 
-@pytest.mark.parametrize(("module", "task"), [("sklearn.datasets", "digits"), ("torchvision", "cifar10")])
-def test_a_missing_package(module: str, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "task"), [("sklearn.datasets", "digits"), ("torchvision", "cifar10")]
+)
+def test_a_missing_package(
+    module: str, task: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(TaskError, match=f"task {task}: .* install") as caught:
         tasks.find_task(task).load(tmp_path)
@@ -486,7 +576,11 @@ def test_a_missing_package(module: str, task: str, monkeypatch: pytest.MonkeyPat
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library of 40 short files, and some that are not to be read."""
     folder = tmp_path / "lib"
-    for name in [f"module{number}.py" for number in range(40)] + ["test/big.py", "site-packages/other.py", "notes.txt"]:
+    for name in [f"module{number}.py" for number in range(40)] + [
+        "test/big.py",
+        "site-packages/other.py",
+        "notes.txt",
+    ]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"def {Path(name).stem}(value):\n    return value + 1\n" * 8)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(folder)})
@@ -515,19 +609,27 @@ def test_text_windows_tell_the_next_byte(library: Path) -> None:
 
 def test_text_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(TaskError, match=r"too few \.py files; use a Python that is installed with its sources"):
+    with pytest.raises(
+        TaskError, match=r"too few \.py files; use a Python that is installed with its sources"
+    ):
         tasks.find_task("text").load(tmp_path)
 
 
-def test_text_learns_and_resumes(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_learns_and_resumes(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = dataclasses.replace(tasks.TASKS["text"], examples_per_epoch=40)
     monkeypatch.setitem(tasks.TASKS, "text", short)
     path = tmp_path / "run"
     run = Run(make_settings("text", epochs=2, batch_size=4), tmp_path)
     fit(run, path, Keeper(path))
     assert run.history.held_out_metric[-1] < 5 < run.history.train_metric[0]
-    assert run.history.held_out_metric[-1] == pytest.approx(run.history.held_out_loss[-1] / np.log(2), rel=1e-5)
-    assert run.history.lr[0] == pytest.approx(run.settings.lr) or run.history.lr[0] < run.history.lr[1]
+    assert run.history.held_out_metric[-1] == pytest.approx(
+        run.history.held_out_loss[-1] / np.log(2), rel=1e-5
+    )
+    assert (
+        run.history.lr[0] == pytest.approx(run.settings.lr) or run.history.lr[0] < run.history.lr[1]
+    )
     fit(Run.load(tmp_path / "epoch1", {}), tmp_path / "again", Silent())
     assert_same(load_result(path), load_result(tmp_path / "again"))
 
@@ -545,12 +647,15 @@ def test_the_transformer_looks_back_only() -> None:
 
 
 def make_torchvision(*, present: bool, error: Exception | None = None) -> types.ModuleType:
-    """A stand-in for torchvision whose CIFAR10 has six images, or none and a download that fails."""
+    """A stand-in for torchvision whose CIFAR10 has six images, or none and a download that
+    fails."""
 
     class CIFAR10:
         def __init__(self, root: str, train: bool, download: bool) -> None:
             if not present and not download:
-                raise RuntimeError("Dataset not found or corrupted. You can use download=True to download it")
+                raise RuntimeError(
+                    "Dataset not found or corrupted. You can use download=True to download it"
+                )
             if not present:
                 raise error or OSError("unreachable")
             generator = np.random.default_rng(int(train))
@@ -573,8 +678,12 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("File not found")])
-def test_cifar10_is_not_there(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_is_not_there(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", make_torchvision(present=False, error=error))
-    with pytest.raises(TaskError, match=r"there is no CIFAR-10 in .*; put the folder cifar-10-batches-py") as caught:
+    with pytest.raises(
+        TaskError, match=r"there is no CIFAR-10 in .*; put the folder cifar-10-batches-py"
+    ) as caught:
         tasks.find_task("cifar10").load(tmp_path)
     assert "\n" not in str(caught.value)

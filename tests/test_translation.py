@@ -1,7 +1,9 @@
-"""README.zh-CN.md is README.md in Chinese: heading by heading, the same code, tables, numbers, names, links and lists.
+"""README.zh-CN.md is README.md in Chinese: heading by heading, the same code, tables, numbers,
+names, links and lists.
 
-Both are read as sequences of blocks. What a translation must not change is a block's shape: where it stands, and the
-facts in it. The sequences of shapes must be equal; where they are not, the report shows both files' lines.
+Both are read as sequences of blocks. What a translation must not change is a block's shape: where
+it stands, and the facts in it. The sequences of shapes must be equal; where they are not, the
+report shows both files' lines.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (ENGLISH, CHINESE)}
 PARSER = MarkdownIt("commonmark").enable("table")
-KINDS = {"p": "paragraph", "li": "list item", "tr": "table row"} | {f"h{n}": f"heading {n * '#'}" for n in range(1, 7)}
+KINDS = {"p": "paragraph", "li": "list item", "tr": "table row"} | {
+    f"h{n}": f"heading {n * '#'}" for n in range(1, 7)
+}
 OPTIMIZERS = [
     name
     for name in onepass.__all__
@@ -39,7 +43,8 @@ WORD = re.compile(r"[A-Za-z]{2,}|" + HAN.pattern)
 
 @dataclass(frozen=True)
 class Block:
-    """A heading, paragraph, list item, table row or piece of code: what it is, what it states, and where."""
+    """A heading, paragraph, list item, table row or piece of code: what it is, what it states, and
+    where."""
 
     kind: str
     level: int
@@ -60,7 +65,8 @@ class Block:
 
 
 def facts_of(inline: Token) -> list[str]:
-    """What a line of text states in any language: code, links, images, emphasis, tags, numbers, optimizers."""
+    """What a line of text states in any language: code, links, images, emphasis, tags, numbers,
+    optimizers."""
     facts = []
     for token in inline.children or ():
         if token.type == "code_inline":
@@ -77,9 +83,13 @@ def facts_of(inline: Token) -> list[str]:
 
 
 def cell_of(column: int, inline: Token) -> list[str]:
-    """A table's cell: itself where it has no words but code, units and optimizers, otherwise what it states."""
+    """A table's cell: itself where it has no words but code, units and optimizers, otherwise what
+    it states."""
     words = WORD.search(re.sub(rf"`[^`]*`|{NAME}|{UNIT}", "", inline.content))
-    return [f"column {column}: {fact}" for fact in (["words", *facts_of(inline)] if words else [inline.content])]
+    return [
+        f"column {column}: {fact}"
+        for fact in (["words", *facts_of(inline)] if words else [inline.content])
+    ]
 
 
 def blocks(file: str, text: str) -> Iterator[Block]:
@@ -98,7 +108,10 @@ def blocks(file: str, text: str) -> Iterator[Block]:
             facts = [fact for column, cell in enumerate(row, 1) for fact in cell_of(column, cell)]
             content = " | ".join(cell.content for cell in row)
         elif token.type == "inline":
-            kind, facts = KINDS["li" if tokens[i - 2].type == "list_item_open" else before.tag], facts_of(token)
+            kind, facts = (
+                KINDS["li" if tokens[i - 2].type == "list_item_open" else before.tag],
+                facts_of(token),
+            )
             section = token.content if before.type == "heading_open" else section
         elif token.type in ("fence", "code_block"):
             kind, facts = f"code block {token.info}".strip(), content.splitlines()
@@ -117,7 +130,8 @@ def only_in(these: Sequence[Block], those: Sequence[Block]) -> str:
 
 
 def slide(text: Sequence[Block], start: int, end: int) -> int:
-    """By how many blocks a stretch that the other text lacks can move up, so that it begins as sections do."""
+    """By how many blocks a stretch that the other text lacks can move up, so that it begins as
+    sections do."""
     for up in range(start):
         if text[start - up].kind.startswith("heading"):
             return up
@@ -129,16 +143,30 @@ def slide(text: Sequence[Block], start: int, end: int) -> int:
 def differences(english: str, chinese: str) -> str:
     """Where the two texts part, with the lines of both files; empty where they do not."""
     ours, theirs = list(blocks(ENGLISH, english)), list(blocks(CHINESE, chinese))
-    matcher = SequenceMatcher(None, [b.shape for b in ours], [b.shape for b in theirs], autojunk=False)
+    matcher = SequenceMatcher(
+        None, [b.shape for b in ours], [b.shape for b in theirs], autojunk=False
+    )
     report = []
     for change, a, b, c, d in matcher.get_opcodes():
         if change == "equal":
             continue
-        up = slide(ours, a, b) if change == "delete" else slide(theirs, c, d) if change == "insert" else 0
+        up = (
+            slide(ours, a, b)
+            if change == "delete"
+            else slide(theirs, c, d)
+            if change == "insert"
+            else 0
+        )
         a, b, c, d = a - up, b - up, c - up, d - up
         here, there = ours[a:b], theirs[c:d]
-        for file, side, other, above in ((ENGLISH, here, there, ours[:a]), (CHINESE, there, here, theirs[:c])):
-            report += [f"  {block}" for block in side or [f"{file}: nothing after {above[-1] if above else 'its top'}"]]
+        for file, side, other, above in (
+            (ENGLISH, here, there, ours[:a]),
+            (CHINESE, there, here, theirs[:c]),
+        ):
+            report += [
+                f"  {block}"
+                for block in side or [f"{file}: nothing after {above[-1] if above else 'its top'}"]
+            ]
             report += [f"    only in {file}: {facts}"] if (facts := only_in(side, other)) else []
         report.append("")
     return "\n".join(report)
@@ -146,12 +174,16 @@ def differences(english: str, chinese: str) -> str:
 
 def test_the_translation_is_in_step() -> None:
     report = differences(TEXTS[ENGLISH], TEXTS[CHINESE])
-    assert not report, f"{CHINESE} must say what {ENGLISH} says, block by block; they part here:\n{report}"
+    assert not report, (
+        f"{CHINESE} must say what {ENGLISH} says, block by block; they part here:\n{report}"
+    )
 
 
 def test_no_sentence_is_left_in_english() -> None:
     for block in blocks(CHINESE, TEXTS[CHINESE]):
-        if not block.kind.startswith(("code", "HTML")) and re.search(r"(?:[a-z]{2,}\W+){2}[a-z]{2,}", block.text):
+        if not block.kind.startswith(("code", "HTML")) and re.search(
+            r"(?:[a-z]{2,}\W+){2}[a-z]{2,}", block.text
+        ):
             assert HAN.search(block.text), str(block)
 
 
@@ -167,9 +199,12 @@ def test_no_chinese_line_is_wrapped() -> None:
 
 
 def test_every_line_and_every_digit_counts() -> None:
-    """Dropping any line of the translation is reported, and so is changing any number: one in four is tried."""
+    """Dropping any line of the translation is reported, and so is changing any number: one in four
+    is tried."""
     text = TEXTS[CHINESE]
-    spans = [m.span() for m in re.finditer(r".*\S.*\n", text)] + [m.span() for m in re.finditer(r"\d", text)]
+    spans = [m.span() for m in re.finditer(r".*\S.*\n", text)] + [
+        m.span() for m in re.finditer(r"\d", text)
+    ]
     for start, end in random.Random(0).sample(spans, len(spans) // 4):
         other = str((int(text[start:end]) + 1) % 10) if end == start + 1 else ""
         assert differences(TEXTS[ENGLISH], text[:start] + other + text[end:]), text[start:end]
@@ -210,10 +245,18 @@ WORDS = {
     "item": "项",
     "second": "第二",
 }
-SAMPLES = SAMPLE.format(other=CHINESE, **{name: name for name in WORDS}), SAMPLE.format(other=ENGLISH, **WORDS)
-# What is done to the sample's translation: a pattern, what takes its place, and a part of what is then reported.
+SAMPLES = (
+    SAMPLE.format(other=CHINESE, **{name: name for name in WORDS}),
+    SAMPLE.format(other=ENGLISH, **WORDS),
+)
+# What is done to the sample's translation: a pattern, what takes its place, and a part of what is
+# then reported.
 MUTATIONS = {
-    "no heading": (r"## .*\n", "", f"{ENGLISH}:14: heading ##, in 'two `commands`': two `commands`"),
+    "no heading": (
+        r"## .*\n",
+        "",
+        f"{ENGLISH}:14: heading ##, in 'two `commands`': two `commands`",
+    ),
     "heading of another level": (r"## ", "### ", f"{CHINESE}:14: heading ###, "),
     "heading with other code": (r"`commands`", "`command`", f"only in {CHINESE}: 'code command'"),
     "no code block": (r"```(.|\n)*```\n", "", f"{CHINESE}: nothing after {CHINESE}:16: code block"),
@@ -227,14 +270,22 @@ MUTATIONS = {
     "code in a table": (r"exp_avg", "exp_avg_sq", f"only in {CHINESE}: 'column 3: `exp_avg_sq`'"),
     "emphasis in a table": (r"\*\*73\*\*", "73", f"only in {ENGLISH}: 'column 2: **73**'"),
     "optimizer in a table": (r"\| Adam", "| AdamW", f"only in {CHINESE}: 'column 1: AdamW'"),
-    "no row": (r"\| RAdam.*\n", "", f"{ENGLISH}:12: table row, in 'Title': RAdam | 70 (1.2x) | `exp_avg`"),
+    "no row": (
+        r"\| RAdam.*\n",
+        "",
+        f"{ENGLISH}:12: table row, in 'Title': RAdam | 70 (1.2x) | `exp_avg`",
+    ),
     "no column": (r"(?m)^(\|.*)\|.*\|$", r"\1|", f"only in {ENGLISH}: 'column 3: words'"),
     "no paragraph": (r".*lr.*\n", "", f"{ENGLISH}:5: paragraph, in 'Title': several words on `lr`"),
     "no item": (r"- .*\n", "", f"{ENGLISH}:22: list item"),
     "items joined": (r"项\n- ", "项", f"{ENGLISH}:23: list item"),
     "item below another": (r"(- .*\n)- ", r"\1  - ", f"{CHINESE}:23: list item"),
     "other link": (r"docs/more", "docs/less", f"only in {CHINESE}: 'a -> docs/less.md'"),
-    "links exchanged": (r"(docs/more.md)((?:.|\n)*?)(docs/figure.png)", r"\3\2\1", "img -> docs/more.md"),
+    "links exchanged": (
+        r"(docs/more.md)((?:.|\n)*?)(docs/figure.png)",
+        r"\3\2\1",
+        "img -> docs/more.md",
+    ),
     "no image": (r"!.*\n", "", f"only in {ENGLISH}: 'img -> docs/figure.png'"),
     "number in a line": (r"3 ", "4 ", f"only in {CHINESE}: 'number 4'"),
     "code in a line": (r"`lr`", "lr", f"only in {ENGLISH}: 'code lr'"),

@@ -1,4 +1,5 @@
-"""A step that fails leaves no trace, and one that does not concern a parameter does not look at it."""
+"""A step that fails leaves no trace, and one that does not concern a parameter does not look at
+it."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ def parameter(value: float, n: int = 1) -> nn.Parameter:
     return p
 
 
-@pytest.mark.parametrize("backend", [{}, {"foreach": False, "fused": False}], ids=["kernel", "eager"])
+@pytest.mark.parametrize(
+    "backend", [{}, {"foreach": False, "fused": False}], ids=["kernel", "eager"]
+)
 @pytest.mark.parametrize("freed", ["replaced", "resized"])
 def test_a_frozen_parameter_may_be_in_any_condition(backend, freed):
-    """As in torch: without a gradient it is not looked at; with one again, it is refused until it has memory."""
+    """As in torch: without a gradient it is not looked at; with one again, it is refused until it
+    has memory."""
     a, b = parameter(1.0, 3), parameter(1.0, 3)
     opt = onepass.AdamW([a, b], **backend)
     opt.step()

@@ -14,19 +14,21 @@ from ..optimizer import Optimizer, Params
 
 
 class Adadelta(Optimizer, torch.optim.Adadelta):
-    r"""Steps as large as recent steps were, along the gradient over its running root: it finds its own scale.
+    r"""Steps as large as recent steps were, along the gradient over its running root: it finds its
+    own scale.
 
     $$ v_t = \rho v_{t-1} + (1-\rho) g_t^2, \quad
        \Delta_t = \sqrt{\frac{u_{t-1} + \epsilon}{v_t + \epsilon}}\, g_t, \quad
        u_t = \rho u_{t-1} + (1-\rho) \Delta_t^2, \quad \theta_t = \theta_{t-1} - \gamma \Delta_t $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. The paper has no learning rate: leave `lr` at 1.
-    It begins slowly, as $u_0 = 0$ makes the first steps about $\sqrt\epsilon$; a larger `eps` shortens this.
+    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. The paper has no learning
+    rate: leave `lr` at 1. It begins slowly, as $u_0 = 0$ makes the first steps about
+    $\sqrt\epsilon$; a larger `eps` shortens this.
 
     Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012, arXiv:1212.5701.
 
-    State per parameter: `step`, `square_avg`, `acc_delta`. Arguments are those of `torch.optim.Adadelta`; `foreach`
-    changes nothing.
+    State per parameter: `step`, `square_avg`, `acc_delta`. Arguments are those of
+    `torch.optim.Adadelta`; `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -67,4 +69,8 @@ class Adadelta(Optimizer, torch.optim.Adadelta):
         g = where(weight_decay != 0, g + weight_decay * p, g)
         v = rho * square_avg + (1 - rho) * g * g
         delta = sqrt(acc_delta + eps) / sqrt(v + eps) * g
-        return {"p": p - lr * delta, "square_avg": v, "acc_delta": rho * acc_delta + (1 - rho) * delta * delta}
+        return {
+            "p": p - lr * delta,
+            "square_avg": v,
+            "acc_delta": rho * acc_delta + (1 - rho) * delta * delta,
+        }

@@ -27,7 +27,8 @@ from ..optimizer import Optimizer, Params, Rule
 
 
 class Adafactor(Optimizer, torch.optim.Adafactor):
-    r"""Adam's scaling from the mean squares of rows and columns alone: a matrix needs state for its edges only.
+    r"""Adam's scaling from the mean squares of rows and columns alone: a matrix needs state for its
+    edges only.
 
     $$ R_t = (1-b_t) R_{t-1} + b_t \operatorname{rowmean}(g_t^2), \quad
        C_t = (1-b_t) C_{t-1} + b_t \operatorname{colmean}(g_t^2), \quad
@@ -38,22 +39,25 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
        - \alpha_t \frac{U_t}{\max(1, \operatorname{RMS}(U_t) / d)}, \quad
        \alpha_t = \max(\epsilon_2, \operatorname{RMS}(\theta_{t-1})) \min(\gamma, 1/\sqrt t) $$
 
-    with $b_t = t^{\beta}$, $\beta$ = `beta2_decay`. Rows and columns are those of the last two dimensions; vectors and
-    scalars keep a whole $V_t$ (`variance`). Steps are relative to the size of the weights: `lr` is an upper limit, and
-    the default is good for fine-tuning; raise it for training from scratch. For models whose optimizer state does
-    not fit: n + m numbers of state for n x m weights, where Adam keeps 2nm.
+    with $b_t = t^{\beta}$, $\beta$ = `beta2_decay`. Rows and columns are those of the last two
+    dimensions; vectors and scalars keep a whole $V_t$ (`variance`). Steps are relative to the size
+    of the weights: `lr` is an upper limit, and the default is good for fine-tuning; raise it for
+    training from scratch. For models whose optimizer state does not fit: n + m numbers of state for
+    n x m weights, where Adam keeps 2nm.
 
-    Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, arXiv:1804.04235. As in
-    torch, and unlike the paper, $\epsilon_1$ (default: the machine epsilon of the parameter's type) bounds $\sqrt{V}$
-    from below instead of being added to the squares, and weight decay is decoupled.
+    Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018,
+    arXiv:1804.04235. As in torch, and unlike the paper, $\epsilon_1$ (default: the machine epsilon
+    of the parameter's type) bounds $\sqrt{V}$ from below instead of being added to the squares, and
+    weight decay is decoupled.
 
-    Three walks over a matrix, no temporary of its size. State per parameter: `step`, `row_var` and `col_var`, or
-    `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes nothing, and ours is `capturable`,
-    for steps in a CUDA graph. With several parameter types and `eps[0]` of None, torch takes the epsilon of the first
-    parameter of a list for all; here each has its own.
+    Three walks over a matrix, no temporary of its size. State per parameter: `step`, `row_var` and
+    `col_var`, or `variance`. Arguments are those of `torch.optim.Adafactor`; `foreach` changes
+    nothing, and ours is `capturable`, for steps in a CUDA graph. With several parameter types and
+    `eps[0]` of None, torch takes the epsilon of the first parameter of a list for all; here each
+    has its own.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number, StepError for complex
-    parameters.
+    Raises ValueError for an option outside its range, TypeError for one that is no number,
+    StepError for complex parameters.
     """
 
     def __init__(
@@ -85,10 +89,16 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
     def check_options(self, options: Mapping[str, Any]) -> None:
         owner = type(self).__name__
         check_number(owner, "lr", options["lr"], words=AT_LEAST_0.format("Learning rate"))
-        check_number(owner, "weight_decay", options["weight_decay"], words=AT_LEAST_0.format("weight_decay"))
-        check_number(owner, "d", options["d"], low=1.0, words="Clipping threshold d should be >= 1 but is")
+        check_number(
+            owner, "weight_decay", options["weight_decay"], words=AT_LEAST_0.format("weight_decay")
+        )
+        check_number(
+            owner, "d", options["d"], low=1.0, words="Clipping threshold d should be >= 1 but is"
+        )
         words = "beta2_decay should be <= 0 but is"
-        check_number(owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0, words=words)
+        check_number(
+            owner, "beta2_decay", options["beta2_decay"], low=float("-inf"), up_to=0.0, words=words
+        )
         words = [AT_LEAST_0.format(name) for name in ("epsilon1", "epsilon2")]
         check_row(owner, "eps", options["eps"], 2, low=0.0, first=None, words=words)
         check_modes(owner, options)
@@ -104,7 +114,20 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
         return Adafactor.rule if p.dim() > 1 or p.is_complex() else Adafactor.rule_of_vectors
 
     @staticmethod
-    def rule(p, g, row_var: PerRow, col_var: PerColumn, *, lr, beta2_decay, eps, d, weight_decay, step, has_eps):
+    def rule(
+        p,
+        g,
+        row_var: PerRow,
+        col_var: PerColumn,
+        *,
+        lr,
+        beta2_decay,
+        eps,
+        d,
+        weight_decay,
+        step,
+        has_eps,
+    ):
         eps1 = eps[0] if has_eps else epsilon()
         row = lerp(row_var, row_mean(square(g)), step**beta2_decay)
         column = lerp(col_var, column_mean(square(g)), step**beta2_decay)
@@ -116,7 +139,10 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
     def rule_of_vectors(p, g, variance, *, lr, beta2_decay, eps, d, weight_decay, step, has_eps):
         eps1 = eps[0] if has_eps else epsilon()
         v = lerp(variance, square(g), step**beta2_decay)
-        return {"p": _move(p, g / sqrt(maximum(v, eps1 * eps1)), lr, eps[1], d, weight_decay, step), "variance": v}
+        return {
+            "p": _move(p, g / sqrt(maximum(v, eps1 * eps1)), lr, eps[1], d, weight_decay, step),
+            "variance": v,
+        }
 
 
 def _move(p, u, lr, eps2, d, weight_decay, step):

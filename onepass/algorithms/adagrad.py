@@ -14,26 +14,29 @@ from ..optimizer import Optimizer, Params, StepError
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
-    r"""The gradient over the root of the sum of all its squares so far: large steps for what is seldom seen.
+    r"""The gradient over the root of the sum of all its squares so far: large steps for what is
+    seldom seen.
 
     $$ G_t = G_{t-1} + g_t^2, \quad
        \theta_t = \theta_{t-1} - \frac{\gamma}{1 + (t-1)\eta} \frac{g_t}{\sqrt{G_t} + \epsilon} $$
 
-    with $G_0$ = `initial_accumulator_value`, $\eta$ = `lr_decay`, and $g_t$ increased by $\lambda \theta_{t-1}$ for
-    `weight_decay`. The sum only grows, so steps only shrink: for sparse features and convex problems, not deep nets.
+    with $G_0$ = `initial_accumulator_value`, $\eta$ = `lr_decay`, and $g_t$ increased by $\lambda
+    \theta_{t-1}$ for `weight_decay`. The sum only grows, so steps only shrink: for sparse features
+    and convex problems, not deep nets.
 
-    Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", JMLR 2011.
+    Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization", JMLR 2011.
 
-    State per parameter: `step`, `sum`, from construction on, as in torch; in later groups too, where torch has none.
-    Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change nothing, but both False: eager backend.
-    Ours is `capturable`, for steps in a CUDA graph.
+    State per parameter: `step`, `sum`, from construction on, as in torch; in later groups too,
+    where torch has none. Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change
+    nothing, but both False: eager backend. Ours is `capturable`, for steps in a CUDA graph.
 
-    A sparse gradient steps the rows that it has values for, which is what a dense one with zeros elsewhere does; of
-    complex parameters, too, the real and imaginary parts step as two numbers, where torch's sparse form squares the
-    complex ones.
+    A sparse gradient steps the rows that it has values for, which is what a dense one with zeros
+    elsewhere does; of complex parameters, too, the real and imaginary parts step as two numbers,
+    where torch's sparse form squares the complex ones.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number; the step raises `StepError`
-    for a sparse gradient where `weight_decay` is not 0.
+    Raises ValueError for an option outside its range, TypeError for one that is no number; the step
+    raises `StepError` for a sparse gradient where `weight_decay` is not 0.
     """
 
     gradients = "any"
@@ -89,8 +92,8 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:
             raise StepError(
-                f"{type(self).__name__}: the weight_decay option is not compatible with sparse gradients, got "
-                f"{group['weight_decay']}; set it to 0, or make the gradients dense"
+                f"{type(self).__name__}: the weight_decay option is not compatible with sparse "
+                f"gradients, got {group['weight_decay']}; set it to 0, or make the gradients dense"
             )
         return True
 

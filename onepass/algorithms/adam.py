@@ -16,18 +16,22 @@ from ..optimizer import Optimizer, Params
 class Adam(Optimizer, torch.optim.Adam):
     r"""Steps of about lr, along a running mean of the gradient over the root of its running square.
 
-    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
-       \theta_t = \theta_{t-1} - \gamma \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
+    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad
+       v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
+       \theta_t = \theta_{t-1} -
+           \gamma \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ where `weight_decay` is coupled (L2), or $\theta_{t-1}$ first shrunk
-    by $1 - \gamma\lambda$ where it is decoupled. `amsgrad` divides by the largest $v$ so far.
+    with $g_t$ increased by $\lambda \theta_{t-1}$ where `weight_decay` is coupled (L2), or
+    $\theta_{t-1}$ first shrunk by $1 - \gamma\lambda$ where it is decoupled. `amsgrad` divides by
+    the largest $v$ so far.
 
-    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980; AMSGrad: Reddi, Kale and
-    Kumar, "On the Convergence of Adam and Beyond", 2018, arXiv:1904.09237.
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980; AMSGrad:
+    Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond", 2018, arXiv:1904.09237.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), under torch's names. Arguments are
-    those of `torch.optim.Adam`. `lr` and `betas` may be tensors of one element. `foreach` and `fused` change nothing,
-    except that both False select the eager backend and `fused=True` lets GradScaler leave the unscaling to the step.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), under torch's
+    names. Arguments are those of `torch.optim.Adam`. `lr` and `betas` may be tensors of one
+    element. `foreach` and `fused` change nothing, except that both False select the eager backend
+    and `fused=True` lets GradScaler leave the unscaling to the step.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -103,9 +107,11 @@ class Adam(Optimizer, torch.optim.Adam):
 class AdamW(Adam, torch.optim.AdamW):
     r"""Adam with decoupled weight decay: the default choice for transformers and most networks.
 
-    $$ \theta_t = (1 - \gamma\lambda)\,\theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$
+    $$ \theta_t = (1 - \gamma\lambda)\,\theta_{t-1}
+           - \gamma \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$
 
-    with $\hat m_t, \hat v_t$ as in `Adam`. The decay does not enter the moments, so that it acts on all weights alike.
+    with $\hat m_t, \hat v_t$ as in `Adam`. The decay does not enter the moments, so that it acts on
+    all weights alike.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
@@ -144,6 +150,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # State dicts of Adam, and those from before the option existed, are AdamW's as soon as AdamW loads them.
+        # State dicts of Adam, and those from before the option existed, are AdamW's as soon as
+        # AdamW loads them.
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True

@@ -16,17 +16,19 @@ from ..optimizer import Optimizer, Params
 class Adamax(Optimizer, torch.optim.Adamax):
     r"""Adam with a decaying maximum of the gradient in the place of its running square.
 
-    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad u_t = \max(\beta_2 u_{t-1}, |g_t| + \epsilon), \quad
+    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad
+       u_t = \max(\beta_2 u_{t-1}, |g_t| + \epsilon), \quad
        \theta_t = \theta_{t-1} - \frac{\gamma}{1-\beta_1^t} \frac{m_t}{u_t} $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. No step is larger than about lr, and one huge
-    gradient is forgotten at the rate of $\beta_2$: calm where gradients are rare or noisy, as with embeddings.
+    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. No step is larger than about
+    lr, and one huge gradient is forgotten at the rate of $\beta_2$: calm where gradients are rare
+    or noisy, as with embeddings.
 
-    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980, section 7.1. As in torch,
-    $\epsilon$ is added to the gradient's size; the paper has none.
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980, section 7.1.
+    As in torch, $\epsilon$ is added to the gradient's size; the paper has none.
 
-    State per parameter: `step`, `exp_avg`, `exp_inf`. Arguments are those of `torch.optim.Adamax`; `foreach` changes
-    nothing.
+    State per parameter: `step`, `exp_avg`, `exp_inf`. Arguments are those of `torch.optim.Adamax`;
+    `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """

@@ -14,21 +14,25 @@ from ..optimizer import Optimizer, Params
 
 
 class ASGD(Optimizer, torch.optim.ASGD):
-    r"""Gradient descent with shrinking steps, beside which the mean of the parameters from step $t_0$ on is kept.
+    r"""Gradient descent with shrinking steps, beside which the mean of the parameters from step
+    $t_0$ on is kept.
 
     $$ \theta_t = (1 - \lambda \eta_t)\,\theta_{t-1} - \eta_t g_t, \quad
        \eta_{t+1} = \frac{\gamma}{(1 + \lambda\gamma t)^\alpha}, \quad
        \bar\theta_t = \bar\theta_{t-1} + \mu_t (\theta_t - \bar\theta_{t-1}), \quad
        \mu_{t+1} = \frac{1}{\max(1, t - t_0)} $$
 
-    with $\lambda$ = `lambd`, $\eta_1 = \gamma$, $\mu_1 = 1$, and $g_t$ increased by `weight_decay` times
-    $\theta_{t-1}$. The mean, `state[p]["ax"]`, is what the theory is about: copy it into the model before evaluating.
-    For convex problems; for networks prefer weights averaged with any optimizer, as in `torch.optim.swa_utils`.
+    with $\lambda$ = `lambd`, $\eta_1 = \gamma$, $\mu_1 = 1$, and $g_t$ increased by `weight_decay`
+    times $\theta_{t-1}$. The mean, `state[p]["ax"]`, is what the theory is about: copy it into the
+    model before evaluating. For convex problems; for networks prefer weights averaged with any
+    optimizer, as in `torch.optim.swa_utils`.
 
-    Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the schedule: Bottou, 2010.
+    Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
+    schedule: Bottou, 2010.
 
-    State per parameter: `step`, `ax`, and the numbers `eta` and `mu`. A change of lr takes effect one step later, as in
-    torch. Arguments are those of `torch.optim.ASGD`; `foreach` changes nothing.
+    State per parameter: `step`, `ax`, and the numbers `eta` and `mu`. A change of lr takes effect
+    one step later, as in torch. Arguments are those of `torch.optim.ASGD`; `foreach` changes
+    nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -76,4 +80,9 @@ class ASGD(Optimizer, torch.optim.ASGD):
         g = where(weight_decay != 0, g + weight_decay * p, g)
         p = p * (1 - lambd * eta) - eta * g
         ax = where(mu == 1, p, ax + mu * (p - ax))
-        return {"p": p, "ax": ax, "eta": lr / (1 + lambd * lr * step) ** alpha, "mu": 1 / maximum(step - t0, 1.0)}
+        return {
+            "p": p,
+            "ax": ax,
+            "eta": lr / (1 + lambd * lr * step) ** alpha,
+            "mu": 1 / maximum(step - t0, 1.0),
+        }

@@ -14,20 +14,23 @@ from ..optimizer import Optimizer, Params
 
 
 class NAdam(Optimizer, torch.optim.NAdam):
-    r"""Adam with Nesterov momentum: a step already looks along the momentum that the next one will have.
+    r"""Adam with Nesterov momentum: a step already looks along the momentum that the next one will
+    have.
 
     $$ \mu_t = \beta_1 \left(1 - \tfrac12 \cdot 0.96^{t\psi}\right), \quad
        \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1}\mu_i}
                 + \frac{(1-\mu_t) g_t}{1 - \prod_{i=1}^{t}\mu_i}, \quad
        \theta_t = \theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
 
-    with $m_t, v_t$ as in `Adam` and $\psi$ = `momentum_decay`; `weight_decay` adds $\lambda \theta_{t-1}$ to the
-    gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. Use it as Adam(W).
+    with $m_t, v_t$ as in `Adam` and $\psi$ = `momentum_decay`; `weight_decay` adds $\lambda
+    \theta_{t-1}$ to the gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where
+    `decoupled_weight_decay`. Use it as Adam(W).
 
-    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop; there $m_t$ decays by $\mu_t$, in torch by
-    $\beta_1$, and so here.
+    Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop; there $m_t$ decays by
+    $\mu_t$, in torch by $\beta_1$, and so here.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `mu_product` (one number). `foreach` changes nothing.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `mu_product` (one number). `foreach`
+    changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -68,7 +71,11 @@ class NAdam(Optimizer, torch.optim.NAdam):
         check_modes(type(self).__name__, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return torch.ones_like(like) if name == "mu_product" else super().initial_state(name, like, group)
+        return (
+            torch.ones_like(like)
+            if name == "mu_product"
+            else super().initial_state(name, like, group)
+        )
 
     @staticmethod
     def rule(

@@ -14,23 +14,27 @@ from ..optimizer import Optimizer, Params
 
 
 class RAdam(Optimizer, torch.optim.RAdam):
-    r"""Adam that does not trust its running square before it has seen enough: a warm-up that needs no tuning.
+    r"""Adam that does not trust its running square before it has seen enough: a warm-up that needs
+    no tuning.
 
-    $$ \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad \rho_t = \rho_\infty - \frac{2t\beta_2^t}{1-\beta_2^t}, \quad
+    $$ \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad
+       \rho_t = \rho_\infty - \frac{2t\beta_2^t}{1-\beta_2^t}, \quad
        r_t = \sqrt{\frac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}} $$
 
     $$ \theta_t = \theta_{t-1} - \gamma \frac{m_t}{1-\beta_1^t} \cdot
-       \begin{cases} r_t \sqrt{1-\beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else} \end{cases} $$
+       \begin{cases}
+           r_t \sqrt{1-\beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
+           1 & \text{else} \end{cases} $$
 
-    with $m_t, v_t$ as in `Adam`; `weight_decay` adds $\lambda \theta_{t-1}$ to the gradient, or first shrinks
-    $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. For $\beta_2 = 0.999$ the first five steps are
-    those of momentum. Use it in the place of Adam with a warm-up.
+    with $m_t, v_t$ as in `Adam`; `weight_decay` adds $\lambda \theta_{t-1}$ to the gradient, or
+    first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. For $\beta_2
+    = 0.999$ the first five steps are those of momentum. Use it in the place of Adam with a warm-up.
 
-    Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2019, arXiv:1908.03265. As in torch and in
-    the authors' later code, the threshold is 5; in the paper it is 4.
+    Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2019, arXiv:1908.03265.
+    As in torch and in the authors' later code, the threshold is 5; in the paper it is 4.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of `torch.optim.RAdam`; `foreach` changes
-    nothing.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
+    `torch.optim.RAdam`; `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -69,7 +73,9 @@ class RAdam(Optimizer, torch.optim.RAdam):
         check_modes(type(self).__name__, options)
 
     @staticmethod
-    def rule(p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, decoupled_weight_decay):
+    def rule(
+        p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, decoupled_weight_decay
+    ):
         beta1, beta2 = betas
         if decoupled_weight_decay:
             p = p * (1 - lr * weight_decay)

@@ -14,20 +14,24 @@ from ..optimizer import Optimizer, Params
 
 
 class RMSprop(Optimizer, torch.optim.RMSprop):
-    r"""The gradient over the root of its running square: steps of about lr, whatever the gradient's scale.
+    r"""The gradient over the root of its running square: steps of about lr, whatever the gradient's
+    scale.
 
     $$ v_t = \alpha v_{t-1} + (1-\alpha) g_t^2, \quad
-       b_t = \mu b_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon}, \quad \theta_t = \theta_{t-1} - \gamma b_t $$
+       b_t = \mu b_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon}, \quad \theta_t = \theta_{t-1} - \gamma
+    b_t $$
 
-    where `centered` subtracts the square of the gradient's running mean from $v_t$, an estimate of its variance, and
-    `weight_decay` adds $\lambda \theta_{t-1}$ to the gradient. Long the choice for recurrent networks and for
-    reinforcement learning; `Adam` is this with a running mean of the gradient and without its slow start.
+    where `centered` subtracts the square of the gradient's running mean from $v_t$, an estimate of
+    its variance, and `weight_decay` adds $\lambda \theta_{t-1}$ to the gradient. Long the choice
+    for recurrent networks and for reinforcement learning; `Adam` is this with a running mean of the
+    gradient and without its slow start.
 
-    Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating Sequences With
-    Recurrent Neural Networks", 2013, arXiv:1308.0850. As in torch, $\epsilon$ is added after the root.
+    Hinton, "Neural Networks for Machine Learning", lecture 6e, 2012; centered: Graves, "Generating
+    Sequences With Recurrent Neural Networks", 2013, arXiv:1308.0850. As in torch, $\epsilon$ is
+    added after the root.
 
-    State per parameter: `step`, `square_avg` (with momentum `momentum_buffer`, centered `grad_avg`). Arguments are
-    those of `torch.optim.RMSprop`; `foreach` changes nothing.
+    State per parameter: `step`, `square_avg` (with momentum `momentum_buffer`, centered
+    `grad_avg`). Arguments are those of `torch.optim.RMSprop`; `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -66,7 +70,9 @@ class RMSprop(Optimizer, torch.optim.RMSprop):
         check_modes(type(self).__name__, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_momentum": is_positive(pick(group, "momentum", None), "momentum")}
+        return super().flags(group) | {
+            "has_momentum": is_positive(pick(group, "momentum", None), "momentum")
+        }
 
     @staticmethod
     def rule(

@@ -14,23 +14,25 @@ from ..optimizer import Optimizer, Params
 
 
 class Rprop(Optimizer, torch.optim.Rprop):
-    r"""Steps by the gradient's sign alone; their sizes grow while a weight's sign stays and shrink when it turns.
+    r"""Steps by the gradient's sign alone; their sizes grow while a weight's sign stays and shrink
+    when it turns.
 
     $$ s_t = \operatorname{clip}\left(s_{t-1} \cdot
-       \begin{cases} \eta^+ & g_t g_{t-1} > 0 \\ \eta^- & g_t g_{t-1} < 0 \\ 1 & \text{else} \end{cases},
+       \begin{cases}
+           \eta^+ & g_t g_{t-1} > 0 \\ \eta^- & g_t g_{t-1} < 0 \\ 1 & \text{else} \end{cases},
        \ s_{\min},\ s_{\max}\right), \quad
        \theta_t = \theta_{t-1} - s_t \operatorname{sign}(g_t) $$
 
-    where the gradient counts as 0, in this step and as $g_{t-1}$ in the next, if its sign has turned. `lr` is $s_0$
-    and nothing else: changing it later has no effect. For gradients of the whole data set: with mini-batches the sign
-    turns for other reasons, and steps collapse.
+    where the gradient counts as 0, in this step and as $g_{t-1}$ in the next, if its sign has
+    turned. `lr` is $s_0$ and nothing else: changing it later has no effect. For gradients of the
+    whole data set: with mini-batches the sign turns for other reasons, and steps collapse.
 
-    Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP Algorithm", 1993; in
-    the variant without weight backtracking, iRprop-, of Igel and Hüsken, 2000. As in torch, a gradient that is NaN
-    counts as 0.
+    Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
+    Algorithm", 1993; in the variant without weight backtracking, iRprop-, of Igel and Hüsken, 2000.
+    As in torch, a gradient that is NaN counts as 0.
 
-    State per parameter: `step`, `prev`, `step_size`. Arguments are those of `torch.optim.Rprop`; `foreach` changes
-    nothing.
+    State per parameter: `step`, `prev`, `step_size`. Arguments are those of `torch.optim.Rprop`;
+    `foreach` changes nothing.
 
     Raises ValueError for an option outside its range, TypeError for one that is no number.
     """
@@ -65,7 +67,9 @@ class Rprop(Optimizer, torch.optim.Rprop):
             check_row(owner, name, options[name], 2)
         shrink, grow = (float(options["etas"][i]) for i in range(2))
         if not 0 < shrink < 1 < grow:
-            raise ValueError(f"{owner}: Invalid eta values: {shrink}, {grow}; etas must be 0 < shrink < 1 < grow")
+            raise ValueError(
+                f"{owner}: Invalid eta values: {shrink}, {grow}; etas must be 0 < shrink < 1 < grow"
+            )
         check_modes(owner, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:

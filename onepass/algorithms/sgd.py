@@ -21,20 +21,22 @@ class SGD(Optimizer, torch.optim.SGD):
     with $b_1 = g_1$, and $g_t + \mu b_t$ in the place of $b_t$ for `nesterov`; `weight_decay` adds
     $\lambda \theta_{t-1}$ to the gradient.
 
-    Robbins and Monro, "A Stochastic Approximation Method", 1951; Sutskever et al., "On the importance of
-    initialization and momentum in deep learning", 2013. As in torch, lr multiplies the whole sum, not each gradient
-    as it enters: after a change of lr the two differ.
+    Robbins and Monro, "A Stochastic Approximation Method", 1951; Sutskever et al., "On the
+    importance of initialization and momentum in deep learning", 2013. As in torch, lr multiplies
+    the whole sum, not each gradient as it enters: after a change of lr the two differ.
 
-    State per parameter: `momentum_buffer` where momentum is not 0, else none. Arguments are those of
-    `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the eager backend and
-    `fused=True` lets GradScaler leave the unscaling to the step. Ours is `capturable`, for steps in a CUDA graph.
+    State per parameter: `momentum_buffer` where momentum is not 0, else none. Arguments are those
+    of `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the
+    eager backend and `fused=True` lets GradScaler leave the unscaling to the step. Ours is
+    `capturable`, for steps in a CUDA graph.
 
-    A sparse gradient steps the rows that it has values for. With momentum every row moves, whether it has a value now
-    or had one before: the gradient is filled up with zeros, and a step costs what a dense one does. The results are
-    torch's, whose buffers are sparse then; here they are dense, and sparse ones that are loaded become so.
+    A sparse gradient steps the rows that it has values for. With momentum every row moves, whether
+    it has a value now or had one before: the gradient is filled up with zeros, and a step costs
+    what a dense one does. The results are torch's, whose buffers are sparse then; here they are
+    dense, and sparse ones that are loaded become so.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number; the step raises `StepError`
-    for a sparse gradient where `weight_decay` is not 0.
+    Raises ValueError for an option outside its range, TypeError for one that is no number; the step
+    raises `StepError` for a sparse gradient where `weight_decay` is not 0.
     """
 
     gradients = "any"
@@ -83,18 +85,32 @@ class SGD(Optimizer, torch.optim.SGD):
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         numbers = {"has_momentum": "momentum", "has_decay": "weight_decay"}
-        return super().flags(group) | {flag: not is_zero(group.get(name, 0)) for flag, name in numbers.items()}
+        return super().flags(group) | {
+            flag: not is_zero(group.get(name, 0)) for flag, name in numbers.items()
+        }
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:
             raise StepError(
-                f"{type(self).__name__}: the weight_decay option is not compatible with sparse gradients, got "
-                f"{group['weight_decay']}; set it to 0, or make the gradients dense"
+                f"{type(self).__name__}: the weight_decay option is not compatible with sparse "
+                f"gradients, got {group['weight_decay']}; set it to 0, or make the gradients dense"
             )
         return group["momentum"] == 0
 
     @staticmethod
-    def rule(p, g, momentum_buffer, *, lr, momentum, dampening, weight_decay, nesterov, first, has_momentum):
+    def rule(
+        p,
+        g,
+        momentum_buffer,
+        *,
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        first,
+        has_momentum,
+    ):
         g = where(weight_decay != 0, g + weight_decay * p, g)
         if not has_momentum:
             return {"p": p - lr * g}

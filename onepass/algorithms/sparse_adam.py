@@ -14,24 +14,30 @@ from ..optimizer import Optimizer, Params
 
 
 class SparseAdam(Optimizer, torch.optim.SparseAdam):
-    r"""Adam for sparse gradients: a step moves the rows that they have values for, and touches no others.
+    r"""Adam for sparse gradients: a step moves the rows that they have values for, and touches no
+    others.
 
-    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
-       \theta_t = \theta_{t-1} - \gamma \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon} $$
+    $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad
+       v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
+       \theta_t = \theta_{t-1} -
+           \gamma \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon} $$
 
-    for the rows of $\theta$, $m$ and $v$ that $g_t$ has; all others stay as they are, moments included. $t$ counts the
-    parameter's steps, not a row's, so that a row that is seen late for the first time makes a larger step. For
-    embeddings with `sparse=True`: a step costs what its rows cost, however many the table has. Where most rows occur in
-    every batch, take `Adam` and dense gradients, whose moments decay for all rows alike.
+    for the rows of $\theta$, $m$ and $v$ that $g_t$ has; all others stay as they are, moments
+    included. $t$ counts the parameter's steps, not a row's, so that a row that is seen late for the
+    first time makes a larger step. For embeddings with `sparse=True`: a step costs what its rows
+    cost, however many the table has. Where most rows occur in every batch, take `Adam` and dense
+    gradients, whose moments decay for all rows alike.
 
-    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980: the form at the end of its
-    section 2, in which $\epsilon$ is added before the bias is corrected; `Adam` adds it after.
+    Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980: the form at
+    the end of its section 2, in which $\epsilon$ is added before the bias is corrected; `Adam` adds
+    it after.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, under torch's names; `step` is an int, as there. Arguments are
-    those of `torch.optim.SparseAdam`. Parameters may lie in memory in any order.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, under torch's names; `step` is an int, as
+    there. Arguments are those of `torch.optim.SparseAdam`. Parameters may lie in memory in any
+    order.
 
-    Raises ValueError for an option outside its range and for parameters that are sparse or complex, TypeError for an
-    option that is no number; the step raises `StepError` for dense gradients.
+    Raises ValueError for an option outside its range and for parameters that are sparse or complex,
+    TypeError for an option that is no number; the step raises `StepError` for dense gradients.
     """
 
     gradients = "sparse"
@@ -51,15 +57,20 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
         for name, what in (("lr", "learning rate"), ("eps", "epsilon value")):
             check_number(owner, name, options[name])
             if float(options[name]) == 0:
-                raise ValueError(f"{owner}: Invalid {what}: {brief(options[name])}; {name} must be positive")
+                raise ValueError(
+                    f"{owner}: Invalid {what}: {brief(options[name])}; {name} must be positive"
+                )
         check_betas(owner, options["betas"])
         for p in options.get("params", ()):
             if p.is_sparse:
                 raise ValueError(
-                    f"{owner} requires dense parameter tensors, and one of shape {tuple(p.shape)} is sparse"
+                    f"{owner} requires dense parameter tensors, and one of shape {tuple(p.shape)} "
+                    "is sparse"
                 )
             if p.is_complex():
-                raise ValueError(f"{owner} does not support complex parameters, and one of them is {p.dtype}")
+                raise ValueError(
+                    f"{owner} does not support complex parameters, and one of them is {p.dtype}"
+                )
 
     @staticmethod
     def rule(p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, step):

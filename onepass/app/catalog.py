@@ -1,4 +1,5 @@
-"""Optimizers by name: those of the package, their common variants, and a user's own as `module:Class`."""
+"""Optimizers by name: those of the package, their common variants, and a user's own as
+`module:Class`."""
 
 from __future__ import annotations
 
@@ -50,10 +51,14 @@ class Variant:
         return SPARSE if self.cls.gradients == "sparse" else ""
 
 
-# Options that change what a step computes, so that each is a measurement of its own. A class has such a variant where
-# each of the options is one of its arguments, and off by default where it is on here, or on where it is off.
+# Options that change what a step computes, so that each is a measurement of its own. A class has
+# such a variant where each of the options is one of its arguments, and off by default where it is
+# on here, or on where it is off.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw": {"use_muon": None, "adjust_lr_fn": "match_rms_adamw"},  # what is no matrix takes AdamW, at the same lr
+    "adamw": {
+        "use_muon": None,
+        "adjust_lr_fn": "match_rms_adamw",
+    },  # what is no matrix takes AdamW, at the same lr
     "amsgrad": {"amsgrad": True},
     "centered": {"centered": True},
     "centered-momentum": {"centered": True, "momentum": 0.9},
@@ -67,14 +72,20 @@ def optimizers() -> dict[str, type[Optimizer]]:
     """The package's optimizers, by their public names."""
     public = {name: getattr(onepass, name) for name in onepass.__all__}
     classes = {name: cls for name, cls in public.items() if isinstance(cls, type)}
-    return {name: cls for name, cls in classes.items() if issubclass(cls, Optimizer) and cls is not Optimizer}
+    return {
+        name: cls
+        for name, cls in classes.items()
+        if issubclass(cls, Optimizer) and cls is not Optimizer
+    }
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     """The error for an unknown name: up to three near ones, or all where none comes near."""
     known = list(known)
     spelled = {one.lower(): one for one in known}
-    near = [spelled[key] for key in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)]
+    near = [
+        spelled[key] for key in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
+    ]
     advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}."
     return UnknownName(f"there is no {kind} {name!r}: {advice}")
 
@@ -82,7 +93,8 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
 def find_class(name: str) -> type[Optimizer]:
     """The optimizer class of that name, in any case, or the class that `module:Class` names.
 
-    Raises `UnknownName` where there is none, and for a `module:Class` that is no `onepass.Optimizer` with a rule.
+    Raises `UnknownName` where there is none, and for a `module:Class` that is no
+    `onepass.Optimizer` with a rule.
     """
     if ":" in name:
         return _import_class(name)
@@ -94,25 +106,38 @@ def find_class(name: str) -> type[Optimizer]:
 
 def _import_class(name: str) -> type[Optimizer]:
     module, _, qualified = name.partition(":")
-    # A program that is installed as a script does not look into the folder that it is called from; `python -m` does.
+    # A program that is installed as a script does not look into the folder that it is called from;
+    # `python -m` does.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
     except (ImportError, ValueError) as error:
-        raise UnknownName(f"{name!r} cannot be imported ({error}): write module:Class, as in my_rules:Lion.") from error
+        raise UnknownName(
+            f"{name!r} cannot be imported ({error}): write module:Class, as in my_rules:Lion."
+        ) from error
     for part in qualified.split("."):
         if not hasattr(found, part):
-            rules = [n for n, value in vars(found).items() if isinstance(value, type) and issubclass(value, Optimizer)]
-            raise nearest(f"optimizer in {module},", part, rules or ["none, as it defines no Optimizer"])
+            rules = [
+                n
+                for n, value in vars(found).items()
+                if isinstance(value, type) and issubclass(value, Optimizer)
+            ]
+            raise nearest(
+                f"optimizer in {module},", part, rules or ["none, as it defines no Optimizer"]
+            )
         found = getattr(found, part)
     if not (isinstance(found, type) and issubclass(found, Optimizer) and hasattr(found, "rule")):
-        raise UnknownName(f"{name!r} is {found!r}: it must be a subclass of onepass.Optimizer with a static `rule`.")
+        raise UnknownName(
+            f"{name!r} is {found!r}: it must be a subclass of onepass.Optimizer with a static "
+            "`rule`."
+        )
     return found
 
 
 def find_variant(name: str) -> Variant:
-    """`adamw`, `sgd-momentum`, `adam-amsgrad`, ... or `module:Class`: a class with the options that its name adds."""
+    """`adamw`, `sgd-momentum`, `adam-amsgrad`, ... or `module:Class`: a class with the options that
+    its name adds."""
     if ":" in name:
         return Variant(name, find_class(name))
     variants = _variants()
@@ -122,11 +147,13 @@ def find_variant(name: str) -> Variant:
 
 
 def find_trainable(name: str) -> Variant:
-    """As `find_variant`, but raises `UnknownName` also for an optimizer that needs more than dense gradients."""
+    """As `find_variant`, but raises `UnknownName` also for an optimizer that needs more than dense
+    gradients."""
     found = find_variant(name)
     if found.demand:
         raise UnknownName(
-            f"{found.cls.__name__} needs {found.demand}, which no task has: choose another, as AdamW or SGD."
+            f"{found.cls.__name__} needs {found.demand}, which no task has: choose another, as "
+            "AdamW or SGD."
         )
     return found
 
@@ -137,7 +164,10 @@ def _variants() -> dict[str, Variant]:
         found[public.lower()] = Variant(public.lower(), cls)
         defaults = {q.name: q.default for q in inspect.signature(cls).parameters.values()}
         for suffix, options in OPTIONS.items():
-            if all(name in defaults and bool(defaults[name]) != bool(value) for name, value in options.items()):
+            if all(
+                name in defaults and bool(defaults[name]) != bool(value)
+                for name, value in options.items()
+            ):
                 name = f"{public.lower()}-{suffix}"
                 found[name] = Variant(name, cls, options)
     return found

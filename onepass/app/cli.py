@@ -1,4 +1,5 @@
-"""The `onepass` program: what it says when something is wrong. Its commands are in `onepass.app.commands`."""
+"""The `onepass` program: what it says when something is wrong. Its commands are in
+`onepass.app.commands`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return _complain(f"the command line needs {' and '.join(missing)}: run pip install 'onepass[train]'.")
+        return _complain(
+            f"the command line needs {' and '.join(missing)}: run pip install 'onepass[train]'."
+        )
     # Only now, because it needs the packages that were just looked for.
     from . import commands
 

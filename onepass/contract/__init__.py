@@ -1,4 +1,5 @@
-"""What torch.optim promises of param groups, options and state dicts, and what is said when somebody breaks it.
+"""What torch.optim promises of param groups, options and state dicts, and what is said when
+somebody breaks it.
 
 Nothing here knows how a step is made.
 """

@@ -1,4 +1,5 @@
-"""Mistakes that would do nothing, or the wrong thing, in every step without a word. Each gets one warning."""
+"""Mistakes that would do nothing, or the wrong thing, in every step without a word. Each gets one
+warning."""
 
 from __future__ import annotations
 
@@ -21,13 +22,17 @@ PATIENCE = 3
 def tell(message: str) -> None:
     """Warn, and name the first line that is not of this package or of torch: that of the user."""
     level, frame = 2, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (PACKAGE, "torch"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        PACKAGE,
+        "torch",
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 
 
 class Misplaced:
-    """An option as an attribute of the optimizer, which nothing reads: set from outside, it brings a warning.
+    """An option as an attribute of the optimizer, which nothing reads: set from outside, it brings
+    a warning.
 
     A subclass may set it for its own use, in its methods.
     """
@@ -44,11 +49,13 @@ class Misplaced:
 
     def __set__(self, optimizer: Any, value: object) -> None:
         vars(optimizer)[self._name] = value
-        if self._name in vars(optimizer).get("defaults", ()) and not _is_method_of(optimizer, sys._getframe(1)):
+        if self._name in vars(optimizer).get("defaults", ()) and not _is_method_of(
+            optimizer, sys._getframe(1)
+        ):
             name, owner = self._name, type(optimizer).__name__
             optimizer._onepass.warn_once(
-                f"{owner}: optimizer.{name} = ... sets an attribute that no step reads; set it in the param groups: "
-                f"for group in optimizer.param_groups: group[{name!r}] = ..."
+                f"{owner}: optimizer.{name} = ... sets an attribute that no step reads; set it in "
+                f"the param groups: for group in optimizer.param_groups: group[{name!r}] = ..."
             )
 
     def __delete__(self, optimizer: Any) -> None:
@@ -67,7 +74,8 @@ def arguments_of(cls: type) -> dict[str, Any]:
 
 
 def watch_options(cls: type) -> None:
-    """Let the options of a class, arguments of its constructor, be missed where they are set as attributes."""
+    """Let the options of a class, arguments of its constructor, be missed where they are set as
+    attributes."""
     known = set().union(*map(vars, cls.__mro__))
     for name in arguments_of(cls):
         if name not in known and name not in ("self", "params", "args", "kwargs", "defaults"):
@@ -75,7 +83,8 @@ def watch_options(cls: type) -> None:
 
 
 def _is_method_of(optimizer: Any, frame: Any) -> bool:
-    """Whether code runs in a method of the optimizer: a function whose first argument is `self`, and is this one."""
+    """Whether code runs in a method of the optimizer: a function whose first argument is `self`,
+    and is this one."""
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
     return names[:1] == ("self",) and frame.f_locals.get("self") is optimizer
 
@@ -94,7 +103,12 @@ class Idle:
         return self._steps >= 0
 
     def look(
-        self, optimizer: Any, params: Sequence[Tensor], grads: Sequence[Any], closure: bool, warn: Callable[[str], None]
+        self,
+        optimizer: Any,
+        params: Sequence[Tensor],
+        grads: Sequence[Any],
+        closure: bool,
+        warn: Callable[[str], None],
     ) -> None:
         """Note a step, with a `closure` or without, and warn if it is one too many.
 
@@ -114,19 +128,23 @@ class Idle:
         self._steps = -1
         if any(p.requires_grad for p in params):
             warn(
-                f"{owner}: no parameter has had a gradient in {PATIENCE} steps, which changed nothing; call "
-                "loss.backward() before step(), on a loss that is computed from these parameters"
+                f"{owner}: no parameter has had a gradient in {PATIENCE} steps, which changed "
+                "nothing; call loss.backward() before step(), on a loss that is computed from "
+                "these parameters"
             )
         else:
             warn(
-                f"{owner}: all parameters are frozen (requires_grad is False): none has had a gradient in {PATIENCE} "
-                "steps, which changed nothing; call requires_grad_() on those to be trained"
+                f"{owner}: all parameters are frozen (requires_grad is False): none has had a "
+                f"gradient in {PATIENCE} steps, which changed nothing; call requires_grad_() on "
+                "those to be trained"
             )
 
 
 def _is_scheduled(optimizer: Any) -> bool:
     """Whether a scheduler drives an optimizer, one of torch's or of ours."""
-    return hasattr(optimizer.step, "_wrapped_by_lr_sched") or bool(vars(optimizer).get("_lr_schedulers"))
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched") or bool(
+        vars(optimizer).get("_lr_schedulers")
+    )
 
 
 def are_learning_rates(rates: float | np.ndarray) -> bool:
@@ -138,12 +156,14 @@ def are_learning_rates(rates: float | np.ndarray) -> bool:
 
 def find_refused(groups: Sequence[int], rates: Sequence[float]) -> tuple[int, float]:
     """The first group whose learning rate the constructor would refuse, and the rate."""
-    return next((g, rate) for g, rate in zip(groups, rates, strict=True) if not are_learning_rates(rate))
+    return next(
+        (g, rate) for g, rate in zip(groups, rates, strict=True) if not are_learning_rates(rate)
+    )
 
 
 def refused_rate(owner: str, index: int, value: float) -> str:
     """The warning about a group's learning rate that the constructor would refuse."""
     return (
-        f"{owner}: param_groups[{index}]['lr'] is {value:g}; a learning rate lies in [0, inf), and maximize=True "
-        "ascends"
+        f"{owner}: param_groups[{index}]['lr'] is {value:g}; a learning rate lies in [0, inf), "
+        "and maximize=True ascends"
     )

@@ -1,4 +1,5 @@
-"""What the options of an optimizer may be. Each failure is one sentence, raised before anything has changed."""
+"""What the options of an optimizer may be. Each failure is one sentence, raised before anything has
+changed."""
 
 from __future__ import annotations
 
@@ -56,12 +57,16 @@ def check_number(
     up_to: float = math.inf,
     words: str = "",
 ) -> None:
-    """Raise ValueError unless a number, or a tensor of one element, lies in [low, up_to], and is less than `below`.
+    """Raise ValueError unless a number, or a tensor of one element, lies in [low, up_to], and is
+    less than `below`.
 
-    TypeError for what is not a number. `words` are torch's about a number outside, where they are unusual.
+    TypeError for what is not a number. `words` are torch's about a number outside, where they are
+    unusual.
     """
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}"
+        )
     found = None if isinstance(value, (bool, np.bool_)) else as_number(value)
     if found is None:
         error = ValueError if isinstance(value, int) and not isinstance(value, bool) else TypeError
@@ -75,14 +80,20 @@ def check_number(
 
 
 def check_count(owner: str, name: str, value: Any, low: int = 1, below: int | None = None) -> None:
-    """Raise ValueError unless `value` is a whole number, of at least `low` and less than `below`."""
+    """Raise ValueError unless `value` is a whole number, of at least `low` and less than
+    `below`."""
     check_number(owner, name, value, low=low, below=below)
     if float(value) % 1 != 0:
         raise ValueError(f"{owner}: {name} must be a whole number, got {brief(value)}")
 
 
 def check_choice(
-    owner: str, name: str, value: Any, choices: Sequence[str], error: type[Exception] = ValueError, words: str = ""
+    owner: str,
+    name: str,
+    value: Any,
+    choices: Sequence[str],
+    error: type[Exception] = ValueError,
+    words: str = "",
 ) -> None:
     """Raise unless `value` is one of these, or None. `words` are torch's about another one."""
     if value is not None and not (isinstance(value, str) and value in choices):
@@ -102,9 +113,11 @@ def check_row(
     error: type[Exception] = TypeError,
     words: Sequence[str] = ("", "", ""),
 ) -> None:
-    """Raise `error` unless `value` has entries in an order, ValueError unless they are `count` numbers in a range.
+    """Raise `error` unless `value` has entries in an order, ValueError unless they are `count`
+    numbers in a range.
 
-    The first entry may be `first`, which is not a number. `words` has those of `check_number` for each entry.
+    The first entry may be `first`, which is not a number. `words` has those of `check_number` for
+    each entry.
     """
     message = f"{owner}: {name} must be {COUNTS[count]} numbers, got {brief(value)}"
     if not is_row(value):
@@ -118,7 +131,8 @@ def check_row(
 
 
 def as_tuple(value: Any) -> Any:
-    """Two entries in an order, as of a list of a configuration library, as a tuple; anything else as it is."""
+    """Two entries in an order, as of a list of a configuration library, as a tuple; anything else
+    as it is."""
     entries = entries_of(value, 2)
     return value if entries is None else tuple(entries)
 
@@ -129,7 +143,8 @@ def check_betas(owner: str, betas: Any) -> None:
 
 
 def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise TypeError for an option that should be True or False (or None, for torch's modes) and is neither."""
+    """Raise TypeError for an option that should be True or False (or None, for torch's modes) and
+    is neither."""
     for name in names:
         value = options.get(name)
         if value is not None and as_flag(value) is None:
@@ -137,7 +152,8 @@ def check_switches(owner: str, options: Mapping[str, Any], names: Iterable[str])
 
 
 def filled(like: Tensor, value: Any, name: str) -> Tensor:
-    """A tensor like another with one value everywhere, of complex numbers in both parts; `name` is the value's option.
+    """A tensor like another with one value everywhere, of complex numbers in both parts; `name` is
+    the value's option.
 
     A value that lies on the tensor's device is not read by the host.
     """
@@ -152,16 +168,21 @@ def filled(like: Tensor, value: Any, name: str) -> Tensor:
 
 
 def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether a parameter's numbers, as its step count, lie on its device: as in torch, where a step may be captured in
-    a graph, or is fused."""
-    return bool(options.get("capturable")) or (bool(options.get("fused")) and not kernel.on_host(device))
+    """Whether a parameter's numbers, as its step count, lie on its device: as in torch, where a
+    step may be captured in a graph, or is fused."""
+    return bool(options.get("capturable")) or (
+        bool(options.get("fused")) and not kernel.on_host(device)
+    )
 
 
 def is_zero(value: Any) -> bool:
     """Whether an option is 0; not, where it lies on a device, which then need not be asked."""
     if type(value) is float or type(value) is int:
         return value == 0
-    return not (isinstance(value, Tensor) and not kernel.on_host(value.device)) and as_number(value) == 0
+    return (
+        not (isinstance(value, Tensor) and not kernel.on_host(value.device))
+        and as_number(value) == 0
+    )
 
 
 def is_off(value: Any) -> bool:
@@ -171,7 +192,11 @@ def is_off(value: Any) -> bool:
 
 def is_positive(value: Any, name: str) -> bool:
     """Whether an option is a number above 0; raises `StepError` where it is not a number."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_meta or kernel.on_host(value.device)):
+    if (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and not (value.is_meta or kernel.on_host(value.device))
+    ):
         return bool(value > 0)
     return number(value, name) > 0
 
@@ -179,9 +204,13 @@ def is_positive(value: Any, name: str) -> bool:
 def check_modes(owner: str, options: Mapping[str, Any]) -> None:
     """Raise RuntimeError for torch's modes where they exclude each other."""
     if options.get("fused") and options.get("differentiable"):
-        raise RuntimeError(f"{owner}: `fused` does not support `differentiable`; leave one of them out")
+        raise RuntimeError(
+            f"{owner}: `fused` does not support `differentiable`; leave one of them out"
+        )
     if options.get("fused") and options.get("foreach"):
-        raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here")
+        raise RuntimeError(
+            f"{owner}: `fused` and `foreach` cannot be `True` together; neither is needed here"
+        )
 
 
 # The options that choose a program or a backend, whatever the algorithm.
@@ -189,7 +218,8 @@ MODES = ("maximize", "foreach", "fused", "differentiable", "capturable")
 
 
 def switches_of(cls: type) -> tuple[str, ...]:
-    """The arguments whose default in a constructor, the class's own or an inherited one, is True or False."""
+    """The arguments whose default in a constructor, the class's own or an inherited one, is True or
+    False."""
     found: list[str] = []
     for base in cls.__mro__:
         for name, default in arguments_of(base).items() if "__init__" in vars(base) else ():

@@ -1,4 +1,5 @@
-"""State dicts: what is checked before one is loaded, and which of its entries belongs to which parameter."""
+"""State dicts: what is checked before one is loaded, and which of its entries belongs to which
+parameter."""
 
 from __future__ import annotations
 
@@ -19,33 +20,58 @@ from .values import as_number, brief, check_kinds
 Group = dict[str, Any]
 # The largest count of steps that a float64 holds as it is.
 MOST_STEPS = 2**53
-# What wrappers put into the names of a model's parameters: torch.compile, DDP, FSDP, activation checkpointing.
-WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# For a parameter and its group: the state that it must have once it has stepped, and the shapes of all that it may
-# have, None for what is one number; no shapes for a class that has no rule, whose state may be anything.
-StateOf = Callable[[Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None] | None]]
+# What wrappers put into the names of a model's parameters: torch.compile, DDP, FSDP, activation
+# checkpointing.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+# For a parameter and its group: the state that it must have once it has stepped, and the shapes of
+# all that it may have, None for what is one number; no shapes for a class that has no rule, whose
+# state may be anything.
+StateOf = Callable[
+    [Tensor, Group], tuple[Sequence[str], Mapping[str, tuple[int, ...] | None] | None]
+]
 
 
 def check_state_dict(owner: str, state_dict: object) -> None:
     """Whether this is an optimizer's state dict at all."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        keys = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise ValueError(f"{owner}: a state dict has 'state' and 'param_groups', got {keys}; pass an optimizer's own")
+        keys = (
+            sorted(map(str, state_dict))[:5]
+            if isinstance(state_dict, Mapping)
+            else type(state_dict).__name__
+        )
+        raise ValueError(
+            f"{owner}: a state dict has 'state' and 'param_groups', got {keys}; pass an "
+            "optimizer's own"
+        )
     state, groups = state_dict["state"], state_dict["param_groups"]
     if not isinstance(state, Mapping):
-        raise ValueError(f"{owner}: a state dict's 'state' must be a dict, got {type(state).__name__}")
-    if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
-        raise ValueError(f"{owner}: a state dict's 'param_groups' must be a list of dicts with 'params'")
+        raise ValueError(
+            f"{owner}: a state dict's 'state' must be a dict, got {type(state).__name__}"
+        )
+    if not isinstance(groups, Sequence) or not all(
+        isinstance(g, Mapping) and "params" in g for g in groups
+    ):
+        raise ValueError(
+            f"{owner}: a state dict's 'param_groups' must be a list of dicts with 'params'"
+        )
     for i, group in enumerate(groups):
         for name in ("params", "param_names"):
             listed = group.get(name, [])
-            if not isinstance(listed, (list, tuple)) or not all(isinstance(key, Hashable) for key in listed):
-                raise ValueError(f"{owner}: group {i} of the state dict must list its {name}, got {brief(listed)}")
+            if not isinstance(listed, (list, tuple)) or not all(
+                isinstance(key, Hashable) for key in listed
+            ):
+                raise ValueError(
+                    f"{owner}: group {i} of the state dict must list its {name}, got "
+                    f"{brief(listed)}"
+                )
 
 
 @dataclass
 class Match:
-    """A state dict beside the groups that it is loaded into: pairs of groups, and each saved key's parameter."""
+    """A state dict beside the groups that it is loaded into: pairs of groups, and each saved key's
+    parameter."""
 
     owner: str
     groups: list[Group]
@@ -61,7 +87,8 @@ class Match:
     def load(
         self, state_of: StateOf, defaults: Mapping[str, Any], checks_options: bool = True
     ) -> tuple[dict[Any, Any], list[Group]]:
-        """The new state and groups, everything verified first; the optimizer itself is not touched."""
+        """The new state and groups, everything verified first; the optimizer itself is not
+        touched."""
         groups = self.load_groups(defaults, checks_options)
         state: dict[Any, Any] = defaultdict(dict)
         numbers: dict[Any, set[str]] = {}
@@ -107,23 +134,30 @@ class Match:
         return groups
 
     def _check(
-        self, key: Any, value: Any, required: Sequence[str], shapes: Mapping[str, tuple[int, ...] | None]
+        self,
+        key: Any,
+        value: Any,
+        required: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...] | None],
     ) -> None:
         p, label = self.parameters[key], self.labels[key]
         if not isinstance(value, Mapping):
-            raise ValueError(f"{self.owner}: the state of parameter {label} must be a dict, got {type(value).__name__}")
+            raise ValueError(
+                f"{self.owner}: the state of parameter {label} must be a dict, got "
+                f"{type(value).__name__}"
+            )
         unknown = [name for name in value if name not in shapes and name in self.states]
         if unknown and not any(value.get(name) is not None for name in shapes if name != "step"):
             known = ", ".join(shapes) or "no state"
             raise ValueError(
-                f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which belongs to another "
-                f"optimizer; {self.owner} keeps {known}"
+                f"{self.owner}: the saved state of parameter {label} holds {unknown[0]!r}, which "
+                f"belongs to another optimizer; {self.owner} keeps {known}"
             )
         lost = [name for name in required if value.get(name) is None]
         if lost and any(value.get(name) is not None for name in required):
             raise ValueError(
-                f"{self.owner}: the saved state of parameter {label} has no {lost[0]!r}; a whole state has "
-                f"{', '.join(required)}"
+                f"{self.owner}: the saved state of parameter {label} has no {lost[0]!r}; a whole "
+                f"state has {', '.join(required)}"
             )
         for name, entry in value.items():
             if entry is None or name not in shapes:
@@ -138,13 +172,16 @@ class Match:
                 _check_tensor(what, entry, shape, p)
 
 
-def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states: Set[str] = frozenset()) -> Match:
-    """Find each saved entry's parameter: by name where both sides have the same names, else by position."""
+def match(
+    owner: str, groups: list[Group], state_dict: Mapping[str, Any], states: Set[str] = frozenset()
+) -> Match:
+    """Find each saved entry's parameter: by name where both sides have the same names, else by
+    position."""
     saved_groups = list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError(
-            f"{owner}: the loaded state dict has a different number of parameter groups: {len(saved_groups)}, this "
-            f"optimizer has {len(groups)}"
+            f"{owner}: the loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, this optimizer has {len(groups)}"
         )
     named = all("param_names" in g for g in chain(groups, saved_groups) if g["params"])
     parameters: dict[Any, Tensor] = {}
@@ -153,27 +190,31 @@ def match(owner: str, groups: list[Group], state_dict: Mapping[str, Any], states
     for i, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         if len(group["params"]) != len(saved["params"]):
             raise ValueError(
-                f"{owner}: the loaded state dict contains a parameter group that doesn't match the size of optimizer's "
-                f"group: group {i} has {len(saved['params'])} parameters, this optimizer's has {len(group['params'])}"
+                f"{owner}: the loaded state dict contains a parameter group that doesn't match "
+                f"the size of optimizer's group: group {i} has {len(saved['params'])} parameters, "
+                f"this optimizer's has {len(group['params'])}"
             )
         names = saved.get("param_names", []) if named else saved["params"]
         for side, of in (("the state dict", saved), ("this optimizer", group)):
             if named and len(names_of := set(of.get("param_names", ()))) != len(of["params"]):
                 raise ValueError(
-                    f"{owner}: group {i} of {side} has {len(of['params'])} parameters and {len(names_of)} different "
-                    "names; name each once"
+                    f"{owner}: group {i} of {side} has {len(of['params'])} parameters and "
+                    f"{len(names_of)} different names; name each once"
                 )
         places = _places(names, group.get("param_names", [])) if named else range(len(names))
         if places is None:
             pairs = zip(names, group["param_names"], strict=True)
             theirs, ours = next((a, b) for a, b in pairs if a != b)
             difference = difference or (
-                f"{owner}: the state dict has a parameter {theirs!r} in group {i} where this optimizer has {ours!r}"
+                f"{owner}: the state dict has a parameter {theirs!r} in group {i} where this "
+                f"optimizer has {ours!r}"
             )
             places = range(len(names))
         for key, name, place in zip(saved["params"], names, places, strict=True):
             parameters[key], labels[key] = group["params"][place], repr(name) if named else str(key)
-    return Match(owner, groups, saved_groups, state_dict["state"], parameters, labels, states, difference)
+    return Match(
+        owner, groups, saved_groups, state_dict["state"], parameters, labels, states, difference
+    )
 
 
 def _unwrapped(name: str) -> str:
@@ -188,8 +229,14 @@ def _without_first(name: str) -> str:
 
 
 def _places(names: Sequence[str], among: Sequence[str]) -> list[int] | None:
-    """Where each name stands among the others, with or without what wrappers put in; None where names differ."""
-    for theirs, ours in ((str, str), (_without_first, str), (str, _without_first), (_unwrapped, _unwrapped)):
+    """Where each name stands among the others, with or without what wrappers put in; None where
+    names differ."""
+    for theirs, ours in (
+        (str, str),
+        (_without_first, str),
+        (str, _without_first),
+        (_unwrapped, _unwrapped),
+    ):
         place = {ours(name): i for i, name in enumerate(among)}
         found = [place[theirs(name)] for name in names if theirs(name) in place]
         if len({*found}) == len(names) == len(place):
@@ -209,15 +256,26 @@ def _check_tensor(what: str, entry: object, shape: tuple[int, ...], p: Tensor) -
     if not isinstance(entry, Tensor):
         raise ValueError(f"{what} must be a tensor, got {_describe(entry)}")
     if entry.shape != shape:
-        belongs = "the parameter has" if shape == p.shape else f"for a parameter of {tuple(p.shape)} it must have"
-        raise ValueError(f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this model")
+        belongs = (
+            "the parameter has"
+            if shape == p.shape
+            else f"for a parameter of {tuple(p.shape)} it must have"
+        )
+        raise ValueError(
+            f"{what} has shape {tuple(entry.shape)}, {belongs} {shape}; load a checkpoint of this "
+            "model"
+        )
     if entry.is_meta and not p.is_meta:
         raise ValueError(f"{what} has no memory, it is on meta; load a checkpoint of this model")
     if not (p.is_floating_point() or p.is_complex()):
         # It never steps.
         return
-    if entry.is_complex() != p.is_complex() or not (entry.is_floating_point() or entry.is_complex()):
-        raise ValueError(f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model")
+    if entry.is_complex() != p.is_complex() or not (
+        entry.is_floating_point() or entry.is_complex()
+    ):
+        raise ValueError(
+            f"{what} is {entry.dtype}, the parameter {p.dtype}; load a checkpoint of this model"
+        )
 
 
 def _describe(value: object) -> str:
@@ -226,7 +284,9 @@ def _describe(value: object) -> str:
     return brief(value) if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
-def _adopt(value: Any, p: Tensor, numbers: Collection[str], form: Callable[[Tensor, Any], Tensor]) -> Any:
+def _adopt(
+    value: Any, p: Tensor, numbers: Collection[str], form: Callable[[Tensor, Any], Tensor]
+) -> Any:
     """A copy of a parameter's state: in its own dtype, on the parameter's device but for `numbers`.
 
     `form` makes the copy of a tensor.
@@ -245,7 +305,8 @@ def _adopt(value: Any, p: Tensor, numbers: Collection[str], form: Callable[[Tens
 
 
 def _dense(t: Tensor, device: Any) -> Tensor:
-    """A copy that a kernel can take: torch's SGD keeps sparse momentum where gradients are sparse."""
+    """A copy that a kernel can take: torch's SGD keeps sparse momentum where gradients are
+    sparse."""
     return (t.to_dense() if t.is_sparse else t).detach().to(device=device, copy=True)
 
 

@@ -15,10 +15,13 @@ def _not_in_this_torch(*_: Any, **__: Any) -> NoReturn:
     Raises NotImplementedError.
     """
     raise NotImplementedError(
-        f"swap_in_optimizer_params_and_state is torch's own, and torch {torch.__version__} does not have it; install a "
-        "newer torch"
+        f"swap_in_optimizer_params_and_state is torch's own, and torch {torch.__version__} does "
+        "not have it; install a newer torch"
     )
 
 
-# Torch's context manager works unchanged on these optimizers: the plan sees that groups and state are others.
-swap_in_optimizer_params_and_state = getattr(torch.optim, "swap_in_optimizer_params_and_state", _not_in_this_torch)
+# Torch's context manager works unchanged on these optimizers: the plan sees that groups and state
+# are others.
+swap_in_optimizer_params_and_state = getattr(
+    torch.optim, "swap_in_optimizer_params_and_state", _not_in_this_torch
+)

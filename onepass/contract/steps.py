@@ -1,4 +1,5 @@
-"""Who steps: a class's rule, its own code, or the code of torch's class, which does what only that can do."""
+"""Who steps: a class's rule, its own code, or the code of torch's class, which does what only that
+can do."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from .param_groups import occur_twice
 from .values import StepError
 
 # Why a step is taken by torch's code.
-OVERRIDES, REPEATS = "it overrides {}, which only that calls", "a parameter occurs twice in its param groups"
+OVERRIDES, REPEATS = (
+    "it overrides {}, which only that calls",
+    "a parameter occurs twice in its param groups",
+)
 
 
 def step_as_torch(optimizer: Any, why: str, *arguments: Any) -> Any:
     """Step by the code of torch's class, for what only that code does."""
-    optimizer._onepass.warn_once(f"{type(optimizer).__name__} steps by torch.optim's slower code: {why}")
+    optimizer._onepass.warn_once(
+        f"{type(optimizer).__name__} steps by torch.optim's slower code: {why}"
+    )
     step = optimizer._onepass_torch_class.step
     # Without torch's hooks, which have been called.
     return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, *arguments)
@@ -31,10 +37,13 @@ def has_own_group_reader(optimizer: Any) -> bool:
 
 
 def steps_as_torch(optimizer: Any) -> bool:
-    """Whether the next step is by the code of torch's class, which unscales gradients only where it is fused."""
+    """Whether the next step is by the code of torch's class, which unscales gradients only where it
+    is fused."""
     if has_own_group_reader(optimizer):
         return True
-    return occur_twice(list(chain.from_iterable(group["params"] for group in optimizer.param_groups)))
+    return occur_twice(
+        list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    )
 
 
 def has_torchs_step(optimizer: Any) -> bool:
@@ -43,17 +52,24 @@ def has_torchs_step(optimizer: Any) -> bool:
     if optimizer._onepass_torch_class is TorchOptimizer or not hasattr(cls, "rule"):
         return not hasattr(cls, "rule")
     ours = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == PACKAGE)
-    return all(getattr(cls, name) is getattr(ours, name) for name in ("rule", "rule_of", "flags", "initial_state"))
+    return all(
+        getattr(cls, name) is getattr(ours, name)
+        for name in ("rule", "rule_of", "flags", "initial_state")
+    )
 
 
 def refuse_repeats(optimizer: Any) -> None:
     """Raise where a parameter is there twice, unless torch's class can step it twice."""
     if not has_torchs_step(optimizer):
-        raise StepError(f"{type(optimizer).__name__}: a parameter occurs twice in the param groups; list each once")
+        raise StepError(
+            f"{type(optimizer).__name__}: a parameter occurs twice in the param groups; list each "
+            "once"
+        )
 
 
 def steps_by_rule(cls: type) -> bool:
-    """Whether a class steps by its rule, at least in part: not by a step of its own that calls no other."""
+    """Whether a class steps by its rule, at least in part: not by a step of its own that calls no
+    other."""
     for base in cls.__mro__:
         # A class's own attribute may be a wrapper around a step, as torch makes one.
         if "step" not in vars(base):

@@ -19,7 +19,8 @@ class StepError(RuntimeError):
 
 
 def as_number(value: object) -> float | None:
-    """A real number as a float, of a tensor or an array its only element; None for all else, what is too large too."""
+    """A real number as a float, of a tensor or an array its only element; None for all else, what
+    is too large too."""
     kind = type(value)
     if kind is float:
         return value  # type: ignore[return-value]
@@ -40,13 +41,16 @@ def as_number(value: object) -> float | None:
 
 def as_flag(value: object) -> bool | None:
     """True or False, also given as 1 or 0; None for all else."""
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, (int, np.integer)) and value in (0, 1)):
+    if isinstance(value, (bool, np.bool_)) or (
+        isinstance(value, (int, np.integer)) and value in (0, 1)
+    ):
         return bool(value)
     return None
 
 
 def is_row(value: object) -> bool:
-    """Whether an option is several values in an order: a tuple, a list, or what has entries as these do."""
+    """Whether an option is several values in an order: a tuple, a list, or what has entries as
+    these do."""
     if isinstance(value, (tuple, list)):
         return True
     if isinstance(value, np.ndarray):
@@ -72,7 +76,9 @@ def number(value: object, name: str) -> float:
         return value
     found = as_number(value)
     if found is None:
-        raise StepError(f"param group option {name!r} must be {number_for(value)}, got {brief(value)}")
+        raise StepError(
+            f"param group option {name!r} must be {number_for(value)}, got {brief(value)}"
+        )
     return found
 
 
@@ -92,14 +98,20 @@ def flag(value: object, name: str) -> bool:
 
 
 def check_kinds(
-    group: Mapping[str, Any], like: Mapping[str, Any], what: str = "", error: type[Exception] = StepError
+    group: Mapping[str, Any],
+    like: Mapping[str, Any],
+    what: str = "",
+    error: type[Exception] = StepError,
 ) -> None:
-    """Raise for an option that is not a number, not a flag, or not so many numbers, where an example of it is."""
+    """Raise for an option that is not a number, not a flag, or not so many numbers, where an
+    example of it is."""
     for name, example in like.items():
         value, wanted = group.get(name, example), ""
         if is_row(example):
             pairs = zip(entries_of(value, len(example)) or (), example, strict=False)
-            fits = [as_number(entry) is not None or (entry is None and e is None) for entry, e in pairs]
+            fits = [
+                as_number(entry) is not None or (entry is None and e is None) for entry, e in pairs
+            ]
             wanted = "" if fits and all(fits) else f"{len(example)} numbers"
         elif isinstance(example, bool):
             wanted = "" if value is None or as_flag(value) is not None else "True or False"
@@ -118,7 +130,9 @@ def pick(group: Mapping[str, Any], key: str, i: int | None) -> Any:
     try:
         return group[key][i]
     except Exception:
-        raise StepError(f"param group option {key!r} must have an entry {i}, got {brief(group[key])}") from None
+        raise StepError(
+            f"param group option {key!r} must have an entry {i}, got {brief(group[key])}"
+        ) from None
 
 
 def brief(value: object) -> str:

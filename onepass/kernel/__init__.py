@@ -1,4 +1,5 @@
-"""The compiler's one door: from a rule to something that can be launched. Backends are imported when first needed."""
+"""The compiler's one door: from a rule to something that can be launched. Backends are imported
+when first needed."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ __all__ = [
 
 
 class Kernel(Protocol):
-    """What both backends make of a program: callable on columns of any number of tensors of one device."""
+    """What both backends make of a program: callable on columns of any number of tensors of one
+    device."""
 
     program: Program
     # The hyper-parameters, by their places among a launch's leaves.
@@ -86,7 +88,8 @@ def on_host(device: torch.device) -> bool:
 
 
 def why_no_kernels(device: torch.device) -> str:
-    """Why programs cannot be compiled for a device, where the eager backend runs; empty where they can."""
+    """Why programs cannot be compiled for a device, where the eager backend runs; empty where they
+    can."""
     if on_host(device):
         return _why_not_here()
     from .gpu import devices
@@ -96,7 +99,8 @@ def why_no_kernels(device: torch.device) -> str:
 
 @once
 def _import() -> None:
-    """Import all that a first step needs, while forks wait: a child would find another thread's import unfinished."""
+    """Import all that a first step needs, while forks wait: a child would find another thread's
+    import unfinished."""
     from .cpu import launch  # noqa: F401
     from .eager import foreach, single  # noqa: F401
     from .llvm import native  # noqa: F401
@@ -137,10 +141,12 @@ def compile(
     numbers: tuple[str, ...] | None = None,
     number_format: str = "float32",
 ) -> Kernel:
-    """The kernel of a finished graph for columns stored like this; compiled once in the graph's life.
+    """The kernel of a finished graph for columns stored like this; compiled once in the graph's
+    life.
 
-    `numbers` are the entries of a parameter's state that are one number, where these lie on the device, in the order in
-    which their addresses follow those of the columns; None where the host keeps them.
+    `numbers` are the entries of a parameter's state that are one number, where these lie on the
+    device, in the order in which their addresses follow those of the columns; None where the host
+    keeps them.
     """
     program = bind(graph, formats)
     if on_host(device):
@@ -174,7 +180,8 @@ def facts_of(t: Tensor) -> Any:
 
 
 def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
-    """Numbers of the host, to be read and stored at addresses (names, tensors) that are read in each step."""
+    """Numbers of the host, to be read and stored at addresses (names, tensors) that are read in
+    each step."""
     from .tensors.numbers import Numbers
 
     return Numbers(addresses, dtype)
@@ -190,9 +197,12 @@ def evaluate(
 
 
 def evaluate_together(
-    graph: Graph, columns: Mapping[str, Sequence[Tensor]], hypers: Mapping[str, Sequence[float] | float]
+    graph: Graph,
+    columns: Mapping[str, Sequence[Tensor]],
+    hypers: Mapping[str, Sequence[float] | float],
 ) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[float]]]:
-    """The same for lists of plain tensors, each column's of one dtype and device; for elementwise graphs only."""
+    """The same for lists of plain tensors, each column's of one dtype and device; for elementwise
+    graphs only."""
     from .eager import foreach
 
     return foreach.run(graph, columns, hypers)

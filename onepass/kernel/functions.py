@@ -1,4 +1,5 @@
-"""What rules are written with: functions of nodes, beside Python's operators. Standard library only."""
+"""What rules are written with: functions of nodes, beside Python's operators. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def rint(x: Node) -> Node:
 
 
 def lerp(a: Node, b: Node, weight: object) -> Node:
-    """a + weight * (b - a), as torch.lerp has it: exact at weight 0 and, taken from b's side above one half, at 1."""
+    """a + weight * (b - a), as torch.lerp has it: exact at weight 0 and, taken from b's side above
+    one half, at 1."""
     weight = weight if isinstance(weight, Node) else const(weight)
     near = weight < 0.5
     return where(near, a, b) + where(near, weight, weight - 1.0) * (b - a)
@@ -96,7 +98,8 @@ def sign(x: Node) -> Node:
 
 
 def sum(x: Node) -> Node:
-    """The sum over a tensor, accumulated in float64 in an order that depends on the tensor's size alone."""
+    """The sum over a tensor, accumulated in float64 in an order that depends on the tensor's size
+    alone."""
     return make("sum", x)
 
 
@@ -116,21 +119,23 @@ def norm(x: Node) -> Node:
 
 
 def row_mean(x: Node) -> Node:
-    """The mean of each row, over a tensor's last dimension: one value a row; of one value a column, one a matrix."""
+    """The mean of each row, over a tensor's last dimension: one value a row; of one value a column,
+    one a matrix."""
     return make("sum", x, attr="rows") / columns()
 
 
 def column_mean(x: Node) -> Node:
-    """The mean of each column, over a tensor's last dimension but one; of one value a row, one a matrix."""
+    """The mean of each column, over a tensor's last dimension but one; of one value a row, one a
+    matrix."""
     return make("sum", x, attr="columns") / rows()
 
 
 def call(function: Callable[..., object], x: Node, *numbers: object) -> Node:
     """What `function(matrices, *numbers)` makes of whole matrices, between two passes.
 
-    `matrices` is a tensor (k, rows, columns) of k matrices of one shape, of one or of several parameters, and must stay
-    as it is; so is what the function returns, of the same type. Numbers are host values. `function` must be the same
-    object at each trace.
+    `matrices` is a tensor (k, rows, columns) of k matrices of one shape, of one or of several
+    parameters, and must stay as it is; so is what the function returns, of the same type. Numbers
+    are host values. `function` must be the same object at each trace.
     """
     if not callable(function):
         raise RuleError(f"call takes a function of whole matrices first, got {function!r:.60}")

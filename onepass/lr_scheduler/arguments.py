@@ -1,4 +1,5 @@
-"""What schedulers check of their arguments, before anything has changed: each error is one sentence."""
+"""What schedulers check of their arguments, before anything has changed: each error is one
+sentence."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING
 
-__all__ = ["check_count", "check_number", "check_numbers", "check_optimizer", "check_steps", "check_strategy"]
+__all__ = [
+    "check_count",
+    "check_number",
+    "check_numbers",
+    "check_optimizer",
+    "check_steps",
+    "check_strategy",
+]
 __all__ += ["check_word", "increasing", "warn_of_epoch"]
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value can be calculated with: also a number of NumPy, or a tensor with one element."""
+    """Whether a value can be calculated with: also a number of NumPy, or a tensor with one
+    element."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     if isinstance(value, (str, bytes, bytearray)):
@@ -42,7 +51,8 @@ def check_number(owner: object, error: type[Exception] = TypeError, **values: An
 
 
 def check_numbers(owner: object, **values: Any) -> None:
-    """Raise TypeError for what is neither a number nor a list of numbers, one for each param group."""
+    """Raise TypeError for what is neither a number nor a list of numbers, one for each param
+    group."""
     for name, value in values.items():
         for number in value if isinstance(value, (list, tuple)) else (value,):
             if not _is_number(number):
@@ -53,19 +63,26 @@ def check_numbers(owner: object, **values: Any) -> None:
 def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
     """Raise TypeError for what is no optimizer."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}.")
+        raise TypeError(
+            f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}."
+        )
 
 
 def check_count(name: str, value: object, error: type[Exception] = TypeError) -> None:
-    """Raise ValueError for what is no positive integer, and `error` for what is not a number at all."""
+    """Raise ValueError for what is no positive integer, and `error` for what is not a number at
+    all."""
     if not isinstance(value, int) or value <= 0:
-        raise (ValueError if _is_number(value) else error)(f"Expected positive integer {name}, but got {value!r:.80}.")
+        raise (ValueError if _is_number(value) else error)(
+            f"Expected positive integer {name}, but got {value!r:.80}."
+        )
 
 
 def check_strategy(strategy: str) -> Any:
     """Raise ValueError for what is no way to anneal."""
     if strategy not in ("cos", "linear"):
-        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy!r:.80}.")
+        raise ValueError(
+            f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy!r:.80}."
+        )
     return strategy
 
 

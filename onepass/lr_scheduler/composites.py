@@ -1,4 +1,5 @@
-"""Schedulers made of schedulers: one after another (SequentialLR), or several at once (ChainedScheduler)."""
+"""Schedulers made of schedulers: one after another (SequentialLR), or several at once
+(ChainedScheduler)."""
 
 from __future__ import annotations
 
@@ -28,21 +29,27 @@ class _Composite(LRScheduler):
         """Check that the members are schedulers of one optimizer, and keep them."""
         name = type(self).__name__
         if isinstance(schedulers, str) or not isinstance(schedulers, Sequence):
-            raise TypeError(f"{name}: schedulers must be a list of schedulers, got {schedulers!r:.80}.")
+            raise TypeError(
+                f"{name}: schedulers must be a list of schedulers, got {schedulers!r:.80}."
+            )
         if len(schedulers) < 1:
             raise ValueError(f"{name} expects at least one scheduler, but got no scheduler.")
         if optimizer is None and isinstance(self, ChainedScheduler):
             optimizer = getattr(schedulers[0], "optimizer", None)
         for index, member in enumerate(schedulers):
             if not hasattr(member, "optimizer"):
-                raise TypeError(f"{name}: what stands at index {index} is no scheduler, got {member!r:.80}.")
+                raise TypeError(
+                    f"{name}: what stands at index {index} is no scheduler, got {member!r:.80}."
+                )
             if isinstance(member, torch_schedulers.ReduceLROnPlateau):
                 raise ValueError(
-                    f"{name} cannot hold the ReduceLROnPlateau at index {index}, whose step needs a metric."
+                    f"{name} cannot hold the ReduceLROnPlateau at index {index}, whose step needs "
+                    "a metric."
                 )
             if member.optimizer is not optimizer:
                 raise ValueError(
-                    f"{name}: the scheduler at index {index} belongs to another optimizer; give all the same."
+                    f"{name}: the scheduler at index {index} belongs to another optimizer; give "
+                    "all the same."
                 )
         self.optimizer: Optimizer = schedulers[0].optimizer
         self._schedulers, self._resumed = schedulers, False
@@ -57,20 +64,25 @@ class _Composite(LRScheduler):
             self._begin()
 
     def _is_replaced(self, method: str) -> bool:
-        return method in vars(self) or getattr(type(self), method) is not getattr(self._onepass.home, method)
+        return method in vars(self) or getattr(type(self), method) is not getattr(
+            self._onepass.home, method
+        )
 
     def _begin(self) -> None:
         """Take the members' first step."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"_schedulers": [member.state_dict() for member in self._schedulers]}
+        return super().state_dict() | {
+            "_schedulers": [member.state_dict() for member in self._schedulers]
+        }
 
     def _check(self, state_dict: Mapping[str, Any]) -> None:
         super()._check(state_dict)
         if len(state_dict["_schedulers"]) != len(self._schedulers):
             raise KeyError(
-                f"the state dict has {len(state_dict['_schedulers'])} schedulers for {len(self._schedulers)}."
+                f"the state dict has {len(state_dict['_schedulers'])} schedulers for "
+                f"{len(self._schedulers)}."
             )
         for member, state in zip(self._schedulers, state_dict["_schedulers"], strict=True):
             if isinstance(member, LRScheduler):
@@ -83,16 +95,26 @@ class _Composite(LRScheduler):
 
 
 class SequentialLR(_Composite, torch_schedulers.SequentialLR):
-    """One scheduler after another: each of `milestones` is the step at which the next one begins, from its step 0."""
+    """One scheduler after another: each of `milestones` is the step at which the next one begins,
+    from its step 0."""
 
     def __init__(
-        self, optimizer: Optimizer, schedulers: list[Any], milestones: list[int], last_epoch: int = -1
+        self,
+        optimizer: Optimizer,
+        schedulers: list[Any],
+        milestones: list[int],
+        last_epoch: int = -1,
     ) -> None:
         check_number(self, last_epoch=last_epoch)
         self._take(optimizer, schedulers)
-        milestones = milestones if isinstance(milestones, list) else check_steps("SequentialLR", milestones)
+        milestones = (
+            milestones if isinstance(milestones, list) else check_steps("SequentialLR", milestones)
+        )
         if len(milestones) != len(schedulers) - 1:
-            raise ValueError(f"SequentialLR: {len(schedulers)} schedulers do not go with {len(milestones)} milestones.")
+            raise ValueError(
+                f"SequentialLR: {len(schedulers)} schedulers do not go with {len(milestones)} "
+                "milestones."
+            )
         increasing("SequentialLR", milestones)
         self._milestones, self.last_epoch = milestones, last_epoch + 1
         if last_epoch >= 0:
@@ -102,7 +124,8 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
             self._onepass.home._begin(self)
 
     def _resume(self, step: int) -> None:
-        """Begin at a step, with the members' learning rates unless somebody has set others before they were made."""
+        """Begin at a step, with the members' learning rates unless somebody has set others before
+        they were made."""
         values = self._begun_at(step)
         met = [member._met for member in _leaves(self) if hasattr(member, "_met")]
         found = min(met, key=attrgetter("order"), default=None)
@@ -110,9 +133,14 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
             return
         lrs, strange = found.lrs, found.was_set
         for formula in (values, self._begun_at(step - 1)):
-            strange = [bad and not is_near(lr, value) for lr, value, bad in zip(lrs, formula, strange, strict=True)]
+            strange = [
+                bad and not is_near(lr, value)
+                for lr, value, bad in zip(lrs, formula, strange, strict=True)
+            ]
         self._begun_at(step)
-        self._put([lr if bad else value for lr, value, bad in zip(lrs, values, strange, strict=True)])
+        self._put(
+            [lr if bad else value for lr, value, bad in zip(lrs, values, strange, strict=True)]
+        )
         self._note()
 
     def _begun_at(self, step: int) -> list[Any]:
@@ -133,7 +161,9 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
 
     def _note_of(self, member: Any) -> None:
         self._last_lr = (
-            list(map(copied, member.get_last_lr())) if hasattr(member, "get_last_lr") else rates(self.optimizer)
+            list(map(copied, member.get_last_lr()))
+            if hasattr(member, "get_last_lr")
+            else rates(self.optimizer)
         )
 
     def recursive_undo(self, sched: Any = None) -> None:
@@ -142,7 +172,9 @@ class SequentialLR(_Composite, torch_schedulers.SequentialLR):
         if hasattr(scheduler, "_schedulers"):
             for member in scheduler._schedulers:
                 self.recursive_undo(member)
-        elif getattr(scheduler, "last_epoch", -1) >= 0:  # a sequence within a sequence has done so already
+        elif (
+            getattr(scheduler, "last_epoch", -1) >= 0
+        ):  # a sequence within a sequence has done so already
             scheduler.last_epoch -= 1
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
@@ -175,7 +207,8 @@ def _leaves(scheduler: Any) -> list[Any]:
 
 
 class ChainedScheduler(_Composite, torch_schedulers.ChainedScheduler):
-    """Several schedulers at once: each step is a step of all, in their order, and their changes of the lr add up."""
+    """Several schedulers at once: each step is a step of all, in their order, and their changes of
+    the lr add up."""
 
     def __init__(self, schedulers: Sequence[Any], optimizer: Optimizer | None = None) -> None:
         self._take(optimizer, schedulers)
@@ -197,5 +230,7 @@ class ChainedScheduler(_Composite, torch_schedulers.ChainedScheduler):
         if epoch is None:
             return self.step()
         for index, member in enumerate(self._schedulers):
-            (member._enter if index and isinstance(member, LRScheduler) else member._update_lr)(epoch)
+            (member._enter if index and isinstance(member, LRScheduler) else member._update_lr)(
+                epoch
+            )
         return self._note()

@@ -23,7 +23,8 @@ MOMENTA = ("base_momentums", "max_momentums", "use_beta1")
 
 
 class _CycleLR(LRScheduler):
-    """Schedules that move momentum, or the first of the betas, against the lr: `momenta` gives one for each group."""
+    """Schedules that move momentum, or the first of the betas, against the lr: `momenta` gives one
+    for each group."""
 
     cycle_momentum: bool
     use_beta1: bool
@@ -43,7 +44,8 @@ class _CycleLR(LRScheduler):
         if cycle and not {"momentum", "betas"} & optimizer.defaults.keys():
             raise ValueError(
                 "optimizer must support momentum or beta1 with `cycle_momentum` option enabled: "
-                f"{type(optimizer).__name__} has neither momentum nor betas, pass cycle_momentum=False."
+                f"{type(optimizer).__name__} has neither momentum nor betas, pass "
+                "cycle_momentum=False."
             )
         self.cycle_momentum = cycle
         if cycle:
@@ -55,7 +57,9 @@ class _CycleLR(LRScheduler):
     def _prepare(self) -> None:
         if not self.cycle_momentum:
             return
-        for group, low, high in zip(self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True):
+        for group, low, high in zip(
+            self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True
+        ):
             group["base_momentum"], group["max_momentum"] = low, high
         self._onepass.home._put_momenta(self, self.optimizer.param_groups, self.max_momentums)
 
@@ -87,29 +91,48 @@ class _CycleLR(LRScheduler):
         )
         super()._restore(state)
         if self.cycle_momentum and self.last_epoch >= 0 and not is_altered(self):
-            saved = saved if self._last_momenta == self.momenta() else self.momenta()  # torch's has moved on without it
+            saved = (
+                saved if self._last_momenta == self.momenta() else self.momenta()
+            )  # torch's has moved on without it
             momenta = zip(found, left, saved, strict=False)
-            self._put_momenta(self.optimizer.param_groups, [new if now == mine else now for now, mine, new in momenta])
+            self._put_momenta(
+                self.optimizer.param_groups,
+                [new if now == mine else now for now, mine, new in momenta],
+            )
 
 
 class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
-    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i)) / 2$.
+    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i))
+    / 2$.
 
-    The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)` takes fractions of
-    an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+    The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)`
+    takes fractions of an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
     """
 
     options = ("T_0", "T_mult", "eta_min")
 
     def __init__(
-        self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
+        self,
+        optimizer: Optimizer,
+        T_0: int,
+        T_mult: int = 1,
+        eta_min: float = 0.0,
+        last_epoch: int = -1,
     ) -> None:
         check_number(self, last_epoch=last_epoch)
         check_count("T_0", T_0)
         check_count("T_mult", T_mult)
         if not isinstance(eta_min, (float, int)):
-            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}.")
-        self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = T_0, T_0, T_mult, eta_min, float(last_epoch)
+            raise ValueError(
+                f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}."
+            )
+        self.T_0, self.T_i, self.T_mult, self.eta_min, self.T_cur = (
+            T_0,
+            T_0,
+            T_mult,
+            eta_min,
+            float(last_epoch),
+        )
         super().__init__(optimizer, last_epoch)
 
     def step(self, epoch: float | None = None) -> None:
@@ -181,18 +204,31 @@ class _Triangles(_CycleLR):
     _scale_fn_custom: Any
     scale_fn: Callable[[float], float]
 
-    def _set_triangle(self, up: int, down: int, mode: str, gamma: float, scale_fn: Any, scale_mode: str) -> None:
+    def _set_triangle(
+        self, up: int, down: int, mode: str, gamma: float, scale_fn: Any, scale_mode: str
+    ) -> None:
         check_number(self, step_size_up=up, step_size_down=down, gamma=gamma)
         if scale_fn is not None and not callable(scale_fn):
-            raise TypeError(f"{type(self).__name__}: scale_fn must be a function or None, got {scale_fn!r:.80}.")
+            raise TypeError(
+                f"{type(self).__name__}: scale_fn must be a function or None, got {scale_fn!r:.80}."
+            )
         if up <= 0 or down < 0:
-            raise ValueError(f"step_size_up must be positive and step_size_down not negative, got {up} and {down}.")
+            raise ValueError(
+                f"step_size_up must be positive and step_size_down not negative, got {up} and "
+                f"{down}."
+            )
         if mode not in ("triangular", "triangular2", "exp_range") and scale_fn is None:
             raise ValueError(
-                f"mode is invalid and scale_fn is None: choose triangular, triangular2 or exp_range, got {mode!r}."
+                "mode is invalid and scale_fn is None: choose triangular, triangular2 or "
+                f"exp_range, got {mode!r}."
             )
         self.total_size, self.step_ratio = float(up + down), float(up) / (up + down)
-        self.mode, self.gamma, self._scale_fn_custom, self.scale_mode = mode, gamma, scale_fn, scale_mode
+        self.mode, self.gamma, self._scale_fn_custom, self.scale_mode = (
+            mode,
+            gamma,
+            scale_fn,
+            scale_mode,
+        )
 
     def height(self) -> float:
         """How far up, from 0 to 1, the step is."""
@@ -217,7 +253,9 @@ class _Triangles(_CycleLR):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"_scale_fn_custom": saved_attributes(self._scale_fn_custom)}
-        return {key: value for key, value in state.items() if key not in ("_lowest", "_scale_fn_ref")}
+        return {
+            key: value for key, value in state.items() if key not in ("_lowest", "_scale_fn_ref")
+        }
 
     def _restore(self, state: dict[str, Any]) -> None:
         attributes = state.pop("_scale_fn_custom", None)
@@ -227,20 +265,32 @@ class _Triangles(_CycleLR):
 
     def _adopt(self, is_new: bool = False) -> None:
         super()._adopt(is_new)
-        for name in ("max_lrs", "base_momentums", "max_momentums") if self.cycle_momentum else ("max_lrs",):
+        for name in (
+            ("max_lrs", "base_momentums", "max_momentums") if self.cycle_momentum else ("max_lrs",)
+        ):
             values = getattr(self, name)
             values += [shared(name, values) for _ in self.base_lrs[len(values) :]]
 
 
 class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
-    r"""Up from `base_lr` to `max_lr` in `step_size_up` steps, down in `step_size_down`, again and again.
+    r"""Up from `base_lr` to `max_lr` in `step_size_up` steps, down in `step_size_down`, again and
+    again.
 
-    The height is multiplied by 1 (`mode` "triangular"), in cycle $c$ by $2^{1-c}$ ("triangular2"), at step $t$ by
-    $\gamma^t$ ("exp_range"), or by `scale_fn` of $c$ or $t$ (`scale_mode` "cycle" or "iterations"). Momentum goes the
-    other way. Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186.
+    The height is multiplied by 1 (`mode` "triangular"), in cycle $c$ by $2^{1-c}$ ("triangular2"),
+    at step $t$ by $\gamma^t$ ("exp_range"), or by `scale_fn` of $c$ or $t$ (`scale_mode` "cycle" or
+    "iterations"). Momentum goes the other way. Smith, "Cyclical Learning Rates for Training Neural
+    Networks", 2017, arXiv:1506.01186.
     """
 
-    options = ("max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "cycle_momentum")
+    options = (
+        "max_lrs",
+        "total_size",
+        "step_ratio",
+        "mode",
+        "gamma",
+        "scale_mode",
+        "cycle_momentum",
+    )
 
     def __init__(
         self,
@@ -258,15 +308,25 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
         max_momentum: float = 0.9,
         last_epoch: int = -1,
     ) -> None:
-        self._onepass.home._check_momenta(self, optimizer, cycle_momentum, base_momentum, max_momentum)
+        self._onepass.home._check_momenta(
+            self, optimizer, cycle_momentum, base_momentum, max_momentum
+        )
         check_numbers(self, base_lr=base_lr, max_lr=max_lr)
-        self._lowest, self.max_lrs = per_group("base_lr", optimizer, base_lr), per_group("max_lr", optimizer, max_lr)
+        self._lowest, self.max_lrs = (
+            per_group("base_lr", optimizer, base_lr),
+            per_group("max_lr", optimizer, max_lr),
+        )
         down = step_size_up if step_size_down is None else step_size_down
-        self._onepass.home._set_triangle(self, step_size_up, down, mode, gamma, scale_fn, scale_mode)
+        self._onepass.home._set_triangle(
+            self, step_size_up, down, mode, gamma, scale_fn, scale_mode
+        )
         self._init_scale_fn()
         lowest = list(map(copied, self._lowest))
         super().__init__(optimizer, last_epoch)
-        self._lowest, self.base_lrs = [], lowest  # the first step has been from the group's initial_lr, as with torch
+        self._lowest, self.base_lrs = (
+            [],
+            lowest,
+        )  # the first step has been from the group's initial_lr, as with torch
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
@@ -274,11 +334,17 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
 
     def _rates(self) -> list[Any]:
         height = self.height()
-        return [low + (high - low) * height for low, high in zip(self.base_lrs, self.max_lrs, strict=True)]
+        return [
+            low + (high - low) * height
+            for low, high in zip(self.base_lrs, self.max_lrs, strict=True)
+        ]
 
     def momenta(self) -> list[float]:
         height = self.height()
-        return [top - (top - low) * height for low, top in zip(self.base_momentums, self.max_momentums, strict=True)]
+        return [
+            top - (top - low) * height
+            for low, top in zip(self.base_momentums, self.max_momentums, strict=True)
+        ]
 
 
 class _Phases(_CycleLR):
@@ -308,18 +374,28 @@ class _Phases(_CycleLR):
 
     def _values(self, what: str) -> list[Any]:
         if self.last_epoch > self.total_steps:
-            raise ValueError(f"Tried to step {self.last_epoch} times. The number of total steps is {self.total_steps}.")
+            raise ValueError(
+                f"Tried to step {self.last_epoch} times. The number of total steps is "
+                f"{self.total_steps}."
+            )
         phases = self._schedule_phases
-        at = next((i for i, phase in enumerate(phases[:-1]) if self.last_epoch <= phase["end_step"]), len(phases) - 1)
+        at = next(
+            (i for i, phase in enumerate(phases[:-1]) if self.last_epoch <= phase["end_step"]),
+            len(phases) - 1,
+        )
         start, end = phases[at - 1]["end_step"] if at else 0.0, phases[at]["end_step"]
         fraction = (self.last_epoch - start) / (end - start) if end != start else 1.0
         left = _share_left(self, fraction)
         first, last = phases[at][f"start_{what}"], phases[at][f"end_{what}"]
-        return [group[last] + (group[first] - group[last]) * left for group in self.optimizer.param_groups]
+        return [
+            group[last] + (group[first] - group[last]) * left
+            for group in self.optimizer.param_groups
+        ]
 
 
 def _share_left(scheduler: Any, fraction: float) -> float:
-    """How much is left of the way from a phase's first value to its last; state dicts of old torchs hold a function."""
+    """How much is left of the way from a phase's first value to its last; state dicts of old torchs
+    hold a function."""
     kind = getattr(scheduler, "_anneal_func_type", None)
     if kind is None:
         return scheduler.anneal_func(1.0, 0.0, fraction)
@@ -327,10 +403,12 @@ def _share_left(scheduler: Any, fraction: float) -> float:
 
 
 class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
-    r"""Up to `max_lr` in the fraction `pct_start` of the steps, and down to far below where it began.
+    r"""Up to `max_lr` in the fraction `pct_start` of the steps, and down to far below where it
+    began.
 
-    From `max_lr` / `div_factor` up, and down to 1 / `final_div_factor` of that; with `three_phase`, down to the start
-    first. Momentum goes the other way. Smith and Topin, "Super-Convergence", 2018, arXiv:1708.07120.
+    From `max_lr` / `div_factor` up, and down to 1 / `final_div_factor` of that; with `three_phase`,
+    down to the start first. Momentum goes the other way. Smith and Topin, "Super-Convergence",
+    2018, arXiv:1708.07120.
     """
 
     options = ("total_steps", "cycle_momentum")
@@ -352,7 +430,9 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         three_phase: bool = False,
         last_epoch: int = -1,
     ) -> None:
-        self._onepass.home._check_momenta(self, optimizer, cycle_momentum, base_momentum, max_momentum)
+        self._onepass.home._check_momenta(
+            self, optimizer, cycle_momentum, base_momentum, max_momentum
+        )
         check_numbers(self, max_lr=max_lr)
         check_number(self, div_factor=div_factor, final_div_factor=final_div_factor)
         self.total_steps = _count_steps(total_steps, epochs, steps_per_epoch)
@@ -362,7 +442,10 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}.")
         self._anneal_func_type = check_strategy(anneal_strategy)
         self._onepass.home._set_phases(self, pct_start, three_phase)
-        self._max_lrs, self._divisors = per_group("max_lr", optimizer, max_lr), (div_factor, final_div_factor)
+        self._max_lrs, self._divisors = (
+            per_group("max_lr", optimizer, max_lr),
+            (div_factor, final_div_factor),
+        )
         super().__init__(optimizer, last_epoch)
         # They are in the groups from now on.
         for name in ("base_momentums", "max_momentums"):
@@ -372,7 +455,11 @@ class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
         super()._prepare()
         for group, top in zip(self.optimizer.param_groups, self._max_lrs, strict=True):
             first = top / self._divisors[0]
-            group["initial_lr"], group["max_lr"], group["min_lr"] = first, top, first / self._divisors[1]
+            group["initial_lr"], group["max_lr"], group["min_lr"] = (
+                first,
+                top,
+                first / self._divisors[1],
+            )
 
 
 def _count_steps(total: int | None, epochs: int | None, per_epoch: int | None) -> int:

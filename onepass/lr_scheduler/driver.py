@@ -23,20 +23,27 @@ Schedules = Callable[[int], float] | Sequence[Callable[[int], float] | None]
 class Scheduler(LRScheduler):
     """Drive any options of an optimizer by schedules, which are functions of the step.
 
-    `schedules` maps options to them: `{"lr": cosine(3e-4, steps=10_000), "betas[0]": linear(0.85, 0.95, steps=500)}`. A
-    list has one for each param group, None leaves that group's option alone. Each step writes the schedules' values,
-    whatever stood there. The state is the number of the step: another schedule may go on from a checkpoint. Errors:
-    KeyError for an option that a group does not have, TypeError for what is no function.
+    `schedules` maps options to them: `{"lr": cosine(3e-4, steps=10_000), "betas[0]": linear(0.85,
+    0.95, steps=500)}`. A list has one for each param group, None leaves that group's option alone.
+    Each step writes the schedules' values, whatever stood there. The state is the number of the
+    step: another schedule may go on from a checkpoint. Errors: KeyError for an option that a group
+    does not have, TypeError for what is no function.
     """
 
     options = ("last_epoch",)
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, schedules: Mapping[str, Schedules], last_epoch: int = -1
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedules: Mapping[str, Schedules],
+        last_epoch: int = -1,
     ) -> None:
         check_optimizer(self, optimizer)
         if not isinstance(schedules, Mapping):
-            raise TypeError(f"Scheduler: schedules must be a dict of options to schedules, got {schedules!r:.80}.")
+            raise TypeError(
+                "Scheduler: schedules must be a dict of options to schedules, got "
+                f"{schedules!r:.80}."
+            )
         self.optimizer, self._schedules = optimizer, dict(schedules)
         for option, groups, functions in self._targets():
             for group, function in zip(groups, functions, strict=True):
@@ -54,7 +61,9 @@ class Scheduler(LRScheduler):
         for option, given in self._schedules.items():
             if isinstance(given, (list, tuple)):
                 functions = per_group(f"schedules[{option!r}]", self.optimizer, given)
-                pairs = [pair for pair in zip(everyone, functions, strict=True) if pair[1] is not None]
+                pairs = [
+                    pair for pair in zip(everyone, functions, strict=True) if pair[1] is not None
+                ]
                 yield option, [group for group, _ in pairs], [function for _, function in pairs]
             else:
                 yield option, everyone, [given] * len(everyone)
@@ -64,7 +73,10 @@ class Scheduler(LRScheduler):
         targets = list(self._targets())
         once = {id(f): f for _, _, functions in targets for f in functions}
         values = {key: f(step) for key, f in once.items()}
-        return [(option, groups, [values[id(f)] for f in functions]) for option, groups, functions in targets]
+        return [
+            (option, groups, [values[id(f)] for f in functions])
+            for option, groups, functions in targets
+        ]
 
     def _move(self, epoch: int | None) -> None:
         step = self.last_epoch + 1 if epoch is None else epoch
@@ -79,12 +91,15 @@ class Scheduler(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the step of another Scheduler, with the schedules of this one."""
         left = [
-            list(map(equals, _read(option, groups), values)) for option, groups, values in self._values(self.last_epoch)
+            list(map(equals, _read(option, groups), values))
+            for option, groups, values in self._values(self.last_epoch)
         ]
         super().load_state_dict(state_dict)
         found = state_dict.get("_found", {})
         by_hand = found.get("after") != found.get("lr")
-        for (option, groups, values), still in zip(self._values(self.last_epoch), left, strict=True):
+        for (option, groups, values), still in zip(
+            self._values(self.last_epoch), left, strict=True
+        ):
             if option != "lr" or not by_hand:
                 _put(option, list(compress(groups, still)), list(compress(values, still)))
         self._last_lr = rates(self.optimizer)
@@ -92,12 +107,16 @@ class Scheduler(LRScheduler):
 
 def _check(option: str, group: Group, function: object) -> None:
     if not callable(function):
-        raise TypeError(f"the schedule of {option!r} must be a function of the step, got {function!r:.80}.")
+        raise TypeError(
+            f"the schedule of {option!r} must be a function of the step, got {function!r:.80}."
+        )
     try:
         float(_read(option, [group])[0])
     except (KeyError, IndexError, TypeError, ValueError):
         names = ", ".join(name for name in group if name not in ("params", "param_names"))
-        raise KeyError(f"{option!r} is no number in the optimizer's groups; they have {names}.") from None
+        raise KeyError(
+            f"{option!r} is no number in the optimizer's groups; they have {names}."
+        ) from None
 
 
 @functools.cache

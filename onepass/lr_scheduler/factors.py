@@ -1,4 +1,5 @@
-r"""Schedulers that multiply the lr of a group, each by a formula in the step: the most of torch's."""
+r"""Schedulers that multiply the lr of a group, each by a formula in the step: the most of
+torch's."""
 
 from __future__ import annotations
 
@@ -31,18 +32,23 @@ Lambda = Callable[[int], float]
 
 
 class _LambdaFrame(LRScheduler):
-    """One function of the step for each group. Functions are not saved, but the attributes of callable objects are."""
+    """One function of the step for each group. Functions are not saved, but the attributes of
+    callable objects are."""
 
     options = ("lr_lambdas",)
     lr_lambdas: list[Lambda]
 
-    def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1
+    ) -> None:
         check_optimizer(self, optimizer)
         self._shared = not isinstance(lr_lambda, (list, tuple))
         self.lr_lambdas = per_group("lr_lambda", optimizer, lr_lambda)
         for function in self.lr_lambdas:
             if not callable(function):
-                raise TypeError(f"lr_lambda should be a function of the step, got {function!r:.80}.")
+                raise TypeError(
+                    f"lr_lambda should be a function of the step, got {function!r:.80}."
+                )
         super().__init__(optimizer, last_epoch)
 
     def _adopt(self, is_new: bool = False) -> None:
@@ -66,19 +72,25 @@ class _LambdaFrame(LRScheduler):
 
 
 class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
-    r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\, \lambda(t)$."""
+    r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\,
+    \lambda(t)$."""
 
     def _rates(self) -> list[Any]:
         if self._is_one():
             scale = self.lr_lambdas[0](self.last_epoch)
             return [base * scale for base in self.base_lrs]
-        return [base * scale(self.last_epoch) for base, scale in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        return [
+            base * scale(self.last_epoch)
+            for base, scale in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
 
 
 class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR):
     r"""The last lr times a function of the step: $\eta_t = \eta_{t-1}\, \lambda(t)$."""
 
-    def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1
+    ) -> None:
         self._onepass_products: tuple[int, list[float]] = (0, [])
         super().__init__(optimizer, lr_lambda, last_epoch)
 
@@ -88,16 +100,22 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
         if step < done or len(products) != len(functions):
             done, products = 0, [1.0] * len(functions)
         for t in range(done + 1, step + 1):
-            products = [product * function(t) for product, function in zip(products, functions, strict=True)]
+            products = [
+                product * function(t) for product, function in zip(products, functions, strict=True)
+            ]
         self._onepass_products = step, products
-        spread = products * len(self.lr_lambdas) if len(products) < len(self.lr_lambdas) else products
+        spread = (
+            products * len(self.lr_lambdas) if len(products) < len(self.lr_lambdas) else products
+        )
         return [lr * product for lr, product in zip(lrs, spread, strict=True)]
 
     def _inputs(self) -> Any:
         return list(self.lr_lambdas)
 
     def _carry(self, lrs: list[Any], step: int) -> list[Any]:
-        return [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
+        return (
+            [lr * f(step) for lr, f in zip(lrs, self.lr_lambdas, strict=True)] if step > 0 else lrs
+        )
 
     def _move(self, epoch: int | None) -> None:
         if epoch is None:
@@ -108,14 +126,19 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
 
 
 class StepLR(ClosedLR, torch_schedulers.StepLR):
-    r"""Times `gamma` every `step_size` steps: $\eta_t = \eta_0\, \gamma^{\lfloor t / n \rfloor}$."""
+    r"""Times `gamma` every `step_size` steps: $\eta_t = \eta_0\, \gamma^{\lfloor t / n
+    \rfloor}$."""
 
     options = ("step_size", "gamma")
 
-    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1
+    ) -> None:
         check_number(self, step_size=step_size, gamma=gamma)
         if step_size <= 0:
-            raise ValueError(f"StepLR: step_size must be a positive number of steps, got {step_size}.")
+            raise ValueError(
+                f"StepLR: step_size must be a positive number of steps, got {step_size}."
+            )
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer, last_epoch)
 
@@ -127,12 +150,17 @@ class StepLR(ClosedLR, torch_schedulers.StepLR):
 
 
 class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
-    r"""Times `gamma` at each of `milestones`, which increase: $\eta_t = \eta_0\, \gamma^{|\{m \le t\}|}$."""
+    r"""Times `gamma` at each of `milestones`, which increase: $\eta_t = \eta_0\, \gamma^{|\{m \le
+    t\}|}$."""
 
     options = ("milestones", "gamma")
 
     def __init__(
-        self, optimizer: Optimizer, milestones: Iterable[int], gamma: float = 0.1, last_epoch: int = -1
+        self,
+        optimizer: Optimizer,
+        milestones: Iterable[int],
+        gamma: float = 0.1,
+        last_epoch: int = -1,
     ) -> None:
         check_number(self, gamma=gamma)
         self.milestones = Counter(increasing("MultiStepLR", milestones))
@@ -156,12 +184,17 @@ def _fraction(name: str, value: float) -> float:
 
 
 class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
-    r"""Times `factor` for the first `total_iters` steps: $\eta_t = \eta_0\, c$ for $t < T$, then $\eta_0$."""
+    r"""Times `factor` for the first `total_iters` steps: $\eta_t = \eta_0\, c$ for $t < T$, then
+    $\eta_0$."""
 
     options = ("factor", "total_iters")
 
     def __init__(
-        self, optimizer: Optimizer, factor: float = 1.0 / 3, total_iters: int = 5, last_epoch: int = -1
+        self,
+        optimizer: Optimizer,
+        factor: float = 1.0 / 3,
+        total_iters: int = 5,
+        last_epoch: int = -1,
     ) -> None:
         check_number(self, factor=factor, total_iters=total_iters)
         self.factor = _fraction("ConstantLR: factor", factor)
@@ -173,7 +206,8 @@ class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
 
 
 class LinearLR(ClosedLR, torch_schedulers.LinearLR):
-    r"""A line of factors: $\eta_t = \eta_0\,(a + (b - a) \min(t, T) / T)$, `start_factor` $a$ and `end_factor` $b$."""
+    r"""A line of factors: $\eta_t = \eta_0\,(a + (b - a) \min(t, T) / T)$, `start_factor` $a$ and
+    `end_factor` $b$."""
 
     options = ("start_factor", "end_factor", "total_iters")
 
@@ -185,10 +219,13 @@ class LinearLR(ClosedLR, torch_schedulers.LinearLR):
         total_iters: int = 5,
         last_epoch: int = -1,
     ) -> None:
-        check_number(self, start_factor=start_factor, end_factor=end_factor, total_iters=total_iters)
+        check_number(
+            self, start_factor=start_factor, end_factor=end_factor, total_iters=total_iters
+        )
         if start_factor == 0:
             raise ValueError(
-                "LinearLR: start_factor must be greater than 0, which no later factor could scale up again."
+                "LinearLR: start_factor must be greater than 0, which no later factor could scale "
+                "up again."
             )
         self.start_factor = _fraction("LinearLR: start_factor", start_factor)
         self.end_factor = _fraction("LinearLR: end_factor", end_factor)
@@ -219,11 +256,14 @@ class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
 
 
 class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
-    r"""Down to 0 with a power of what is left: $\eta_t = \eta_0\,(1 - \min(t, T) / T)^k$, `total_iters` $T$."""
+    r"""Down to 0 with a power of what is left: $\eta_t = \eta_0\,(1 - \min(t, T) / T)^k$,
+    `total_iters` $T$."""
 
     options = ("total_iters", "power")
 
-    def __init__(self, optimizer: Optimizer, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, total_iters: int = 5, power: float = 1.0, last_epoch: int = -1
+    ) -> None:
         check_number(self, total_iters=total_iters, power=power)
         self.total_iters, self.power = total_iters, power
         super().__init__(optimizer, last_epoch)
@@ -235,17 +275,23 @@ class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
 
 
 class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
-    r"""Half a cosine wave down to `eta_min`, and up again: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi t / T)) / 2$.
+    r"""Half a cosine wave down to `eta_min`, and up again: $\eta_t = l + (\eta_0 - l)\,(1 +
+    \cos(\pi t / T)) / 2$.
 
-    `T_max` $T$ is the number of steps on the way down. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+    `T_max` $T$ is the number of steps on the way down. Loshchilov and Hutter, "SGDR", 2017,
+    arXiv:1608.03983.
     """
 
     options = ("T_max", "eta_min")
 
-    def __init__(self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1) -> None:
+    def __init__(
+        self, optimizer: Optimizer, T_max: int, eta_min: float = 0.0, last_epoch: int = -1
+    ) -> None:
         check_number(self, T_max=T_max, eta_min=eta_min)
         if T_max <= 0:
-            raise ValueError(f"CosineAnnealingLR: T_max must be a positive number of steps, got {T_max}.")
+            raise ValueError(
+                f"CosineAnnealingLR: T_max must be a positive number of steps, got {T_max}."
+            )
         self.T_max, self.eta_min = T_max, eta_min
         super().__init__(optimizer, last_epoch)
 
@@ -257,10 +303,12 @@ class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
 
 
 class SWALR(ClosedLR, torch_swa_utils.SWALR):
-    r"""From whatever the lr is to `swa_lr` in `anneal_epochs` steps, and there it stays, for weight averaging.
+    r"""From whatever the lr is to `swa_lr` in `anneal_epochs` steps, and there it stays, for weight
+    averaging.
 
-    $\eta_t = s + (\eta_0 - s)\,(1 - \alpha(t))$; $\alpha$ goes from 0 to 1 on half a cosine wave or on a line.
-    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, arXiv:1803.05407.
+    $\eta_t = s + (\eta_0 - s)\,(1 - \alpha(t))$; $\alpha$ goes from 0 to 1 on half a cosine wave or
+    on a line. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
+    2018, arXiv:1803.05407.
     """
 
     options, handed_on = ("anneal_epochs",), ("swa_lr",)
@@ -293,8 +341,13 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
         self._swa_lrs = []
 
     def _move(self, epoch: int | None) -> None:
-        if self.anneal_func not in (torch_swa_utils.SWALR._cosine_anneal, torch_swa_utils.SWALR._linear_anneal):
-            self._own = [False] * len(self._own)  # another function has been put in, which goes on from here
+        if self.anneal_func not in (
+            torch_swa_utils.SWALR._cosine_anneal,
+            torch_swa_utils.SWALR._linear_anneal,
+        ):
+            self._own = [False] * len(
+                self._own
+            )  # another function has been put in, which goes on from here
         super()._move(epoch) if epoch is None else self._enter(epoch)
 
     def _resume(self, step: int) -> None:
@@ -329,14 +382,24 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
 
 
 class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
-    r"""Times `factor` when a metric has not improved for more than `patience` steps, which `step(metric)` is given.
+    r"""Times `factor` when a metric has not improved for more than `patience` steps, which
+    `step(metric)` is given.
 
-    Better than the best so far is, for `mode` "min", less than best * (1 - `threshold`), or best - `threshold` with
-    `threshold_mode` "abs"; for "max" the other way. After a reduction, `cooldown` steps are not counted. No lr goes
-    below `min_lr`; a change of at most `eps` is left out.
+    Better than the best so far is, for `mode` "min", less than best * (1 - `threshold`), or best -
+    `threshold` with `threshold_mode` "abs"; for "max" the other way. After a reduction, `cooldown`
+    steps are not counted. No lr goes below `min_lr`; a change of at most `eps` is left out.
     """
 
-    options = ("factor", "patience", "threshold", "threshold_mode", "mode", "cooldown", "best", "num_bad_epochs")
+    options = (
+        "factor",
+        "patience",
+        "threshold",
+        "threshold_mode",
+        "mode",
+        "cooldown",
+        "best",
+        "num_bad_epochs",
+    )
 
     def __init__(
         self,
@@ -351,13 +414,19 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
         eps: float = 1e-8,
     ) -> None:
         check_word(self, mode=mode, threshold_mode=threshold_mode)
-        check_number(self, factor=factor, patience=patience, threshold=threshold, cooldown=cooldown, eps=eps)
+        check_number(
+            self, factor=factor, patience=patience, threshold=threshold, cooldown=cooldown, eps=eps
+        )
         check_numbers(self, min_lr=min_lr)
-        super().__init__(optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr, eps)
+        super().__init__(
+            optimizer, mode, factor, patience, threshold, threshold_mode, cooldown, min_lr, eps
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         LRScheduler.load_state_dict(self, state_dict)
-        self._init_is_better(mode=self.mode, threshold=self.threshold, threshold_mode=self.threshold_mode)
+        self._init_is_better(
+            mode=self.mode, threshold=self.threshold, threshold_mode=self.threshold_mode
+        )
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as torch's
         current = float(metrics)
@@ -382,10 +451,12 @@ class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
             self.min_lrs = [self.default_min_lr] * len(groups)
         if len(groups) != len(self.min_lrs):
             raise RuntimeError(
-                f"The number of param groups in the optimizer ({len(groups)}) is not that of the values in min_lrs "
-                f"({len(self.min_lrs)}): set min_lrs anew."
+                f"The number of param groups in the optimizer ({len(groups)}) is not that of the "
+                f"values in min_lrs ({len(self.min_lrs)}): set min_lrs anew."
             )
-        olds = [float(copied(group["lr"])) for group in groups]  # all before the first changes: groups may share one
+        olds = [
+            float(copied(group["lr"])) for group in groups
+        ]  # all before the first changes: groups may share one
         for group, old, lowest in zip(groups, olds, self.min_lrs, strict=True):
             new = max(old * self.factor, lowest)
             if old - new > self.eps:

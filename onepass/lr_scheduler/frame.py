@@ -18,25 +18,46 @@ from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
 from .arguments import check_number, check_optimizer, warn_of_epoch
-from .overrides import House, check_length, has_new_closed_form, is_altered, is_ours, is_same, update_as_torch
-from .values import LR, Value, are_floats, assign, copied, copied_lists, equals, is_near, number, rates, shared
+from .overrides import (
+    House,
+    check_length,
+    has_new_closed_form,
+    is_altered,
+    is_ours,
+    is_same,
+    update_as_torch,
+)
+from .values import (
+    LR,
+    Value,
+    are_floats,
+    assign,
+    copied,
+    copied_lists,
+    equals,
+    is_near,
+    number,
+    rates,
+    shared,
+)
 
 __all__ = ["ClosedLR", "LRScheduler"]
 _orders = count()
 HOW = "https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate"
 EARLY = (
-    "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` first: otherwise the "
-    "first value of the schedule is skipped."
+    "Detected call of `lr_scheduler.step()` before `optimizer.step()`. Call `optimizer.step()` "
+    "first: otherwise the first value of the schedule is skipped."
 )
 REPLACED = (
-    "Seems like `optimizer.step()` has been overridden after learning rate scheduler initialization. Please, make sure "
-    "to call `optimizer.step()` before `lr_scheduler.step()`."
+    "Seems like `optimizer.step()` has been overridden after learning rate scheduler "
+    "initialization. Please, make sure to call `optimizer.step()` before `lr_scheduler.step()`."
 )
 
 
 @dataclass(frozen=True)
 class Met:
-    """What a scheduler met when it was made. That is not of its state, and does not count in a comparison."""
+    """What a scheduler met when it was made. That is not of its state, and does not count in a
+    comparison."""
 
     order: int = field(compare=False)
     lrs: list[Value] = field(compare=False)
@@ -45,7 +66,8 @@ class Met:
 
 
 class Made(WeakValueDictionary):
-    """The living schedulers of an optimizer, by the order in which they were made. A copy knows of none."""
+    """The living schedulers of an optimizer, by the order in which they were made. A copy knows of
+    none."""
 
     def __reduce__(self) -> tuple[type[Made], tuple[()]]:
         return Made, ()
@@ -55,24 +77,30 @@ class Made(WeakValueDictionary):
 
 
 class LRScheduler(torch_schedulers.LRScheduler):
-    """Base of all schedulers: a subclass defines `get_lr`, which returns an lr for each param group.
+    """Base of all schedulers: a subclass defines `get_lr`, which returns an lr for each param
+    group.
 
-    `optimizer` is any `torch.optim.Optimizer`. `last_epoch` is the last step that an earlier run has done (-1: none);
-    from 0 on, the groups need their "initial_lr", as those of a loaded checkpoint have it. Errors: TypeError for what
-    is no optimizer, KeyError for a missing "initial_lr", ValueError for a negative step.
+    `optimizer` is any `torch.optim.Optimizer`. `last_epoch` is the last step that an earlier run
+    has done (-1: none); from 0 on, the groups need their "initial_lr", as those of a loaded
+    checkpoint have it. Errors: TypeError for what is no optimizer, KeyError for a missing
+    "initial_lr", ValueError for a negative step.
 
-    A subclass of any scheduler may replace `get_lr`, `_get_closed_form_lr` or `step`, and runs then as with torch's
-    class as its base: `super().get_lr()` goes on from the lr that the group has.
+    A subclass of any scheduler may replace `get_lr`, `_get_closed_form_lr` or `step`, and runs then
+    as with torch's class as its base: `super().get_lr()` goes on from the lr that the group has.
     """
 
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
-    handed_on: tuple[str, ...] = ()  # the options of param groups that a new one takes from the others
+    handed_on: tuple[
+        str, ...
+    ] = ()  # the options of param groups that a new one takes from the others
     base_lrs: list[Value]
     _last_lr: list[Value]
     _onepass: House
     _foreign = False  # whether people's methods make the learning rates
     _left: list[Value] | None = None  # the `_last_lr` that this scheduler itself has written
-    _moved: Sequence[bool] = ()  # the groups whose schedule was begun in its middle, from their initial lr
+    _moved: Sequence[
+        bool
+    ] = ()  # the groups whose schedule was begun in its middle, from their initial lr
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,9 +110,19 @@ class LRScheduler(torch_schedulers.LRScheduler):
         check_optimizer(self, optimizer)
         check_number(self, last_epoch=last_epoch)
         if last_epoch < -1:
-            raise ValueError(f"{type(self).__name__}: last_epoch must be -1 or a step from 0 on, got {last_epoch}.")
-        self.optimizer, self.last_epoch, self._resumed = optimizer, last_epoch, bool(last_epoch >= 0)
-        set_before = ["initial_lr" in g and not is_near(g["lr"], g["initial_lr"]) for g in optimizer.param_groups]
+            raise ValueError(
+                f"{type(self).__name__}: last_epoch must be -1 or a step from 0 on, got "
+                f"{last_epoch}."
+            )
+        self.optimizer, self.last_epoch, self._resumed = (
+            optimizer,
+            last_epoch,
+            bool(last_epoch >= 0),
+        )
+        set_before = [
+            "initial_lr" in g and not is_near(g["lr"], g["initial_lr"])
+            for g in optimizer.param_groups
+        ]
         self._met = Met(next(_orders), rates(optimizer), set_before)
         if not self._resumed:
             self._onepass.home._prepare(self)
@@ -97,7 +135,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         vars(optimizer).setdefault("_lr_schedulers", Made())[self._met.order] = self
 
     def _prepare(self) -> None:
-        """What a class writes into the param groups at the start of a run, when all has been checked."""
+        """What a class writes into the param groups at the start of a run, when all has been
+        checked."""
 
     def _initial_step(self) -> None:
         self._step_count = 0
@@ -155,16 +194,23 @@ class LRScheduler(torch_schedulers.LRScheduler):
             self.last_epoch += 1
 
     def _kept(self, values: list[Value]) -> list[Value]:
-        """What to begin with in the middle: these values, but for groups whose lr somebody has set."""
+        """What to begin with in the middle: these values, but for groups whose lr somebody has
+        set."""
         groups = self.optimizer.param_groups
-        strange = [not self._is_fresh(i) and not self._is_at(i, value) for i, value in enumerate(values)]
+        strange = [
+            not self._is_fresh(i) and not self._is_at(i, value) for i, value in enumerate(values)
+        ]
         if any(strange):
             earlier = self._rates_before()
             strange = [
-                bad and not self._is_at(i, earlier[i]) and not self._replaces(i) for i, bad in enumerate(strange)
+                bad and not self._is_at(i, earlier[i]) and not self._replaces(i)
+                for i, bad in enumerate(strange)
             ]
         self._moved = [not bad for bad in strange]
-        return [group["lr"] if bad else value for group, value, bad in zip(groups, values, strange, strict=True)]
+        return [
+            group["lr"] if bad else value
+            for group, value, bad in zip(groups, values, strange, strict=True)
+        ]
 
     def _is_fresh(self, index: int) -> bool:
         """Whether a group has the lr that it began with."""
@@ -176,7 +222,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return is_near(self.optimizer.param_groups[index]["lr"], value, self.base_lrs[index])
 
     def _replaces(self, index: int) -> bool:
-        """Whether a group's lr is what a living scheduler of this class has left, which has got other numbers."""
+        """Whether a group's lr is what a living scheduler of this class has left, which has got
+        other numbers."""
         lr = self.optimizer.param_groups[index]["lr"]
         return any(s._has_left(index, lr) for s in self._others() if type(s) is type(self))
 
@@ -187,14 +234,17 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return index < len(self._last_lr) and equals(lr, self._last_lr[index])
 
     def _is_untouched(self) -> bool:
-        """Whether every lr is the very number that this scheduler has left there, and so no tensor."""
+        """Whether every lr is the very number that this scheduler has left there, and so no
+        tensor."""
         return all(map(is_, map(LR, self.optimizer.param_groups), self._last_lr))
 
     def _write(self, values: list[Value], plain: bool) -> None:
         groups = self.optimizer.param_groups
         if len(values) != len(groups):
             check_length(self, values)
-        if (plain and type(values[0]) is float) or (are_floats(values) and are_floats(map(LR, groups))):
+        if (plain and type(values[0]) is float) or (
+            are_floats(values) and are_floats(map(LR, groups))
+        ):
             if not plain or values != self._last_lr:
                 deque(map(setitem, groups, repeat("lr"), values), maxlen=0)
                 self._last_lr = self._left = list(values)
@@ -207,15 +257,22 @@ class LRScheduler(torch_schedulers.LRScheduler):
         groups, handed_on = self.optimizer.param_groups, self._onepass.home.handed_on
         known = 0 if is_new else len(self.base_lrs)
         if len(groups) < known:
-            raise ValueError(f"{type(self).__name__} was made for {known} param groups, and finds {len(groups)}.")
+            raise ValueError(
+                f"{type(self).__name__} was made for {known} param groups, and finds {len(groups)}."
+            )
         for index, group in enumerate(groups[known:], known):
             if self._resumed and not known and "initial_lr" not in group:
                 raise KeyError(
-                    f"param_groups[{index}] has no 'initial_lr', from which last_epoch={self.last_epoch} resumes: load "
-                    "the optimizer's checkpoint first, or leave last_epoch out."
+                    f"param_groups[{index}] has no 'initial_lr', from which "
+                    f"last_epoch={self.last_epoch} resumes: load the optimizer's checkpoint "
+                    "first, or leave last_epoch out."
                 )
-            missing = [name for name in handed_on if known and name in groups[0] and name not in group]
-            group.update({name: shared(name, [other[name] for other in groups[:known]]) for name in missing})
+            missing = [
+                name for name in handed_on if known and name in groups[0] and name not in group
+            ]
+            group.update(
+                {name: shared(name, [other[name] for other in groups[:known]]) for name in missing}
+            )
             group.setdefault("initial_lr", copied(group["lr"]))
             if known:
                 vars(self).get("_last_lr", []).append(None)
@@ -233,14 +290,18 @@ class LRScheduler(torch_schedulers.LRScheduler):
         """What `load_state_dict` needs, in torch's form: numbers and lists of them, no function."""
         state = {key: value for key, value in vars(self).items() if key not in UNSAVED}
         # Torch's, should it load this, carries both along, and moves only `_last_lr` on.
-        state["_found"] = {"after": vars(self).get("_last_lr", []), "lr": list(map(LR, self.optimizer.param_groups))}
+        state["_found"] = {
+            "after": vars(self).get("_last_lr", []),
+            "lr": list(map(LR, self.optimizer.param_groups)),
+        }
         return copied_lists(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a scheduler of this class stood, or torch's; KeyError for a state dict of another class.
+        """Continue where a scheduler of this class stood, or torch's; KeyError for a state dict of
+        another class.
 
-        A group whose lr is the one that this scheduler has left there gets the lr of the checkpoint: whether the
-        optimizer's checkpoint is loaded before or after does not matter.
+        A group whose lr is the one that this scheduler has left there gets the lr of the
+        checkpoint: whether the optimizer's checkpoint is loaded before or after does not matter.
         """
         self._onepass.home._check(self, state_dict)
         state, groups = copied_lists(state_dict), self.optimizer.param_groups
@@ -262,15 +323,29 @@ class LRScheduler(torch_schedulers.LRScheduler):
         vars(self).update(state)
 
     def _check(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse another class's state dict, before anything has changed; people's classes save what they like."""
+        """Refuse another class's state dict, before anything has changed; people's classes save
+        what they like."""
         if not is_ours(type(self)):
             return
-        known = {*vars(self), "base_lrs", "last_epoch", "verbose", "anneal_func"}  # the last two: of earlier torchs
+        known = {
+            *vars(self),
+            "base_lrs",
+            "last_epoch",
+            "verbose",
+            "anneal_func",
+        }  # the last two: of earlier torchs
         missing = [name for name in self.options if name not in state_dict]
-        foreign = [name for name in state_dict if self.options and not name.startswith("_") and name not in known]
+        foreign = [
+            name
+            for name in state_dict
+            if self.options and not name.startswith("_") and name not in known
+        ]
         if missing or foreign:
             what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(foreign)}"
-            raise KeyError(f"the state dict {what}: it is none of a {type(self).__name__}; load that of its own class.")
+            raise KeyError(
+                f"the state dict {what}: it is none of a {type(self).__name__}; load that of its "
+                "own class."
+            )
 
 
 LRScheduler._onepass = House(LRScheduler)
@@ -278,11 +353,14 @@ UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_ver
 
 
 def note_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch does."""
+    """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch
+    does."""
     attributes = vars(optimizer)
     hooked = getattr(type(optimizer).step, "hooked", False) and "step" not in attributes
     if hooked and "_optimizer_step_post_hooks" in attributes:
-        optimizer.register_step_post_hook(lambda stepped, *_: vars(stepped).update(_opt_called=True))
+        optimizer.register_step_post_hook(
+            lambda stepped, *_: vars(stepped).update(_opt_called=True)
+        )
         return
     # Without a circle of references, in which the optimizer would outlive its last user.
     given = optimizer.step
@@ -301,7 +379,8 @@ def note_steps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _is_replaced(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody has put another step into an optimizer since its first scheduler was made."""
+    """Whether somebody has put another step into an optimizer since its first scheduler was
+    made."""
     return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
@@ -322,16 +401,21 @@ def _step_eagerly(scheduler: LRScheduler, epoch: int | None) -> None:
     scheduler._update_lr(epoch)
 
 
-# It imports torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: _step_eagerly(scheduler, epoch))
+# It imports torch's compiler when first called, which inside a compiled function has happened
+# already.
+_step_outside_graphs = torch._disable_dynamo(
+    lambda scheduler, epoch: _step_eagerly(scheduler, epoch)
+)
 
 
 class ClosedLR(LRScheduler):
-    r"""Schedules in closed form that go on from whatever the lr has become: $\eta_t = l + (\eta_0 - l)\, f(t)$.
+    r"""Schedules in closed form that go on from whatever the lr has become: $\eta_t = l + (\eta_0 -
+    l)\, f(t)$.
 
-    While nobody else writes a group's lr, it is this function of the step. Once another scheduler or the user has
-    changed it, the change stays, and the distance from $l$ moves on by $f(t) / f(t - 1)$, as with torch's. A subclass
-    defines `scale`, $f$, and `floors`, $l$ for each group, where they are not 0.
+    While nobody else writes a group's lr, it is this function of the step. Once another scheduler
+    or the user has changed it, the change stays, and the distance from $l$ moves on by $f(t) / f(t
+    - 1)$, as with torch's. A subclass defines `scale`, $f$, and `floors`, $l$ for each group, where
+    they are not 0.
     """
 
     _own: list[bool]  # whether each group's lr is the closed form
@@ -377,7 +461,11 @@ class ClosedLR(LRScheduler):
         return self._onepass.read_options(self)
 
     def _know(self) -> None:
-        self._known, self._known_lrs, self._known_step = self._inputs(), list(self.base_lrs), self.last_epoch
+        self._known, self._known_lrs, self._known_step = (
+            self._inputs(),
+            list(self.base_lrs),
+            self.last_epoch,
+        )
 
     def _is_as_known(self) -> bool:
         same = self.last_epoch == self._known_step and self.base_lrs == self._known_lrs
@@ -394,7 +482,8 @@ class ClosedLR(LRScheduler):
             self._adopt()
             self._know()
         elif not self._is_as_known():
-            # Somebody has changed an option or the step: the lr goes on from where it is, as with torch's.
+            # Somebody has changed an option or the step: the lr goes on from where it is, as with
+            # torch's.
             self._own = [False] * len(self._own)
             self._know()
         if self._is_initial and self._resumed and epoch is None:
@@ -413,19 +502,32 @@ class ClosedLR(LRScheduler):
         values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
         if not all(own):
             carried = self._carry(lrs, step)
-            values = [values[i] if own[i] else value for i, value in enumerate(carried)] if values else carried
+            values = (
+                [values[i] if own[i] else value for i, value in enumerate(carried)]
+                if values
+                else carried
+            )
         return self._settle(step, values, own)
 
     def _look_again(self) -> None:
-        """Only numbers tell whether a lr is the closed form where another than this class has kept account of it."""
-        lrs, values = list(map(LR, self.optimizer.param_groups)), self._closed(self.base_lrs, self.last_epoch)
-        near = [not isinstance(lr, Tensor) or lr.is_cpu for lr in lrs]  # to read others would be to wait for a device
-        self._own = [known and self._is_at(index, values[index]) for index, known in enumerate(near)]
+        """Only numbers tell whether a lr is the closed form where another than this class has kept
+        account of it."""
+        lrs, values = (
+            list(map(LR, self.optimizer.param_groups)),
+            self._closed(self.base_lrs, self.last_epoch),
+        )
+        near = [
+            not isinstance(lr, Tensor) or lr.is_cpu for lr in lrs
+        ]  # to read others would be to wait for a device
+        self._own = [
+            known and self._is_at(index, values[index]) for index, known in enumerate(near)
+        ]
         self._versions = [None] * len(lrs)
         self._last_lr = self._left = rates(self.optimizer)
 
     def _resume(self, step: int) -> None:
-        """Begin at a step, with the closed form unless somebody has set the lr, from where the schedule goes on."""
+        """Begin at a step, with the closed form unless somebody has set the lr, from where the
+        schedule goes on."""
         lrs, bases = list(map(LR, self.optimizer.param_groups)), list(map(number, self.base_lrs))
         before, values = self._closed(bases, step - 1), self._closed(bases, step)
         above = self._closed(lrs, step)
@@ -433,7 +535,12 @@ class ClosedLR(LRScheduler):
         for i, lr in enumerate(lrs):
             fresh = self._is_fresh(i)
             joins = not fresh and self._joins(i, lr, step)
-            own = fresh or self._is_at(i, values[i]) or self._is_at(i, before[i]) or (not joins and self._replaces(i))
+            own = (
+                fresh
+                or self._is_at(i, values[i])
+                or self._is_at(i, before[i])
+                or (not joins and self._replaces(i))
+            )
             self._own.append(own)
             self._moved.append(fresh or (joins and not own))
             values[i] = values[i] if own else above[i] if joins else lr
@@ -445,7 +552,10 @@ class ClosedLR(LRScheduler):
         lrs = list(map(LR, self.optimizer.param_groups))
         self._versions = [None] * len(lrs)
         if not are_floats(lrs):
-            self._versions = [(lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None for lr in lrs]
+            self._versions = [
+                (lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None
+                for lr in lrs
+            ]
 
     def _enter(self, step: int) -> None:
         if is_altered(self):
@@ -463,8 +573,12 @@ class ClosedLR(LRScheduler):
         elif self._known_lrs == self.base_lrs:
             # The same tensors: to compare others would be to wait for a device, in each step.
             self._known_lrs = list(self.base_lrs)
-        del self._last_lr[len(self.base_lrs) :]  # torch's has no initial value of groups that came later
-        if "_own" not in state:  # torch's: only the numbers tell whether a lr has been changed from outside
+        del self._last_lr[
+            len(self.base_lrs) :
+        ]  # torch's has no initial value of groups that came later
+        if (
+            "_own" not in state
+        ):  # torch's: only the numbers tell whether a lr has been changed from outside
             pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
             self._own = [math.isclose(lr, value, rel_tol=1e-6) for lr, value in pairs]
 
@@ -472,24 +586,44 @@ class ClosedLR(LRScheduler):
         """Whether a group's lr is the closed form, which this scheduler has left there."""
         if index >= len(self._own) or not self._own[index]:
             return False
-        known = self._versions[index]  # of a tensor on a device: to read it would be to wait for the device
-        return (known is not None and known[0] is lr and known[1] == lr._version) or equals(lr, self._last_lr[index])
+        known = self._versions[
+            index
+        ]  # of a tensor on a device: to read it would be to wait for the device
+        return (known is not None and known[0] is lr and known[1] == lr._version) or equals(
+            lr, self._last_lr[index]
+        )
 
     def _has_left(self, index: int, lr: Value) -> bool:
         return index < len(self._own) and self._own[index] and super()._has_left(index, lr)
 
     def _replaces(self, index: int) -> bool:
-        # As where a cell of a notebook has run again. What a scheduler that went on has left is the run's lr.
+        # As where a cell of a notebook has run again. What a scheduler that went on has left is the
+        # run's lr.
         lr = self.optimizer.param_groups[index]["lr"]
-        return any(s._has_left(index, lr) for s in self._others() if type(s) is type(self) and s._step_count == 1)
+        return any(
+            s._has_left(index, lr)
+            for s in self._others()
+            if type(s) is type(self) and s._step_count == 1
+        )
 
     def _joins(self, index: int, lr: Value, step: int) -> bool:
-        """Whether another scheduler has just begun this group's schedule at the same step, so that changes add up.
+        """Whether another scheduler has just begun this group's schedule at the same step, so that
+        changes add up.
 
-        One of the same class and options is not another, but what this one replaces: a cell of a notebook run again.
+        One of the same class and options is not another, but what this one replaces: a cell of a
+        notebook run again.
         """
-        others = [s for s in self._others() if s._step_count == 1 and s.last_epoch == step and not self._is_twin(s)]
-        return any(index < len(s._moved) and s._moved[index] and equals(lr, s._last_lr[index]) for s in others)
+        others = [
+            s
+            for s in self._others()
+            if s._step_count == 1 and s.last_epoch == step and not self._is_twin(s)
+        ]
+        return any(
+            index < len(s._moved) and s._moved[index] and equals(lr, s._last_lr[index])
+            for s in others
+        )
 
     def _is_twin(self, other: LRScheduler) -> bool:
-        return type(other) is type(self) and all(getattr(other, o) == getattr(self, o) for o in self.options)
+        return type(other) is type(self) and all(
+            getattr(other, o) == getattr(self, o) for o in self.options
+        )

@@ -1,4 +1,5 @@
-"""What people put in the place of torch's methods: a scheduler that has such a method runs as torch's class does."""
+"""What people put in the place of torch's methods: a scheduler that has such a method runs as
+torch's class does."""
 
 from __future__ import annotations
 
@@ -12,10 +13,23 @@ from torch.optim import lr_scheduler as torch_schedulers
 
 from .values import Value, assign, rates
 
-__all__ = ["House", "check_length", "has_new_closed_form", "is_altered", "is_ours", "is_same", "update_as_torch"]
+__all__ = [
+    "House",
+    "check_length",
+    "has_new_closed_form",
+    "is_altered",
+    "is_ours",
+    "is_same",
+    "update_as_torch",
+]
 
 PACKAGE = __name__.rpartition(".")[0] + "."
-ANYWHERE = {"get_last_lr", "load_state_dict", "print_lr", "state_dict"}  # are called where torch calls them
+ANYWHERE = {
+    "get_last_lr",
+    "load_state_dict",
+    "print_lr",
+    "state_dict",
+}  # are called where torch calls them
 PYTHONS = (MethodDescriptorType, WrapperDescriptorType)
 
 
@@ -43,14 +57,17 @@ def _nothing(scheduler: Any) -> tuple[()]:
 class House:
     """A class of this package, and what its methods are when nobody has replaced any.
 
-    `names` are the methods of torch's class that make the learning rates. `taken` are the names of ours: where people
-    use such a name for something else, their scheduler runs as torch's class, which does not know the name.
+    `names` are the methods of torch's class that make the learning rates. `taken` are the names of
+    ours: where people use such a name for something else, their scheduler runs as torch's class,
+    which does not know the name.
     """
 
     def __init__(self, cls: type) -> None:
         classes = [c for c in cls.__mro__ if c.__module__.startswith("torch.")]
         names = _methods(classes) - ANYWHERE
-        if getattr(cls, "get_lr", None) is torch_schedulers.LRScheduler.get_lr:  # no formula of torch's to fall back to
+        if (
+            getattr(cls, "get_lr", None) is torch_schedulers.LRScheduler.get_lr
+        ):  # no formula of torch's to fall back to
             names = {"get_lr"}
         self.home: Any = cls
         self.names = names
@@ -60,11 +77,16 @@ class House:
         self.read_options = attrgetter(*cls.options) if cls.options else _nothing
         ours = [c for c in cls.__mro__ if is_ours(c)]
         self.taken = (_methods(ours) - _methods(classes)) | {"handed_on", "options"}
-        self.watched = sorted(name for name in names | self.taken if not isinstance(getattr(cls, name), property))
+        self.watched = sorted(
+            name for name in names | self.taken if not isinstance(getattr(cls, name), property)
+        )
 
     def for_subclass(self, cls: type) -> House:
-        """The house of people's subclass: another where a name of ours has another meaning there."""
-        owners = {name: next((c for c in cls.__mro__ if name in vars(c)), None) for name in self.taken}
+        """The house of people's subclass: another where a name of ours has another meaning
+        there."""
+        owners = {
+            name: next((c for c in cls.__mro__ if name in vars(c)), None) for name in self.taken
+        }
         if all(owner is None or is_ours(owner) for owner in owners.values()):
             return self
         other = object.__new__(House)
@@ -73,18 +95,23 @@ class House:
 
 
 def is_altered(scheduler: Any) -> bool:
-    """Whether a method that makes the learning rates is not ours, be it of a subclass, a mixin or this one object.
+    """Whether a method that makes the learning rates is not ours, be it of a subclass, a mixin or
+    this one object.
 
-    All are looked up, at construction and at the first step. Later ones look whether `get_lr` is the same.
+    All are looked up, at construction and at the first step. Later ones look whether `get_lr` is
+    the same.
     """
     house, cls = scheduler._onepass, type(scheduler)
-    altered = house.look(cls) != house.found or any(_is_hidden(scheduler, cls, name) for name in house.watched)
+    altered = house.look(cls) != house.found or any(
+        _is_hidden(scheduler, cls, name) for name in house.watched
+    )
     scheduler._foreign = altered
     return altered
 
 
 def _is_hidden(scheduler: Any, cls: type, name: str) -> bool:
-    """Whether an attribute of the object stands before the one of its class. `vars` would make all others slower."""
+    """Whether an attribute of the object stands before the one of its class. `vars` would make all
+    others slower."""
     seen, known = getattr(scheduler, name), getattr(cls, name)
     return getattr(seen, "__func__", seen) is not getattr(known, "__func__", known)
 
@@ -101,11 +128,14 @@ def is_same(scheduler: Any) -> bool:
 
 def has_new_closed_form(scheduler: Any) -> bool:
     """Whether people's class has a closed form where torch's has none."""
-    return "_get_closed_form_lr" not in scheduler._onepass.names and hasattr(scheduler, "_get_closed_form_lr")
+    return "_get_closed_form_lr" not in scheduler._onepass.names and hasattr(
+        scheduler, "_get_closed_form_lr"
+    )
 
 
 def update_as_torch(scheduler: Any, epoch: int | None) -> None:
-    """Take a step as torch's base class does: ask `get_lr`, or for a step by its number the closed form."""
+    """Take a step as torch's base class does: ask `get_lr`, or for a step by its number the closed
+    form."""
     if isinstance(vars(scheduler).get("base_lrs"), list):
         scheduler._onepass.home._adopt(scheduler)
     before = scheduler.last_epoch

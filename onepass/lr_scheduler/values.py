@@ -13,7 +13,18 @@ from torch import Tensor
 
 from ..schedule.formulas import Schedule
 
-__all__ = ["LR", "Group", "Value", "are_floats", "assign", "copied", "copied_lists", "equals", "is_near", "number"]
+__all__ = [
+    "LR",
+    "Group",
+    "Value",
+    "are_floats",
+    "assign",
+    "copied",
+    "copied_lists",
+    "equals",
+    "is_near",
+    "number",
+]
 __all__ += ["per_group", "rates", "saved_attributes", "shared"]
 
 Group = dict[str, Any]
@@ -44,7 +55,8 @@ def number(value: Value) -> Value:
 
 
 def assign(options: Any, key: Any, value: Value) -> None:
-    """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured steps demand."""
+    """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured
+    steps demand."""
     old = options[key]
     if not isinstance(old, Tensor):
         options[key] = value.item() if isinstance(value, Tensor) else value
@@ -80,7 +92,9 @@ def is_near(lr: Value, value: Value, scale: Value = 0.0) -> bool:
     """Whether a group's lr is a number but for rounding; what is tiny beside `scale` is 0."""
     if isinstance(lr, Tensor) and lr.is_meta:
         return True
-    precision = 4 * torch.finfo(lr.dtype).eps if isinstance(lr, Tensor) and lr.is_floating_point() else 0.0
+    precision = (
+        4 * torch.finfo(lr.dtype).eps if isinstance(lr, Tensor) and lr.is_floating_point() else 0.0
+    )
     first, second, scale = (v.item() if isinstance(v, Tensor) else v for v in (lr, value, scale))
     return math.isclose(first, second, rel_tol=max(1e-9, precision), abs_tol=1e-12 * abs(scale))
 
@@ -92,8 +106,8 @@ def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[A
         return [copied(value) for _ in range(count)]
     if len(value) != count:
         raise ValueError(
-            f"{name} must have the same length as optimizer.param_groups. {name} has {len(value)} values, param_groups "
-            f"has {count}: give one for each, or one for all."
+            f"{name} must have the same length as optimizer.param_groups. {name} has {len(value)} "
+            f"values, param_groups has {count}: give one for each, or one for all."
         )
     return list(map(copied, value))
 
@@ -101,11 +115,19 @@ def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[A
 def shared(name: str, values: Sequence[Value]) -> Value:
     """The value that all param groups have, for one that is new."""
     if any(value != values[0] for value in values):
-        raise ValueError(f"{name} differs from group to group: the new param group needs its own, under {name!r}.")
+        raise ValueError(
+            f"{name} differs from group to group: the new param group needs its own, under "
+            f"{name!r}."
+        )
     return copied(values[0])
 
 
 def saved_attributes(function: Callable[..., Any] | None) -> dict[str, Any] | None:
-    """The attributes of a callable object; None for functions and schedules, which are the program's, not the run's."""
-    plain = function is None or isinstance(function, (FunctionType, Schedule)) or not hasattr(function, "__dict__")
+    """The attributes of a callable object; None for functions and schedules, which are the
+    program's, not the run's."""
+    plain = (
+        function is None
+        or isinstance(function, (FunctionType, Schedule))
+        or not hasattr(function, "__dict__")
+    )
     return None if plain else dict(vars(function))

@@ -23,14 +23,21 @@ def draw(
     smoothed: Sequence[float],
     suggestion: float,
 ) -> None:
-    """Draw losses, raw and smoothed, against the learning rate, and the suggested one, to the PNG file `path`."""
+    """Draw losses, raw and smoothed, against the learning rate, and the suggested one, to the PNG
+    file `path`."""
     path = Path(path)
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(lrs, losses, color=_LOSS, alpha=0.3, linewidth=1.0, label="loss of each batch")
     axes.plot(lrs, smoothed, color=_LOSS, linewidth=2.0, label="smoothed")
-    axes.axvline(suggestion, color=_SUGGESTION, linewidth=1.2, linestyle="--", label=f"suggested: {suggestion:g}")
+    axes.axvline(
+        suggestion,
+        color=_SUGGESTION,
+        linewidth=1.2,
+        linestyle="--",
+        label=f"suggested: {suggestion:g}",
+    )
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")

@@ -1,4 +1,5 @@
-"""The learning-rate range test: which rates an optimizer learns from, found in one short trial that is undone."""
+"""The learning-rate range test: which rates an optimizer learns from, found in one short trial that
+is undone."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from .snapshot import undone_afterwards
 
 __all__ = ["RangeTest", "lr_find"]
 
-# How far a change must exceed what noise explains, in standard errors: of the smoothed loss that falls, of a loss that
-# leaps above the average before it.
+# How far a change must exceed what noise explains, in standard errors: of the smoothed loss that
+# falls, of a loss that leaps above the average before it.
 _SIGNIFICANT, _LEAP = 3.0, 5.0
 # Of normally distributed numbers, the standard deviation over the median distance of two.
 _DEVIATION = 1.048
@@ -33,10 +34,11 @@ _MOST_STEPS = 10**8
 class RangeTest:
     """What `lr_find` has measured, and the learning rate that follows from it.
 
-    `losses[i]` is the loss of the i-th batch, at the weights to which the steps with `lrs[:i]` have led; `smoothed`
-    is its running average. All three have one entry a step that was tried. `suggestion` is a learning rate, `note` says
-    in a sentence how it was found. `exploded` tells that the test ended early, because the loss was too large or no
-    number. `ratios[k]` is what the learning rate of param group k is multiplied with: 1 for the largest.
+    `losses[i]` is the loss of the i-th batch, at the weights to which the steps with `lrs[:i]` have
+    led; `smoothed` is its running average. All three have one entry a step that was tried.
+    `suggestion` is a learning rate, `note` says in a sentence how it was found. `exploded` tells
+    that the test ended early, because the loss was too large or no number. `ratios[k]` is what the
+    learning rate of param group k is multiplied with: 1 for the largest.
     """
 
     suggestion: float
@@ -48,7 +50,8 @@ class RangeTest:
     smoothed: tuple[float, ...] = field(repr=False)
 
     def plot(self, path: str | os.PathLike[str], title: str = "learning-rate range test") -> None:
-        """Draw both losses against the learning rate, the suggestion marked, to the PNG file `path`.
+        """Draw both losses against the learning rate, the suggestion marked, to the PNG file
+        `path`.
 
         Needs matplotlib: ImportError without it.
         """
@@ -72,36 +75,40 @@ def lr_find(
 ) -> RangeTest:
     r"""Find a learning rate by a trial: the range test, with rates that grow from step to step.
 
-    Step $i$ of $n$ takes the learning rate $\gamma_i = \gamma_0\,(\gamma_{n-1}/\gamma_0)^{i/(n-1)}$, from `lowest` to
-    `highest`. The loss $\ell_i$ that it finds is averaged, without a bias towards zero:
+    Step $i$ of $n$ takes the learning rate $\gamma_i =
+    \gamma_0\,(\gamma_{n-1}/\gamma_0)^{i/(n-1)}$, from `lowest` to `highest`. The loss $\ell_i$ that
+    it finds is averaged, without a bias towards zero:
 
     $$ s_i = \frac{1-\beta}{1-\beta^{i+1}} \sum_{j \le i} \beta^{i-j}\,\ell_j $$
 
-    The test ends early when the loss is no finite number, or has exploded by the factor `stop` $= c$:
-    $s_i > s_\mathrm{min} + (c-1)\max(|s_\mathrm{min}|,\ s_0 - s_\mathrm{min})$. The suggestion is the middle of the
-    decade of rates (of a quarter of the range, where that is less) in which the best loss so far,
-    $b_i = \min_{j \le i} s_j$, falls most: the steepest descent over $\log\gamma$, rounded to two digits. Where a loss
-    leaps above the average in that decade, it is half a decade below the leap. A fall that noise explains does not
-    count; where there is no other, a tenth of the highest rate tried is suggested, and a warning says so.
+    The test ends early when the loss is no finite number, or has exploded by the factor `stop` $=
+    c$: $s_i > s_\mathrm{min} + (c-1)\max(|s_\mathrm{min}|,\ s_0 - s_\mathrm{min})$. The suggestion
+    is the middle of the decade of rates (of a quarter of the range, where that is less) in which
+    the best loss so far, $b_i = \min_{j \le i} s_j$, falls most: the steepest descent over
+    $\log\gamma$, rounded to two digits. Where a loss leaps above the average in that decade, it is
+    half a decade below the leap. A fall that noise explains does not count; where there is no
+    other, a tenth of the highest rate tried is suggested, and a warning says so.
 
-    `loss(model, batch)` returns a tensor of one number; `data` gives the batches, and is begun anew when it ends;
-    `optimizer` is any of torch's interface, LBFGS too. Param groups keep the ratios of their learning rates, and
-    the rates above are that of the group with the largest; where all are 0, as before a warm-up, `initial_lr` counts.
-    A model in evaluation mode is set to training; one in training keeps modules that are not.
-    `observe(i, lr, loss)` is called after each step.
+    `loss(model, batch)` returns a tensor of one number; `data` gives the batches, and is begun anew
+    when it ends; `optimizer` is any of torch's interface, LBFGS too. Param groups keep the ratios
+    of their learning rates, and the rates above are that of the group with the largest; where all
+    are 0, as before a warm-up, `initial_lr` counts. A model in evaluation mode is set to training;
+    one in training keeps modules that are not. `observe(i, lr, loss)` is called after each step.
 
-    Afterwards, and also when an exception ends it, all is as before, bit for bit: parameters, buffers, modes,
-    gradients, the optimizer's state and options, the random states of torch, NumPy, Python and of a DataLoader's
-    generators; tensors are the same tensors. A copy of the model, of its gradients if it has any, and of the
-    optimizer's state is held meanwhile. What is not undone: what hooks of yours do, plain attributes of modules, and
-    batches taken from an iterator that cannot begin anew.
+    Afterwards, and also when an exception ends it, all is as before, bit for bit: parameters,
+    buffers, modes, gradients, the optimizer's state and options, the random states of torch, NumPy,
+    Python and of a DataLoader's generators; tensors are the same tensors. A copy of the model, of
+    its gradients if it has any, and of the optimizer's state is held meanwhile. What is not undone:
+    what hooks of yours do, plain attributes of modules, and batches taken from an iterator that
+    cannot begin anew.
 
-    Raises TypeError or ValueError for arguments that make no sense, for a loss that is not finite before the first
-    step, and for data that has no batches, or not enough and cannot be begun anew.
+    Raises TypeError or ValueError for arguments that make no sense, for a loss that is not finite
+    before the first step, and for data that has no batches, or not enough and cannot be begun anew.
 
-    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186. The smoothing and the
-    steepest descent are fastai's; taking the best loss so far is ours, as otherwise the recovery from a leap, which
-    adaptive methods make at too high a rate, can be steeper than any learning.
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186. The
+    smoothing and the steepest descent are fastai's; taking the best loss so far is ours, as
+    otherwise the recovery from a leap, which adaptive methods make at too high a rate, can be
+    steeper than any learning.
     """
     _check(model, loss, data, optimizer)
     _check_numbers(lowest, highest, steps, smoothing, stop)
@@ -137,7 +144,10 @@ class _Curve:
     def add(self, loss: float) -> bool:
         """Add a loss; whether the test may go on after it."""
         if not self.losses and not math.isfinite(loss):
-            raise ValueError(f"lr_find: the loss is {loss} before the first step; look at the model and the data first")
+            raise ValueError(
+                f"lr_find: the loss is {loss} before the first step; look at the model and the "
+                "data first"
+            )
         self._average = self.smoothing * self._average + (1 - self.smoothing) * loss
         self.losses.append(loss)
         self.smoothed.append(self._average / (1 - self.smoothing ** len(self.losses)))
@@ -154,7 +164,8 @@ def _step(
     optimizer: torch.optim.Optimizer,
     curve: _Curve,
 ) -> bool:
-    """One step of any optimizer; False, and none is made, where the loss that it begins with ends the test."""
+    """One step of any optimizer; False, and none is made, where the loss that it begins with ends
+    the test."""
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
@@ -175,7 +186,8 @@ def _step(
         value.backward()
         return value
 
-    # LBFGS must have a closure, and all others take one. Hooks before a step see its gradients, as they do without.
+    # LBFGS must have a closure, and all others take one. Hooks before a step see its gradients, as
+    # they do without.
     optimizer.step(closure)
     return True
 
@@ -186,7 +198,9 @@ def _conclude(rates: Sequence[float], curve: _Curve, ratios: Sequence[float]) ->
         suggestion = rates[-1] / 10
         end = "it exploded at" if curve.exploded else "the highest rate tried was"
         note = f"{note}, so this is a tenth of the last rate: {end} {rates[-1]:.2g}"
-        warnings.warn(f"lr_find: {note}; try other bounds, more steps or larger batches", stacklevel=3)
+        warnings.warn(
+            f"lr_find: {note}; try other bounds, more steps or larger batches", stacklevel=3
+        )
     return RangeTest(
         float(f"{suggestion:.1e}"),
         note,
@@ -199,17 +213,24 @@ def _conclude(rates: Sequence[float], curve: _Curve, ratios: Sequence[float]) ->
 
 
 def _suggest(rates: Sequence[float], curve: _Curve) -> tuple[float | None, str]:
-    """A rate amid those over which the best smoothed loss falls most, if it falls at all; and why."""
+    """A rate amid those over which the best smoothed loss falls most, if it falls at all; and
+    why."""
     none = None, "the loss did not fall by more than its noise"
     count = len(curve.losses) - curve.exploded  # the last, where it exploded, may be no number
     if count < 2:
         return none
-    losses, smoothed, x = np.array(curve.losses[:count]), np.array(curve.smoothed[:count]), np.log10(rates[:count])
+    losses, smoothed, x = (
+        np.array(curve.losses[:count]),
+        np.array(curve.smoothed[:count]),
+        np.log10(rates[:count]),
+    )
     best = np.minimum.accumulate(smoothed)
     half = min(0.5, (x[-1] - x[0]) / 8)
     fall = np.interp(x - half, x, best) - np.interp(x + half, x, best)
     # Below the last digit of a float32 there is always noise.
-    noise = _DEVIATION * float(np.median(np.abs(np.diff(losses)))) + _ROUNDING * float(np.abs(losses).max())
+    noise = _DEVIATION * float(np.median(np.abs(np.diff(losses)))) + _ROUNDING * float(
+        np.abs(losses).max()
+    )
     decay = curve.smoothing ** np.arange(1, count + 1)
     # The variance of each average, in units of that of one loss.
     variance = (1 - curve.smoothing) / (1 + curve.smoothing) * (1 + decay) / (1 - decay)
@@ -221,11 +242,13 @@ def _suggest(rates: Sequence[float], curve: _Curve) -> tuple[float | None, str]:
     leaps = np.flatnonzero(losses[1:] - smoothed[:-1] > _LEAP * noise) + 1
     leaps = leaps[np.abs(x[leaps] - x[middle]) <= half]
     if len(leaps):
-        return 10 ** float(x[leaps[0]] - half), f"soon above it, at {rates[leaps[0]]:.2g}, the loss leaps"
+        return 10 ** float(
+            x[leaps[0]] - half
+        ), f"soon above it, at {rates[leaps[0]]:.2g}, the loss leaps"
     return rates[middle], "the smoothed loss falls fastest around it"
 
 
-# --- batches and rates -----------------------------------------------------------------------------------------------
+# --- batches and rates ----------------------------------------------------------------------------
 
 
 def _repeat(data: Iterable[Any], steps: int) -> Generator[Any, None, None]:
@@ -238,17 +261,24 @@ def _repeat(data: Iterable[Any], steps: int) -> Generator[Any, None, None]:
             yield batch
         if given == before:
             if not given:
-                raise ValueError("lr_find: data has no batches; pass a list of batches or a DataLoader with some")
+                raise ValueError(
+                    "lr_find: data has no batches; pass a list of batches or a DataLoader with some"
+                )
             raise ValueError(
-                f"lr_find: data gave {given} batches for {steps} steps and cannot be begun anew, as an iterator; pass "
-                f"a list or a DataLoader, or steps={given}"
+                f"lr_find: data gave {given} batches for {steps} steps and cannot be begun anew, "
+                f"as an iterator; pass a list or a DataLoader, or steps={given}"
             )
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:
     """The random generators of a DataLoader and its samplers, other than torch's global one."""
     batch_sampler = getattr(data, "batch_sampler", None)
-    owners = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    owners = (
+        data,
+        getattr(data, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
     found = (getattr(owner, "generator", None) for owner in owners)
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
@@ -267,8 +297,8 @@ def _read_rate(i: int, lr: Any) -> float:
     rate = as_number(lr)
     if rate is None or not (rate >= 0 and math.isfinite(rate)):
         raise ValueError(
-            f"lr_find: lr of param group {i} must be a finite number of at least 0, got {brief(lr)}; it says how the "
-            "groups' rates relate"
+            f"lr_find: lr of param group {i} must be a finite number of at least 0, got "
+            f"{brief(lr)}; it says how the groups' rates relate"
         )
     return rate
 
@@ -282,50 +312,84 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float, ratios: Sequence[float]
             group["lr"] = lr * ratio
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check(model: object, loss: object, data: object, optimizer: object) -> None:
-    for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, torch.optim.Optimizer)):
+    for name, value, kind in (
+        ("model", model, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+    ):
         if not isinstance(value, kind):
             raise TypeError(
-                f"lr_find: {name} must be a torch.{kind.__module__.split('.')[1]}.{kind.__name__}, got a "
+                f"lr_find: {name} must be a "
+                f"torch.{kind.__module__.split('.')[1]}.{kind.__name__}, got a "
                 f"{torch.typename(value)}"
             )
     if not callable(loss):
-        raise TypeError(f"lr_find: loss must be a function of (model, batch), got a {torch.typename(loss)}")
+        raise TypeError(
+            f"lr_find: loss must be a function of (model, batch), got a {torch.typename(loss)}"
+        )
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
-        raise TypeError(f"lr_find: data must give batches when iterated, got a {torch.typename(data)}")
+        raise TypeError(
+            f"lr_find: data must give batches when iterated, got a {torch.typename(data)}"
+        )
     assert isinstance(model, nn.Module)
     for name, p in model.named_parameters():
         if nn.parameter.is_lazy(p):
-            raise ValueError(f"lr_find: parameter {name!r} has no shape yet; run one batch through the model first")
+            raise ValueError(
+                f"lr_find: parameter {name!r} has no shape yet; run one batch through the model "
+                "first"
+            )
 
 
-def _check_numbers(lowest: float, highest: float, steps: int, smoothing: float, stop: float) -> None:
-    for name, value in (("lowest", lowest), ("highest", highest), ("smoothing", smoothing), ("stop", stop)):
+def _check_numbers(
+    lowest: float, highest: float, steps: int, smoothing: float, stop: float
+) -> None:
+    for name, value in (
+        ("lowest", lowest),
+        ("highest", highest),
+        ("smoothing", smoothing),
+        ("stop", stop),
+    ):
         if isinstance(value, bool) or as_number(value) is None:
             raise TypeError(f"lr_find: {name} must be {number_for(value)}, got {brief(value)}")
     if not 0 < lowest < highest < math.inf:
-        raise ValueError(f"lr_find: lowest and highest must be 0 < lowest < highest, got {lowest} and {highest}")
+        raise ValueError(
+            f"lr_find: lowest and highest must be 0 < lowest < highest, got {lowest} and {highest}"
+        )
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(
-            f"lr_find: steps must be a whole number of at least 2, got {brief(steps)}; 100 do for eight decades"
+            f"lr_find: steps must be a whole number of at least 2, got {brief(steps)}; 100 do for "
+            "eight decades"
         )
     if steps > _MOST_STEPS:
-        raise ValueError(f"lr_find: steps must be at most {_MOST_STEPS}, got {brief(steps)}; 100 do for eight decades")
+        raise ValueError(
+            f"lr_find: steps must be at most {_MOST_STEPS}, got {brief(steps)}; 100 do for eight "
+            "decades"
+        )
     if not 0 <= smoothing < 1:
-        raise ValueError(f"lr_find: smoothing must lie in [0, 1), got {smoothing}; 0 leaves the loss as it is")
+        raise ValueError(
+            f"lr_find: smoothing must lie in [0, 1), got {smoothing}; 0 leaves the loss as it is"
+        )
     if not stop > 1:
-        raise ValueError(f"lr_find: stop must be more than 1, got {stop}; math.inf never stops at a finite loss")
+        raise ValueError(
+            f"lr_find: stop must be more than 1, got {stop}; math.inf never stops at a finite loss"
+        )
 
 
 def _check_loss(value: object) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-        got = f"one of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.60}"
-        raise TypeError(f"lr_find: loss(model, batch) must return a tensor of one real number, got {got}")
+        got = (
+            f"one of shape {tuple(value.shape)}, {value.dtype}"
+            if isinstance(value, Tensor)
+            else f"{value!r:.60}"
+        )
+        raise TypeError(
+            f"lr_find: loss(model, batch) must return a tensor of one real number, got {got}"
+        )
     if not value.requires_grad:
         raise ValueError(
-            "lr_find: the loss does not depend on any parameter that requires a gradient; compute it from the model's "
-            "outputs, without detach() or torch.no_grad()"
+            "lr_find: the loss does not depend on any parameter that requires a gradient; compute "
+            "it from the model's outputs, without detach() or torch.no_grad()"
         )

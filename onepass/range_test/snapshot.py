@@ -21,9 +21,10 @@ def undone_afterwards(
 ) -> Iterator[None]:
     """Undo at the end, bit for bit, what is done inside, also where it ends by an exception.
 
-    That is: the model's parameters and buffers, each module's training mode, all gradients; the optimizer's state, its
-    options and attributes; the random state of torch (CPU and CUDA), NumPy, Python and of `generators`. Every tensor,
-    list and dict stays the object that it is and is filled in place, so that views and references hold.
+    That is: the model's parameters and buffers, each module's training mode, all gradients; the
+    optimizer's state, its options and attributes; the random state of torch (CPU and CUDA), NumPy,
+    Python and of `generators`. Every tensor, list and dict stays the object that it is and is
+    filled in place, so that views and references hold.
 
     Until the end a copy of all these tensors lies beside them.
     """
@@ -39,7 +40,8 @@ class _Snapshot:
     """What is to be put back. Half taken, it puts back that half."""
 
     def __init__(self) -> None:
-        # By the identity of what is kept: itself, its memory, a copy of what is there; itself, a copy of its entries.
+        # By the identity of what is kept: itself, its memory, a copy of what is there; itself, a
+        # copy of its entries.
         self.tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.containers: dict[int, tuple[Any, Any]] = {}
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
@@ -49,7 +51,12 @@ class _Snapshot:
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
 
-    def take(self, model: nn.Module, optimizer: torch.optim.Optimizer, generators: Iterable[torch.Generator]) -> None:
+    def take(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        generators: Iterable[torch.Generator],
+    ) -> None:
         self.generators += [(generator, generator.get_state()) for generator in generators]
         for module in model.modules():
             self.modes.append((module, module.training))
@@ -64,7 +71,8 @@ class _Snapshot:
             self._keep(p.grad)
 
     def _keep(self, value: Any) -> None:
-        """Keep a tensor, or a container with all tensors and containers in it; anything else never changes."""
+        """Keep a tensor, or a container with all tensors and containers in it; anything else never
+        changes."""
         if isinstance(value, Tensor):
             if id(value) not in self.tensors:
                 memory = value.data
@@ -100,13 +108,15 @@ class _Snapshot:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor lies; 0 for one of a subclass or a sparse one, which need not lie in one place."""
+    """Where a tensor lies; 0 for one of a subclass or a sparse one, which need not lie in one
+    place."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return tensor.data_ptr() if plain else 0
 
 
 def _distinct(tensor: Tensor) -> Tensor:
-    """A view of an expanded tensor in which no two elements share memory, so that it can be written."""
+    """A view of an expanded tensor in which no two elements share memory, so that it can be
+    written."""
     if tensor.layout == torch.strided:
         for dim, stride in enumerate(tensor.stride()):
             if stride == 0:
@@ -115,11 +125,14 @@ def _distinct(tensor: Tensor) -> Tensor:
 
 
 def _refill(container: Any, entries: Any) -> None:
-    """Give a dict or list its entries back; one that has them still is not written, as its watchers would notice."""
+    """Give a dict or list its entries back; one that has them still is not written, as its watchers
+    would notice."""
     if isinstance(container, dict):
         same = [*container] == [*entries] and all(container[key] is entries[key] for key in entries)
         if not same:
             container.clear()
             container.update(entries)
-    elif len(container) != len(entries) or any(a is not b for a, b in zip(container, entries, strict=True)):
+    elif len(container) != len(entries) or any(
+        a is not b for a, b in zip(container, entries, strict=True)
+    ):
         container[:] = entries

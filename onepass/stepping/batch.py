@@ -22,14 +22,22 @@ from .recipe import Recipe
 # Sets of parameters that alternate, as experts do, of which so many are known.
 MOST_WORKS = 8
 CAPTURE = (
-    "{}: a step that is captured in a graph needs capturable=True in every param group; set it, and take a few steps "
-    "before the capture"
+    "{}: a step that is captured in a graph needs capturable=True in every param group; set it, "
+    "and take a few steps before the capture"
 )
-# What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor alive.
+# What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor
+# alive.
 Gathered = list[Any]
 
 
-def check(owner: str, member: Member, p: Tensor, g: Tensor | None, state: Mapping[str, Any], recipe: Recipe) -> None:
+def check(
+    owner: str,
+    member: Member,
+    p: Tensor,
+    g: Tensor | None,
+    state: Mapping[str, Any],
+    recipe: Recipe,
+) -> None:
     """Whether a parameter can step by this recipe; raises `StepError`."""
     check_member(owner, member, p, g, state, recipe.required, recipe.numbers)
     if recipe.graph.has_matrices:
@@ -42,12 +50,14 @@ def check(owner: str, member: Member, p: Tensor, g: Tensor | None, state: Mappin
 class KernelBatch(Columns):
     """Dense tensors of one device and one set of dtypes, stepped by one launch.
 
-    What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key must be its
-    parameter, and of every tensor its address, dtype, device, sizes, strides and the size of its storage. What is kept
-    is only what these are compared with: neither a tensor nor an address. Where a parameter or a state differs,
-    `gather` returns None and the plan is built again, which checks everything and raises a sentence if something is
-    wrong. Where a gradient differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for
-    this step. A parameter without a gradient has no elements in this step. The launch follows with the tensors in hand.
+    What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key
+    must be its parameter, and of every tensor its address, dtype, device, sizes, strides and the
+    size of its storage. What is kept is only what these are compared with: neither a tensor nor an
+    address. Where a parameter or a state differs, `gather` returns None and the plan is built
+    again, which checks everything and raises a sentence if something is wrong. Where a gradient
+    differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for this
+    step. A parameter without a gradient has no elements in this step. The launch follows with the
+    tensors in hand.
     """
 
     def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
@@ -58,14 +68,21 @@ class KernelBatch(Columns):
         states = [reading.state_of(p) for p in params]
         groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
-        # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it lies in this step.
+        # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it
+        # lies in this step.
         self.strided = {i: kernel.facts_of(p) for i, p in enumerate(params) if not recipe.fits(p)}
         self._origins: dict[int, tuple[int, int]] = {}
         like = [recipe.as_dense(p) for p in params]
         gradients = [_as_gradient(t, g) for t, g in zip(like, grads, strict=True)]
         columns = [[state[name] for state in states] for name in recipe.graph.state]
         numbers = [state[name] for name in recipe.numbers for state in states]
-        super().__init__(recipe.graph, recipe.columns, [gradients, like, *columns], numbers, self.resident(recipe))
+        super().__init__(
+            recipe.graph,
+            recipe.columns,
+            [gradients, like, *columns],
+            numbers,
+            self.resident(recipe),
+        )
         wide = bool(numbers) and numbers[0].dtype == torch.float64
         self._number_dtype = np.dtype(np.float64 if wide else np.float32)
         self._numbers = kernel.numbers_at(self.number_pointers, self._number_dtype)
@@ -80,7 +97,8 @@ class KernelBatch(Columns):
         self.active = np.ones(self.count)
         # Whether some share memory: one worker then walks them in order, as torch would.
         self.shares_memory = False
-        # How the work is cut and the launch laid out, for some sets of parameters without a gradient.
+        # How the work is cut and the launch laid out, for some sets of parameters without a
+        # gradient.
         self._works: dict[tuple[int, ...], Any] = {(): self.work}
         self._launches: dict[tuple[int, ...], Any] = {}
         self._work: Any = None
@@ -95,12 +113,14 @@ class KernelBatch(Columns):
         return self.recipe.read(group)
 
     def find_entries(self, places: Mapping[int, int], reading: Reading) -> None:
-        """Note where in the optimizer's state the parameters' entries are; `places` are those of `Reading`."""
+        """Note where in the optimizer's state the parameters' entries are; `places` are those of
+        `Reading`."""
         params = self.pick(reading.params)
         self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
 
     def gather(self, reading: Reading) -> Gathered | None:
-        """Look at options and tensors; None where the plan no longer fits. Raises `StepError` where no plan could."""
+        """Look at options and tensors; None where the plan no longer fits. Raises `StepError` where
+        no plan could."""
         self.values = [self.read(reading.groups[g]) for g in self.groups]
         self.check_capture()
         params = self.pick(reading.params)
@@ -134,14 +154,16 @@ class KernelBatch(Columns):
         return starts
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        """How many bytes begin at each of `starts`, and the position of the parameter that they
+        belong to."""
         sizes = self.expected.bytes[self.count :].copy()
         for i in self.strided:
             sizes[i] = self._origins[i][1]
         return sizes, np.tile(self.positions, len(sizes) // self.count)
 
     def check_capture(self) -> None:
-        """Raise where a step would be captured in a graph that holds what is known now of the host's numbers."""
+        """Raise where a step would be captured in a graph that holds what is known now of the
+        host's numbers."""
         if self.kernel.is_capturing():
             raise StepError(CAPTURE.format(self.owner))
 
@@ -167,7 +189,8 @@ class KernelBatch(Columns):
         self._launches.pop(inactive, None)
 
     def _copy_strided(self, tensors: Gathered) -> bool:
-        """Put dense copies in the place of parameters with holes; False where one is not what it was."""
+        """Put dense copies in the place of parameters with holes; False where one is not what it
+        was."""
         for i, facts in self.strided.items():
             p = tensors[self.count + i]
             if not kernel.is_as(p, facts):
@@ -177,7 +200,8 @@ class KernelBatch(Columns):
         return True
 
     def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
-        """Put dense copies in the place of unusual gradients; False where something else than a gradient differs."""
+        """Put dense copies in the place of unusual gradients; False where something else than a
+        gradient differs."""
         changed = self._changed()
         if changed[-1] >= self.count:
             # Nothing is read of a parameter that is not what it was: it may have no memory.
@@ -202,10 +226,14 @@ class KernelBatch(Columns):
         for i, facts in self.strided.items():
             if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
                 return False
-        return self.expected.compare(tensors) == len(self.inactive) and self._changed() == self.inactive
+        return (
+            self.expected.compare(tensors) == len(self.inactive)
+            and self._changed() == self.inactive
+        )
 
     def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
-        """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or cancelled.
+        """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or
+        cancelled.
 
         `fresh` are the positions of the parameters that make their first step.
         """
@@ -220,7 +248,10 @@ class KernelBatch(Columns):
             leaves[leaf] = each if len(values) == 1 else each[self.setting_group]
             if leaf == self._rate and not are_learning_rates(each):
                 self.refused_rate = find_refused(self.groups, values)
-        settings = {**dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)), "first": self.setting_first}
+        settings = {
+            **dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)),
+            "first": self.setting_first,
+        }
         for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, unscale.factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
@@ -255,7 +286,9 @@ class KernelBatch(Columns):
         """The gathered tensors that this step writes."""
         columns = len(self.recipe.columns)
         written = tensors[self.count : columns * self.count]
-        written += tensors[columns * self.count :][: self.count * len(self.resident(self.recipe) or ())]
+        written += tensors[columns * self.count :][
+            : self.count * len(self.resident(self.recipe) or ())
+        ]
         if self.inactive:
             missing = set(self.inactive)
             written = [t for i, t in enumerate(written) if i % self.count not in missing]
@@ -272,7 +305,8 @@ class KernelBatch(Columns):
     def choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
         """Find the distinct settings (group, first, numbers) and each tensor's.
 
-        Tensors that have stepped together so far do so in most steps; then their settings alone are read anew.
+        Tensors that have stepped together so far do so in most steps; then their settings alone are
+        read anew.
         """
         if first is None and self._work is self.work:
             settings = numbers[:, self._examples]
@@ -284,14 +318,23 @@ class KernelBatch(Columns):
         keys = np.stack([self.row_of_group, flags, *numbers], axis=1)
         settings, examples, rows = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         self._rows, self._examples = rows.reshape(-1), examples
-        self.setting_group, self.setting_first = settings[:, 0].astype(np.int64), settings[:, 1].copy()
+        self.setting_group, self.setting_first = (
+            settings[:, 0].astype(np.int64),
+            settings[:, 1].copy(),
+        )
         self.setting_numbers = settings[:, 2:].T
         # In its first step a parameter has settings of its own.
         self._work = self.work if first is None else None
         key = tuple(self.inactive)
         launch = self._launches.get(key)
-        if launch is None or launch.leaves.shape[1] != len(settings) or not np.array_equal(launch.rows, self._rows):
-            launch = self._launches[key] = self.kernel.prepare(self.addressed, self.work, self._rows, len(settings))
+        if (
+            launch is None
+            or launch.leaves.shape[1] != len(settings)
+            or not np.array_equal(launch.rows, self._rows)
+        ):
+            launch = self._launches[key] = self.kernel.prepare(
+                self.addressed, self.work, self._rows, len(settings)
+            )
         self.launch = launch
 
 

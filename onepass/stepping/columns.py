@@ -15,10 +15,11 @@ from .. import kernel
 
 
 class Columns:
-    """Dense tensors of one device, a list for each column of a graph, each list of one dtype: what one launch walks.
+    """Dense tensors of one device, a list for each column of a graph, each list of one dtype: what
+    one launch walks.
 
-    What is kept is only what tensors are compared with when `expected` reads them before a launch: neither a tensor nor
-    an address. The launch follows with the tensors in hand.
+    What is kept is only what tensors are compared with when `expected` reads them before a launch:
+    neither a tensor nor an address. The launch follows with the tensors in hand.
     """
 
     def __init__(
@@ -29,9 +30,9 @@ class Columns:
         numbers: Sequence[Tensor] = (),
         resident: tuple[str, ...] | None = None,
     ) -> None:
-        """`names` are the graph's columns, each with one of `columns`, lists of equal length. `numbers` are further
-        tensors whose facts are compared: of one number each, by name and then by parameter; `resident` are their
-        names where they lie on the device, and kernels use them.
+        """`names` are the graph's columns, each with one of `columns`, lists of equal length.
+        `numbers` are further tensors whose facts are compared: of one number each, by name and then
+        by parameter; `resident` are their names where they lie on the device, and kernels use them.
         """
         like = columns[names.index("p")]
         self.count = len(like)
@@ -43,11 +44,16 @@ class Columns:
             self.sizes = np.array([(1, 1, scale * p.numel()) for p in like], dtype=np.int64)
         walked = self.count * len(names)
         self.pointers = self.expected.pointers[:walked].reshape(len(names), self.count)
-        self.addressed = self.expected.pointers[: walked + self.count * len(resident or ())].reshape(-1, self.count)
+        self.addressed = self.expected.pointers[
+            : walked + self.count * len(resident or ())
+        ].reshape(-1, self.count)
         self.bytes = self.expected.bytes[:walked].reshape(len(names), self.count)
         # The addresses of the numbers, a row for each name.
         self.number_pointers = self.expected.pointers[walked:].reshape(-1, self.count)
-        formats = tuple((name, format_name(column[0].dtype)) for name, column in zip(names, columns, strict=True))
+        formats = tuple(
+            (name, format_name(column[0].dtype))
+            for name, column in zip(names, columns, strict=True)
+        )
         number_format = format_name(numbers[0].dtype) if resident else "float32"
         self.kernel = kernel.compile(graph, formats, like[0].device, resident, number_format)
         self.work = self.kernel.split(self.sizes)
@@ -67,11 +73,17 @@ Clusters = tuple[tuple[int, ...], ...]
 
 
 def find_clusters(starts: np.ndarray, sizes: np.ndarray, owners: np.ndarray) -> Clusters:
-    """The owners of stretches of memory that share bytes with those of others, together and in order.
+    """The owners of stretches of memory that share bytes with those of others, together and in
+    order.
 
-    Of (0, 8 bytes, owner 0), (4, 8, 1), (10, 8, 2), (20, 8, 3) it is ((0, 1, 2),): each overlaps with the next.
+    Of (0, 8 bytes, owner 0), (4, 8, 1), (10, 8, 2), (20, 8, 3) it is ((0, 1, 2),): each overlaps
+    with the next.
     """
-    starts, sizes, owners = starts.reshape(-1), sizes.reshape(-1).astype(np.uint64), owners.reshape(-1)
+    starts, sizes, owners = (
+        starts.reshape(-1),
+        sizes.reshape(-1).astype(np.uint64),
+        owners.reshape(-1),
+    )
     order = np.argsort(starts, kind="stable")
     order = order[sizes[order] > 0]
     ends = np.maximum.accumulate((starts + sizes)[order])
@@ -85,7 +97,12 @@ def find_clusters(starts: np.ndarray, sizes: np.ndarray, owners: np.ndarray) -> 
 
 def is_plain(t: object) -> bool:
     """Whether this is a tensor whose elements lie in memory, where its strides say."""
-    return isinstance(t, Tensor) and type(t) in kernel.PLAIN and t.layout == torch.strided and not t.is_meta
+    return (
+        isinstance(t, Tensor)
+        and type(t) in kernel.PLAIN
+        and t.layout == torch.strided
+        and not t.is_meta
+    )
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -1,4 +1,5 @@
-"""Parameters whose numbers lie on their device: a step asks it nothing, and can be captured in a graph."""
+"""Parameters whose numbers lie on their device: a step asks it nothing, and can be captured in a
+graph."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from .recipe import Recipe
 class DeviceBatch(KernelBatch):
     """As a `KernelBatch`; but step counts and other numbers are read and written by the kernel.
 
-    Options may be tensors on the device, which the host never reads. Where `GradScaler` leaves unscaling to the step,
-    the kernel does it, and changes nothing where a gradient is not finite.
+    Options may be tensors on the device, which the host never reads. Where `GradScaler` leaves
+    unscaling to the step, the kernel does it, and changes nothing where a gradient is not finite.
     """
 
     def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
@@ -41,7 +42,10 @@ class DeviceBatch(KernelBatch):
     @property
     def captured(self) -> list[Tensor]:
         """What graphs that hold a step of this batch will read."""
-        return [*self._of_former_launches, *(t for launch in self._launches.values() for t in launch.captured)]
+        return [
+            *self._of_former_launches,
+            *(t for launch in self._launches.values() for t in launch.captured),
+        ]
 
     def resident(self, recipe: Recipe) -> tuple[str, ...]:
         return recipe.numbers
@@ -50,15 +54,18 @@ class DeviceBatch(KernelBatch):
         return self.recipe.look_at(group)
 
     def check_capture(self) -> None:
-        """Raise where a step would be captured in a graph before one like it has made its launch and its tables."""
+        """Raise where a step would be captured in a graph before one like it has made its launch
+        and its tables."""
         if self.fresh is None and self.kernel.is_capturing():
             raise StepError(
-                f"{self.owner}: a step cannot be captured in a graph before its kernels have run; take a few steps "
-                "outside of captures first, as torch.cuda.graph's documentation shows"
+                f"{self.owner}: a step cannot be captured in a graph before its kernels have run; "
+                "take a few steps outside of captures first, as torch.cuda.graph's documentation "
+                "shows"
             )
 
     def take_over(self, former: DeviceBatch) -> None:
-        """Learn from a former batch which parameters have not stepped, though their state is there."""
+        """Learn from a former batch which parameters have not stepped, though their state is
+        there."""
         if not former.skipped or former._device != self._device:
             return
         everyone = list(range(former.count))
@@ -82,10 +89,13 @@ class DeviceBatch(KernelBatch):
         super().forget(inactive)
 
     def choose_launch(self) -> None:
-        """The launch for the parameters that have gradients in this step: the settings are the groups."""
+        """The launch for the parameters that have gradients in this step: the settings are the
+        groups."""
         key = tuple(self.inactive)
         if key not in self._launches:
-            self._launches[key] = self.kernel.prepare(self.addressed, self.work, self.row_of_group, len(self.groups))
+            self._launches[key] = self.kernel.prepare(
+                self.addressed, self.work, self.row_of_group, len(self.groups)
+            )
         self.launch = self._launches[key]
 
     def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
@@ -102,7 +112,9 @@ class DeviceBatch(KernelBatch):
             away = [(leaf, setting, v) for setting, v in enumerate(values) if isinstance(v, Tensor)]
             launch.device_leaves += away
             # What no number equals: one that takes the tensor's place later must be sent.
-            launch.leaves[leaf] = [math.nan if isinstance(v, Tensor) else v for v in values] if away else values
+            launch.leaves[leaf] = (
+                [math.nan if isinstance(v, Tensor) else v for v in values] if away else values
+            )
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
@@ -111,14 +123,17 @@ class DeviceBatch(KernelBatch):
         """The kernel has stored them."""
 
     def _make_fresh(self, first: np.ndarray) -> None:
-        """Bring to the device what the host knows of first steps; afterwards only the device knows."""
+        """Bring to the device what the host knows of first steps; afterwards only the device
+        knows."""
         device = self.launch.kernel.device
         if self.fresh is None:
             fresh: Tensor = device.upload(first.astype(np.int32))
             for mine, theirs, known in self._former:
                 at, of = (device.upload(np.array(places, np.int64)) for places in (mine, theirs))
                 # Whose state has been made anew has not stepped, whatever was known before.
-                fresh.index_copy_(0, at, torch.maximum(fresh.index_select(0, at), known.index_select(0, of)))
+                fresh.index_copy_(
+                    0, at, torch.maximum(fresh.index_select(0, at), known.index_select(0, of))
+                )
             self._former.clear()
             self.fresh, self._stream = fresh, device.stream()
         elif device.stream() != self._stream and not device.is_capturing():

@@ -1,7 +1,8 @@
 """Parameters that no kernel serves: they step by torch's own operations.
 
-A step computes all new values of all such parameters before it stores one. What may refuse to be stored, a tensor of
-another class, is stored first and can be taken back. Plain tensors of elementwise rules are computed together.
+A step computes all new values of all such parameters before it stores one. What may refuse to be
+stored, a tensor of another class, is stored first and can be taken back. Plain tensors of
+elementwise rules are computed together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .reading import Reading
 from .recipe import Recipe
 from .scratch import Scratch
 
-# So many elements are computed together, to bound the memory of what lies between a rule's first value and its last.
+# So many elements are computed together, to bound the memory of what lies between a rule's first
+# value and its last.
 MOST_ELEMENTS = 1 << 18
 # Sets of parameters that alternate, of which so many are known.
 MOST_SETS = 8
@@ -38,7 +40,8 @@ Options = Mapping[int, Mapping[str, Any]]
 
 
 class Stepping:
-    """Parameters that step now: with lists of plain tensors computed `together`, or one parameter."""
+    """Parameters that step now: with lists of plain tensors computed `together`, or one
+    parameter."""
 
     def __init__(
         self,
@@ -48,13 +51,15 @@ class Stepping:
         options: dict[str, Any],
         together: bool,
     ) -> None:
-        """`columns` are lists of tensors, `options` have one number for all, or a list where groups differ."""
+        """`columns` are lists of tensors, `options` have one number for all, or a list where groups
+        differ."""
         self.members, self.columns, self.states = members, columns, states
         self.options, self.together = options, together
 
 
 class Part:
-    """Some of the parameters whose tensors are known, to be computed together: their places among these."""
+    """Some of the parameters whose tensors are known, to be computed together: their places among
+    these."""
 
     def __init__(self, places: list[int], members: list[Member]) -> None:
         self.pick, self.members = picker(places), members
@@ -73,8 +78,8 @@ class Part:
 class EagerBatch:
     """The parameters of one graph that no kernel serves.
 
-    Plain tensors are compared with what was checked when the plan was made, as by `KernelBatch`. All others are checked
-    at every step.
+    Plain tensors are compared with what was checked when the plan was made, as by `KernelBatch`.
+    All others are checked at every step.
     """
 
     def __init__(
@@ -94,7 +99,8 @@ class EagerBatch:
         # The positions of those that share memory; they step one after the other, in copies.
         self.apart: set[int] = set()
         self._know(reading)
-        # The plain tensors of members that also have others: where they begin, their bytes, their positions.
+        # The plain tensors of members that also have others: where they begin, their bytes, their
+        # positions.
         self._found: np.ndarray = np.zeros((0, 3), np.uint64)
         self._sets: dict[tuple[int, ...], tuple[list[Part], list[int]]] = {}
         # As in `KernelBatch`.
@@ -102,7 +108,8 @@ class EagerBatch:
         self.cancel()
 
     def _know(self, reading: Reading) -> None:
-        """Find the members all of whose tensors are plain, in memory; their tensors' facts, the gradients' first."""
+        """Find the members all of whose tensors are plain, in memory; their tensors' facts, the
+        gradients' first."""
         self.known: list[int] = []
         like: list[list[Tensor]] = []
         numbers: list[list[Any]] = []
@@ -129,7 +136,8 @@ class EagerBatch:
         self.expected = kernel.expect([*chain.from_iterable(zip(*like, strict=True))])
 
     def _kind(self, tensors: Sequence[Tensor]) -> object:
-        """What plain tensors have in common that are computed together; None for those that are not."""
+        """What plain tensors have in common that are computed together; None for those that are
+        not."""
         columns = tensors[: len(self.recipe.columns)]
         alone = self.differentiable or self.capturable or not self.recipe.graph.is_elementwise
         alone |= len(self._compared) < len(self.recipe.entries)
@@ -138,7 +146,8 @@ class EagerBatch:
         return tensors[0].device, *(t.dtype for t in columns)
 
     def find_entries(self, places: Mapping[int, int], reading: Reading) -> None:
-        """Note where in the optimizer's state the parameters' entries are; `places` are those of `Reading`."""
+        """Note where in the optimizer's state the parameters' entries are; `places` are those of
+        `Reading`."""
         params = self.pick(reading.params)
         self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
 
@@ -168,21 +177,30 @@ class EagerBatch:
             if not member.takes(g):
                 return None
             check(self.owner, member, p, g, state, self.recipe)
-            if any(is_plain(t) and kernel.is_expanded(t) for t in map(state.get, self.recipe.graph.state)):
+            if any(
+                is_plain(t) and kernel.is_expanded(t)
+                for t in map(state.get, self.recipe.graph.state)
+            ):
                 # A new plan makes it dense; it could not be written.
                 return None
             tensors: dict[str, Sequence[Any]] = {"p": [p], "g": [g]}
             tensors |= {name: [state[name]] for name in self.recipe.entries}
-            stepping.append(Stepping([member], tensors, [state], dict(options[member.group]), together=False))
+            stepping.append(
+                Stepping([member], tensors, [state], dict(options[member.group]), together=False)
+            )
         self._check_modes(stepping)
         return stepping
 
     def _read_known(
         self, params: Sequence[Tensor], grads: Sequence[Any], states: Sequence[Any]
     ) -> dict[str, Sequence[Any]] | None:
-        """The tensors that are compared with what is expected, and their states; None where an entry is missing."""
+        """The tensors that are compared with what is expected, and their states; None where an
+        entry is missing."""
         known = self._pick_known(states)
-        columns: dict[str, Sequence[Any]] = {"g": self._pick_known(grads), "p": self._pick_known(params)}
+        columns: dict[str, Sequence[Any]] = {
+            "g": self._pick_known(grads),
+            "p": self._pick_known(params),
+        }
         try:
             columns |= {name: list(map(itemgetter(name), known)) for name in self._compared}
         except (KeyError, TypeError, IndexError):
@@ -193,19 +211,26 @@ class EagerBatch:
     def _find_unknown(self, params: Sequence[Tensor], states: Sequence[Any]) -> None:
         found: list[int] = []
         for i in self._unknown:
-            for t in filter(is_plain, (params[i], *(states[i][name] for name in self.recipe.graph.state))):
+            for t in filter(
+                is_plain, (params[i], *(states[i][name] for name in self.recipe.graph.state))
+            ):
                 found += t.data_ptr(), kernel.extent(t), self.members[i].position
         self._found = np.array(found, np.uint64).reshape(-1, 3)
 
     def _cut(self, changed: tuple[int, ...]) -> tuple[list[Part], list[int]]:
-        """What is computed together where some gradients are unusual or missing, and who is computed alone."""
+        """What is computed together where some gradients are unusual or missing, and who is
+        computed alone."""
         if changed not in self._sets:
             if len(self._sets) >= MOST_SETS:
                 self._sets.clear()
             lists: list[list[int]] = []
             last: dict[object, tuple[int, list[int]]] = {}
             for j, kind in enumerate(self._kinds):
-                if kind is None or j in changed or self.members[self.known[j]].position in self.apart:
+                if (
+                    kind is None
+                    or j in changed
+                    or self.members[self.known[j]].position in self.apart
+                ):
                     continue
                 room, places = last.get(kind, (0, []))
                 if room < self._sizes[j] or not places:
@@ -214,15 +239,20 @@ class EagerBatch:
                 places.append(j)
                 last[kind] = room - self._sizes[j], places
             together = {self.known[j] for places in lists for j in places}
-            parts = [Part(places, [self.members[self.known[j]] for j in places]) for places in lists]
+            parts = [
+                Part(places, [self.members[self.known[j]] for j in places]) for places in lists
+            ]
             self._sets[changed] = parts, [i for i in range(len(self.members)) if i not in together]
         return self._sets[changed]
 
     def _has_entries(self, state: Any) -> bool:
-        return isinstance(state, dict) and all(state.get(name) is not None for name in self.recipe.entries)
+        return isinstance(state, dict) and all(
+            state.get(name) is not None for name in self.recipe.entries
+        )
 
     def _check_modes(self, stepping: list[Stepping]) -> None:
-        """Raise where operations would be recorded, by a graph or by autograd, in a way that cannot work."""
+        """Raise where operations would be recorded, by a graph or by autograd, in a way that cannot
+        work."""
         if self.differentiable:
             for s in stepping if torch.is_grad_enabled() else ():
                 self._refuse_leaves(s)
@@ -241,12 +271,14 @@ class EagerBatch:
                     if name != "p":
                         what = f"state {name!r} of {what}"
                     raise StepError(
-                        f"{self.owner}: a leaf Variable that requires grad is being used in an in-place operation; "
-                        f"under differentiable=True give a clone() in the place of {what}"
+                        f"{self.owner}: a leaf Variable that requires grad is being used in an "
+                        "in-place operation; under differentiable=True give a clone() in the "
+                        f"place of {what}"
                     )
 
     def _read(self, index: int, group: Group) -> dict[str, Any]:
-        """A group's options, as numbers; under autograd and in captured graphs tensors stay tensors."""
+        """A group's options, as numbers; under autograd and in captured graphs tensors stay
+        tensors."""
         kept = self.differentiable or self.capturable
         options: dict[str, Any] = {}
         for name, key, i in self.recipe.sources:
@@ -262,7 +294,8 @@ class EagerBatch:
         return np.concatenate([self.expected.pointers[len(self.known) :], self._found[:, 0]])
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        """How many bytes begin at each of `starts`, and the position of the parameter that they
+        belong to."""
         sizes = self.expected.bytes[len(self.known) :]
         positions = np.tile(self.positions[self.known], len(sizes) // max(len(self.known), 1))
         found = self._found.astype(np.int64)
@@ -282,8 +315,8 @@ class EagerBatch:
     ) -> list[tuple[int, Callable[[], None]]]:
         """Compute new values, and store nothing.
 
-        Parameters that share memory step in the order of the whole optimizer, across its batches. For each of them this
-        returns its position and what computes it.
+        Parameters that share memory step in the order of the whole optimizer, across its batches.
+        For each of them this returns its position and what computes it.
         """
         self.cancel()
         self._stepping = stepping
@@ -298,13 +331,18 @@ class EagerBatch:
                 self._compute(s, hypers, scratch)
         return later
 
-    def _hypers(self, stepping: Stepping, fresh: Collection[int], unscale: Unscale) -> dict[str, Any]:
+    def _hypers(
+        self, stepping: Stepping, fresh: Collection[int], unscale: Unscale
+    ) -> dict[str, Any]:
         """The rule's numbers: one for all, or a list with one for each parameter."""
         hypers = dict(stepping.options)
-        # A count that no rule reads is not read here either: its value may not exist, as that of a fake tensor.
+        # A count that no rule reads is not read here either: its value may not exist, as that of a
+        # fake tensor.
         for name in self.recipe.numbers:
             if name in self.recipe.graph.hypers:
-                values = _read(stepping.columns[name], self.capturable, self.differentiable and name != "step")
+                values = _read(
+                    stepping.columns[name], self.capturable, self.differentiable and name != "step"
+                )
                 hypers[name] = [value + 1 for value in values] if name == "step" else values
         hypers["first"] = [float(m.position in fresh) for m in stepping.members] if fresh else 0.0
         hypers[kernel.GRADIENT_FACTOR] = unscale.factor
@@ -321,20 +359,26 @@ class EagerBatch:
             self._targets += stepping.columns[name]
             self._values += map(torch.view_as_complex, values) if is_complex else values
         for name, values in scalars.items():
-            self._numbers += [(state, name, value) for state, value in zip(stepping.states, values, strict=True)]
+            self._numbers += [
+                (state, name, value) for state, value in zip(stepping.states, values, strict=True)
+            ]
 
     def _compute(self, stepping: Stepping, hypers: dict[str, Any], scratch: Scratch) -> None:
         """The new values of one parameter, in a scratch copy where it shares memory with others."""
         (state,) = stepping.states
         targets = {name: stepping.columns[name][0] for name in self.recipe.columns}
-        given = {name: scratch.view(as_filled(t) if name == "g" else t) for name, t in targets.items()}
+        given = {
+            name: scratch.view(as_filled(t) if name == "g" else t) for name, t in targets.items()
+        }
         is_complex = targets["p"].is_complex()
         if is_complex:
             given = {name: torch.view_as_real(t.resolve_conj()) for name, t in given.items()}
         if self.differentiable:
             # Autograd keeps what it has read; what is written in place must be another tensor.
             given = {name: t.clone() for name, t in given.items()}
-        numbers = {name: value[0] if isinstance(value, list) else value for name, value in hypers.items()}
+        numbers = {
+            name: value[0] if isinstance(value, list) else value for name, value in hypers.items()
+        }
         new, scalars = kernel.evaluate(self.recipe.graph, given, numbers)
         self._numbers += [(state, name, value) for name, value in scalars.items()]
         for name, value in new.items():
@@ -355,11 +399,14 @@ class EagerBatch:
         self._counted: list[State] = []
 
     def store_refusing(self, ledger: Ledger) -> bool:
-        """Store what may refuse to be stored, as tensors of other classes may; returns whether there was any."""
+        """Store what may refuse to be stored, as tensors of other classes may; returns whether
+        there was any."""
         refusing = [pair for pair in self._targets_alone if type(pair[0]) not in kernel.PLAIN]
         for target, value in refusing:
             ledger.copy(target, value)
-        self._targets_alone = [pair for pair in self._targets_alone if type(pair[0]) in kernel.PLAIN]
+        self._targets_alone = [
+            pair for pair in self._targets_alone if type(pair[0]) in kernel.PLAIN
+        ]
         return self._store_refusing_numbers(ledger) or bool(refusing)
 
     def _store_refusing_numbers(self, ledger: Ledger) -> bool:
@@ -369,7 +416,10 @@ class EagerBatch:
             if not isinstance(state[name], Tensor) or type(state[name]) in kernel.PLAIN:
                 kept.append((state, name, value))
                 continue
-            ledger.copy(state[name], torch.as_tensor(value, dtype=state[name].dtype, device=state[name].device))
+            ledger.copy(
+                state[name],
+                torch.as_tensor(value, dtype=state[name].dtype, device=state[name].device),
+            )
         stored = len(kept) < len(self._numbers)
         self._numbers = kept
         self._counted = []
@@ -384,7 +434,8 @@ class EagerBatch:
         return stored
 
     def finish(self, fresh: set[int]) -> None:
-        """Store the rest; `fresh`, the positions of those whose state is new, loses the parameters that stepped."""
+        """Store the rest; `fresh`, the positions of those whose state is new, loses the parameters
+        that stepped."""
         if self._targets:
             torch._foreach_copy_(self._targets, self._values)
         for target, value in self._targets_alone:
@@ -407,10 +458,16 @@ def _as_gradient(p: Tensor, g: Tensor | None) -> Tensor:
 
 def is_number_tensor(value: object) -> bool:
     """Whether an option is a tensor with one real number, which need not be read."""
-    return isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta)
+    return (
+        isinstance(value, Tensor)
+        and value.numel() == 1
+        and not (value.is_complex() or value.is_meta)
+    )
 
 
-def _read(values: Sequence[Tensor | float], capturable: bool, differentiable: bool) -> list[Tensor | float]:
+def _read(
+    values: Sequence[Tensor | float], capturable: bool, differentiable: bool
+) -> list[Tensor | float]:
     """Numbers of states; as tensors where a graph capture, or autograd, must see them."""
     if differentiable:
         return [value.clone() if isinstance(value, Tensor) else value for value in values]
@@ -425,7 +482,9 @@ def count_steps(states: Sequence[State]) -> None:
     together: dict[torch.dtype, list[Tensor]] = {}
     for state in states:
         kept = state["step"]
-        if not isinstance(kept, Tensor) or (kept.is_inference() and not torch.is_inference_mode_enabled()):
+        if not isinstance(kept, Tensor) or (
+            kept.is_inference() and not torch.is_inference_mode_enabled()
+        ):
             state["step"] = kept + 1
         elif type(kept) is Tensor and kept.is_cpu:
             together.setdefault(kept.dtype, []).append(kept)

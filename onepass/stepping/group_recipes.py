@@ -11,7 +11,8 @@ from .recipe import Algorithm, Arguments, Mode, Recipe, describe, make_recipe, s
 
 
 class GroupRecipes:
-    """One recipe for each param group and each rule in it; `kind_of` has the number of each parameter's."""
+    """One recipe for each param group and each rule in it; `kind_of` has the number of each
+    parameter's."""
 
     def __init__(self, algorithm: Algorithm, groups: list[Group], scaled: bool) -> None:
         """`scaled` says whether gradients are multiplied by a factor.
@@ -43,7 +44,14 @@ class GroupRecipes:
         self.graph_of = [numbers.setdefault(recipe.graph, len(numbers)) for recipe in self.recipes]
         self._switched = self._read(groups, flags)
 
-    def _make(self, algorithm: Algorithm, rule: kernel.Rule, arguments: Arguments, mode: Mode, group: Group) -> Recipe:
+    def _make(
+        self,
+        algorithm: Algorithm,
+        rule: kernel.Rule,
+        arguments: Arguments,
+        mode: Mode,
+        group: Group,
+    ) -> Recipe:
         how = {"maximize": mode.maximize, "scaled": self._scaled, "exact": not mode.differentiable}
         try:
             recipe = make_recipe(algorithm.name, rule, arguments, **how)
@@ -55,7 +63,8 @@ class GroupRecipes:
         return recipe
 
     def are_as_before(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> bool:
-        """Whether the options that select programs and backends are those for which the recipes were made."""
+        """Whether the options that select programs and backends are those for which the recipes
+        were made."""
         try:
             return self._switched == self._read(groups, flags)
         except Exception:
@@ -63,15 +72,19 @@ class GroupRecipes:
             return False
 
     def _read(self, groups: Sequence[Group], flags: Sequence[Mapping[str, bool]]) -> list[object]:
-        """The values of options that select a program or a backend; of numbers only whether they still are such."""
+        """The values of options that select a program or a backend; of numbers only whether they
+        still are such."""
         return [
             [*map(group.get, keys), flags_of_group, [_kind(group.get(name)) for name in numbers]]
-            for group, (keys, numbers), flags_of_group in zip(groups, self._switches, flags, strict=True)
+            for group, (keys, numbers), flags_of_group in zip(
+                groups, self._switches, flags, strict=True
+            )
         ]
 
 
 def _kind(value: Any) -> int:
-    """What a recipe needs to know of an option that is a number, or a row of them: its length, or -2."""
+    """What a recipe needs to know of an option that is a number, or a row of them: its length, or
+    -2."""
     kind = type(value)
     if kind is float or kind is int:
         return -2

@@ -12,10 +12,12 @@ _ABSENT = object()
 
 
 class Ledger:
-    """Entries that were set in dicts and values that were copied into tensors, each with what was there before."""
+    """Entries that were set in dicts and values that were copied into tensors, each with what was
+    there before."""
 
     def __init__(self) -> None:
-        # What was changed, at which key, and what was there: one after another, as objects of their own cost time.
+        # What was changed, at which key, and what was there: one after another, as objects of their
+        # own cost time.
         self._before: list[Any] = []
 
     def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
@@ -33,7 +35,8 @@ class Ledger:
         while self._before:
             before, key, changed = self._before.pop(), self._before.pop(), self._before.pop()
             if isinstance(changed, Tensor):
-                # What refused to be written may refuse this, too; the others are taken back all the same.
+                # What refused to be written may refuse this, too; the others are taken back all the
+                # same.
                 with torch.no_grad(), suppress(Exception):
                     changed.copy_(before)
             elif before is _ABSENT:

@@ -14,7 +14,8 @@ from .recipe import Recipe, counter_dtype, new_counter
 class Numbers:
     """Looks after the numbers of all parameters of a plan; changes are noted in its ledger.
 
-    A tensor that several parameters have as their number must not become one number for all: each gets its own.
+    A tensor that several parameters have as their number must not become one number for all: each
+    gets its own.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -22,7 +23,8 @@ class Numbers:
         self._known: set[int] = set()
 
     def place(self, state: State, recipe: Recipe, device: torch.device) -> None:
-        """Let a parameter's numbers lie on a device, where a kernel can reach them; those that do stay."""
+        """Let a parameter's numbers lie on a device, where a kernel can reach them; those that do
+        stay."""
         for name in recipe.numbers:
             number = state[name]
             if _is_in_place(number, device) and self._is_new(number):

@@ -1,15 +1,17 @@
-"""Columns to plan: which parameters step together, what is checked each step, when the plan is built again.
+"""Columns to plan: which parameters step together, what is checked each step, when the plan is
+built again.
 
-**Built again** when a parameter list, an option that is no number, the set of parameters that have ever had a
-gradient, a state dict, any fact of a parameter or state tensor, or which of them share memory differs from what the
-plan was built for. Building checks everything first and creates missing state last, so that an error leaves all as it
-was.
+**Built again** when a parameter list, an option that is no number, the set of parameters that have
+ever had a gradient, a state dict, any fact of a parameter or state tensor, or which of them share
+memory differs from what the plan was built for. Building checks everything first and creates
+missing state last, so that an error leaves all as it was.
 
-**A step** descends three times. `ready` looks at everything: parameter lists, options, gradients, states and all
-tensors' facts. `run` then begins whatever may fail: functions of matrices, torch's operations, memory. Only when all
-has begun does anything change, and nothing of that may fail. So an error changes nothing, at the price of three walks
-over the batches. No address outlives a step, and a plan keeps no parameter, gradient or state alive. Threads take turns
-(`Private.turn`): a plan's tables are in use by one step at a time.
+**A step** descends three times. `ready` looks at everything: parameter lists, options, gradients,
+states and all tensors' facts. `run` then begins whatever may fail: functions of matrices, torch's
+operations, memory. Only when all has begun does anything change, and nothing of that may fail. So
+an error changes nothing, at the price of three walks over the batches. No address outlives a step,
+and a plan keeps no parameter, gradient or state alive. Threads take turns (`Private.turn`): a
+plan's tables are in use by one step at a time.
 """
 
 from __future__ import annotations
@@ -41,33 +43,44 @@ from .scratch import Scratch
 from .sharing import SHARING, find_shared, out_of_order
 from .sparse import EagerRows, RowsBatch
 
-# Functions of whole matrices take so many elements at a time (or one parameter), to bound what they need of memory.
+# Functions of whole matrices take so many elements at a time (or one parameter), to bound what they
+# need of memory.
 MOST_ELEMENTS = 1 << 24
 
 
 class Plan:
     """One optimizer's parameters, in batches, ready to step."""
 
-    def __init__(self, algorithm: Algorithm, reading: Reading, scaled: bool, former: Plan | None = None) -> None:
-        """Check everything, then create the state that is missing. Raises `StepError`, and nothing has changed.
+    def __init__(
+        self, algorithm: Algorithm, reading: Reading, scaled: bool, former: Plan | None = None
+    ) -> None:
+        """Check everything, then create the state that is missing. Raises `StepError`, and nothing
+        has changed.
 
         A `former` plan may know of parameters whose first step was skipped.
         """
         groups = reading.groups
-        self.owner, self.scaled, self.inference = algorithm.name, scaled, torch.is_inference_mode_enabled()
+        self.owner, self.scaled, self.inference = (
+            algorithm.name,
+            scaled,
+            torch.is_inference_mode_enabled(),
+        )
         self.sizes = [len(group["params"]) for group in groups]
         found = GroupRecipes(algorithm, groups, scaled)
         self._options, self.recipes, self.modes = found, found.recipes, found.modes
         self.kind_of, self.graph_of = found.kind_of, found.graph_of
         self.dormant: list[int] = []
         self.members = self._find_members(algorithm, reading)
-        # Positions of the parameters whose state is made now, and what to take back if a step does not come of it.
+        # Positions of the parameters whose state is made now, and what to take back if a step does
+        # not come of it.
         self.fresh: set[int] = set()
         self._ledger = Ledger()
         try:
             why = [self._complete_state(algorithm, member, reading) for member in self.members]
             reading.read_state()
-            self._make_batches(algorithm, reading, dict(zip((m.position for m in self.members), why, strict=True)))
+            self._make_batches(
+                algorithm, reading, dict(zip((m.position for m in self.members), why, strict=True))
+            )
         except BaseException:
             self.undo()
             raise
@@ -85,7 +98,8 @@ class Plan:
         self._ledger.undo()
 
     def _find_members(self, algorithm: Algorithm, reading: Reading) -> list[Member]:
-        """The parameters that step now, checked, and those that have stepped and still could; others are dormant."""
+        """The parameters that step now, checked, and those that have stepped and still could;
+        others are dormant."""
         members: list[Member] = []
         owner, position = algorithm.name, 0
         for g, group in enumerate(reading.groups):
@@ -103,21 +117,26 @@ class Plan:
         return members
 
     def _is_awake(self, owner: str, member: Member, reading: Reading) -> bool:
-        """Whether a parameter belongs into the plan. One without a gradient may be in any condition: frozen, freed."""
+        """Whether a parameter belongs into the plan. One without a gradient may be in any
+        condition: frozen, freed."""
         p, grad = reading.params[member.position], reading.grads[member.position]
         recipe = self.recipes[member.kind]
         # What no rule reads may be anything, whether a plan is built in this step or not.
         state = reading.state_of(p) if recipe.entries else {}
-        if grad is None and (not isinstance(state, dict) or any(state.get(n) is None for n in recipe.entries)):
+        if grad is None and (
+            not isinstance(state, dict) or any(state.get(n) is None for n in recipe.entries)
+        ):
             return False
         if not isinstance(state, dict):
             raise StepError(
-                f"{owner}: the state of parameter {member.label} must be a dict, got a {type(state).__name__}"
+                f"{owner}: the state of parameter {member.label} must be a dict, got a "
+                f"{type(state).__name__}"
             )
         if grad is not None and p.is_meta and self.modes[member.kind].fused:
             raise StepError(
-                f"{owner}: `fused=True` requires all the params to be floating point Tensors of a device with memory, "
-                f"and parameter {member.label} is on meta; move it by to_empty(device=...)"
+                f"{owner}: `fused=True` requires all the params to be floating point Tensors of a "
+                f"device with memory, and parameter {member.label} is on meta; move it by "
+                "to_empty(device=...)"
             )
         try:
             check(owner, member, p, grad, state, recipe)
@@ -130,7 +149,8 @@ class Plan:
     def _complete_state(self, algorithm: Algorithm, member: Member, reading: Reading) -> str | None:
         """Create missing entries, and say why no kernel can serve the parameter, if so.
 
-        For a kernel, dense entries come to lie as their parameter does; for torch, expanded ones cannot be written.
+        For a kernel, dense entries come to lie as their parameter does; for torch, expanded ones
+        cannot be written.
         """
         recipe, p = self.recipes[member.kind], reading.params[member.position]
         if not recipe.entries:
@@ -140,7 +160,14 @@ class Plan:
         state = reading.state[p]
         if all(state.get(name) is None for name in recipe.graph.state):
             self.fresh.add(member.position)
-        fill_state(algorithm, recipe, p, reading.groups[member.group], partial(self._ledger.set, state), state)
+        fill_state(
+            algorithm,
+            recipe,
+            p,
+            reading.groups[member.group],
+            partial(self._ledger.set, state),
+            state,
+        )
         why = self._why_eager(member, reading)
         for name in recipe.graph.state:
             entry = state[name]
@@ -159,7 +186,8 @@ class Plan:
         return why
 
     def _why_eager(self, member: Member, reading: Reading) -> str | None:
-        """Why no kernel can serve this parameter; an empty string where that is no news to the user."""
+        """Why no kernel can serve this parameter; an empty string where that is no news to the
+        user."""
         mode, p = self.modes[member.kind], reading.params[member.position]
         grad, state = reading.grads[member.position], reading.state_of(p)
         columns = [p, *(state[name] for name in self.recipes[member.kind].graph.state)]
@@ -178,7 +206,9 @@ class Plan:
             return "a parameter or its state is a lazily conjugated or negated view"
         return None
 
-    def _make_batches(self, algorithm: Algorithm, reading: Reading, why: dict[int, str | None]) -> None:
+    def _make_batches(
+        self, algorithm: Algorithm, reading: Reading, why: dict[int, str | None]
+    ) -> None:
         """Group members by program and dtypes: each kernel batch is one launch.
 
         `why` says of members by position why no kernel can serve them.
@@ -203,12 +233,15 @@ class Plan:
             if why[member.position] is None:
                 (by_rows if rows else dense).setdefault(kinds[member.position], []).append(member)
             else:
-                eager.setdefault((self.graph_of[member.kind], self.modes[member.kind], rows), []).append(member)
+                eager.setdefault(
+                    (self.graph_of[member.kind], self.modes[member.kind], rows), []
+                ).append(member)
         numbers = Numbers(self._ledger)
         self._make_kernels(list(dense.values()), reading, numbers)
         self._make_eager(list(eager.items()), reading, numbers)
         self.rows = [
-            RowsBatch(members, reading, self.recipes[members[0].kind], algorithm.name) for members in by_rows.values()
+            RowsBatch(members, reading, self.recipes[members[0].kind], algorithm.name)
+            for members in by_rows.values()
         ]
         shared = {position for cluster in self.clusters for position in cluster}
         for batch in self.kernels:
@@ -219,9 +252,19 @@ class Plan:
         """What members have in common that one launch serves."""
         p, grad = reading.params[member.position], reading.grads[member.position]
         state = reading.state_of(p)
-        columns = (p, p if grad is None else grad, *(state[name] for name in self.recipes[member.kind].graph.state))
+        columns = (
+            p,
+            p if grad is None else grad,
+            *(state[name] for name in self.recipes[member.kind].graph.state),
+        )
         dtypes = tuple(t.dtype for t in columns)
-        return self.graph_of[member.kind], dtypes, p.device, self._is_resident(member, p), member.sparse == "rows"
+        return (
+            self.graph_of[member.kind],
+            dtypes,
+            p.device,
+            self._is_resident(member, p),
+            member.sparse == "rows",
+        )
 
     def _make_eager(
         self,
@@ -236,7 +279,9 @@ class Plan:
             recipe = self.recipes[members[0].kind]
             for member in members:
                 numbers.part(reading.state_of(reading.params[member.position]), recipe)
-            capturable = mode.capturable or self._is_resident(members[0], reading.params[members[0].position])
+            capturable = mode.capturable or self._is_resident(
+                members[0], reading.params[members[0].position]
+            )
             kind = EagerRows if rows else EagerBatch
             batch = kind(members, reading, recipe, self.owner, mode.differentiable, capturable)
             batch.find_entries(reading.places(), reading)
@@ -247,7 +292,9 @@ class Plan:
         """The batches of members that kernels serve, those of each kind together."""
         places = reading.places()
         self.kernels: list[KernelBatch] = []
-        for members in (batch for together in kinds for batch in self._batches(together, reading.params)):
+        for members in (
+            batch for together in kinds for batch in self._batches(together, reading.params)
+        ):
             recipe, first = self.recipes[members[0].kind], reading.params[members[0].position]
             resident = self._is_resident(members[0], first)
             device = first.device if resident else kernel.HOST
@@ -263,7 +310,8 @@ class Plan:
         return not kernel.on_host(p.device) and recipe.is_resident(p, mode._asdict())
 
     def _batches(self, together: list[Member], params: list[Tensor]) -> list[list[Member]]:
-        """What of these is one launch: all, but for functions of whole matrices, which take memory of their size."""
+        """What of these is one launch: all, but for functions of whole matrices, which take memory
+        of their size."""
         if not self.recipes[together[0].kind].graph.has_calls:
             return [together]
         batches: list[list[Member]] = []
@@ -280,11 +328,14 @@ class Plan:
     def ready(
         self, reading: Reading, scaled: bool, flags: Sequence[Mapping[str, bool]]
     ) -> tuple[list[Gathered], list[Any]] | None:
-        """Look at all that a step depends on; None where the plan must be built again. Nothing changes."""
+        """Look at all that a step depends on; None where the plan must be built again. Nothing
+        changes."""
         groups = reading.groups
         if scaled != self.scaled or self.sizes != [len(group["params"]) for group in groups]:
             return None
-        if self.inference != torch.is_inference_mode_enabled() or not reading.has_state_of(self.size):
+        if self.inference != torch.is_inference_mode_enabled() or not reading.has_state_of(
+            self.size
+        ):
             return None
         if not self._options.are_as_before(groups, flags):
             return None
@@ -319,16 +370,23 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Whether some of the parameters need numbers that the host computes with."""
-        return bool(self.eager or self.rows) or not all(isinstance(batch, DeviceBatch) for batch in self.kernels)
+        return bool(self.eager or self.rows) or not all(
+            isinstance(batch, DeviceBatch) for batch in self.kernels
+        )
 
     @property
     def refused_rate(self) -> tuple[int, float] | None:
-        """A group with a learning rate that the constructor would refuse, and the rate, if there has been one."""
-        return next((b.refused_rate for b in (*self.kernels, *self.eager) if b.refused_rate is not None), None)
+        """A group with a learning rate that the constructor would refuse, and the rate, if there
+        has been one."""
+        return next(
+            (b.refused_rate for b in (*self.kernels, *self.eager) if b.refused_rate is not None),
+            None,
+        )
 
     @property
     def captured(self) -> list[Tensor]:
-        """What graphs that hold a step of this plan will read, when there is another plan or none."""
+        """What graphs that hold a step of this plan will read, when there is another plan or
+        none."""
         return [t for batch in self.residents for t in batch.captured]
 
     @property
@@ -336,7 +394,9 @@ class Plan:
         """The batches whose parameters' numbers lie on their device."""
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
-    def run(self, reading: Reading, gathered: tuple[list[Gathered], list[Any]], unscale: Unscale) -> None:
+    def run(
+        self, reading: Reading, gathered: tuple[list[Gathered], list[Any]], unscale: Unscale
+    ) -> None:
         """Step with what `ready` returned."""
         of_kernels, of_others = gathered
         try:
@@ -367,8 +427,9 @@ class Plan:
                 self.fresh.difference_update(position for position, on in active if on)
 
     def _begin(self, reading: Reading, of_others: list[Any], unscale: Unscale) -> None:
-        """Do what may fail, which changes nothing: functions of matrices, those that take the most memory first, while
-        there are no others' results; a device's memory; compiling for it; torch's operations."""
+        """Do what may fail, which changes nothing: functions of matrices, those that take the most
+        memory first, while there are no others' results; a device's memory; compiling for it;
+        torch's operations."""
         for batch in sorted(self.kernels, key=_demand, reverse=True):
             batch.begin(self.fresh, unscale)
         if not of_others:
@@ -384,13 +445,17 @@ class Plan:
         for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
             batch.begin(stepping, self.fresh, unscale)
 
-    def _check_again(self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]) -> None:
-        """Where torch's operations have run, which may be those of anybody's class: memory must be what it was."""
+    def _check_again(
+        self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]
+    ) -> None:
+        """Where torch's operations have run, which may be those of anybody's class: memory must be
+        what it was."""
         of_rows = of_others[len(self.eager) :]
         pairs = [*zip(self.kernels, of_kernels, strict=True), *zip(self.rows, of_rows, strict=True)]
         if not all(batch.is_as_read(tensors, reading) for batch, tensors in pairs):
             raise StepError(
-                f"{self.owner}: parameters or state changed while others stepped; keep their memory as it is"
+                f"{self.owner}: parameters or state changed while others stepped; keep their "
+                "memory as it is"
             )
 
 

@@ -1,4 +1,5 @@
-"""What an optimizer keeps for itself, under one name: subclasses may call their own attributes whatever they like."""
+"""What an optimizer keeps for itself, under one name: subclasses may call their own attributes
+whatever they like."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .turn import Turn
 
 
 class Private:
-    """`optimizer._onepass`. A copy of it is empty: plans hold machine code and addresses of this process."""
+    """`optimizer._onepass`. A copy of it is empty: plans hold machine code and addresses of this
+    process."""
 
     def __init__(self) -> None:
         self.turn, self.idle = Turn(), Idle()
@@ -37,7 +39,8 @@ class Private:
             tell(message)
 
     def let_go(self, plan: Plan | None) -> None:
-        """Take back what a plan has made without a step, and keep what graphs that hold its steps will read."""
+        """Take back what a plan has made without a step, and keep what graphs that hold its steps
+        will read."""
         if plan is not None:
             plan.undo()
             self.captured += plan.captured
@@ -57,7 +60,8 @@ class Private:
 
 
 class Lazy:
-    """Makes an optimizer's `Private` when it is asked for, as in objects that no constructor of ours has made."""
+    """Makes an optimizer's `Private` when it is asked for, as in objects that no constructor of
+    ours has made."""
 
     def __get__(self, optimizer: Any, cls: type) -> Any:
         return self if optimizer is None else vars(optimizer).setdefault("_onepass", Private())

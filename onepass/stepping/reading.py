@@ -1,4 +1,5 @@
-"""What a step has read of an optimizer, each thing once: another thread may change it at any moment."""
+"""What a step has read of an optimizer, each thing once: another thread may change it at any
+moment."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ GRADIENT = attrgetter("grad")
 class Reading:
     """The parameters of all groups in order, the gradient of each, and the state.
 
-    It lives no longer than the step. Its tensors stay alive during the step, whatever becomes of them elsewhere.
+    It lives no longer than the step. Its tensors stay alive during the step, whatever becomes of
+    them elsewhere.
     """
 
     def __init__(self, groups: list[Group], state: dict[Any, State]) -> None:
@@ -46,10 +48,13 @@ class Reading:
 def drop_gradients(params: Sequence[Tensor]) -> None:
     """Set each parameter's gradient to None, while other threads may read it or set another.
 
-    When torch lets the last reference go, it frees the tensor in the middle of that, without the interpreter lock: a
-    thread that reads `p.grad` meanwhile finds freed memory. So each gradient is held until its parameter has none. It
-    is read and dropped within one C function, between whose parts no other thread runs.
+    When torch lets the last reference go, it frees the tensor in the middle of that, without the
+    interpreter lock: a thread that reads `p.grad` meanwhile finds freed memory. So each gradient is
+    held until its parameter has none. It is read and dropped within one C function, between whose
+    parts no other thread runs.
     """
-    dropped = zip(map(GRADIENT, params), map(setattr, params, repeat("grad"), repeat(None)), strict=False)
+    dropped = zip(
+        map(GRADIENT, params), map(setattr, params, repeat("grad"), repeat(None)), strict=False
+    )
     held = list(dropped)
     held.clear()

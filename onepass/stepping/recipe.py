@@ -1,4 +1,5 @@
-"""How a parameter steps: what its rule is given, the finished graph, and the state that belongs to it."""
+"""How a parameter steps: what its rule is given, the finished graph, and the state that belongs to
+it."""
 
 from __future__ import annotations
 
@@ -13,16 +14,18 @@ from .. import kernel
 from ..contract.options import MODES, has_numbers_on_device
 from ..contract.values import Group, State, StepError, flag, is_row, number, pick
 
-# Supplied for each parameter instead of by its group: the step's number, and whether its state was made just now.
+# Supplied for each parameter instead of by its group: the step's number, and whether its state was
+# made just now.
 SPECIAL = ("step", "first")
 
 
 @dataclass
 class Recipe:
-    """What a batch computes: a finished graph, where its hyper-parameters are found, and which numbers it keeps.
+    """What a batch computes: a finished graph, where its hyper-parameters are found, and which
+    numbers it keeps.
 
-    `numbers` are the state entries that are one number a parameter: the rule's scalars, and `step` where it counts.
-    `required` are the entries that a parameter which has stepped before must have.
+    `numbers` are the state entries that are one number a parameter: the rule's scalars, and `step`
+    where it counts. `required` are the entries that a parameter which has stepped before must have.
     """
 
     graph: kernel.Graph
@@ -65,7 +68,8 @@ class Recipe:
         return () if name in self.numbers else kernel.shape_at(self.graph.rank(name), p.shape)
 
     def fits(self, p: Tensor) -> bool:
-        """Whether a parameter's memory can be walked as it is: dense, and row after row where there are matrices."""
+        """Whether a parameter's memory can be walked as it is: dense, and row after row where there
+        are matrices."""
         return p.is_contiguous() if self.graph.has_matrices else kernel.is_dense(p)
 
     def as_dense(self, p: Tensor) -> Tensor:
@@ -79,13 +83,16 @@ def _number_or_tensor(value: object, key: str) -> float | Tensor:
         return value
     if isinstance(value, Tensor) and not kernel.on_host(value.device):
         if value.numel() != 1:
-            raise StepError(f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}")
+            raise StepError(
+                f"param group option {key!r} must be a number, got a tensor of {tuple(value.shape)}"
+            )
         return value
     return number(value, key)
 
 
 class Algorithm(NamedTuple):
-    """What a plan needs of an optimizer: its class's name and rule, and what its class may refine."""
+    """What a plan needs of an optimizer: its class's name and rule, and what its class may
+    refine."""
 
     name: str
     rule_of: Callable[[Tensor, Group], kernel.Rule]
@@ -101,8 +108,11 @@ Arguments = tuple[tuple[str, kernel.Argument], ...]
 
 
 def describe(owner: str, rule: kernel.Rule, group: Group, flags: Mapping[str, bool]) -> Arguments:
-    """What a rule's keywords are in a group: numbers, which may change freely, and flags, which select a program."""
-    return tuple((name, _argument(owner, name, group, flags)) for name in kernel.signature(rule).keywords)
+    """What a rule's keywords are in a group: numbers, which may change freely, and flags, which
+    select a program."""
+    return tuple(
+        (name, _argument(owner, name, group, flags)) for name in kernel.signature(rule).keywords
+    )
 
 
 def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) -> kernel.Argument:
@@ -130,10 +140,15 @@ class Mode(NamedTuple):
     @classmethod
     def of(cls, group: Group) -> Mode:
         flags = (
-            flag(group.get(name), name) for name in ("maximize", "differentiable", "capturable", "fused", "foreach")
+            flag(group.get(name), name)
+            for name in ("maximize", "differentiable", "capturable", "fused", "foreach")
         )
         maximize, differentiable, capturable, fused, foreach = flags
-        eager = not (foreach or fused) and group.get("foreach") is not None and group.get("fused") is not None
+        eager = (
+            not (foreach or fused)
+            and group.get("foreach") is not None
+            and group.get("fused") is not None
+        )
         return cls(maximize, eager, differentiable, capturable, fused)
 
 
@@ -155,9 +170,13 @@ def make_recipe(
         if key not in (*SPECIAL, *scalars, kernel.GRADIENT_FACTOR):
             sources.append((name, key, int(index) if index else None))
     # State that a flag adds may begin in the middle of a run, when the flag is switched on.
-    off = kernel.trace(rule, tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments))
+    off = kernel.trace(
+        rule, tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments)
+    )
     counts = ("step",) if any(name == "step" for name, _ in arguments) else ()
-    return Recipe(graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars)))
+    return Recipe(
+        graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars))
+    )
 
 
 def recipe_of(algorithm: Algorithm, p: Tensor, group: Group) -> Recipe:
@@ -170,7 +189,11 @@ def recipe_of(algorithm: Algorithm, p: Tensor, group: Group) -> Recipe:
 def switches(arguments: Iterable[tuple[str, kernel.Argument]]) -> tuple[list[str], list[str]]:
     """The names of the group options that are no numbers, and of those that are."""
     flags = [name for name, argument in arguments if argument[0] == "flag"]
-    numbers = [name for name, argument in arguments if argument[0] in ("float", "tuple") and name not in SPECIAL]
+    numbers = [
+        name
+        for name, argument in arguments
+        if argument[0] in ("float", "tuple") and name not in SPECIAL
+    ]
     return [*MODES, *flags], numbers
 
 
@@ -180,12 +203,18 @@ def counter_dtype() -> torch.dtype:
 
 
 def new_counter(device: torch.device = kernel.HOST) -> Tensor:
-    """A parameter's step count before its first step, as torch makes it: the value of a fake one is then known."""
+    """A parameter's step count before its first step, as torch makes it: the value of a fake one is
+    then known."""
     return torch.tensor(0.0, dtype=counter_dtype(), device=device)
 
 
 def fill_state(
-    algorithm: Algorithm, recipe: Recipe, p: Tensor, group: Group, put: Callable[[str, Any], None], own: State
+    algorithm: Algorithm,
+    recipe: Recipe,
+    p: Tensor,
+    group: Group,
+    put: Callable[[str, Any], None],
+    own: State,
 ) -> None:
     """Create the entries of a parameter's state that are missing, and put each in its place."""
     for name in (*recipe.numbers[::-1], *recipe.graph.state):

@@ -1,4 +1,5 @@
-"""Copies of memory that parameters share: they step there, one after the other, before anything is stored."""
+"""Copies of memory that parameters share: they step there, one after the other, before anything is
+stored."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ ALIGNMENT = 16
 class Scratch:
     """The memory that some tensors lie in, copied; `view` gives each tensor's place in the copy.
 
-    Two parameters at bytes 0 to 8 and 4 to 12 get one copy of bytes 0 to 12. What the first writes, the second reads.
+    Two parameters at bytes 0 to 8 and 4 to 12 get one copy of bytes 0 to 12. What the first writes,
+    the second reads.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         """`tensors` are plain and strided, in any order."""
         self._copies: list[tuple[torch.device, int, int, Tensor]] = []
         stretches = sorted(
-            ((t.data_ptr(), t.data_ptr() + kernel.extent(t), t) for t in tensors if t.numel()), key=lambda s: s[:2]
+            ((t.data_ptr(), t.data_ptr() + kernel.extent(t), t) for t in tensors if t.numel()),
+            key=lambda s: s[:2],
         )
         together: list[tuple[int, int, Tensor]] = []
         for stretch in stretches:
@@ -64,7 +67,9 @@ class Scratch:
         if not self._copies or not is_plain(t) or not t.numel():
             return None
         start, end = t.data_ptr(), t.data_ptr() + kernel.extent(t)
-        return next((c for c in self._copies if c[0] == t.device and c[1] <= start and end <= c[2]), None)
+        return next(
+            (c for c in self._copies if c[0] == t.device and c[1] <= start and end <= c[2]), None
+        )
 
 
 def _as_bytes(t: Tensor, count: int) -> Tensor:

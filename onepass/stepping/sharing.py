@@ -1,4 +1,5 @@
-"""Parameters that share memory: who they are, and whether a kernel can step them one after the other, as torch does."""
+"""Parameters that share memory: who they are, and whether a kernel can step them one after the
+other, as torch does."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ SHARING = "parameters share memory, and their rule needs several walks over them
 
 
 def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: Reading) -> Clusters:
-    """The positions of parameters that share memory with others, or whose states do; `recipes` has each kind's."""
+    """The positions of parameters that share memory with others, or whose states do; `recipes` has
+    each kind's."""
     found: list[int] = []
     for member in members:
         p = reading.params[member.position]
@@ -52,8 +54,8 @@ def out_of_order(
 def _is_in_order(together: Sequence[Member], recipe: Recipe, reading: Reading) -> bool:
     """Whether one launch steps parameters that share memory in order.
 
-    It does in one walk over each, where they lie. It does not where a walk over all of them reads before another one
-    stores, or where copies stand for them.
+    It does in one walk over each, where they lie. It does not where a walk over all of them reads
+    before another one stores, or where copies stand for them.
     """
     params = [reading.params[member.position] for member in together]
     if together[0].sparse == "rows":

@@ -1,8 +1,10 @@
-"""Sparse gradients: the rule steps the rows that they have values for, and no other memory is read or written.
+"""Sparse gradients: the rule steps the rows that they have values for, and no other memory is read
+or written.
 
-A sparse gradient of k sparse dimensions has values for some of the parameter's slices over its first k dimensions: its
-rows. To a kernel each row is a tensor of its own, given by its address in every column. So the kernels that step dense
-gradients step rows, too, where they lie: nothing of the parameter's size is walked, copied or allocated.
+A sparse gradient of k sparse dimensions has values for some of the parameter's slices over its
+first k dimensions: its rows. To a kernel each row is a tensor of its own, given by its address in
+every column. So the kernels that step dense gradients step rows, too, where they lie: nothing of
+the parameter's size is walked, copied or allocated.
 """
 
 from __future__ import annotations
@@ -30,30 +32,37 @@ from .reading import Reading
 from .recipe import Recipe
 from .scratch import Scratch
 
-# A launch is laid out for somewhat more rows than there are, so that it serves steps with more or fewer of them; rows
-# of more elements than these take longer to step than a launch to lay out.
+# A launch is laid out for somewhat more rows than there are, so that it serves steps with more or
+# fewer of them; rows of more elements than these take longer to step than a launch to lay out.
 WIDE = 1024
 
 
 def check_rule(owner: str, recipe: Recipe) -> None:
-    """Raise `RuleError` unless a rule can step rows alone: what becomes of one must not depend on the others."""
+    """Raise `RuleError` unless a rule can step rows alone: what becomes of one must not depend on
+    the others."""
     graph = recipe.graph
-    if graph.scalars or graph.has_matrices or any(node.rank == Rank.TENSOR for node in topological(graph.roots)):
+    if (
+        graph.scalars
+        or graph.has_matrices
+        or any(node.rank == Rank.TENSOR for node in topological(graph.roots))
+    ):
         raise RuleError(
-            f"{owner}: a rule with reductions, matrices or a Scalar cannot step the rows of a sparse gradient alone; "
-            "let steps_rows return False"
+            f"{owner}: a rule with reductions, matrices or a Scalar cannot step the rows of a "
+            "sparse gradient alone; let steps_rows return False"
         )
 
 
 def coalesced(g: Tensor) -> Tensor:
-    """A sparse gradient with each index once, the values of equal ones added up: whatever it says of itself."""
+    """A sparse gradient with each index once, the values of equal ones added up: whatever it says
+    of itself."""
     if g.is_coalesced():
         g = torch.sparse_coo_tensor(g._indices(), g._values(), g.shape, check_invariants=False)
     return g.coalesce()
 
 
 def read(g: Tensor, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
-    """A sparse gradient's indices (dimensions, rows), each once but in any order, the rows' numbers, and its values.
+    """A sparse gradient's indices (dimensions, rows), each once but in any order, the rows'
+    numbers, and its values.
 
     None where it is not what it should be; `check_gradient` says in what.
     """
@@ -64,7 +73,9 @@ def read(g: Tensor, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray, Tenso
     k, count = at.shape
     if at.dtype != np.int64 or values.shape != (count, *shape[k:]):
         return None
-    if count and any(index.min() < 0 or index.max() >= n for index, n in zip(at, shape, strict=False)):
+    if count and any(
+        index.min() < 0 or index.max() >= n for index, n in zip(at, shape, strict=False)
+    ):
         return None
     rows = _numbers(at, shape)
     ordered = rows if g.is_coalesced() else np.sort(rows)
@@ -88,10 +99,11 @@ def _numbers(at: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 @dataclass
 class Rows:
-    """A parameter's rows in one step: its columns and where they begin, which rows they are, and their gradient.
+    """A parameter's rows in one step: its columns and where they begin, which rows they are, and
+    their gradient.
 
-    To a launch they are `count` tensors of `length` real numbers. Where the columns' memory is not row after row they
-    are `copied`, and one tensor.
+    To a launch they are `count` tensors of `length` real numbers. Where the columns' memory is not
+    row after row they are `copied`, and one tensor.
     """
 
     member: Member
@@ -119,7 +131,8 @@ class Rows:
         return tuple(map(torch.from_numpy, self.at)) or ...
 
     def find(self, table: np.ndarray, sizes: Sequence[int]) -> list[Tensor]:
-        """Enter the rows' addresses, those of the gradient first; returns the copies whose addresses they are.
+        """Enter the rows' addresses, those of the gradient first; returns the copies whose
+        addresses they are.
 
         `sizes` are those of the columns' numbers, in bytes.
         """
@@ -136,10 +149,12 @@ class Rows:
 
 
 class RowsBatch:
-    """Parameters of one set of dtypes whose gradients are sparse: all their rows are stepped by one launch.
+    """Parameters of one set of dtypes whose gradients are sparse: all their rows are stepped by one
+    launch.
 
-    At every step everything is read anew, as by `KernelBatch`; what is kept is what it is compared with, and how a
-    launch is laid out. Rows that a launch has room for beyond a step's own lie in memory that means nothing.
+    At every step everything is read anew, as by `KernelBatch`; what is kept is what it is compared
+    with, and how a launch is laid out. Rows that a launch has room for beyond a step's own lie in
+    memory that means nothing.
     """
 
     def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
@@ -157,7 +172,9 @@ class RowsBatch:
         self._rounds: list[list[Rows]] = []
         g = params[0] if grads[0] is None else grads[0]
         self.dtypes = [g.dtype, *(column[0].dtype for column in columns)]
-        self.sizes = [column[0].element_size() // (2 if params[0].is_complex() else 1) for column in columns]
+        self.sizes = [
+            column[0].element_size() // (2 if params[0].is_complex() else 1) for column in columns
+        ]
         formats = zip(recipe.columns, map(format_name, self.dtypes), strict=True)
         self.kernel = kernel.compile(recipe.graph, tuple(formats))
         self.written = [column.written for column in self.kernel.program.columns[1:]]
@@ -166,13 +183,21 @@ class RowsBatch:
         self._room: list[tuple[int, int]] = []
 
     def gather(self, reading: Reading) -> Gathered | None:
-        """Who steps now, and options; None where the plan no longer fits, or a new one will say what is wrong."""
+        """Who steps now, and options; None where the plan no longer fits, or a new one will say
+        what is wrong."""
         options = {g: self.recipe.read(reading.groups[g]) for g in self.groups}
         params, grads = self.pick(reading.params), self.pick(reading.grads)
         states = [reading.state_of(p) for p in params]
         try:
-            columns = [params, *([state.get(name) for state in states] for name in self.recipe.graph.state)]
-            steps = [float(state["step"]) for state in states] if self.recipe.counts_steps else [0.0] * len(params)
+            columns = [
+                params,
+                *([state.get(name) for state in states] for name in self.recipe.graph.state),
+            ]
+            steps = (
+                [float(state["step"]) for state in states]
+                if self.recipe.counts_steps
+                else [0.0] * len(params)
+            )
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
             return None
         self.expected.compare([*chain.from_iterable(columns)])
@@ -185,7 +210,9 @@ class RowsBatch:
                 if found is None:
                     return None
                 tensors = [column[i] for column in columns]
-                stepping.append(Rows(member, states[i], steps[i], tensors, starts[i], *found, self.copied[i]))
+                stepping.append(
+                    Rows(member, states[i], steps[i], tensors, starts[i], *found, self.copied[i])
+                )
         return [stepping, options]
 
     def starts(self) -> np.ndarray:
@@ -193,18 +220,28 @@ class RowsBatch:
         return self.expected.pointers
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many bytes begin at each of `starts`, and the position of the parameter that they belong to."""
+        """How many bytes begin at each of `starts`, and the position of the parameter that they
+        belong to."""
         sizes = self.expected.bytes
         return sizes, np.tile(self.positions, len(sizes) // len(self.members))
 
-    def _read(self, member: Member, p: Tensor, g: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
-        """A parameter's gradient, see `read`, where it is of the kind that the kernel was compiled for."""
-        if type(g) not in kernel.PLAIN or not member.takes(g) or g.dtype != self.dtypes[0] or g.shape != p.shape:
+    def _read(
+        self, member: Member, p: Tensor, g: Tensor
+    ) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
+        """A parameter's gradient, see `read`, where it is of the kind that the kernel was compiled
+        for."""
+        if (
+            type(g) not in kernel.PLAIN
+            or not member.takes(g)
+            or g.dtype != self.dtypes[0]
+            or g.shape != p.shape
+        ):
             return None
         return read(g, p.shape)
 
     def begin(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
-        """Do what may fail, and store nothing; `fresh` are the positions of those whose state is new."""
+        """Do what may fail, and store nothing; `fresh` are the positions of those whose state is
+        new."""
         stepping, self._options = gathered
         self._fresh, self._factor = fresh, unscale.factor
         self._rounds = [stepping]
@@ -264,10 +301,14 @@ class RowsBatch:
                 if written:
                     t.detach()[rows.where] = copy
         self._copies = []
-        columns = (t for rows in stepping for t, on in zip(rows.columns, self.written, strict=True) if on)
+        columns = (
+            t for rows in stepping for t, on in zip(rows.columns, self.written, strict=True) if on
+        )
         torch.autograd.graph.increment_version(list(columns))
 
-    def _set_leaves(self, i: int, one: Rows, options: list[float], first: bool, factor: float) -> None:
+    def _set_leaves(
+        self, i: int, one: Rows, options: list[float], first: bool, factor: float
+    ) -> None:
         """The hyper-parameters of a parameter, in column i."""
         hypers = dict(zip((name for name, _, _ in self.recipe.sources), options, strict=True))
         hypers |= {"first": float(first), "step": one.step + 1, kernel.GRADIENT_FACTOR: factor}
@@ -276,7 +317,8 @@ class RowsBatch:
                 self.launch.leaves[self.kernel.leaves[name], i] = value
 
     def _make_room(self, stepping: list[Rows]) -> None:
-        """Lay out a launch, unless there is one with enough room for these rows, and not far too much."""
+        """Lay out a launch, unless there is one with enough room for these rows, and not far too
+        much."""
         known = len(stepping) == len(self._room)
         if known and all(
             one.length == length and 0 <= room - one.count <= 2 * one.spare
@@ -288,7 +330,9 @@ class RowsBatch:
         rows = np.repeat(np.arange(len(stepping)), rooms)
         longest = max((one.length for one in stepping if one.spare), default=0)
         self._scratch = np.zeros((len(self.dtypes), longest))
-        self._nowhere = self._scratch.__array_interface__["data"][0] + np.arange(len(self.dtypes)) * 8 * longest
+        self._nowhere = (
+            self._scratch.__array_interface__["data"][0] + np.arange(len(self.dtypes)) * 8 * longest
+        )
         self._nowhere = self._nowhere[:, np.newaxis]
         self._table = np.zeros((len(self.dtypes), len(rows)), np.int64)
         work = self.kernel.split(lengths[rows])
@@ -296,10 +340,13 @@ class RowsBatch:
 
 
 def _overlap(stepping: list[Rows]) -> bool:
-    """Whether memory that is written occurs twice; parameters with holes in a shared memory have no kernels."""
+    """Whether memory that is written occurs twice; parameters with holes in a shared memory have no
+    kernels."""
     ranges = []
     for one in stepping:
-        for start, t in zip((*one.starts, one.values.data_ptr()), (*one.columns, one.values), strict=True):
+        for start, t in zip(
+            (*one.starts, one.values.data_ptr()), (*one.columns, one.values), strict=True
+        ):
             ranges.append((start, start + t.nbytes))
     ranges.sort()
     return any(after[0] < before[1] for before, after in pairwise(ranges))
@@ -308,7 +355,9 @@ def _overlap(stepping: list[Rows]) -> bool:
 class EagerRows(EagerBatch):
     """The same by torch's own operations: rows are copied out, stepped and put back."""
 
-    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str, *modes: bool) -> None:
+    def __init__(
+        self, members: list[Member], reading: Reading, recipe: Recipe, owner: str, *modes: bool
+    ) -> None:
         check_rule(owner, recipe)
         super().__init__(members, reading, recipe, owner, *modes)
 
@@ -331,7 +380,11 @@ class EagerRows(EagerBatch):
         targets = {name: stepping.columns[name][0] for name in ("p", *self.recipe.graph.state)}
         parts = {name: scratch.view(t)[rows] for name, t in targets.items()} | {"g": g._values()}
         whole = Stepping(
-            stepping.members, {name: [t] for name, t in parts.items()}, stepping.states, {}, together=False
+            stepping.members,
+            {name: [t] for name, t in parts.items()},
+            stepping.states,
+            {},
+            together=False,
         )
         super()._compute(whole, hypers, Scratch())
         for name, value in zip(dict(self.recipe.graph.outputs), self._take_computed(), strict=True):

@@ -11,7 +11,8 @@ from ..contract.values import StepError
 
 
 class Turn:
-    """A lock that a thread may take again while it holds it. A forked child finds it free; copies are free, too."""
+    """A lock that a thread may take again while it holds it. A forked child finds it free; copies
+    are free, too."""
 
     __slots__ = ("_depth", "_lock", "_process")
 
@@ -30,7 +31,10 @@ class Turn:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._depth -= 1
         self._lock.release()
@@ -39,8 +43,9 @@ class Turn:
         """Raise `StepError` where the thread was in its turn already, in the middle of a step."""
         if self._depth > 1:
             raise StepError(
-                f"{owner}: step() was called while this thread was within a step of the same optimizer, as from a rule "
-                "or from an operation of a tensor's class; step when it is over"
+                f"{owner}: step() was called while this thread was within a step of the same "
+                "optimizer, as from a rule or from an operation of a tensor's class; step when it "
+                "is over"
             )
 
     def __reduce__(self) -> tuple[type[Turn], tuple[()]]:

@@ -1,7 +1,8 @@
-"""Averages of a model's weights over steps, under torch's names: SWA, EMA, and batch norm's statistics for them.
+"""Averages of a model's weights over steps, under torch's names: SWA, EMA, and batch norm's
+statistics for them.
 
-`models` has torch's classes and functions, `averages` the lists of tensors that are averaged. Nothing here knows an
-algorithm.
+`models` has torch's classes and functions, `averages` the lists of tensors that are averaged.
+Nothing here knows an algorithm.
 """
 
 from .models import (

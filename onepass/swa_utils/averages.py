@@ -1,4 +1,5 @@
-"""Averages of tensors that change: one launch for all that a kernel can serve, and torch's operations for the rest."""
+"""Averages of tensors that change: one launch for all that a kernel can serve, and torch's
+operations for the rest."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ def average(p, g, *, weight):
 class Average:
     r"""Moves averages towards present values, $a \leftarrow a + w\,(v - a)$, in place.
 
-    An object is a `multi_avg_fn`, to be called with two lists and the number of values averaged so far, and its method
-    `one` an `avg_fn`. It may be copied, pickled, and called from several threads. Numbers are read at each call:
-    changing one compiles nothing.
+    An object is a `multi_avg_fn`, to be called with two lists and the number of values averaged so
+    far, and its method `one` an `avg_fn`. It may be copied, pickled, and called from several
+    threads. Numbers are read at each call: changing one compiles nothing.
     """
 
     def __init__(self) -> None:
@@ -44,15 +45,22 @@ class Average:
         """One average after it has moved, in a new tensor, by torch's operations."""
         raise NotImplementedError
 
-    def __call__(self, averages: Sequence[Tensor], values: Sequence[Tensor], number: Number) -> None:
+    def __call__(
+        self, averages: Sequence[Tensor], values: Sequence[Tensor], number: Number
+    ) -> None:
         """Move each average towards the value at its place in the other list, both of one shape.
 
-        Raises `StepError` (a RuntimeError) where lengths or shapes differ or memory is gone; nothing has changed then.
+        Raises `StepError` (a RuntimeError) where lengths or shapes differ or memory is gone;
+        nothing has changed then.
         """
         self.update(averages, values, number)
 
     def update(
-        self, averages: Sequence[Tensor], values: Sequence[Tensor], number: Number, label: Label = "average {}".format
+        self,
+        averages: Sequence[Tensor],
+        values: Sequence[Tensor],
+        number: Number,
+        label: Label = "average {}".format,
     ) -> None:
         """As a call; `label` is what a message calls the pair at a place."""
         if torch.compiler.is_compiling():
@@ -60,9 +68,14 @@ class Average:
         else:
             self._update(averages, values, number, label)
 
-    def _update(self, averages: Sequence[Tensor], values: Sequence[Tensor], number: Number, label: Label) -> None:
+    def _update(
+        self, averages: Sequence[Tensor], values: Sequence[Tensor], number: Number, label: Label
+    ) -> None:
         if len(averages) != len(values):
-            raise StepError(f"{len(averages)} averages cannot follow {len(values)} tensors; give lists of one length")
+            raise StepError(
+                f"{len(averages)} averages cannot follow {len(values)} tensors; give lists of one "
+                "length"
+            )
         if not averages:
             return
         weight = self.weight(number)
@@ -75,22 +88,29 @@ class Average:
             plan = Plan(averages, values)
             ready = plan.read(averages, values)
             if ready is None:
-                raise StepError("averages changed while their update was being prepared; update again")
+                raise StepError(
+                    "averages changed while their update was being prepared; update again"
+                )
         plan.checked(*ready.others, label, ready.places)
         # torch's operations may still refuse something; the kernels may not, and so come last.
         self._by_torch(*ready.others, weight, number)
         for batch, tensors in ready.batches:
             # Those may have run code of a tensor's class, which may do anything to memory.
             if ready.places and batch.expected.compare(tensors):
-                raise StepError("averages changed while they were being updated; keep their memory as it is")
+                raise StepError(
+                    "averages changed while they were being updated; keep their memory as it is"
+                )
             batch.run(tensors, weight)
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan
 
     @torch.no_grad()
-    def _by_torch(self, averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, number: Number) -> None:
-        """The same by torch's operations: other devices and classes of tensors, integers, tensors that share memory."""
+    def _by_torch(
+        self, averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, number: Number
+    ) -> None:
+        """The same by torch's operations: other devices and classes of tensors, integers, tensors
+        that share memory."""
         together: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for a, v in zip(averages, values, strict=True):
             device, dtype = a.device, a.dtype
@@ -109,7 +129,8 @@ class Average:
         return self.__dict__ | {"_plans": {}}
 
 
-# It imports torch's compiler when first called, which inside a compiled function has happened already.
+# It imports torch's compiler when first called, which inside a compiled function has happened
+# already.
 _update_outside_graphs = torch._disable_dynamo(Average._update)
 
 
@@ -140,42 +161,63 @@ class Equal(Average):
 
 
 def check_pairs(
-    averages: Sequence[Tensor], values: Sequence[Tensor], label: Label, places: Sequence[int] | None = None
+    averages: Sequence[Tensor],
+    values: Sequence[Tensor],
+    label: Label,
+    places: Sequence[int] | None = None,
 ) -> None:
-    """Raise `StepError` where a pair's shapes differ or its memory is gone; `places` are those that `label` knows."""
+    """Raise `StepError` where a pair's shapes differ or its memory is gone; `places` are those that
+    `label` knows."""
     for i, pair in enumerate(zip(averages, values, strict=True)):
         place = i if places is None else places[i]
         for t in pair:
             if not isinstance(t, Tensor):
-                raise TypeError(f"{label(place)}: averages and values must be tensors, got {torch.typename(t)}")
-            if type(t) in kernel.PLAIN and t.is_cpu and t.layout == torch.strided and not kernel.has_storage(t):
+                raise TypeError(
+                    f"{label(place)}: averages and values must be tensors, got {torch.typename(t)}"
+                )
+            if (
+                type(t) in kernel.PLAIN
+                and t.is_cpu
+                and t.layout == torch.strided
+                and not kernel.has_storage(t)
+            ):
                 raise StepError(
-                    f"{label(place)} or its present value, of shape {tuple(t.shape)}, has no storage (it was freed, as "
-                    "by untyped_storage().resize_(0)); give it memory again"
+                    f"{label(place)} or its present value, of shape {tuple(t.shape)}, has no "
+                    "storage (it was freed, as by untyped_storage().resize_(0)); give it memory "
+                    "again"
                 )
         a, v = pair
         if a.shape != v.shape:
             raise StepError(
-                f"{label(place)} has shape {tuple(a.shape)}, its present value {tuple(v.shape)}; average tensors of "
-                "one shape"
+                f"{label(place)} has shape {tuple(a.shape)}, its present value {tuple(v.shape)}; "
+                "average tensors of one shape"
             )
 
 
 class Checked:
-    """`check_pairs` at every call, quick where facts are those of the last: the kernels' way to read them is used."""
+    """`check_pairs` at every call, quick where facts are those of the last: the kernels' way to
+    read them is used."""
 
     def __init__(self) -> None:
         self._expected: Any = None
 
     def __call__(
-        self, averages: Sequence[Tensor], values: Sequence[Tensor], label: Label, places: Sequence[int] | None = None
+        self,
+        averages: Sequence[Tensor],
+        values: Sequence[Tensor],
+        label: Label,
+        places: Sequence[int] | None = None,
     ) -> None:
         tensors = [*averages, *values]
         if tensors and not (
-            self._expected is not None and self._expected.count == len(tensors) and self._expected.compare(tensors) == 0
+            self._expected is not None
+            and self._expected.count == len(tensors)
+            and self._expected.compare(tensors) == 0
         ):
             check_pairs(averages, values, label, places)
-            plain = all(type(t) in kernel.PLAIN and t.is_cpu and t.layout == torch.strided for t in tensors)
+            plain = all(
+                type(t) in kernel.PLAIN and t.is_cpu and t.layout == torch.strided for t in tensors
+            )
             self._expected = kernel.expect(tensors) if plain else None
 
     def __reduce__(self) -> tuple[type[Checked], tuple[()]]:
@@ -184,7 +226,8 @@ class Checked:
 
 
 class Ready:
-    """What has been read for one update; it lives no longer. `places` are those of the pairs that torch averages."""
+    """What has been read for one update; it lives no longer. `places` are those of the pairs that
+    torch averages."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Batch, list[Tensor]]] = []
@@ -193,15 +236,22 @@ class Ready:
 
 
 class Plan:
-    """Which of the pairs in two lists kernels serve; it keeps no tensor, and fits all lists of the same facts."""
+    """Which of the pairs in two lists kernels serve; it keeps no tensor, and fits all lists of the
+    same facts."""
 
     def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self.moved = [i for i, (a, v) in enumerate(zip(averages, values, strict=True)) if a.device != v.device]
+        self.moved = [
+            i for i, (a, v) in enumerate(zip(averages, values, strict=True)) if a.device != v.device
+        ]
         values = self._move(averages, values)
         kinds: dict[tuple[torch.dtype, torch.dtype, torch.device], list[int]] = {}
         self.others: list[int] = []
         for i, (a, v) in enumerate(zip(averages, values, strict=True)):
-            (kinds.setdefault((a.dtype, v.dtype, a.device), []) if _is_served(a, v) else self.others).append(i)
+            (
+                kinds.setdefault((a.dtype, v.dtype, a.device), [])
+                if _is_served(a, v)
+                else self.others
+            ).append(i)
         self.batches = [Batch(places, averages, values) for places in kinds.values()]
         self.checked = Checked()
 
@@ -234,13 +284,17 @@ class Plan:
 class Batch(Columns):
     """The pairs of two lists that one launch averages."""
 
-    def __init__(self, places: list[int], averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(
+        self, places: list[int], averages: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
         self.places = places
         self.pick = picker(places) if len(places) < len(averages) else lambda tensors: tensors
         own = self.pick(averages)
         graph = kernel.finish(kernel.trace(average, (("weight", ("float",)),)))
         super().__init__(graph, ("g", "p"), [self.pick(values), own])
-        self.launch = self.kernel.prepare(self.pointers, self.work, np.zeros(self.count, np.int64), 1)
+        self.launch = self.kernel.prepare(
+            self.pointers, self.work, np.zeros(self.count, np.int64), 1
+        )
 
     def read(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor] | None:
         """The batch's tensors, whose facts are as they were; else None."""
@@ -257,11 +311,22 @@ class Batch(Columns):
 def _is_served(a: Tensor, v: Tensor) -> bool:
     """Whether a kernel can walk a pair: plain dense memory with the elements in the same order."""
     for t in (a, v):
-        if type(t) not in kernel.PLAIN or t.layout != torch.strided or kernel.why_no_kernels(t.device):
+        if (
+            type(t) not in kernel.PLAIN
+            or t.layout != torch.strided
+            or kernel.why_no_kernels(t.device)
+        ):
             return False
-        if format_name(t.dtype) not in kernel.FORMATS or not kernel.is_dense(t) or t.is_conj() or t.is_neg():
+        if (
+            format_name(t.dtype) not in kernel.FORMATS
+            or not kernel.is_dense(t)
+            or t.is_conj()
+            or t.is_neg()
+        ):
             return False
-    if a.is_complex() != v.is_complex() or (a.is_inference() and not torch.is_inference_mode_enabled()):
+    if a.is_complex() != v.is_complex() or (
+        a.is_inference() and not torch.is_inference_mode_enabled()
+    ):
         return False
     strides = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n != 1] for t in (a, v)]
     return strides[0] == strides[1] or not a.numel()

@@ -1,4 +1,5 @@
-"""Averages of a model's weights over steps, under torch's names: SWA, EMA, and batch norm's statistics for them."""
+"""Averages of a model's weights over steps, under torch's names: SWA, EMA, and batch norm's
+statistics for them."""
 
 from __future__ import annotations
 
@@ -38,20 +39,23 @@ class AveragedModel(theirs.AveragedModel):
        \qquad\text{or}\qquad
        \bar\theta_{n+1} = \bar\theta_n + (1 - \text{decay}) (\theta - \bar\theta_n) $$
 
-    The first, in which all weigh the same (SWA), is what `update_parameters` does unless it is given another function;
-    the second (EMA) is `multi_avg_fn=get_ema_multi_avg_fn(decay)`. The first update copies the weights. Both take one
-    launch for all tensors of a dtype; a function of yours is called as torch calls it.
+    The first, in which all weigh the same (SWA), is what `update_parameters` does unless it is
+    given another function; the second (EMA) is `multi_avg_fn=get_ema_multi_avg_fn(decay)`. The
+    first update copies the weights. Both take one launch for all tensors of a dtype; a function of
+    yours is called as torch calls it.
 
-    Arguments are those of `torch.optim.swa_utils.AveragedModel`, of which this is a subclass, and state dicts go from
-    one to the other. `device` is where the averages lie. `avg_fn(average, value, n)` returns a tensor,
-    `multi_avg_fn(averages, values, n)` writes into its first list; `n` counts the updates so far. With `use_buffers`
-    buffers are averaged, too; else each update copies them.
+    Arguments are those of `torch.optim.swa_utils.AveragedModel`, of which this is a subclass, and
+    state dicts go from one to the other. `device` is where the averages lie. `avg_fn(average,
+    value, n)` returns a tensor, `multi_avg_fn(averages, values, n)` writes into its first list; `n`
+    counts the updates so far. With `use_buffers` buffers are averaged, too; else each update copies
+    them.
 
-    Averages may have another dtype than the model: `AveragedModel(model).float()` keeps those of bfloat16 weights in
-    float32, where small updates are not lost.
+    Averages may have another dtype than the model: `AveragedModel(model).float()` keeps those of
+    bfloat16 weights in float32, where small updates are not lost.
 
-    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, arXiv:1803.05407;
-    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+    Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
+    arXiv:1803.05407; Polyak and Juditsky, "Acceleration of stochastic approximation by averaging",
+    1992.
     """
 
     def __init__(
@@ -69,8 +73,9 @@ class AveragedModel(theirs.AveragedModel):
     def update_parameters(self, model: Module) -> None:
         """Let the averages follow the model's weights, as they are now.
 
-        Raises ValueError where the model has another number of parameters or buffers than the averages, RuntimeError
-        where shapes differ; nothing has changed then. torch pairs such tensors up as far as it goes.
+        Raises ValueError where the model has another number of parameters or buffers than the
+        averages, RuntimeError where shapes differ; nothing has changed then. torch pairs such
+        tensors up as far as it goes.
         """
         averages, copies = _tensors(self.module)
         values, sources = _tensors(model)
@@ -78,7 +83,9 @@ class AveragedModel(theirs.AveragedModel):
         _check_numbers("buffers", copies, sources)
         if self.use_buffers:
             averages, values, copies, sources = averages + copies, values + sources, [], []
-        self._checked(copies, sources, self._label, range(len(averages), len(averages) + len(copies)))
+        self._checked(
+            copies, sources, self._label, range(len(averages), len(averages) + len(copies))
+        )
         average, number = self._average(), int(self.n_averaged)
         if number == 0 or average is None:
             check_pairs(averages, values, self._label)
@@ -105,16 +112,19 @@ class AveragedModel(theirs.AveragedModel):
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Exponential:
-    """A function that moves lists of averages to `decay * average + (1 - decay) * value`, in one launch.
+    """A function that moves lists of averages to `decay * average + (1 - decay) * value`, in one
+    launch.
 
-    Its attribute `decay` may be changed between calls. Raises ValueError unless decay lies in [0, 1].
+    Its attribute `decay` may be changed between calls. Raises ValueError unless decay lies in [0,
+    1].
     """
     check_number("get_ema_multi_avg_fn", "decay", decay, up_to=1.0)
     return Exponential(decay)
 
 
 def get_swa_multi_avg_fn() -> Equal:
-    """A function that moves lists of averages to `average + (value - average) / (n + 1)`, in one launch."""
+    """A function that moves lists of averages to `average + (value - average) / (n + 1)`, in one
+    launch."""
     return Equal()
 
 
@@ -130,12 +140,15 @@ def get_swa_avg_fn() -> AvgFn:
 
 
 @torch.no_grad()
-def update_bn(loader: Iterable[Any], model: Module, device: int | torch.device | None = None) -> None:
-    """Measure the statistics of all batch norms anew, in one pass of the model over the batches of `loader`.
+def update_bn(
+    loader: Iterable[Any], model: Module, device: int | torch.device | None = None
+) -> None:
+    """Measure the statistics of all batch norms anew, in one pass of the model over the batches of
+    `loader`.
 
-    A batch is a tensor, or a list or tuple that begins with one; it is moved to `device` if that is given. Momenta and
-    modes (train, eval) are afterwards, also after an error, what they were; torch leaves all modules in the mode of the
-    outermost one.
+    A batch is a tensor, or a list or tuple that begins with one; it is moved to `device` if that is
+    given. Momenta and modes (train, eval) are afterwards, also after an error, what they were;
+    torch leaves all modules in the mode of the outermost one.
     """
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
     if not momenta:
@@ -160,8 +173,8 @@ def update_bn(loader: Iterable[Any], model: Module, device: int | torch.device |
 def _check_numbers(what: str, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     if len(averages) != len(values):
         raise ValueError(
-            f"AveragedModel: the model has {len(values)} {what}, its average {len(averages)}; make a new AveragedModel "
-            "of a model whose structure has changed"
+            f"AveragedModel: the model has {len(values)} {what}, its average {len(averages)}; "
+            "make a new AveragedModel of a model whose structure has changed"
         )
 
 
@@ -174,16 +187,31 @@ def _copy(into: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(into, sources)
 
 
-# Where a class has these from torch, they yield what its modules hold in `_parameters` and `_buffers`.
-WALKS = ("parameters", "named_parameters", "buffers", "named_buffers", "_named_members", "modules", "named_modules")
+# Where a class has these from torch, they yield what its modules hold in `_parameters` and
+# `_buffers`.
+WALKS = (
+    "parameters",
+    "named_parameters",
+    "buffers",
+    "named_buffers",
+    "_named_members",
+    "modules",
+    "named_modules",
+)
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
-    """What `module.parameters()` and `module.buffers()` yield; where these are torch's own, several times as fast."""
+    """What `module.parameters()` and `module.buffers()` yield; where these are torch's own, several
+    times as fast."""
     modules: dict[Module, None] = {}
     _collect(module, modules)
-    own = all(getattr(type(module), walk) is getattr(Module, walk) and walk not in vars(module) for walk in WALKS)
-    if not own or any(cls.named_modules is not Module.named_modules for cls in set(map(type, modules))):
+    own = all(
+        getattr(type(module), walk) is getattr(Module, walk) and walk not in vars(module)
+        for walk in WALKS
+    )
+    if not own or any(
+        cls.named_modules is not Module.named_modules for cls in set(map(type, modules))
+    ):
         return list(module.parameters()), list(module.buffers())
     parameters = [p for m in modules for p in m._parameters.values() if p is not None]
     buffers = [b for m in modules if m._buffers for b in m._buffers.values() if b is not None]
@@ -192,7 +220,11 @@ def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
 
 def _once(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor at its first place alone."""
-    return list(tensors if len(set(map(id, tensors))) == len(tensors) else {id(t): t for t in tensors}.values())
+    return list(
+        tensors
+        if len(set(map(id, tensors))) == len(tensors)
+        else {id(t): t for t in tensors}.values()
+    )
 
 
 def _collect(module: Module, found: dict[Module, None]) -> None:

@@ -1,4 +1,5 @@
-"""Parameters and their gradients as one real vector, for algorithms that see the whole problem at once."""
+"""Parameters and their gradients as one real vector, for algorithms that see the whole problem at
+once."""
 
 from __future__ import annotations
 
@@ -14,8 +15,12 @@ from ... import kernel
 from ...contract.values import StepError, brief
 from ...stepping.checks import Member, check_member
 
-# NumPy's scalars round after each operation in their own precision, as one-element tensors do, in a tenth of the time.
-_SCALARS: dict[torch.dtype, type[np.floating]] = {torch.float64: np.float64, torch.float16: np.float16}
+# NumPy's scalars round after each operation in their own precision, as one-element tensors do, in a
+# tenth of the time.
+_SCALARS: dict[torch.dtype, type[np.floating]] = {
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+}
 
 
 def precision(dtype: torch.dtype) -> type[np.floating]:
@@ -37,9 +42,11 @@ def largest(vector: Tensor) -> np.floating:
 
 
 class Flat:
-    """Parameters, one after the other, as one vector of `size` real numbers: complex ones count twice.
+    """Parameters, one after the other, as one vector of `size` real numbers: complex ones count
+    twice.
 
-    Its dtype is the one that all of them promote to. Raises `StepError` where they lie on different devices.
+    Its dtype is the one that all of them promote to. Raises `StepError` where they lie on different
+    devices.
     """
 
     def __init__(self, owner: str, params: Sequence[Tensor], names: Sequence[str] = ()) -> None:
@@ -53,17 +60,18 @@ class Flat:
         for p, label in zip(params, self._labels, strict=True):
             if p.device != self.device:
                 raise StepError(
-                    f"{owner}: all parameters must lie on one device, and parameter {label} is on {p.device}, "
-                    f"parameter {self._labels[0]} on {self.device}; move them together"
+                    f"{owner}: all parameters must lie on one device, and parameter {label} is on "
+                    f"{p.device}, parameter {self._labels[0]} on {self.device}; move them together"
                 )
 
     def check(self) -> None:
-        """Raise `StepError` for parameters that cannot be written, and gradients that do not fit."""
+        """Raise `StepError` for parameters that cannot be written, and gradients that do not
+        fit."""
         for i, (p, label) in enumerate(zip(self._params, self._labels, strict=True)):
             if not (p.is_floating_point() or p.is_complex()):
                 raise StepError(
-                    f"{self._owner} moves all parameters as one vector, and parameter {label} is {p.dtype}; leave it "
-                    "out of the list"
+                    f"{self._owner} moves all parameters as one vector, and parameter {label} is "
+                    f"{p.dtype}; leave it out of the list"
                 )
             if p.grad is None or p.grad.layout in (torch.strided, torch.sparse_coo):
                 check_member(self._owner, Member(i, 0, 0, label), p, p.grad, {}, (), ())
@@ -78,7 +86,9 @@ class Flat:
 
     def read_gradient(self, out: Tensor) -> None:
         """Copy the gradients into a vector: zeros where there is none, sparse ones filled up."""
-        torch.cat([_flat_gradient(p, n) for p, n in zip(self._params, self._sizes, strict=True)], out=out)
+        torch.cat(
+            [_flat_gradient(p, n) for p, n in zip(self._params, self._sizes, strict=True)], out=out
+        )
 
     def write(self, vector: Tensor) -> None:
         """Set the parameters to a vector."""
@@ -91,29 +101,38 @@ class Flat:
         return [part.view(_real(p).shape) for p, part in zip(self._params, parts, strict=True)]
 
     def move(self, origin: Sequence[Tensor] | None, t: float, direction: Sequence[Tensor]) -> None:
-        """Set the parameters to origin + t * direction, both as `split` gives them; without an origin, add to them."""
-        # Rounded first: torch refuses a t that is too large for the dtype, where it should be infinite.
+        """Set the parameters to origin + t * direction, both as `split` gives them; without an
+        origin, add to them."""
+        # Rounded first: torch refuses a t that is too large for the dtype, where it should be
+        # infinite.
         t = float(precision(self.dtype)(t))
         for i, (p, part) in enumerate(zip(self._params, direction, strict=True)):
             p = _real(p)
             torch.add(p if origin is None else origin[i], part, alpha=t, out=p)
 
     def place(self, value: Any, params: Sequence[Tensor] | None = None) -> Any:
-        """A copy of a vector, or of each of a list, on the parameters' device, in the wider of both dtypes.
+        """A copy of a vector, or of each of a list, on the parameters' device, in the wider of both
+        dtypes.
 
         Its parts are put in the order of `params`, where given: the same parameters.
         """
         if not isinstance(value, Tensor):
             return [self.place(vector, params) for vector in value]
-        if params is not None and any(p is not q for p, q in zip(params, self._params, strict=True)):
-            parts = {id(p): part.reshape(-1) for p, part in zip(self._params, self.split(value), strict=True)}
+        if params is not None and any(
+            p is not q for p, q in zip(params, self._params, strict=True)
+        ):
+            parts = {
+                id(p): part.reshape(-1)
+                for p, part in zip(self._params, self.split(value), strict=True)
+            }
             value = torch.cat([parts[id(p)] for p in params])
         dtype = torch.promote_types(value.dtype, self.dtype)
         return value.detach().to(device=self.device, dtype=dtype, copy=True)
 
 
 def why_no_vector(entry: object, size: int) -> str:
-    """Why something is not a vector of `size` numbers that can be read and written; an empty string where it is."""
+    """Why something is not a vector of `size` numbers that can be read and written; an empty string
+    where it is."""
     if not isinstance(entry, Tensor):
         return f"has {brief(entry)}"
     if not entry.is_floating_point() or entry.shape != (size,) or entry.layout != torch.strided:

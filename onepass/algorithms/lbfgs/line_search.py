@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-# Of the decrease that the slope at 0 promises, this part must come true; of the slope, at most that part may be left.
+# Of the decrease that the slope at 0 promises, this part must come true; of the slope, at most that
+# part may be left.
 DECREASE, CURVATURE = 1e-4, 0.9
 # A bracket in which no parameter changes by more is not searched further.
 SHORTEST = 1e-9
 
 
 class Point(NamedTuple):
-    """A place on the line: its distance t from the start, the loss there, its derivative by t, and the gradient.
+    """A place on the line: its distance t from the start, the loss there, its derivative by t, and
+    the gradient.
 
     `gradient` belongs to the caller and is passed through.
     """
@@ -36,22 +38,28 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit:
 
     $$ \phi(t) \le \phi(0) + c_1 t\, \phi'(0), \quad |\phi'(t)| \le c_2 |\phi'(0)| $$
 
-    with $c_1 = 10^{-4}$, $c_2 = 0.9$. Trials grow until two of them enclose such a t; the bracket then shrinks around
-    it. Each trial lies at the minimum of the cubic that has the two points' losses and slopes. It ends when the
-    conditions hold, when no parameter differs by $10^{-9}$ between the bracket's ends (`reach` is the direction's
-    largest entry), or after `limit` further trials.
+    with $c_1 = 10^{-4}$, $c_2 = 0.9$. Trials grow until two of them enclose such a t; the bracket
+    then shrinks around it. Each trial lies at the minimum of the cubic that has the two points'
+    losses and slopes. It ends when the conditions hold, when no parameter differs by $10^{-9}$
+    between the bracket's ends (`reach` is the direction's largest entry), or after `limit` further
+    trials.
 
-    Nocedal and Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, with the safeguards of
-    torch.optim.LBFGS: the same trials in the same order. Slopes are NumPy scalars: they round in their own precision,
-    as one-element tensors do in torch, and a division by zero is infinite. Unlike in torch, a trial whose loss or slope
-    is no number counts as infinitely high, and the search turns back from it: there the function is not defined.
+    Nocedal and Wright, "Numerical Optimization", 2nd edition, 2006, algorithms 3.5 and 3.6, with
+    the safeguards of torch.optim.LBFGS: the same trials in the same order. Slopes are NumPy
+    scalars: they round in their own precision, as one-element tensors do in torch, and a division
+    by zero is infinite. Unlike in torch, a trial whose loss or slope is no number counts as
+    infinitely high, and the search turns back from it: there the function is not defined.
 
     Returns the best point found, which is `start` where nothing is lower.
     """
 
     def attempt(t: Any, kept: Point) -> Point:
         trial = evaluate(t, kept)
-        return trial._replace(loss=math.inf) if math.isnan(trial.loss) or math.isnan(trial.slope) else trial
+        return (
+            trial._replace(loss=math.inf)
+            if math.isnan(trial.loss) or math.isnan(trial.slope)
+            else trial
+        )
 
     ends, found, trials = _bracket(attempt, start, attempt(t, start), limit)
     low = _lower(ends)
@@ -73,8 +81,11 @@ def strong_wolfe(evaluate: Evaluate, start: Point, t: Any, *, reach: Any, limit:
     return ends[low]
 
 
-def _bracket(attempt: Evaluate, start: Point, trial: Point, limit: int) -> tuple[list[Point], bool, int]:
-    """Two points that enclose an acceptable one, or such a point itself (then True), and the trials that it took."""
+def _bracket(
+    attempt: Evaluate, start: Point, trial: Point, limit: int
+) -> tuple[list[Point], bool, int]:
+    """Two points that enclose an acceptable one, or such a point itself (then True), and the trials
+    that it took."""
     previous = start
     for trials in range(limit):
         if _too_high(start, trial) or (trials > 1 and trial.loss >= previous.loss):
@@ -101,7 +112,8 @@ def _lower(ends: list[Point]) -> int:
 
 
 def _inside(ends: list[Point], near_end: bool) -> tuple[Any, bool]:
-    """The next trial in a bracket, and whether it lies near an end: the second such trial in a row is moved away."""
+    """The next trial in a bracket, and whether it lies near an end: the second such trial in a row
+    is moved away."""
     left, right = min(ends[0].t, ends[1].t), max(ends[0].t, ends[1].t)
     t = minimum_of_cubic(ends[0], ends[1], left, right)
     margin = 0.1 * (right - left)
@@ -113,7 +125,8 @@ def _inside(ends: list[Point], near_end: bool) -> tuple[Any, bool]:
 
 
 def minimum_of_cubic(a: Point, b: Point, low: Any, high: Any) -> Any:
-    """Where the cubic through two points with their slopes has its minimum, held within [low, high].
+    """Where the cubic through two points with their slopes has its minimum, held within [low,
+    high].
 
     The middle of [low, high] where it has none, or where a loss is infinite.
     """
@@ -121,9 +134,12 @@ def minimum_of_cubic(a: Point, b: Point, low: Any, high: Any) -> Any:
     if width == 0:
         return (low + high) / 2.0
     first, second = (a, b) if a.t <= b.t else (b, a)
-    # torch's own root and quotient, for steps that equal torch.optim's to the last bit: its root is not always the
-    # nearest number, and it divides a number by a tensor by way of the tensor's reciprocal.
-    d1 = a.slope + b.slope - (rise * (1 / width) if isinstance(width, np.floating) else rise / width)
+    # torch's own root and quotient, for steps that equal torch.optim's to the last bit: its root is
+    # not always the nearest number, and it divides a number by a tensor by way of the tensor's
+    # reciprocal.
+    d1 = (
+        a.slope + b.slope - (rise * (1 / width) if isinstance(width, np.floating) else rise / width)
+    )
     square = d1 * d1 - a.slope * b.slope
     if not 0 <= square < math.inf:
         return (low + high) / 2.0

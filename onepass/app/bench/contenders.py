@@ -1,7 +1,8 @@
-"""Who takes part in a benchmark: ours, every mode of torch's, and the memory limit, all on the same memory.
+"""Who takes part in a benchmark: ours, every mode of torch's, and the memory limit, all on the same
+memory.
 
-All contenders update the same parameters from the same gradients, and keep their state in the same tensors: each
-touches the same pages, and a model needs its memory once, not once a contender.
+All contenders update the same parameters from the same gradients, and keep their state in the same
+tensors: each touches the same pages, and a model needs its memory once, not once a contender.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ TORCH: dict[str, dict[str, bool]] = {
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-# On a GPU step counts may live there, so that a step can be captured in a graph: a mode of torch's, and of ours.
+# On a GPU step counts may live there, so that a step can be captured in a graph: a mode of torch's,
+# and of ours.
 MODES = {**TORCH, "capturable": {"capturable": True}}
 OURS_CAPTURABLE = "onepass capturable"
 
@@ -59,11 +61,14 @@ class Missing(Exception):
 
 
 class Workload:
-    """A model's parameters with gradients on one device; `columns` holds the state that all contenders share."""
+    """A model's parameters with gradients on one device; `columns` holds the state that all
+    contenders share."""
 
     def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
         self.model, self.device = model, torch.device(device)
-        self.params = [nn.Parameter(torch.full(shape, 0.5, device=device)) for shape in model.shapes]
+        self.params = [
+            nn.Parameter(torch.full(shape, 0.5, device=device)) for shape in model.shapes
+        ]
         self._add_gradients(self.params)
         self.columns: dict[str, list[Tensor]] = {}
 
@@ -71,10 +76,16 @@ class Workload:
         generator = torch.Generator(self.device).manual_seed(0)
         for p in params:
             # A sparse gradient as backward leaves it: rows in any order, and not yet coalesced.
-            rows = torch.randperm(len(p), generator=generator, device=self.device)[: self.model.rows]
+            rows = torch.randperm(len(p), generator=generator, device=self.device)[
+                : self.model.rows
+            ]
             shape = (len(rows), *p.shape[1:]) if self.model.rows else p.shape
             g = torch.empty(shape, device=self.device).normal_(std=1e-2, generator=generator)
-            p.grad = torch.sparse_coo_tensor(rows[None], g, p.shape, check_invariants=True) if self.model.rows else g
+            p.grad = (
+                torch.sparse_coo_tensor(rows[None], g, p.shape, check_invariants=True)
+                if self.model.rows
+                else g
+            )
 
     def sample(self) -> nn.Parameter:
         """A small parameter with a gradient such as all have here."""
@@ -89,23 +100,37 @@ class Workload:
             return list(self.params)
         cuts = [len(self.params) * i // count for i in range(count + 1)]
         lrs = [1e-3 * (1 + i / count) for i in range(count)]
-        return [{"params": self.params[a:b], "lr": lr} for a, b, lr in zip(cuts, cuts[1:], lrs, strict=False)]
+        return [
+            {"params": self.params[a:b], "lr": lr}
+            for a, b, lr in zip(cuts, cuts[1:], lrs, strict=False)
+        ]
 
-    def share_state(self, optimizer: torch.optim.Optimizer, template: dict[str, Any], like: Tensor) -> None:
-        """Give `optimizer` the state that `template` is for the parameter `like`, its columns being the shared ones.
+    def share_state(
+        self, optimizer: torch.optim.Optimizer, template: dict[str, Any], like: Tensor
+    ) -> None:
+        """Give `optimizer` the state that `template` is for the parameter `like`, its columns being
+        the shared ones.
 
-        State of other shapes (factored, blocked) cannot be shared: then nothing is given, and the step makes its own.
+        State of other shapes (factored, blocked) cannot be shared: then nothing is given, and the
+        step makes its own.
         """
-        columns = {name for name, value in template.items() if isinstance(value, Tensor) and value.shape == like.shape}
+        columns = {
+            name
+            for name, value in template.items()
+            if isinstance(value, Tensor) and value.shape == like.shape
+        }
         rest = {name: value for name, value in template.items() if name not in columns}
         if any(isinstance(value, Tensor) and value.numel() != 1 for value in rest.values()):
             return
         for name in columns - self.columns.keys():
-            self.columns[name] = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.params]
+            self.columns[name] = [
+                torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.params
+            ]
         if template:
             for i, p in enumerate(self.params):
                 own = {
-                    name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name]) for name in template
+                    name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name])
+                    for name in template
                 }
                 optimizer.state[p] = own
 
@@ -124,8 +149,11 @@ def make_capturable(variant: Variant, params: list[Any]) -> Optimizer:
     return optimizer
 
 
-def make_torch(variant: Variant, params: list[Any], mode: str, **options: Any) -> torch.optim.Optimizer:
-    """torch's optimizer of the same name in one of its modes; raises `Missing` where there is none."""
+def make_torch(
+    variant: Variant, params: list[Any], mode: str, **options: Any
+) -> torch.optim.Optimizer:
+    """torch's optimizer of the same name in one of its modes; raises `Missing` where there is
+    none."""
     name = variant.cls.__name__
     theirs = getattr(torch.optim, name, None)
     if theirs is None:
@@ -140,7 +168,9 @@ def make_torch(variant: Variant, params: list[Any], mode: str, **options: Any) -
         raise Missing(f"torch's {name}: {error}") from error
 
 
-def seat(workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+def seat(
+    workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
     """An optimizer of the workload's parameters that keeps its state in the shared tensors.
 
     Raises `Missing` where it does not take such gradients.
@@ -165,9 +195,10 @@ def program_of(variant: Variant, dimensions: int = 2) -> Program:
 class Limit:
     """The same walks over the same memory with almost no arithmetic.
 
-    A pass that writes makes each written column itself plus zero times the others; one that only reads adds up what it
-    reads. They go through the same compiler and the same launch as the optimizer's own program. What they do not do is
-    the work of a step outside of the kernel, checks and hyper-parameters, and what has one value a row or a column.
+    A pass that writes makes each written column itself plus zero times the others; one that only
+    reads adds up what it reads. They go through the same compiler and the same launch as the
+    optimizer's own program. What they do not do is the work of a step outside of the kernel, checks
+    and hyper-parameters, and what has one value a row or a column.
     """
 
     def __init__(self, program: Program) -> None:
@@ -181,7 +212,10 @@ class Limit:
 
     def place(self, workload: Workload) -> Callable[[], None]:
         """The launch over a workload's tensors."""
-        columns: dict[str, list[Any]] = {"p": workload.params, "g": [p.grad for p in workload.params]}
+        columns: dict[str, list[Any]] = {
+            "p": workload.params,
+            "g": [p.grad for p in workload.params],
+        }
         columns |= workload.columns
         tensors = [columns[c.name] for c in self.program.columns]
         pointers = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.uint64)
@@ -192,14 +226,17 @@ class Limit:
 
 
 def _streams(program: Program) -> kernel.Graph:
-    """What only reads and writes the elements that a program's passes read and write, pass after pass."""
+    """What only reads and writes the elements that a program's passes read and write, pass after
+    pass."""
     before: Node | None = None
     outputs: list[tuple[str, Node]] = []
     for one in program.passes:
         if one.domain != Rank.ELEMENT:
             continue
         written = [name for name, _ in one.stores]
-        read = [load(str(n.attr)) for n in one.loads if n.rank == Rank.ELEMENT and n.attr not in written]
+        read = [
+            load(str(n.attr)) for n in one.loads if n.rank == Rank.ELEMENT and n.attr not in written
+        ]
         # Each pass needs what the one before it has summed up, so that they remain as many.
         values = [*([] if before is None else [before]), *read]
         if written:

@@ -1,4 +1,5 @@
-"""Steps with a closure, on a loss that costs next to nothing: what is timed is the optimizer alone."""
+"""Steps with a closure, on a loss that costs next to nothing: what is timed is the optimizer
+alone."""
 
 from __future__ import annotations
 
@@ -15,29 +16,42 @@ from .shapes import Model
 
 __all__ = ["OPTIONS", "Descent"]
 
-# Each step has its 20 iterations: nothing ends it before, and a few hundred more would not reach the minimum.
-OPTIONS: dict[str, Any] = {"history_size": 10, "max_iter": 20, "tolerance_grad": 0.0, "tolerance_change": 0.0}
+# Each step has its 20 iterations: nothing ends it before, and a few hundred more would not reach
+# the minimum.
+OPTIONS: dict[str, Any] = {
+    "history_size": 10,
+    "max_iter": 20,
+    "tolerance_grad": 0.0,
+    "tolerance_change": 0.0,
+}
 # The largest curvature of the loss; the smallest is 1.
 CURVATURE = 1e3
 
 
 class Descent:
-    r"""An optimizer that minimizes $\frac12 \sum_i a_i (\theta_i - c_i)^2$ over a model's parameters.
+    r"""An optimizer that minimizes $\frac12 \sum_i a_i (\theta_i - c_i)^2$ over a model's
+    parameters.
 
-    Parameters and gradients are views of two vectors, so that loss and gradient are four operations, however many
-    tensors there are; the time that they take is left out. All begin at one place and compute alike, so that the n-th
-    step of one is the same work as that of another; `evaluations` says how often the last step called its closure.
+    Parameters and gradients are views of two vectors, so that loss and gradient are four
+    operations, however many tensors there are; the time that they take is left out. All begin at
+    one place and compute alike, so that the n-th step of one is the same work as that of another;
+    `evaluations` says how often the last step called its closure.
     """
 
     def __init__(
-        self, model: Model, make: Callable[[list[Any]], torch.optim.Optimizer], gpu: Gpu | None = None
+        self,
+        model: Model,
+        make: Callable[[list[Any]], torch.optim.Optimizer],
+        gpu: Gpu | None = None,
     ) -> None:
         sizes = [math.prod(shape) for shape in model.shapes]
         device = torch.device("cpu") if gpu is None else gpu.device
         generator = torch.Generator(device).manual_seed(0)
         self.minimum = torch.randn(sum(sizes), generator=generator, device=device)
         self.curvature = torch.logspace(0, math.log10(CURVATURE), sum(sizes), device=device)
-        self.place, self.gradient, self.distance = (torch.zeros(sum(sizes), device=device) for _ in range(3))
+        self.place, self.gradient, self.distance = (
+            torch.zeros(sum(sizes), device=device) for _ in range(3)
+        )
         parts = zip(self.place.split(sizes), self.gradient.split(sizes), model.shapes, strict=True)
         self.params = []
         for values, gradient, shape in parts:
@@ -50,7 +64,8 @@ class Descent:
         self.evaluations, self.seconds = 0, 0.0
 
     def time_step(self) -> float:
-        """Seconds of a step that finds a full history, without those in which loss and gradient are computed."""
+        """Seconds of a step that finds a full history, without those in which loss and gradient are
+        computed."""
         self.optimizer.state.clear()
         with torch.no_grad():
             self.place.zero_()

@@ -18,7 +18,8 @@ ELEMENTWISE = (*FUSED, *UNFUSED, "ASGD")
 
 @dataclass(frozen=True)
 class Goal:
-    """For each of these classes on each of these models, `what` of a result's summary is at least `bound`."""
+    """For each of these classes on each of these models, `what` of a result's summary is at least
+    `bound`."""
 
     models: tuple[str, ...]
     classes: tuple[str, ...]
@@ -29,7 +30,13 @@ class Goal:
     def judge(self, value: float) -> dict[str, Any]:
         """The goal beside a value, as plain data."""
         met = value <= self.bound if self.at_most else value >= self.bound
-        return {"what": self.what, "value": value, "bound": self.bound, "at_most": self.at_most, "met": met}
+        return {
+            "what": self.what,
+            "value": value,
+            "bound": self.bound,
+            "at_most": self.at_most,
+            "met": met,
+        }
 
 
 GOALS = (
@@ -79,12 +86,15 @@ def find_goals(model: str, class_name: str, goals: Sequence[Goal] = GOALS) -> It
 
 
 def judge(results: Sequence[Result], goals: Sequence[Goal] = GOALS) -> None:
-    """Add to each result its goals, each with the value reached: `what`, `value`, `bound`, `at_most` and `met`."""
+    """Add to each result its goals, each with the value reached: `what`, `value`, `bound`,
+    `at_most` and `met`."""
     times = {(r["model"], r["optimizer"]): r["contenders"]["onepass"]["median_ms"] for r in results}
     for result in results:
         shorter = times.get(("embedding-10k", result["optimizer"]))
         if result["model"] == "embedding-1m" and shorter is not None:
-            result["summary"]["times_shorter_table"] = result["contenders"]["onepass"]["median_ms"] / shorter
+            result["summary"]["times_shorter_table"] = (
+                result["contenders"]["onepass"]["median_ms"] / shorter
+            )
         reached = result["summary"]
         own = find_goals(result["model"], result["class"], goals)
         result["goals"] = [g.judge(reached[g.what]) for g in own if reached.get(g.what) is not None]

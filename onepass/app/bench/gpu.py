@@ -1,11 +1,14 @@
-"""A GPU as a place of measurement: times on the device and on the host, its memory's speed, what a step adds to it.
+"""A GPU as a place of measurement: times on the device and on the host, its memory's speed, what a
+step adds to it.
 
-A step's call returns before the device has worked. So three times are taken, none of which is another's part:
+A step's call returns before the device has worked. So three times are taken, none of which is
+another's part:
 
 - **host**: from the call to its return, with an empty queue;
 - **wall**: from the call until the device has finished, with an empty queue;
-- **device**: between two events around the step, while a spinning kernel holds the queue back until the host has queued
-  all of it: work and gaps on the device, and nothing of the host's. Its cache has been overwritten before.
+- **device**: between two events around the step, while a spinning kernel holds the queue back until
+  the host has queued all of it: work and gaps on the device, and nothing of the host's. Its cache
+  has been overwritten before.
 
 In a training loop the host runs ahead of the device: a step takes the longer of host and device.
 """
@@ -28,9 +31,11 @@ from .suite import BenchError
 
 __all__ = ["Gpu", "Sample", "condense", "find_gpu"]
 
-# How long the queue is held back: the step's own host time, with this much room, at most this many seconds.
+# How long the queue is held back: the step's own host time, with this much room, at most this many
+# seconds.
 ROOM, LONGEST_HOLD = 1.5, 0.2
-# What overwrites the cache is several times as large as any cache is, and as the device says that its own is.
+# What overwrites the cache is several times as large as any cache is, and as the device says that
+# its own is.
 CACHE_TIMES, FLUSH_BYTES = 4, 1 << 28
 COPY_BYTES = 1 << 31
 
@@ -44,8 +49,11 @@ class Sample(NamedTuple):
 
 
 def condense(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Medians in ms, each of its own; `median_ms` and `min_ms` are the longer of host and device."""
-    device, host, wall = ([1e3 * value for value in values] for values in zip(*samples, strict=True))
+    """Medians in ms, each of its own; `median_ms` and `min_ms` are the longer of host and
+    device."""
+    device, host, wall = (
+        [1e3 * value for value in values] for values in zip(*samples, strict=True)
+    )
     return {
         "median_ms": max(statistics.median(device), statistics.median(host)),
         "min_ms": max(min(device), min(host)),
@@ -57,22 +65,31 @@ def condense(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of that name, as `cuda` or `cuda:1`; None for the CPU. Raises `BenchError` where there is none."""
+    """The GPU of that name, as `cuda` or `cuda:1`; None for the CPU. Raises `BenchError` where
+    there is none."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BenchError(f"there is no device {name!r}: choose cpu, cuda, or one of several GPUs as cuda:1.") from None
+        raise BenchError(
+            f"there is no device {name!r}: choose cpu, cuda, or one of several GPUs as cuda:1."
+        ) from None
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        raise BenchError(f"steps are measured on cpu and cuda devices, not on {device.type}: choose one of them.")
+        raise BenchError(
+            f"steps are measured on cpu and cuda devices, not on {device.type}: choose one of them."
+        )
     if not torch.cuda.is_available():
         raise BenchError(
-            f"--device {name} needs a GPU, and torch {torch.__version__} sees none: leave it out to measure the CPU."
+            f"--device {name} needs a GPU, and torch {torch.__version__} sees none: leave it out "
+            "to measure the CPU."
         )
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise BenchError(f"there is no {name}: this machine has {count} GPU{'s' * (count > 1)}, counted from cuda:0.")
+        raise BenchError(
+            f"there is no {name}: this machine has {count} GPU{'s' * (count > 1)}, counted from "
+            "cuda:0."
+        )
     device = torch.device("cuda", device.index or 0)
     why = kernel.why_no_kernels(device)
     if why:
@@ -82,7 +99,8 @@ def find_gpu(name: str) -> Gpu | None:
 
 
 class Gpu:
-    """One device, and the module that speaks to it: `torch.cuda`, or what stands for it where there is none."""
+    """One device, and the module that speaks to it: `torch.cuda`, or what stands for it where there
+    is none."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
@@ -114,7 +132,8 @@ class Gpu:
         return take
 
     def time_on_device(self, step: Callable[[], Any], hold: float = 0.0) -> float:
-        """Seconds between events before and after a step, in a queue that is held back for `hold` seconds."""
+        """Seconds between events before and after a step, in a queue that is held back for `hold`
+        seconds."""
         self.synchronize()
         self._flush.zero_()
         if hold:
@@ -127,9 +146,12 @@ class Gpu:
 
     @cached_property
     def _flush(self) -> torch.Tensor:
-        """What is overwritten before a step, so that nothing of the step's memory is in the cache."""
+        """What is overwritten before a step, so that nothing of the step's memory is in the
+        cache."""
         cache = getattr(self.cuda.get_device_properties(self.device), "L2_cache_size", 0)
-        return torch.empty(max(CACHE_TIMES * cache, self._size(FLUSH_BYTES)), dtype=torch.int8, device=self.device)
+        return torch.empty(
+            max(CACHE_TIMES * cache, self._size(FLUSH_BYTES)), dtype=torch.int8, device=self.device
+        )
 
     def _size(self, most: int) -> int:
         """So many bytes, or fewer where memory is short."""
@@ -150,7 +172,8 @@ class Gpu:
 
     @cached_property
     def bandwidth(self) -> dict[str, float]:
-        """GB/s of torch's copy and of its update in place, read and written bytes counted; the best of several."""
+        """GB/s of torch's copy and of its update in place, read and written bytes counted; the best
+        of several."""
         a, b = (torch.ones(self._size(COPY_BYTES) // 4, device=self.device) for _ in range(2))
 
         def rate(step: Callable[[], Any]) -> float:
@@ -201,7 +224,9 @@ def _driver() -> str | None:
     """The driver's version, as nvidia-smi or the driver itself says it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        said = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.splitlines()
         return said[0].strip() or None
     except (OSError, subprocess.SubprocessError, IndexError):
         pass

@@ -26,10 +26,12 @@ def time_of(step: Callable[[], Any]) -> float:
 
 
 def measure_bandwidth(megabytes: int = 256, repeat: int = 7) -> dict[str, float]:
-    """GB/s of plain torch operations, to check the memory limit against: a copy, and an update in place.
+    """GB/s of plain torch operations, to check the memory limit against: a copy, and an update in
+    place.
 
-    Read and written bytes are counted. A copy also reads, in most machines, the lines that it overwrites: its true
-    traffic is then half as much again, while an update in place has read them anyway, as an optimizer has.
+    Read and written bytes are counted. A copy also reads, in most machines, the lines that it
+    overwrites: its true traffic is then half as much again, while an update in place has read them
+    anyway, as an optimizer has.
     """
     a, b = (torch.ones(megabytes * 2**18) for _ in range(2))
 
@@ -49,7 +51,9 @@ def available_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None
+    )
 
 
 def describe_machine() -> dict[str, Any]:
@@ -76,4 +80,7 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

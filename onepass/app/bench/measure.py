@@ -1,7 +1,9 @@
-"""The time of one optimizer step on real shapes: ours, every mode of torch's, and what the memory allows.
+"""The time of one optimizer step on real shapes: ours, every mode of torch's, and what the memory
+allows.
 
-Contenders take turns in one process; the first step and the peak of memory are measured in fresh processes. `run`
-returns plain data, which `save` writes as JSON; `onepass.app.bench.report` makes tables and a picture of it.
+Contenders take turns in one process; the first step and the peak of memory are measured in fresh
+processes. `run` returns plain data, which `save` writes as JSON; `onepass.app.bench.report` makes
+tables and a picture of it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ __all__ = ["measure", "run", "save"]
 
 SCHEMA = 2
 FEWEST_TURNS, MOST_TURNS = 5, 200
-# A contender takes several steps in its turn where they are short, so that the caches are its own for most of them.
+# A contender takes several steps in its turn where they are short, so that the caches are its own
+# for most of them.
 TURN_SECONDS, TURN_STEPS = 5e-3, 10
 
 Report = dict[str, Any]
@@ -64,8 +67,9 @@ def run(
 ) -> Report:
     """Measure each optimizer on its model, all contenders together for about so many seconds.
 
-    `fresh` adds what takes a process of its own: first steps, peaks of memory, import time. `tell` hears of progress.
-    Without a `gpu` the CPU steps. Raises `BenchError` where a model does not fit into memory.
+    `fresh` adds what takes a process of its own: first steps, peaks of memory, import time. `tell`
+    hears of progress. Without a `gpu` the CPU steps. Raises `BenchError` where a model does not fit
+    into memory.
     """
     for cell in cells:
         check_memory(cell.model, cell.variant, gpu)
@@ -93,15 +97,21 @@ def run(
 
 
 def check_memory(model: Model, variant: Variant, gpu: Gpu | None = None) -> None:
-    """Raise `BenchError` where the columns, and two more that torch's foreach=True takes for a while, do not fit."""
+    """Raise `BenchError` where the columns, and two more that torch's foreach=True takes for a
+    while, do not fit."""
     # LBFGS: its history, and about six vectors, for each of two.
-    columns = 4 * (OPTIONS["history_size"] + 3) if variant.demand == CLOSURE else len(program_of(variant).columns) + 2
+    columns = (
+        4 * (OPTIONS["history_size"] + 3)
+        if variant.demand == CLOSURE
+        else len(program_of(variant).columns) + 2
+    )
     needed = columns * 4 * model.parameters
     free = available_memory() if gpu is None else gpu.free_memory()
     if free is not None and needed > free:
         raise BenchError(
-            f"{model.name} with {variant.name} needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are "
-            "free: choose a smaller model, or an optimizer with less state."
+            f"{model.name} with {variant.name} needs {needed / 2**30:.1f} GiB of memory and "
+            f"{free / 2**30:.1f} GiB are free: choose a smaller model, or an optimizer with less "
+            "state."
         )
 
 
@@ -112,7 +122,7 @@ def save(report: Report, path: Path) -> None:
     os.replace(temporary, path)
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def measure(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None = None) -> Report:
@@ -140,8 +150,11 @@ def list_contenders(gpu: Gpu | None = None) -> tuple[str, ...]:
     return (OURS, *TORCH, LIMIT) if gpu is None else (OURS, OURS_CAPTURABLE, *MODES, LIMIT)
 
 
-def race_steps(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None = None) -> Report:
-    """The times of all who step on the workload's own gradients, and the bytes that ours and the limit move."""
+def race_steps(
+    workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None = None
+) -> Report:
+    """The times of all who step on the workload's own gradients, and the bytes that ours and the
+    limit move."""
     start: Callable[[Callable[[], Any]], Callable[[], Any]]
     start = (lambda step: partial(time_of, step)) if gpu is None else gpu.timer
     ours = seat(workload, lambda params: make_ours(variant, params))
@@ -150,14 +163,19 @@ def race_steps(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | 
     for name in list_contenders(gpu):
         try:
             if name == OURS_CAPTURABLE:
-                timers[name] = start(seat(workload, lambda params: make_capturable(variant, params)).step)
+                timers[name] = start(
+                    seat(workload, lambda params: make_capturable(variant, params)).step
+                )
             elif name in MODES:
                 theirs = seat(workload, lambda params, mode=name: make_torch(variant, params, mode))
                 timers[name] = start(theirs.step)
         except Missing as missing:
             contenders[name] = {"missing": str(missing)}
     ours.step()
-    moved: dict[str, list[int] | None] = {"bytes_per_parameter": None, "limit_bytes_per_parameter": None}
+    moved: dict[str, list[int] | None] = {
+        "bytes_per_parameter": None,
+        "limit_bytes_per_parameter": None,
+    }
     try:
         program = _program_of(workload.model, variant)
         if gpu is None:
@@ -185,14 +203,23 @@ def _program_of(model: Model, variant: Variant) -> Program:
 
 def _complete_columns(workload: Workload, ours: torch.optim.Optimizer, limit: Limit) -> None:
     """Add the columns that could not be shared, and that ours has to itself."""
-    for name in (c.name for c in limit.program.columns if c.name not in ("p", "g", *workload.columns)):
+    for name in (
+        c.name for c in limit.program.columns if c.name not in ("p", "g", *workload.columns)
+    ):
         workload.columns[name] = [ours.state[p][name] for p in workload.params]
 
 
-def race_descents(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None = None) -> Report:
-    """The times of those who step with a closure; without its own, and only where both have called it equally often."""
-    descents = {OURS: Descent(workload.model, lambda params: make_ours(variant, params, **OPTIONS), gpu)}
-    contenders: dict[str, Report] = {LIMIT: {"missing": "a step is many operations on vectors, not one pass"}}
+def race_descents(
+    workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None = None
+) -> Report:
+    """The times of those who step with a closure; without its own, and only where both have called
+    it equally often."""
+    descents = {
+        OURS: Descent(workload.model, lambda params: make_ours(variant, params, **OPTIONS), gpu)
+    }
+    contenders: dict[str, Report] = {
+        LIMIT: {"missing": "a step is many operations on vectors, not one pass"}
+    }
     if gpu is not None:
         contenders[OURS_CAPTURABLE] = {"missing": "a step with a closure cannot be captured"}
     for mode in TORCH if gpu is None else MODES:
@@ -201,28 +228,43 @@ def race_descents(workload: Workload, variant: Variant, seconds: float, gpu: Gpu
             descents[mode] = Descent(workload.model, make, gpu)
         except Missing as missing:
             contenders[mode] = {"missing": str(missing)}
-    contenders |= take_turns({name: descent.time_step for name, descent in descents.items()}, seconds)
+    contenders |= take_turns(
+        {name: descent.time_step for name, descent in descents.items()}, seconds
+    )
     ours = descents[OURS].evaluations
     for name, descent in descents.items():
         contenders[name]["evaluations"] = descent.evaluations
         if descent.evaluations != ours:
             contenders[name] = {
-                "missing": f"it evaluated the closure {descent.evaluations} times, onepass {ours} times"
+                "missing": f"it evaluated the closure {descent.evaluations} times, "
+                f"onepass {ours} times"
             }
-    return {"bytes_per_parameter": None, "limit_bytes_per_parameter": None, "contenders": contenders}
+    return {
+        "bytes_per_parameter": None,
+        "limit_bytes_per_parameter": None,
+        "contenders": contenders,
+    }
 
 
 def in_milliseconds(taken: Sequence[float]) -> Report:
     """What is reported of a contender's steps."""
-    return {"median_ms": 1e3 * statistics.median(taken), "min_ms": 1e3 * min(taken), "steps": len(taken)}
+    return {
+        "median_ms": 1e3 * statistics.median(taken),
+        "min_ms": 1e3 * min(taken),
+        "steps": len(taken),
+    }
 
 
 def take_turns(
-    timers: Mapping[str, Callable[[], Any]], seconds: float, report: Callable[[list[Any]], Report] = in_milliseconds
+    timers: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    report: Callable[[list[Any]], Report] = in_milliseconds,
 ) -> dict[str, Report]:
-    """The times of each contender's steps, in turns, so that whatever else the machine does meets all alike.
+    """The times of each contender's steps, in turns, so that whatever else the machine does meets
+    all alike.
 
-    Each has an equal share of the time: a slow one takes fewer turns, at least five, spread evenly over the rounds.
+    Each has an equal share of the time: a slow one takes fewer turns, at least five, spread evenly
+    over the rounds.
     """
     steps, turns = {}, {}
     for name, timer in timers.items():
@@ -243,13 +285,16 @@ def take_turns(
 
 
 def summarize(result: Report) -> Report:
-    """Ratios of medians (above 1: ours is faster), the share of the memory limit, and rates; None what cannot be."""
+    """Ratios of medians (above 1: ours is faster), the share of the memory limit, and rates; None
+    what cannot be."""
     median = {name: c["median_ms"] for name, c in result["contenders"].items() if "median_ms" in c}
     theirs = {mode: median[mode] for mode in TORCH if mode in median}
     best = min(theirs, key=lambda mode: theirs[mode], default=None)
     ours = median[OURS]
     rates = {
-        name: sum(result[key]) * result["parameters"] / median[of] / 1e6 if LIMIT in median else None
+        name: sum(result[key]) * result["parameters"] / median[of] / 1e6
+        if LIMIT in median
+        else None
         for name, key, of in (
             ("gigabytes_per_second", "bytes_per_parameter", OURS),
             ("limit_gigabytes_per_second", "limit_bytes_per_parameter", LIMIT),
@@ -267,11 +312,13 @@ def summarize(result: Report) -> Report:
     if "host_ms" in result["contenders"][OURS]:
         summary["times_foreach"] = theirs["foreach"] / ours if "foreach" in theirs else None
         least, each = HOST_US
-        summary["host_of_goal"] = 1e3 * result["contenders"][OURS]["host_ms"] / (least + each * result["tensors"])
+        summary["host_of_goal"] = (
+            1e3 * result["contenders"][OURS]["host_ms"] / (least + each * result["tensors"])
+        )
     return summary
 
 
-# --- fresh processes -------------------------------------------------------------------------------------------------
+# --- fresh processes ------------------------------------------------------------------------------
 
 
 def add_fresh(result: Report, model: Model, variant: Variant, gpu: Gpu | None = None) -> None:
@@ -287,8 +334,16 @@ def add_fresh(result: Report, model: Model, variant: Variant, gpu: Gpu | None = 
 
 
 def probe_fresh(model: str, variant: str, contender: str, gpu: Gpu | None = None) -> Report:
-    """What `probe` finds in a fresh process; on a GPU in two, of which the second has Triton's cache."""
-    arguments = ("-m", "onepass.app.bench.probe", model, variant, contender, str(torch.get_num_threads()))
+    """What `probe` finds in a fresh process; on a GPU in two, of which the second has Triton's
+    cache."""
+    arguments = (
+        "-m",
+        "onepass.app.bench.probe",
+        model,
+        variant,
+        contender,
+        str(torch.get_num_threads()),
+    )
     if gpu is None:
         return json.loads(_python(*arguments))
     with tempfile.TemporaryDirectory() as cache:
@@ -300,8 +355,12 @@ def probe_fresh(model: str, variant: str, contender: str, gpu: Gpu | None = None
 
 
 def measure_import(repeat: int = 5) -> float:
-    """Milliseconds that `import onepass` takes where torch is imported already; the median of fresh processes."""
-    code = "import time, torch; start = time.perf_counter(); import onepass; print(time.perf_counter() - start)"
+    """Milliseconds that `import onepass` takes where torch is imported already; the median of fresh
+    processes."""
+    code = (
+        "import time, torch; start = time.perf_counter(); import onepass; "
+        "print(time.perf_counter() - start)"
+    )
     return 1e3 * statistics.median(float(_python("-c", code)) for _ in range(repeat))
 
 
@@ -310,8 +369,12 @@ def _python(*arguments: str, **variables: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
     # With it, every start would compile the same modules anew, which is no part of a first step.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BenchError(f"a measurement in a fresh process ended with code {done.returncode}: {last}.")
+        raise BenchError(
+            f"a measurement in a fresh process ended with code {done.returncode}: {last}."
+        )
     return done.stdout

@@ -1,13 +1,15 @@
-"""What only a fresh process can tell about an optimizer: its first step, and the peak of memory of a later one.
+"""What only a fresh process can tell about an optimizer: its first step, and the peak of memory of
+a later one.
 
     python -m onepass.app.bench.probe MODEL OPTIMIZER CONTENDER THREADS [DEVICE]
 
-prints one line of JSON. The peak is the kernel's own high-water mark of resident memory (VmHWM, set back through
-/proc/self/clear_refs), so that it holds whatever allocates: torch, NumPy, LLVM or Python. Memory that malloc keeps for
-later would hide a temporary tensor, so it is given back to the system before. None where the system has no such mark.
+prints one line of JSON. The peak is the kernel's own high-water mark of resident memory (VmHWM, set
+back through /proc/self/clear_refs), so that it holds whatever allocates: torch, NumPy, LLVM or
+Python. Memory that malloc keeps for later would hide a temporary tensor, so it is given back to the
+system before. None where the system has no such mark.
 
-On a GPU the peak is torch's count of the device's memory, above parameters, gradients and state: what a step takes for
-a while, and what it keeps.
+On a GPU the peak is torch's count of the device's memory, above parameters, gradients and state:
+what a step takes for a while, and what it keeps.
 """
 
 from __future__ import annotations
@@ -36,18 +38,29 @@ STATUS = Path("/proc/self/status")
 
 
 def probe(model: str, optimizer: str, contender: str, gpu: Gpu | None = None) -> dict[str, Any]:
-    """The first step (optimizer's construction included), what its state alone costs, and a later step's peak."""
-    workload, variant = Workload(MODELS[model], "cpu" if gpu is None else gpu.device), find_variant(optimizer)
+    """The first step (optimizer's construction included), what its state alone costs, and a later
+    step's peak."""
+    workload, variant = (
+        Workload(MODELS[model], "cpu" if gpu is None else gpu.device),
+        find_variant(optimizer),
+    )
     groups = workload.groups()
     wait = (lambda: None) if gpu is None else gpu.synchronize
     wait()
     before = 0 if gpu is None else gpu.allocated()
     start = time.perf_counter()
-    made = make_ours(variant, groups) if contender == OURS else make_torch(variant, groups, contender)
+    made = (
+        make_ours(variant, groups) if contender == OURS else make_torch(variant, groups, contender)
+    )
     made.step()
     wait()
     first = time.perf_counter() - start
-    state = [value for entry in made.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    state = [
+        value
+        for entry in made.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    ]
     if gpu is None:
         peak = peak_megabytes(made.step)
     else:
@@ -63,7 +76,8 @@ def probe(model: str, optimizer: str, contender: str, gpu: Gpu | None = None) ->
 
 
 def _time_allocation(like: list[Tensor], wait: Callable[[], Any]) -> float:
-    """Seconds to allocate such tensors and to write to them once: the system maps their pages at the first write."""
+    """Seconds to allocate such tensors and to write to them once: the system maps their pages at
+    the first write."""
     start = time.perf_counter()
     fresh = [torch.zeros_like(t) for t in like]
     for t in fresh:
@@ -73,7 +87,8 @@ def _time_allocation(like: list[Tensor], wait: Callable[[], Any]) -> float:
 
 
 def peak_megabytes(step: Callable[[], Any]) -> float | None:
-    """How far resident memory rises above its level before, at any moment of a step; in 10^6 bytes."""
+    """How far resident memory rises above its level before, at any moment of a step; in 10^6
+    bytes."""
     step()
     gc.collect()
     with suppress(OSError, AttributeError):

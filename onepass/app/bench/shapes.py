@@ -1,4 +1,5 @@
-"""Lists of parameter shapes: of real models, and of the extremes between many small tensors and few large ones."""
+"""Lists of parameter shapes: of real models, and of the extremes between many small tensors and few
+large ones."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Model:
-    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of different lr.
+    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of
+    different lr.
 
     Where `rows` is not 0, gradients are sparse, with so many rows each.
     """
@@ -49,13 +51,21 @@ def _gpt2() -> list[Shape]:
 
 def _resnet50() -> list[Shape]:
     def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
-        return [(outputs, inputs, size, size), (outputs,), (outputs,)]  # with its batch norm's weight and bias
+        return [
+            (outputs, inputs, size, size),
+            (outputs,),
+            (outputs,),
+        ]  # with its batch norm's weight and bias
 
     shapes = convolution(64, 3, 7)
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [*convolution(width, inputs, 1), *convolution(width, width, 3), *convolution(4 * width, width, 1)]
+            shapes += [
+                *convolution(width, inputs, 1),
+                *convolution(width, width, 3),
+                *convolution(4 * width, width, 1),
+            ]
             if block == 0:
                 shapes += convolution(4 * width, inputs, 1)
             inputs = 4 * width
@@ -66,7 +76,12 @@ def _llama_1b() -> list[Shape]:
     vocabulary, width, hidden, keys, layers = 32000, 2048, 5632, 256, 22
     attention = [(width, width), (keys, width), (keys, width), (width, width)]
     mlp = [(hidden, width), (hidden, width), (width, hidden)]
-    return [(vocabulary, width), *[*attention, *mlp, (width,), (width,)] * layers, (width,), (vocabulary, width)]
+    return [
+        (vocabulary, width),
+        *[*attention, *mlp, (width,), (width,)] * layers,
+        (width,),
+        (vocabulary, width),
+    ]
 
 
 def _llama3_1b() -> list[Shape]:
@@ -87,11 +102,31 @@ MODELS: dict[str, Model] = {
         Model("llama3-1b", "Llama 3.2 (1.2 B)", _llama3_1b),
         Model("small", "1000 tensors of 64x64", lambda: [(64, 64)] * 1000),
         Model("tiny", "1000 tensors of 16", lambda: [(16,)] * 1000),
-        Model("groups", "1000 tensors of 64x64 in 400 param groups", lambda: [(64, 64)] * 1000, groups=400),
-        Model("groups100", "1000 tensors of 64x64 in 100 param groups", lambda: [(64, 64)] * 1000, groups=100),
+        Model(
+            "groups",
+            "1000 tensors of 64x64 in 400 param groups",
+            lambda: [(64, 64)] * 1000,
+            groups=400,
+        ),
+        Model(
+            "groups100",
+            "1000 tensors of 64x64 in 100 param groups",
+            lambda: [(64, 64)] * 1000,
+            groups=100,
+        ),
         Model("matrices", "the matrices of 2 of GPT-2's layers", lambda: _gpt2_matrices(2)),
         Model("million", "10 tensors of 100,000", lambda: [(100_000,)] * 10),
-        Model("embedding-1m", "an embedding of 1,000,000 x 64, 1000 rows a step", lambda: [(10**6, 64)], rows=1000),
-        Model("embedding-10k", "an embedding of 10,000 x 64, 1000 rows a step", lambda: [(10**4, 64)], rows=1000),
+        Model(
+            "embedding-1m",
+            "an embedding of 1,000,000 x 64, 1000 rows a step",
+            lambda: [(10**6, 64)],
+            rows=1000,
+        ),
+        Model(
+            "embedding-10k",
+            "an embedding of 10,000 x 64, 1000 rows a step",
+            lambda: [(10**4, 64)],
+            rows=1000,
+        ),
     )
 }

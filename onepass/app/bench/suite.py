@@ -27,8 +27,18 @@ ELEMENTWISE = (
     "rprop",
 )
 EVERY = (*ELEMENTWISE, "adafactor", "muon", "sparseadam", "lbfgs", "lbfgs-wolfe")
-SUITE = ("sgd-momentum", "adamw", "nadam", "rmsprop", "adafactor", "muon", "sparseadam", "lbfgs-wolfe")
-# Where an optimizer is measured unless models are named: these, or by its class those for which it is made.
+SUITE = (
+    "sgd-momentum",
+    "adamw",
+    "nadam",
+    "rmsprop",
+    "adafactor",
+    "muon",
+    "sparseadam",
+    "lbfgs-wolfe",
+)
+# Where an optimizer is measured unless models are named: these, or by its class those for which it
+# is made.
 USUAL_MODELS = ("big", "gpt2", "small", "tiny", "groups")
 USUAL_ON_GPU = ("gpt2", "llama3-1b", "small", "groups100")
 MODELS_OF = {
@@ -36,8 +46,13 @@ MODELS_OF = {
     "Muon": ("matrices",),
     "SparseAdam": ("embedding-1m", "embedding-10k"),
 }
-# A process for each contender takes long: a suite starts them where the first step and the peak say most.
-FRESH = {(model, name) for model in ("gpt2", "tiny") for name in ("adamw", "nadam", "rmsprop", "adafactor")}
+# A process for each contender takes long: a suite starts them where the first step and the peak say
+# most.
+FRESH = {
+    (model, name)
+    for model in ("gpt2", "tiny")
+    for name in ("adamw", "nadam", "rmsprop", "adafactor")
+}
 
 
 class BenchError(ValueError):
@@ -53,30 +68,48 @@ class Cell:
     fresh: bool
 
 
-def choose(models: str | None, optimizers: str | None, every: bool = False, gpu: bool = False) -> list[Cell]:
-    """What to measure, from names with commas between them; where None is given the suite's, or with `every` all.
+def choose(
+    models: str | None, optimizers: str | None, every: bool = False, gpu: bool = False
+) -> list[Cell]:
+    """What to measure, from names with commas between them; where None is given the suite's, or
+    with `every` all.
 
     On a GPU the suite has other models.
 
-    Raises `UnknownName` for a name that means nothing, `BenchError` for one that goes with none of the others.
+    Raises `UnknownName` for a name that means nothing, `BenchError` for one that goes with none of
+    the others.
     """
     named = models is not None, optimizers is not None
-    known = list(MODELS) if models is None else [_find_model(name.strip()).name for name in models.split(",")]
-    names = (EVERY if every else SUITE) if optimizers is None else [name.strip() for name in optimizers.split(",")]
+    known = (
+        list(MODELS)
+        if models is None
+        else [_find_model(name.strip()).name for name in models.split(",")]
+    )
+    names = (
+        (EVERY if every else SUITE)
+        if optimizers is None
+        else [name.strip() for name in optimizers.split(",")]
+    )
     variants = [find_variant(name) for name in names]
     usual = known if named[0] else USUAL_ON_GPU if gpu else USUAL_MODELS
     cells = []
     for model in map(MODELS.__getitem__, known):
         for variant in variants:
             if not misfit(model, variant) and (all(named) or _is_usual(model, variant, usual)):
-                fresh = variant.demand != CLOSURE and (all(named) or (model.name, variant.name) in FRESH)
+                fresh = variant.demand != CLOSURE and (
+                    all(named) or (model.name, variant.name) in FRESH
+                )
                 cells.append(Cell(model, variant, fresh))
     for name in known if named[0] else ():
         if name not in {cell.model.name for cell in cells}:
-            raise BenchError(f"{misfit(MODELS[name], variants[0])}: choose another --model or --optimizer.")
+            raise BenchError(
+                f"{misfit(MODELS[name], variants[0])}: choose another --model or --optimizer."
+            )
     for variant in variants if named[1] else ():
         if variant not in [cell.variant for cell in cells]:
-            raise BenchError(f"{misfit(MODELS[known[0]], variant)}: choose another --model or --optimizer.")
+            raise BenchError(
+                f"{misfit(MODELS[known[0]], variant)}: choose another --model or --optimizer."
+            )
     return cells
 
 
@@ -87,7 +120,8 @@ def _find_model(name: str) -> Model:
 
 
 def _is_usual(model: Model, variant: Variant, models: Collection[str]) -> bool:
-    """Whether an optimizer is measured on a model without being asked for both; `models` are for most of them."""
+    """Whether an optimizer is measured on a model without being asked for both; `models` are for
+    most of them."""
     if variant.cls.__name__ in MODELS_OF:
         return model.name in MODELS_OF[variant.cls.__name__]
     return not model.rows and model.name in models

@@ -1,6 +1,8 @@
-"""The commands of the `onepass` program, one file each: it reads its arguments, calls the library and prints.
+"""The commands of the `onepass` program, one file each: it reads its arguments, calls the library
+and prints.
 
-A new command is a function in a file of its own, a line in `COMMANDS`, and its errors in `USER_ERRORS`.
+A new command is a function in a file of its own, a line in `COMMANDS`, and its errors in
+`USER_ERRORS`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "gallery": draw_gallery,
     "lr-find": find_lr,
 }
-# Their messages are complete sentences for the user; anything else is a defect and shows its traceback.
+# Their messages are complete sentences for the user; anything else is a defect and shows its
+# traceback.
 USER_ERRORS = (
     BenchError,
     CheckpointError,
@@ -51,7 +54,9 @@ USER_ERRORS = (
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
     # Options that are not this program's are those of the optimizer that is explained.
-    foreign = {"allow_extra_args": True, "ignore_unknown_options": True} if command is show_rule else {}
+    foreign = (
+        {"allow_extra_args": True, "ignore_unknown_options": True} if command is show_rule else {}
+    )
     app.command(name, context_settings=foreign)(command)
 
 
@@ -61,7 +66,8 @@ def introduce() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command that `arguments` name and return the exit code; what it foresees is raised as `USER_ERRORS`."""
+    """Run the command that `arguments` name and return the exit code; what it foresees is raised as
+    `USER_ERRORS`."""
     try:
         code = app(list(arguments) or ["--help"], prog_name="onepass", standalone_mode=False)
     except Exception as error:

@@ -10,7 +10,15 @@ from rich.console import Console
 
 from ..bench import measure, suite
 from ..bench.gpu import find_gpu
-from ..bench.report import WIDTH, list_facts, list_goals, make_device_table, make_fresh_table, make_step_table, plot
+from ..bench.report import (
+    WIDTH,
+    list_facts,
+    list_goals,
+    make_device_table,
+    make_fresh_table,
+    make_step_table,
+    plot,
+)
 from ..bench.shapes import MODELS
 from ..training.display import say
 from .checks import check_files, require
@@ -18,7 +26,10 @@ from .checks import check_files, require
 
 def time_steps(
     model: Annotated[
-        str | None, typer.Option(help=f"Among {', '.join(MODELS)}; commas between.", show_default="those that suit")
+        str | None,
+        typer.Option(
+            help=f"Among {', '.join(MODELS)}; commas between.", show_default="those that suit"
+        ),
     ] = None,
     optimizer: Annotated[
         str | None,
@@ -27,14 +38,25 @@ def time_steps(
             show_default=", ".join(suite.SUITE),
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Measure every algorithm, in about 20 minutes.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time for the steps of each optimizer on each model.")] = 8.0,
+    every: Annotated[
+        bool, typer.Option("--all", help="Measure every algorithm, in about 20 minutes.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Time for the steps of each optimizer on each model.")
+    ] = 8.0,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Measure first steps and peaks of memory, in fresh processes.")] = True,
-    device: Annotated[str, typer.Option(help="Where to step: cpu, cuda, or one of several GPUs as cuda:1.")] = "cpu",
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option(help="Measure first steps and peaks of memory, in fresh processes.")
+    ] = True,
+    device: Annotated[
+        str, typer.Option(help="Where to step: cpu, cuda, or one of several GPUs as cuda:1.")
+    ] = "cpu",
 ) -> None:
-    """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory allows.
+    """Time an optimizer step on real shapes: ours, every mode of torch's, and what the memory
+    allows.
 
     Without arguments a suite of typical algorithms is measured, in less than 10 minutes.
     """

@@ -15,13 +15,22 @@ from .checks import UsageError, check_files, check_folder, require
 
 
 def show_schedule(
-    text: Annotated[str, typer.Argument(help=f"As 'cosine(3e-4, steps=10000).warmup(500)'; of {', '.join(MAKERS)}.")],
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")] = None,
+    text: Annotated[
+        str,
+        typer.Argument(help=f"As 'cosine(3e-4, steps=10000).warmup(500)'; of {', '.join(MAKERS)}."),
+    ],
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a PNG picture to this file.")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps to show.", show_default="its length, or 1000 if it has no end")
+        int | None,
+        typer.Option(
+            min=1, help="Steps to show.", show_default="its length, or 1000 if it has no end"
+        ),
     ] = None,
 ) -> None:
-    """Show a schedule: its length, its values at the ends and in between, its shape, and a picture on request."""
+    """Show a schedule: its length, its values at the ends and in between, its shape, and a picture
+    on request."""
     check_files(plot_file)
     if plot_file is not None:
         require("matplotlib")
@@ -31,7 +40,9 @@ def show_schedule(
     try:
         lines = summarize(schedule, shown, plain=console.options.ascii_only)
     except OverflowError as error:
-        raise UsageError(f"{text} is beyond all numbers within {shown:,} steps: show fewer with --steps.") from error
+        raise UsageError(
+            f"{text} is beyond all numbers within {shown:,} steps: show fewer with --steps."
+        ) from error
     for name, value in lines:
         say(console, f"{name:9} {value}")
     if plot_file is not None:
@@ -44,7 +55,8 @@ def show_schedule(
 def draw_gallery(
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("gallery"),
 ) -> None:
-    """Draw what optimizers and schedules do: learning rates, momentum, the paths of all algorithms, every scheduler."""
+    """Draw what optimizers and schedules do: learning rates, momentum, the paths of all algorithms,
+    every scheduler."""
     require("matplotlib")
     check_folder(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -19,16 +19,34 @@ from .checks import check_folder, require
 
 
 def train_task(
-    task: Annotated[str | None, typer.Option(help=f"What to train: {', '.join(TASKS)}.", show_default="digits")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="An optimizer's name.", show_default="AdamW")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.", show_default="the task's")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs to train.", show_default="the task's")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, step or none.", show_default="cosine")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"What to train: {', '.join(TASKS)}.", show_default="digits")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="An optimizer's name.", show_default="AdamW")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", show_default="the task's")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs to train.", show_default="the task's")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples a step.", show_default="the task's")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, step or none.", show_default="cosine")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results.", show_default="runs/TASK")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    data: Annotated[Path | None, typer.Option(help="Folder of data on disk (cifar10).", show_default="data")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="0")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of data on disk (cifar10).", show_default="data")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything random.", show_default="0")
+    ] = None,
 ) -> int:
     """Train a small model on real data, save it after every epoch, and time the optimizer.
 
@@ -45,7 +63,9 @@ def train_task(
         "seed": seed,
     }
     asked = {key: value for key, value in asked.items() if value is not None}
-    return _train(asked, Path("runs", task or "digits") if out is None else out, data, resume=resume)
+    return _train(
+        asked, Path("runs", task or "digits") if out is None else out, data, resume=resume
+    )
 
 
 def _train(asked: dict[str, Any], folder: Path, data: Path | None, *, resume: bool) -> int:
@@ -61,16 +81,21 @@ def _train(asked: dict[str, Any], folder: Path, data: Path | None, *, resume: bo
         elif path.exists():
             job = Run.load(path, asked, data)
         else:
-            raise SettingsError(f"there is no run to resume: {path} does not exist; leave out --resume to start one.")
+            raise SettingsError(
+                f"there is no run to resume: {path} does not exist; leave out --resume to start "
+                "one."
+            )
         return _run_to_end(job, path, console)
     except OSError as error:
         raise SettingsError(
-            f"{folder} cannot be used ({error.strerror or error}): choose another --out folder, or make it writable."
+            f"{folder} cannot be used ({error.strerror or error}): choose another --out folder, or "
+            "make it writable."
         ) from error
 
 
 def _set_aside(path: Path, console: Console) -> None:
-    """Keep the checkpoint of an earlier run in the same folder: forgetting --resume must not cost it."""
+    """Keep the checkpoint of an earlier run in the same folder: forgetting --resume must not cost
+    it."""
     if path.exists():
         kept = path.with_name("previous.safetensors")
         os.replace(path, kept)
@@ -83,7 +108,8 @@ def _run_to_end(job: Run, path: Path, console: Console) -> int:
         result = f"{metric.name} {metric.show(job.history.held_out_metric[-1])}"
         say(
             console,
-            f"{path} is a finished run (epoch {job.epoch} of {job.settings.epochs}, {result}): nothing to resume.",
+            f"{path} is a finished run (epoch {job.epoch} of {job.settings.epochs}, {result}): "
+            "nothing to resume.",
         )
         return 0
     say(console, describe(job))
@@ -112,13 +138,18 @@ def _describe_interruption(job: Run, path: Path) -> str:
 
 
 def _report(job: Run, path: Path, console: Console) -> None:
-    from ..training.curves import plot_curves  # takes a second to import, and only this command needs it
+    from ..training.curves import (
+        plot_curves,
+    )  # takes a second to import, and only this command needs it
 
     console.print(make_time_table(job))
     console.print(make_comparison_table(compare_steps(job.optimizer, job.model.parameters())))
     picture = path.with_name("curves.png")
     plot_curves(job, picture)
     metric = job.task.metric
-    say(console, f"{metric.name} on held-out examples: {metric.show(job.history.held_out_metric[-1])}")
+    say(
+        console,
+        f"{metric.name} on held-out examples: {metric.show(job.history.held_out_metric[-1])}",
+    )
     say(console, f"checkpoint: {path}")
     say(console, f"curves: {picture}")

@@ -1,4 +1,5 @@
-"""What `onepass explain` shows: an optimizer's columns, its program, and its machine code, for this CPU or any GPU.
+"""What `onepass explain` shows: an optimizer's columns, its program, and its machine code, for this
+CPU or any GPU.
 
 These are instruments: nothing that steps imports them.
 """

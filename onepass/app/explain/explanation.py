@@ -1,4 +1,5 @@
-"""What becomes of a rule: its columns, the bytes that it moves, its program, and the machine code."""
+"""What becomes of a rule: its columns, the bytes that it moves, its program, and the machine
+code."""
 
 from __future__ import annotations
 
@@ -29,13 +30,15 @@ __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
 
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
-    """The finished graph of an optimizer's first parameter: what its steps compute, in real numbers."""
+    """The finished graph of an optimizer's first parameter: what its steps compute, in real
+    numbers."""
     group = optimizer.param_groups[0]
     return recipe_of(algorithm_of(optimizer), group["params"][0], group).graph
 
 
 def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
-    """`--amsgrad --weight-decay 0.1` as arguments of the class; a name alone means True, `--no-name` False.
+    """`--amsgrad --weight-decay 0.1` as arguments of the class; a name alone means True,
+    `--no-name` False.
 
     Raises `UnknownName` for an option that the class does not have, or a word that is none.
     """
@@ -46,7 +49,8 @@ def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise UnknownName(
-                f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has {', '.join(known)}."
+                f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has "
+                f"{', '.join(known)}."
             )
         name, has_value, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -83,7 +87,8 @@ class Explanation:
         return self.kernel.program
 
     def text(self, llvm: bool = False, assembly: bool = False, target: str | None = None) -> str:
-        """Everything, in sections; the generated code where asked for, and for a GPU of kind `target`."""
+        """Everything, in sections; the generated code where asked for, and for a GPU of kind
+        `target`."""
         sections = [self.head(), self.rule(), self.columns(), self.listing()]
         if llvm:
             sections += [f"LLVM IR as emitted\n\n{self.kernel.source.strip()}"]
@@ -100,7 +105,12 @@ class Explanation:
         """The class's first line, its options, and the paper."""
         lines = inspect.getdoc(self.cls) or "(no docstring)"
         reference = next(
-            (" ".join(part.split()) for part in lines.split("\n\n") if re.search(r"arXiv:|\b(19|20)\d\d\.", part)), ""
+            (
+                " ".join(part.split())
+                for part in lines.split("\n\n")
+                if re.search(r"arXiv:|\b(19|20)\d\d\.", part)
+            ),
+            "",
         )
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
         title = f"{self.cls.__name__}({options}): {lines.splitlines()[0]}"
@@ -119,22 +129,35 @@ class Explanation:
         lines = ["Columns", ""]
         width = max(len(c.name) for c in self.program.columns)
         for c in self.program.columns:
-            access = " and ".join(word for word, on in (("read", c.read), ("written", c.written)) if on)
+            access = " and ".join(
+                word for word, on in (("read", c.read), ("written", c.written)) if on
+            )
             often = "" if c.rank == Rank.ELEMENT else f" for each {c.rank.name.lower()}"
-            lines.append(f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes{often}, {access}")
+            lines.append(
+                f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes{often}, "
+                f"{access}"
+            )
         read, written = self.program.bytes_per_parameter
-        kept = [c for c in self.program.columns if c.name not in ("p", "g") and c.rank == Rank.ELEMENT]
+        kept = [
+            c for c in self.program.columns if c.name not in ("p", "g") and c.rank == Rank.ELEMENT
+        ]
         state = sum(c.format.itemsize for c in kept)
         count = sum(one.domain == Rank.ELEMENT for one in self.program.passes)
         walks = f"{count} pass{'es' if count > 1 else ''} over memory"
-        moved = f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter and step"
+        moved = (
+            f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter "
+            "and step"
+        )
         moved += ", in the rows that the gradient has" if self.cls.gradients == "sparse" else ""
-        kept = f"{state} bytes of state per parameter, arithmetic in {self.program.compute}, {walks}"
+        kept = (
+            f"{state} bytes of state per parameter, arithmetic in {self.program.compute}, {walks}"
+        )
         lines += ["", f"    {moved}", f"    {kept}"]
         return "\n".join(lines)
 
     def listing(self) -> str:
-        """The program: what the host computes once a step, and what each pass computes for each element."""
+        """The program: what the host computes once a step, and what each pass computes for each
+        element."""
         parts = []
         for k, one in enumerate(self.program.passes):
             listing = Listing(one, k, len(self.program.passes))
@@ -142,10 +165,18 @@ class Explanation:
             for call in self.program.calls:
                 if call.after == k:
                     given = ", ".join([call.source, *(listing.host(node) for node in call.numbers)])
-                    parts.append(f"Then {call.target} = {getattr(call.function, '__name__', call.function)}({given})")
+                    parts.append(
+                        f"Then {call.target} = "
+                        f"{getattr(call.function, '__name__', call.function)}({given})"
+                    )
         if self.program.scalars:
-            listing = Listing(self.program.passes[-1], len(self.program.passes) - 1, len(self.program.passes))
-            numbers = [f"    {name} <- {listing.host(node, top=True)}" for name, node in self.program.scalars]
+            listing = Listing(
+                self.program.passes[-1], len(self.program.passes) - 1, len(self.program.passes)
+            )
+            numbers = [
+                f"    {name} <- {listing.host(node, top=True)}"
+                for name, node in self.program.scalars
+            ]
             parts.append("\n".join(["Numbers, once a step for each parameter", "", *numbers]))
         return "\n\n".join(parts)
 
@@ -163,23 +194,30 @@ class Explanation:
                 if bits
                 else "no vector registers"
             )
-            title = f"Assembly of pass {k + 1} ({len(one.roots)} results), the hot loop marked with |: {note}"
-            body = [f"{'  | ' if begin <= i < end else '    '}{line.expandtabs(8)}" for i, line in enumerate(lines)]
+            title = (
+                f"Assembly of pass {k + 1} ({len(one.roots)} results), the hot loop marked with |: "
+                f"{note}"
+            )
+            body = [
+                f"{'  | ' if begin <= i < end else '    '}{line.expandtabs(8)}"
+                for i, line in enumerate(lines)
+            ]
             parts.append("\n".join([title, "", *body]))
         return "\n\n".join(parts)
 
 
 def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Explanation:
-    """Explain an optimizer (a name or `module:Class`) with options as on the command line, columns stored as `dtype`.
+    """Explain an optimizer (a name or `module:Class`) with options as on the command line, columns
+    stored as `dtype`.
 
-    Raises `UnknownName` for names that mean nothing and for a class without a rule, and what the class raises for
-    impossible options.
+    Raises `UnknownName` for names that mean nothing and for a class without a rule, and what the
+    class raises for impossible options.
     """
     cls = find_class(name)
     if not hasattr(cls, "rule"):
         raise UnknownName(
-            f"{cls.__name__} has no rule to explain: it sees all parameters as one vector, and its docstring has the "
-            "mathematics; choose another, as AdamW or SGD."
+            f"{cls.__name__} has no rule to explain: it sees all parameters as one vector, and "
+            "its docstring has the mathematics; choose another, as AdamW or SGD."
         )
     if dtype not in kernel.FORMATS:
         raise nearest("storage format", dtype, kernel.FORMATS)

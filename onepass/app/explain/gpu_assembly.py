@@ -1,4 +1,5 @@
-"""What the assembly of a GPU says about a kernel: how wide it reads and writes, and whether its arithmetic is exact."""
+"""What the assembly of a GPU says about a kernel: how wide it reads and writes, and whether its
+arithmetic is exact."""
 
 from __future__ import annotations
 
@@ -9,10 +10,15 @@ from dataclasses import dataclass
 
 __all__ = ["Listing", "read_amdgcn", "read_ptx"]
 
-# `ld.global.v4.b32`, `st.global.L1::evict_last.b64`; in Triton's PTX each access to memory is one of these.
-PTX_ACCESS = re.compile(r"(@!?%p\d+\s+)?\b(ld|st)\.(?:volatile\.)?global(?:\.[\w:]+)*?(?:\.v([248]))?\.[busf](\d+)\b")
+# `ld.global.v4.b32`, `st.global.L1::evict_last.b64`; in Triton's PTX each access to memory is one
+# of these.
+PTX_ACCESS = re.compile(
+    r"(@!?%p\d+\s+)?\b(ld|st)\.(?:volatile\.)?global(?:\.[\w:]+)*?(?:\.v([248]))?\.[busf](\d+)\b"
+)
 # Where no rounding is written, ptxas may make one operation of a product and a sum.
-PTX_FUSED = re.compile(r"\bfma\.|\bmad(?:\.r\w)?(?:\.ftz)?\.f\d|\b(?:add|sub|mul)(?:\.ftz)?(?:\.sat)?\.f\d\d\b")
+PTX_FUSED = re.compile(
+    r"\bfma\.|\bmad(?:\.r\w)?(?:\.ftz)?\.f\d|\b(?:add|sub|mul)(?:\.ftz)?(?:\.sat)?\.f\d\d\b"
+)
 PTX_APPROXIMATE = re.compile(r"\b\w+\.approx\b|\bdiv\.full\b")
 PTX_FLUSH = re.compile(r"\b\w[\w.]*\.ftz\b")
 PTX_LOCAL = re.compile(r"\b(?:ld|st)\.local\b|\.local\s+\.align")
@@ -23,14 +29,18 @@ AMD_ACCESS = re.compile(
 AMD_WORDS = {"": 32, "x2": 64, "x3": 96, "x4": 128, "32": 32, "64": 64, "96": 96, "128": 128}
 # Of LLVM's IR, because divisions that round correctly are made of fused operations.
 LLVM_FUSED = re.compile(r"@llvm\.(?:fma|fmuladd)\b|= f(?:add|sub|mul)(?: \w+)* (?:contract|fast)\b")
-LLVM_APPROXIMATE = re.compile(r"@llvm\.amdgcn\.(?:rcp|rsq|sqrt|exp2|log)\b|= \w+(?: \w+)* (?:afn|arcp|fast)\b|!fpmath")
+LLVM_APPROXIMATE = re.compile(
+    r"@llvm\.amdgcn\.(?:rcp|rsq|sqrt|exp2|log)\b|= \w+(?: \w+)* (?:afn|arcp|fast)\b|!fpmath"
+)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Loads and stores by their width in bits, and how often the code does what an exact kernel does not.
+    """Loads and stores by their width in bits, and how often the code does what an exact kernel
+    does not.
 
-    An access under a mask must not be wider than one element: where the mask ends, it would reach beyond.
+    An access under a mask must not be wider than one element: where the mask ends, it would reach
+    beyond.
     """
 
     loads: Mapping[int, int]
@@ -55,14 +65,21 @@ def read_ptx(text: str) -> Listing:
 
 
 def read_amdgcn(text: str, llvm: str) -> Listing:
-    """The assembly of one kernel for AMD's GPUs, whose masks it does not show, and the LLVM IR that it was made of."""
+    """The assembly of one kernel for AMD's GPUs, whose masks it does not show, and the LLVM IR that
+    it was made of."""
     accesses = {"load": Counter[int](), "store": Counter[int]()}
     code = "\n".join(line.split(";")[0] for line in text.splitlines())
     for kind, _, narrow, wide in AMD_ACCESS.findall(code):
-        bits = (8 if narrow in ("byte", "i8", "u8", "b8") else 16) if narrow else AMD_WORDS.get(wide, 32)
+        bits = (
+            (8 if narrow in ("byte", "i8", "u8", "b8") else 16)
+            if narrow
+            else AMD_WORDS.get(wide, 32)
+        )
         accesses[kind][bits] += 1
     fused, approximate = len(LLVM_FUSED.findall(llvm)), len(LLVM_APPROXIMATE.findall(llvm))
     # Mode 3 keeps subnormal numbers, as operands and as results.
     flushing = len(re.findall(r"\.amdhsa_float_denorm_mode_\w+ [012]\b", code))
     local = len(re.findall(r"\bscratch_(?:load|store)_", code))
-    return Listing(dict(accesses["load"]), dict(accesses["store"]), {}, {}, fused, approximate, flushing, local)
+    return Listing(
+        dict(accesses["load"]), dict(accesses["store"]), {}, {}, fused, approximate, flushing, local
+    )

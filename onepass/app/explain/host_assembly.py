@@ -15,7 +15,11 @@ def function_lines(assembly: str, name: str) -> list[str]:
     if not labels:
         return []
     end = next(
-        (i for i in range(labels[0], len(lines)) if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])),
+        (
+            i
+            for i in range(labels[0], len(lines))
+            if re.match(r"\s*\.(size|cfi_endproc)|\.?Lfunc_end", lines[i])
+        ),
         len(lines),
     )
     kept = [line.split("# ")[0].rstrip() for line in lines[labels[0] : end]]
@@ -23,7 +27,8 @@ def function_lines(assembly: str, name: str) -> list[str]:
 
 
 def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
-    """The range of lines of the shortest loop with the widest registers: from a label to the jump back to it."""
+    """The range of lines of the shortest loop with the widest registers: from a label to the jump
+    back to it."""
     best, most = (0, 0), (0, 0)
     label: dict[str, int] = {}
     for i, line in enumerate(lines):
@@ -32,7 +37,8 @@ def hot_loop(lines: Sequence[str]) -> tuple[int, int]:
         target = re.match(r"\s+(?:j\w+|b\.\w+|b|cbn?z\s+\w+,|tbn?z\s.*,)\s+(\S+)$", line)
         if target and target[1] in label:
             begin = label[target[1]]
-            # The loop that a usual step takes has the fewest instructions, and an inner loop fewer than the outer one.
+            # The loop that a usual step takes has the fewest instructions, and an inner loop fewer
+            # than the outer one.
             work = vector_bits(lines[begin : i + 1]), begin - i
             if work[0] > 0 and (work > most or best == (0, 0)):
                 best, most = (begin, i + 1), work

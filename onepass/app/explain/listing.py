@@ -18,7 +18,8 @@ ALONG: dict[object, str] = {"rows": "row", "columns": "column"}
 
 
 class Listing:
-    """A pass as numbered assignments: `h` for host values, `t` for what is computed for each element."""
+    """A pass as numbered assignments: `h` for host values, `t` for what is computed for each
+    element."""
 
     def __init__(self, one: Pass, k: int, passes: int) -> None:
         self.one, self.k, self.passes = one, k, passes
@@ -33,16 +34,31 @@ class Listing:
         ends += [f"writes {', '.join(stored)}"] if stored else []
         loads = ", ".join(str(node.attr) for node in self.one.loads)
         over = "" if self.one.domain == Rank.ELEMENT else f" over {PLURAL[self.one.domain]}"
-        title = f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; {len(order)} operations"
+        title = (
+            f"Pass {self.k + 1} of {self.passes}{over}: reads {loads}; {'; '.join(ends)}; "
+            f"{len(order)} operations"
+        )
         lines = [title, "", "    once a step, on the host, in float64:"]
-        lines += [f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)]
+        lines += [
+            f"        h{i} = {self.host(node, top=True)}" for i, node in enumerate(self.one.inputs)
+        ]
         lines += ["", f"    for each {self.one.domain.name.lower()}:"]
         for i, node in enumerate(order):
             if node.op not in LOADS:
                 self.names[node] = f"t{i}"
-        lines += [f"        {self.names[node]} = {self.spell(node)}" for node in order if node in self.names]
-        lines += [f"        partial {node.op} of {self.element(node.args[0])}" for node in self.one.reductions]
-        lines += [f"        {s.into} <- {self.spell(s.node)} over each {ALONG[s.node.attr]}" for s in self.one.sums]
+        lines += [
+            f"        {self.names[node]} = {self.spell(node)}"
+            for node in order
+            if node in self.names
+        ]
+        lines += [
+            f"        partial {node.op} of {self.element(node.args[0])}"
+            for node in self.one.reductions
+        ]
+        lines += [
+            f"        {s.into} <- {self.spell(s.node)} over each {ALONG[s.node.attr]}"
+            for s in self.one.sums
+        ]
         lines += [f"        {name} <- {self.element(root)}" for name, root in self.one.stores]
         return "\n".join(lines)
 
@@ -66,7 +82,11 @@ class Listing:
     def spell(self, node: Node) -> str:
         """One operation on named operands."""
         args = [self.element(a) for a in node.args]
-        return _spell(node.op if node.op not in ("cast", "bitcast") else f"{node.op}_{node.type}", args, bare=True)
+        return _spell(
+            node.op if node.op not in ("cast", "bitcast") else f"{node.op}_{node.type}",
+            args,
+            bare=True,
+        )
 
 
 def _spell(op: str, args: list[str], bare: bool) -> str:

@@ -1,8 +1,10 @@
-"""What a GPU really runs: the instructions of a kernel's usual way, and the time that they need at least.
+"""What a GPU really runs: the instructions of a kernel's usual way, and the time that they need at
+least.
 
-A kernel's machine code has the usual way, over full aligned blocks, beside the ones for tails and for division by tiny
-and huge numbers. Only the first is counted: the path through the control flow that moves the most bytes in wide
-accesses, calls the fewest subroutines, and is the shortest of those.
+A kernel's machine code has the usual way, over full aligned blocks, beside the ones for tails and
+for division by tiny and huge numbers. Only the first is counted: the path through the control flow
+that moves the most bytes in wide accesses, calls the fewest subroutines, and is the shortest of
+those.
 """
 
 from __future__ import annotations
@@ -16,18 +18,24 @@ __all__ = ["Bound", "Chip", "Way", "bound", "fast_path"]
 
 WIDE = 64
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-# Where work other than plain float32 arithmetic queues up; lanes a clock and multiprocessor of compute capability 9.0,
-# by the table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide.
+# Where work other than plain float32 arithmetic queues up; lanes a clock and multiprocessor of
+# compute capability 9.0, by the table of arithmetic throughput in NVIDIA's CUDA C++ Programming
+# Guide.
 PIPES = (
     ("special functions", 16, re.compile(r"MUFU")),
     ("float64", 64, re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)\b")),
-    ("integers", 64, re.compile(r"(IADD3?|VIADD|LOP3?|SHF|SGXT|ISETP|V?IMNMX|LEA|PRMT|SEL|F2F|F2I|I2F)\b")),
+    (
+        "integers",
+        64,
+        re.compile(r"(IADD3?|VIADD|LOP3?|SHF|SGXT|ISETP|V?IMNMX|LEA|PRMT|SEL|F2F|F2I|I2F)\b"),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU: multiprocessors, clock in Hz, and the bytes that it copies in a second, read and written."""
+    """A GPU: multiprocessors, clock in Hz, and the bytes that it copies in a second, read and
+    written."""
 
     name: str
     multiprocessors: int
@@ -39,7 +47,8 @@ class Chip:
 
 @dataclass(frozen=True)
 class Way:
-    """The instructions of a way through a kernel, or of one round of its loop, for a thread, and its wide accesses."""
+    """The instructions of a way through a kernel, or of one round of its loop, for a thread, and
+    its wide accesses."""
 
     instructions: tuple[str, ...]
     loads: Mapping[int, int]
@@ -49,12 +58,17 @@ class Way:
     @property
     def moved(self) -> int:
         """Bytes that one thread reads and writes on this way in wide accesses."""
-        return sum(bits // 8 * count for which in (self.loads, self.stores) for bits, count in which.items())
+        return sum(
+            bits // 8 * count
+            for which in (self.loads, self.stores)
+            for bits, count in which.items()
+        )
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The least seconds for an element: for its instructions, where `by` is what limits them, and for its bytes."""
+    """The least seconds for an element: for its instructions, where `by` is what limits them, and
+    for its bytes."""
 
     arithmetic: float
     by: str
@@ -73,12 +87,17 @@ class _Block:
 
     @property
     def merit(self) -> tuple[int, int, int]:
-        wide = sum(bits * count for accesses in (self.loads, self.stores) for bits, count in accesses.items())
+        wide = sum(
+            bits * count
+            for accesses in (self.loads, self.stores)
+            for bits, count in accesses.items()
+        )
         return wide, -self.calls, -len(self.instructions)
 
 
 def fast_path(listing: str, name: str) -> Way:
-    """The usual way through kernel `name` in a listing of nvdisasm: of its innermost loop over wide accesses, if any.
+    """The usual way through kernel `name` in a listing of nvdisasm: of its innermost loop over wide
+    accesses, if any.
 
     Raises ValueError where the listing has no such kernel.
     """
@@ -87,19 +106,31 @@ def fast_path(listing: str, name: str) -> Way:
         raise ValueError(f"the listing has no kernel {name}.")
     order, back = _walk(blocks)
     loops = [(_body(blocks, latch, header), header, latch) for latch, header in back]
-    loops = [(body, header, latch) for body, header, latch in loops if any(blocks[k].merit[0] for k in body)]
+    loops = [
+        (body, header, latch)
+        for body, header, latch in loops
+        if any(blocks[k].merit[0] for k in body)
+    ]
     inner = [loop for loop in loops if not any(other[0] < loop[0] for other in loops)]
     if not inner:
         return _best(blocks, order, back, 0, None)
-    ways = [_best(blocks, [k for k in order if k in body], back, header, latch) for body, header, latch in inner]
+    ways = [
+        _best(blocks, [k for k in order if k in body], back, header, latch)
+        for body, header, latch in inner
+    ]
     return max(ways, key=lambda way: (way.moved, -len(way.instructions)))
 
 
 def _lines_of(listing: str, name: str) -> list[str]:
-    """A kernel's lines: from its label to the subroutines that come with it, or to the end of its section."""
+    """A kernel's lines: from its label to the subroutines that come with it, or to the end of its
+    section."""
     lines = listing.splitlines()
     begin = next((i for i, line in enumerate(lines) if line.rstrip() == f"{name}:"), len(lines))
-    ends = (i for i in range(begin + 1, len(lines)) if re.match(r"\s*\.type\s|//-----|\s*\.section\s", lines[i]))
+    ends = (
+        i
+        for i in range(begin + 1, len(lines))
+        if re.match(r"\s*\.type\s|//-----|\s*\.section\s", lines[i])
+    )
     return lines[begin:][: next(ends, len(lines)) - begin]
 
 
@@ -126,7 +157,9 @@ def _blocks(lines: Sequence[str]) -> list[_Block]:
     return blocks if any(block.instructions for block in blocks) else []
 
 
-def _add(blocks: list[_Block], jumps: list[tuple[int, str, bool]], guard: str, op: str, operands: str) -> bool:
+def _add(
+    blocks: list[_Block], jumps: list[tuple[int, str, bool]], guard: str, op: str, operands: str
+) -> bool:
     """Put an instruction into the last block; whether the block ends with it."""
     block = blocks[-1]
     block.instructions.append(op)
@@ -186,7 +219,11 @@ def _body(blocks: Sequence[_Block], latch: int, header: int) -> set[int]:
 
 
 def _best(
-    blocks: Sequence[_Block], order: Iterable[int], back: set[tuple[int, int]], first: int, last: int | None
+    blocks: Sequence[_Block],
+    order: Iterable[int],
+    back: set[tuple[int, int]],
+    first: int,
+    last: int | None,
 ) -> Way:
     """The path of most merit from block `first` to block `last`, or to wherever the kernel ends."""
     merit: dict[int, tuple[int, int, int]] = {first: blocks[first].merit}
@@ -215,11 +252,14 @@ def _best(
 
 
 def bound(way: Way, elements: int, bytes_per_element: int, chip: Chip) -> Bound:
-    """The least time for an element on a chip that is full, where one thread's path computes so many of them."""
+    """The least time for an element on a chip that is full, where one thread's path computes so
+    many of them."""
     clocks = chip.multiprocessors * chip.clock * elements
     issue = len(way.instructions) / (clocks * chip.schedulers * chip.lanes)
     times = [(issue, "issue")]
     for name, lanes, ops in PIPES:
-        times.append((sum(ops.match(op) is not None for op in way.instructions) / (clocks * lanes), name))
+        times.append(
+            (sum(ops.match(op) is not None for op in way.instructions) / (clocks * lanes), name)
+        )
     slowest, by = max(times)
     return Bound(slowest, by, bytes_per_element / chip.bandwidth)

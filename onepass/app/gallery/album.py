@@ -29,25 +29,58 @@ class Picture:
 
 
 PICTURES = (
-    Picture("no-learning-rate", "steps of the whole gradient on a parabola: 2, -14, 98, -686, ...", draw_divergence),
-    Picture("learning-rates", "the same parabola at six rates: too large, just right, too small", draw_rates),
-    Picture("averages", "how far back an exponential average looks, and why its start is corrected", draw_averages),
-    Picture("momentum", "momentum 0.9 makes up for a learning rate that is ten times too small", draw_momentum),
+    Picture(
+        "no-learning-rate",
+        "steps of the whole gradient on a parabola: 2, -14, 98, -686, ...",
+        draw_divergence,
+    ),
+    Picture(
+        "learning-rates",
+        "the same parabola at six rates: too large, just right, too small",
+        draw_rates,
+    ),
+    Picture(
+        "averages",
+        "how far back an exponential average looks, and why its start is corrected",
+        draw_averages,
+    ),
+    Picture(
+        "momentum",
+        "momentum 0.9 makes up for a learning rate that is ten times too small",
+        draw_momentum,
+    ),
     Picture("nesterov", "Nesterov's momentum overshoots less than plain momentum", draw_nesterov),
-    Picture("paths-ravine", "all algorithms in an ill-conditioned ravine", partial(draw_all_paths, RAVINE)),
-    Picture("paths-rosenbrock", "all algorithms in Rosenbrock's curved valley", partial(draw_all_paths, ROSENBROCK)),
-    Picture("weight-decay", "L2 spares weights with large gradients; decoupled decay treats all alike", draw_decay),
+    Picture(
+        "paths-ravine",
+        "all algorithms in an ill-conditioned ravine",
+        partial(draw_all_paths, RAVINE),
+    ),
+    Picture(
+        "paths-rosenbrock",
+        "all algorithms in Rosenbrock's curved valley",
+        partial(draw_all_paths, ROSENBROCK),
+    ),
+    Picture(
+        "weight-decay",
+        "L2 spares weights with large gradients; decoupled decay treats all alike",
+        draw_decay,
+    ),
     Picture("schedules", "what onepass.schedule makes, under the text that makes it", draw_makers),
     *(
         Picture(name, f"what {name} sets over {example.steps} steps", partial(draw_scheduler, name))
         for name, example in EXAMPLES.items()
     ),
-    Picture("ReduceLROnPlateau", "the rate falls where the loss stops falling, and the loss falls on", draw_plateau),
+    Picture(
+        "ReduceLROnPlateau",
+        "the rate falls where the loss stops falling, and the loss falls on",
+        draw_plateau,
+    ),
 )
 
 
 def make(folder: Path) -> Iterator[tuple[Picture, Path]]:
-    """Draw every picture into `folder`, which must exist, and yield each with its PNG file once that is written."""
+    """Draw every picture into `folder`, which must exist, and yield each with its PNG file once
+    that is written."""
     for picture in PICTURES:
         path = folder / f"{picture.name}.png"
         save(picture.draw(), path)

@@ -49,11 +49,18 @@ def draw_decay() -> Figure:
         strict=True,
     ):
         means = decay(optimizer, scales, 600, lr=lr, weight_decay=weight_decay)
-        for mean, scale, colour, width in zip(means, scales, COLOURS, (4.0, 3.0, 2.0, 1.0), strict=False):
+        for mean, scale, colour, width in zip(
+            means, scales, COLOURS, (4.0, 3.0, 2.0, 1.0), strict=False
+        ):
             axes.plot(mean, color=colour, linewidth=width, label=f"size {scale:g}")
         tidy(axes, title, "step")
         axes.set_ylim(-0.05, 1.08)
     figure.axes[0].set_ylabel("mean weight", fontsize=9)
-    figure.axes[1].legend(title="gradients: noise of", title_fontsize=8, fontsize=8, frameon=False, loc="lower left")
-    figure.suptitle(f"Decay of weights that nothing else moves on average: lr {lr:g}, λ {weight_decay:g}", fontsize=10)
+    figure.axes[1].legend(
+        title="gradients: noise of", title_fontsize=8, fontsize=8, frameon=False, loc="lower left"
+    )
+    figure.suptitle(
+        f"Decay of weights that nothing else moves on average: lr {lr:g}, λ {weight_decay:g}",
+        fontsize=10,
+    )
     return figure

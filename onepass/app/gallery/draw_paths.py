@@ -24,15 +24,27 @@ def draw_divergence() -> Figure:
     (path,) = follow(PARABOLA, onepass.SGD, [{"lr": 1.0}], 8)
     left, right = figure.subplots(1, 2)
     _draw_parabola(left, path, 120, 3)
-    for place, aside in zip(path.places[:3, 0].tolist(), ((12, 12), (-8, 14), (-26, -4)), strict=True):
+    for place, aside in zip(
+        path.places[:3, 0].tolist(), ((12, 12), (-8, 14), (-26, -4)), strict=True
+    ):
         at = (place, 4 * place**2)
-        left.annotate(_tell([place], "g"), at, xytext=aside, textcoords="offset points", fontsize=9, ha="center")
+        left.annotate(
+            _tell([place], "g"),
+            at,
+            xytext=aside,
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
+        )
     tidy(left, "the first two steps", "x", "y = 4x²")
     left.set_ylim(-3500, 46000)
     distance = path.places[:, 0].abs()
     right.semilogy(distance, color=RED, marker="o", markersize=4)
     tidy(right, "every step multiplies x by −7", "step", "distance from the minimum")
-    figure.suptitle(f"No learning rate (lr = 1): x = {_tell(path.places[:6, 0].tolist(), '.0f')}, …", fontsize=10)
+    figure.suptitle(
+        f"No learning rate (lr = 1): x = {_tell(path.places[:6, 0].tolist(), '.0f')}, …",
+        fontsize=10,
+    )
     return figure
 
 
@@ -41,7 +53,9 @@ def draw_rates() -> Figure:
     figure = new_figure(700, 520)
     rates = (0.25, 0.2, 0.125, 0.1, 0.05, 0.01)
     paths = follow(PARABOLA, onepass.SGD, [{"lr": rate} for rate in rates], 20)
-    for axes, rate, path in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, rates, paths, strict=True):
+    for axes, rate, path in zip(
+        figure.subplots(2, 3, sharex=True, sharey=True).flat, rates, paths, strict=True
+    ):
         _draw_parabola(axes, path, 2.5, 21)
         tidy(axes, f"lr = {rate:g}: each step × {1 - 8 * rate:.3g}".replace("-", "−"))
         axes.text(
@@ -53,7 +67,9 @@ def draw_rates() -> Figure:
             ha="center",
         )
         axes.set_ylim(-1.5, 30)
-    figure.suptitle("Gradient descent on y = 4x² from x = 2: 20 steps at six learning rates", fontsize=10)
+    figure.suptitle(
+        "Gradient descent on y = 4x² from x = 2: 20 steps at six learning rates", fontsize=10
+    )
     return figure
 
 
@@ -77,7 +93,9 @@ def draw_momentum() -> Figure:
     runs = [{"lr": rate, "momentum": momentum} for rate in rates for momentum in (0.0, 0.9)]
     paths = follow(RAVINE, onepass.SGD, runs, 200)
     for axes, rate in zip(figure.subplots(1, 3, sharey=True), rates, strict=True):
-        for path, colour in zip([path for path in paths if path.options["lr"] == rate], (GREY, BLUE), strict=True):
+        for path, colour in zip(
+            [path for path in paths if path.options["lr"] == rate], (GREY, BLUE), strict=True
+        ):
             momentum = path.options["momentum"]
             axes.semilogy(path.losses, color=colour, label=f"momentum {momentum:g}", linewidth=1.5)
         tidy(axes, f"lr = {rate:g}", "step")
@@ -95,14 +113,18 @@ def draw_nesterov() -> Figure:
     runs = [{"lr": 0.02, "momentum": 0.9, "nesterov": nesterov} for nesterov, _, _ in looks]
     for path, (_, name, colour) in zip(follow(PARABOLA, onepass.SGD, runs, 50), looks, strict=True):
         lowest = float(path.places.min())
-        left.plot(path.places[:, 0], color=colour, label=f"{name}: down to {lowest:.2f}".replace("-", "−"))
+        left.plot(
+            path.places[:, 0], color=colour, label=f"{name}: down to {lowest:.2f}".replace("-", "−")
+        )
     left.axhline(0, color="black", linewidth=0.6)
     left.legend(frameon=False, fontsize=8)
     tidy(left, "y = 4x², lr = 0.02", "step", "x")
     _draw_contours(right, RAVINE)
     runs = [{**run, "lr": 0.01} for run in runs]
     for path, (_, name, colour) in zip(follow(RAVINE, onepass.SGD, runs, 60), looks, strict=True):
-        right.plot(*path.places.T, color=colour, linewidth=1.2, marker=".", markersize=4, label=name)
+        right.plot(
+            *path.places.T, color=colour, linewidth=1.2, marker=".", markersize=4, label=name
+        )
     _mark(right, RAVINE)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     tidy(right, f"{RAVINE.name}, lr = 0.01", "x", "y")
@@ -112,7 +134,8 @@ def draw_nesterov() -> Figure:
 
 
 def draw_all_paths(problem: Problem) -> Figure:
-    """The path of every algorithm over the contours of `problem`, each at the best rate of one grid."""
+    """The path of every algorithm over the contours of `problem`, each at the best rate of one
+    grid."""
     figure = new_figure(740, 1080)
     grid = figure.subplots(5, 3, sharex=True, sharey=True)
     for axes, contender in zip(grid.flat, CONTENDERS, strict=True):
@@ -120,7 +143,10 @@ def draw_all_paths(problem: Problem) -> Figure:
         _draw_contours(axes, problem)
         axes.plot(*path.places.T, color=BLUE, linewidth=0.9, marker=".", markersize=2.5)
         _mark(axes, problem)
-        tidy(axes, f"{contender.name}\nlr {path.options['lr']:g}, last loss {float(path.losses[-1]):.2g}")
+        tidy(
+            axes,
+            f"{contender.name}\nlr {path.options['lr']:g}, last loss {float(path.losses[-1]):.2g}",
+        )
         axes.grid(False)
     figure.suptitle(
         f"{problem.steps} steps on {problem.name}, from the black point to the star;\n"
@@ -135,7 +161,9 @@ def _draw_contours(axes: Axes, problem: Problem) -> None:
     lines = [torch.linspace(low, high, 241, dtype=torch.float64) for low, high in problem.window]
     x, y = torch.meshgrid(*lines, indexing="xy")
     levels = [0.3 * 5.0**power for power in range(5)]
-    axes.contour(x, y, problem.loss(torch.stack([x, y], -1)), levels, colors="#bbbbbb", linewidths=0.6)
+    axes.contour(
+        x, y, problem.loss(torch.stack([x, y], -1)), levels, colors="#bbbbbb", linewidths=0.6
+    )
 
 
 def _mark(axes: Axes, problem: Problem) -> None:

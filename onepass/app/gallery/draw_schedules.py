@@ -1,4 +1,5 @@
-"""Pictures of schedules: torch's schedulers, what `onepass.schedule` makes, and one that a user writes."""
+"""Pictures of schedules: torch's schedulers, what `onepass.schedule` makes, and one that a user
+writes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def draw_scheduler(name: str) -> Figure:
     figure = new_figure(480, 240)
     words = [curve.text.split(", ") for curve in example.curves]
     common = [word for word in words[0] if all(word in others for others in words)]
-    for axes, option in zip(figure.subplots(1, len(example.options), squeeze=False)[0], example.options, strict=True):
+    for axes, option in zip(
+        figure.subplots(1, len(example.options), squeeze=False)[0], example.options, strict=True
+    ):
         for curve, colour, own in zip(example.curves, COLOURS, words, strict=False):
             label = ", ".join(word for word in own if word not in common)
             _draw_values(axes, trace(curve, example.steps, option), colour, label)
@@ -72,7 +75,8 @@ def draw_makers() -> Figure:
 
 
 def plot_schedule(schedule: Schedule, steps: int, path: Path) -> None:
-    """Draw one schedule over its steps 0 to `steps`, under the text that makes it, to the PNG file `path`."""
+    """Draw one schedule over its steps 0 to `steps`, under the text that makes it, to the PNG file
+    `path`."""
     figure = new_figure(700, 320)
     axes = figure.subplots()
     _draw(axes, schedule, steps)
@@ -87,7 +91,8 @@ def _draw(axes: Axes, schedule: Schedule, steps: int) -> None:
 
 
 def _fold(text: str, width: int) -> str:
-    """Lines of at most about that width; of a long text, each of the outer methods begins its own."""
+    """Lines of at most about that width; of a long text, each of the outer methods begins its
+    own."""
     parts = [""]
     for part in re.split(r"(?=\.(?:then|times|warmup)\()", text):
         if len(text) > width and parts[-1] and parts[-1].count("(") == parts[-1].count(")"):

@@ -55,10 +55,13 @@ EXAMPLES: dict[str, Example] = {
     "ConstantLR": Example((_curve(lrs.ConstantLR, factor=0.5, total_iters=40),)),
     "LinearLR": Example((_curve(lrs.LinearLR, start_factor=0.1, total_iters=40),)),
     "ExponentialLR": Example((_curve(lrs.ExponentialLR, gamma=0.97),)),
-    "PolynomialLR": Example(tuple(_curve(lrs.PolynomialLR, total_iters=80, power=power) for power in (1.0, 2.0))),
+    "PolynomialLR": Example(
+        tuple(_curve(lrs.PolynomialLR, total_iters=80, power=power) for power in (1.0, 2.0))
+    ),
     "CosineAnnealingLR": Example((_curve(lrs.CosineAnnealingLR, T_max=100, eta_min=0.01),)),
     "CosineAnnealingWarmRestarts": Example(
-        tuple(_curve(lrs.CosineAnnealingWarmRestarts, T_0=20, T_mult=factor) for factor in (1, 2)), 140
+        tuple(_curve(lrs.CosineAnnealingWarmRestarts, T_0=20, T_mult=factor) for factor in (1, 2)),
+        140,
     ),
     "CyclicLR": Example(
         tuple(
@@ -67,13 +70,17 @@ EXAMPLES: dict[str, Example] = {
         ),
         120,
     ),
-    "OneCycleLR": Example((_curve(lrs.OneCycleLR, max_lr=LR, total_steps=100),), 100, ("lr", "momentum")),
+    "OneCycleLR": Example(
+        (_curve(lrs.OneCycleLR, max_lr=LR, total_steps=100),), 100, ("lr", "momentum")
+    ),
     "SequentialLR": Example(
         (
             Curve(
                 "[LinearLR, CosineAnnealingLR], milestones=[20]",
                 lambda optimizer: lrs.SequentialLR(
-                    optimizer, [_warm_up(optimizer), lrs.CosineAnnealingLR(optimizer, T_max=80)], [20]
+                    optimizer,
+                    [_warm_up(optimizer), lrs.CosineAnnealingLR(optimizer, T_max=80)],
+                    [20],
                 ),
             ),
         )
@@ -82,18 +89,33 @@ EXAMPLES: dict[str, Example] = {
         (
             Curve(
                 "[LinearLR, ExponentialLR]",
-                lambda optimizer: lrs.ChainedScheduler([_warm_up(optimizer), lrs.ExponentialLR(optimizer, 0.97)]),
+                lambda optimizer: lrs.ChainedScheduler(
+                    [_warm_up(optimizer), lrs.ExponentialLR(optimizer, 0.97)]
+                ),
             ),
         )
     ),
     "LambdaLR": Example(
-        (Curve("lambda step: 1 / (1 + step / 20)", lambda o: lrs.LambdaLR(o, lambda step: 1 / (1 + step / 20))),)
+        (
+            Curve(
+                "lambda step: 1 / (1 + step / 20)",
+                lambda o: lrs.LambdaLR(o, lambda step: 1 / (1 + step / 20)),
+            ),
+        )
     ),
     "MultiplicativeLR": Example(
-        (Curve("lambda step: 0.5 if step % 25 == 0 else 1.0", lambda o: lrs.MultiplicativeLR(o, _halve)),)
+        (
+            Curve(
+                "lambda step: 0.5 if step % 25 == 0 else 1.0",
+                lambda o: lrs.MultiplicativeLR(o, _halve),
+            ),
+        )
     ),
     "SWALR": Example(
-        tuple(_curve(swa_utils.SWALR, swa_lr=0.02, anneal_epochs=40, anneal_strategy=way) for way in ("cos", "linear")),
+        tuple(
+            _curve(swa_utils.SWALR, swa_lr=0.02, anneal_epochs=40, anneal_strategy=way)
+            for way in ("cos", "linear")
+        ),
         80,
     ),
 }
@@ -119,7 +141,8 @@ TEXTS = (
 
 
 def trace(curve: Curve, steps: int, option: str = "lr") -> list[float]:
-    """What a scheduler sets `option` to at each of `steps` steps of SGD with `lr` 0.1 and `momentum` 0.9."""
+    """What a scheduler sets `option` to at each of `steps` steps of SGD with `lr` 0.1 and
+    `momentum` 0.9."""
     optimizer = onepass.SGD([torch.zeros(1)], lr=LR, momentum=MOMENTUM)
     scheduler = curve.make(optimizer)
     values = []
@@ -133,7 +156,8 @@ def trace(curve: Curve, steps: int, option: str = "lr") -> list[float]:
 def trace_plateau(steps: int) -> tuple[list[float], list[float]]:
     """Learning rates of ReduceLROnPlateau, and the losses of a real descent that it looks at.
 
-    256 weights under noisy gradients stop at a height that follows from the rate, and fall again where it is lowered.
+    256 weights under noisy gradients stop at a height that follows from the rate, and fall again
+    where it is lowered.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.full((256,), 3.0, dtype=torch.float64)

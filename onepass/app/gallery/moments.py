@@ -13,7 +13,8 @@ __all__ = ["average", "average_weights", "decay", "noisy_series"]
 
 
 def average(series: Tensor, beta: float) -> Tensor:
-    """Adam's running mean of `series`, one number a step: m = beta m + (1 - beta) g, begun at zero, uncorrected."""
+    """Adam's running mean of `series`, one number a step: m = beta m + (1 - beta) g, begun at zero,
+    uncorrected."""
     p = torch.zeros(1, dtype=torch.float64)
     adam = onepass.Adam([p], betas=(beta, 0.999))
     means = []
@@ -25,7 +26,8 @@ def average(series: Tensor, beta: float) -> Tensor:
 
 
 def average_weights(beta: float, steps: int) -> Tensor:
-    """The share (1 - beta) beta^k that a gradient has in the mean k steps later, k from 0 to `steps` - 1.
+    """The share (1 - beta) beta^k that a gradient has in the mean k steps later, k from 0 to
+    `steps` - 1.
 
     It is the running mean of a single 1 among zeros.
     """
@@ -40,9 +42,15 @@ def noisy_series(steps: int) -> Tensor:
 
 
 def decay(
-    optimizer: type[onepass.Adam], scales: Sequence[float], steps: int, *, lr: float, weight_decay: float
+    optimizer: type[onepass.Adam],
+    scales: Sequence[float],
+    steps: int,
+    *,
+    lr: float,
+    weight_decay: float,
 ) -> Tensor:
-    """Mean weights of shape (scales, steps + 1) under gradients that are noise of each of `scales`, without aim.
+    """Mean weights of shape (scales, steps + 1) under gradients that are noise of each of `scales`,
+    without aim.
 
     256 weights for each scale begin at 1, and nothing but the decay moves their mean.
     """

@@ -29,7 +29,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A function to minimize: `loss` takes places as the last dimension of a tensor and returns one loss for each.
+    """A function to minimize: `loss` takes places as the last dimension of a tensor and returns one
+    loss for each.
 
     `window` is the part that a picture shows: lowest and highest value for each coordinate.
     """
@@ -63,7 +64,8 @@ ROSENBROCK = Problem(
 
 @dataclass(frozen=True)
 class Track:
-    """A run's places, float64 of shape (steps + 1, coordinates), the start first, and the loss at each of them."""
+    """A run's places, float64 of shape (steps + 1, coordinates), the start first, and the loss at
+    each of them."""
 
     places: Tensor
     losses: Tensor
@@ -78,15 +80,18 @@ def follow(
     *,
     matrix: bool = False,
 ) -> list[Track]:
-    """Minimize `problem` once for each of `runs`, the options of one param group, and return their paths.
+    """Minimize `problem` once for each of `runs`, the options of one param group, and return their
+    paths.
 
-    All runs are groups of one optimizer, so that each of its steps is a step of every run. With `matrix`, a place is
-    a parameter of one column instead of a vector.
+    All runs are groups of one optimizer, so that each of its steps is a step of every run. With
+    `matrix`, a place is a parameter of one column instead of a vector.
     """
     shape = (-1, 1) if matrix else (-1,)
     start = torch.tensor(problem.start, dtype=torch.float64).reshape(shape)
     params = [start.clone().requires_grad_() for _ in runs]
-    together = optimizer([{"params": [p], **options} for p, options in zip(params, runs, strict=True)])
+    together = optimizer(
+        [{"params": [p], **options} for p, options in zip(params, runs, strict=True)]
+    )
     places, losses = [], []
     for _ in range((problem.steps if steps is None else steps) + 1):
         at = torch.stack([p.flatten() for p in params])
@@ -97,12 +102,16 @@ def follow(
         loss.sum().backward()
         together.step()
     tracks, heights = torch.stack(places, 1), torch.stack(losses, 1)
-    return [Track(track, loss, dict(options)) for track, loss, options in zip(tracks, heights, runs, strict=True)]
+    return [
+        Track(track, loss, dict(options))
+        for track, loss, options in zip(tracks, heights, runs, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """An algorithm under the name that its picture has; all that `options` leave out is the class's default."""
+    """An algorithm under the name that its picture has; all that `options` leave out is the class's
+    default."""
 
     name: str
     cls: type[Optimizer]
@@ -132,14 +141,19 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 2) for digit in (
 
 
 def search(problem: Problem, contender: Contender, rates: Sequence[float] = RATES) -> Track:
-    """The path with the lowest last loss among those at each of `rates` which never leave the problem's window.
+    """The path with the lowest last loss among those at each of `rates` which never leave the
+    problem's window.
 
-    A rate so large that the path leaves it may end low by chance. Raises ValueError where every path leaves.
+    A rate so large that the path leaves it may end low by chance. Raises ValueError where every
+    path leaves.
     """
     runs = [{**contender.options, "lr": rate} for rate in rates]
     low, high = torch.tensor(problem.window, dtype=torch.float64).unbind(1)
     paths = follow(problem, contender.cls, runs, matrix=contender.matrix)
     inside = [path for path in paths if bool(((low <= path.places) & (path.places <= high)).all())]
     if not inside:
-        raise ValueError(f"{contender.name} leaves the window at every rate: give smaller ones than {min(rates):g}.")
+        raise ValueError(
+            f"{contender.name} leaves the window at every rate: give smaller ones than "
+            f"{min(rates):g}."
+        )
     return min(inside, key=lambda path: float(path.losses[-1]))

@@ -1,4 +1,5 @@
-"""CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes, and the three-convolution network of many tutorials."""
+"""CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes, and the three-convolution network of
+many tutorials."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ from .task import ACCURACY, Data, Examples, Task, TaskError
 __all__ = ["CIFAR10"]
 
 _ADVICE = (
-    "put the folder cifar-10-batches-py from https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into the folder "
-    "that --data names"
+    "put the folder cifar-10-batches-py from "
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into the folder that --data names"
 )
 
 
 def _load(folder: Path) -> Data:
-    """The 50,000 training and 10,000 test images, downloaded to `folder` when they are not there."""
+    """The 50,000 training and 10,000 test images, downloaded to `folder` when they are not
+    there."""
     datasets = _import_datasets()
     return Data(*(_make_examples(_open(datasets, folder, train=train)) for train in (True, False)))
 
@@ -28,10 +30,13 @@ def _load(folder: Path) -> Data:
 def _import_datasets() -> Any:
     try:
         from torchvision import datasets  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a torchvision built for another torch
         raise TaskError(
-            f"task cifar10: its images are read by torchvision, which cannot be imported ({_first_line(error)}); "
-            f"install the torchvision that fits your torch, and {_ADVICE}."
+            "task cifar10: its images are read by torchvision, which cannot be imported "
+            f"({_first_line(error)}); install the torchvision that fits your torch, and {_ADVICE}."
         ) from error
     return datasets
 
@@ -39,14 +44,17 @@ def _import_datasets() -> Any:
 def _open(datasets: Any, folder: Path, *, train: bool) -> Any:
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=False)
-    except (OSError, RuntimeError):  # RuntimeError is torchvision's answer to missing or damaged files
+    except (
+        OSError,
+        RuntimeError,
+    ):  # RuntimeError is torchvision's answer to missing or damaged files
         pass
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise TaskError(
-            f"task cifar10: there is no CIFAR-10 in {folder} and it cannot be downloaded ({_first_line(error)}); "
-            f"{_ADVICE}."
+            f"task cifar10: there is no CIFAR-10 in {folder} and it cannot be downloaded "
+            f"({_first_line(error)}); {_ADVICE}."
         ) from error
 
 
@@ -55,7 +63,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _make_examples(dataset: Any) -> Examples:
-    images = torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()  # stored as (n, height, width, channels)
+    images = (
+        torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()
+    )  # stored as (n, height, width, channels)
     return Examples(images, torch.tensor(dataset.targets, dtype=torch.uint8), _decode)
 
 

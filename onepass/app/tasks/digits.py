@@ -1,4 +1,5 @@
-"""Handwritten digits: the 1,797 images of 8x8 pixels that come with scikit-learn, and a small convolutional network."""
+"""Handwritten digits: the 1,797 images of 8x8 pixels that come with scikit-learn, and a small
+convolutional network."""
 
 from __future__ import annotations
 
@@ -16,12 +17,14 @@ _SPLIT_SEED = 0  # not the run's seed: every run is judged on the same images
 
 
 def _load(folder: Path) -> Data:
-    """A fifth of each class is held out; `folder` is not used, the images are part of scikit-learn."""
+    """A fifth of each class is held out; `folder` is not used, the images are part of
+    scikit-learn."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise TaskError(
-            "task digits: its images come with scikit-learn, which is not installed; run pip install 'onepass[train]'."
+            "task digits: its images come with scikit-learn, which is not installed; run pip "
+            "install 'onepass[train]'."
         ) from error
     pixels, classes = load_digits(return_X_y=True)
     images = torch.as_tensor(pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
@@ -32,7 +35,8 @@ def _load(folder: Path) -> Data:
         members = order[labels[order] == label]
         held_out[members[: round(len(members) / 5)]] = True
     return Data(
-        Examples(images[~held_out], labels[~held_out], _decode), Examples(images[held_out], labels[held_out], _decode)
+        Examples(images[~held_out], labels[~held_out], _decode),
+        Examples(images[held_out], labels[held_out], _decode),
     )
 
 

@@ -19,7 +19,8 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Examples:
-    """`n` examples: `inputs` (n, ...) and `targets` (n, ...), kept in a compact dtype and decoded batch by batch."""
+    """`n` examples: `inputs` (n, ...) and `targets` (n, ...), kept in a compact dtype and decoded
+    batch by batch."""
 
     inputs: Tensor
     targets: Tensor
@@ -43,7 +44,12 @@ class Data:
     def fingerprint(self) -> str:
         """A checksum of all examples, equal only for equal data."""
         code = 0
-        for tensor in (self.train.inputs, self.train.targets, self.held_out.inputs, self.held_out.targets):
+        for tensor in (
+            self.train.inputs,
+            self.train.targets,
+            self.held_out.inputs,
+            self.held_out.targets,
+        ):
             code = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), code)
             code = zlib.crc32(tensor.contiguous().numpy().data, code)
         return f"{code:08x}"
@@ -51,7 +57,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for people: `measure(outputs, targets)` is the mean over all targets, as a 0-dim tensor.
+    """A number for people: `measure(outputs, targets)` is the mean over all targets, as a 0-dim
+    tensor.
 
     People see it multiplied by `scale`, with that many decimals and the unit.
     """
@@ -70,9 +77,10 @@ class Metric:
 class Task:
     """One thing to train.
 
-    `load` takes the folder for data on disk; `loss(outputs, targets)` is a mean over all targets. `lr` names the
-    learning rates that suit an optimizer of that name. `examples_per_epoch` cuts an epoch short of the whole training
-    data (None: all of it); `warmup` is the share of all steps over which a schedule first rises.
+    `load` takes the folder for data on disk; `loss(outputs, targets)` is a mean over all targets.
+    `lr` names the learning rates that suit an optimizer of that name. `examples_per_epoch` cuts an
+    epoch short of the whole training data (None: all of it); `warmup` is the share of all steps
+    over which a schedule first rises.
     """
 
     name: str

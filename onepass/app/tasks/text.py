@@ -1,4 +1,5 @@
-"""Python source: the bytes of this interpreter's own standard library, and a small causal transformer over them."""
+"""Python source: the bytes of this interpreter's own standard library, and a small causal
+transformer over them."""
 
 from __future__ import annotations
 
@@ -18,8 +19,17 @@ __all__ = ["TEXT"]
 
 _CONTEXT = 128  # bytes that a prediction may look back
 _TRAIN_BYTES, _HELD_OUT_BYTES = 6_000_000, 128_000
-# Packages that are not the library's, and folders of tests and generated tables, which read unlike other source.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+# Packages that are not the library's, and folders of tests and generated tables, which read unlike
+# other source.
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+}
 
 
 def _load(folder: Path) -> Data:
@@ -32,7 +42,8 @@ def _load(folder: Path) -> Data:
 def split_files(library: Path) -> tuple[list[str], list[str]]:
     """The .py files below `library` to train on and to hold out, as sorted relative paths.
 
-    One file in ten is held out, by a hash of its path: the same files on every machine and in every run.
+    One file in ten is held out, by a hash of its path: the same files on every machine and in every
+    run.
     """
     train: list[str] = []
     held_out: list[str] = []
@@ -43,27 +54,31 @@ def split_files(library: Path) -> tuple[list[str], list[str]]:
         for file in files:
             if file.endswith(".py"):
                 name = Path(folder, file).relative_to(library).as_posix()
-                (held_out if hashlib.sha256(name.encode()).digest()[0] % 10 == 0 else train).append(name)
+                (held_out if hashlib.sha256(name.encode()).digest()[0] % 10 == 0 else train).append(
+                    name
+                )
     if not train or not held_out:
         raise TaskError(
-            f"task text: it reads Python's own standard library, and {library} has too few .py files; "
-            "use a Python that is installed with its sources."
+            f"task text: it reads Python's own standard library, and {library} has too few .py "
+            "files; use a Python that is installed with its sources."
         )
     return sorted(train), sorted(held_out)
 
 
 def _cut(library: Path, names: list[str], most: int) -> Examples:
-    """The first `most` bytes of the files in a row, cut into windows: each byte is to be told from those before it.
+    """The first `most` bytes of the files in a row, cut into windows: each byte is to be told from
+    those before it.
 
-    Where the cap cuts, it takes the same share of every file, so that no part of the alphabet is left out.
+    Where the cap cuts, it takes the same share of every file, so that no part of the alphabet is
+    left out.
     """
     contents = [(library / name).read_bytes() for name in names]
     share = min(1.0, most / sum(map(len, contents)))
     text = b"".join(content[: math.ceil(len(content) * share)] for content in contents)
     if len(text) <= _CONTEXT:
         raise TaskError(
-            f"task text: the .py files of {library} hold only {len(text)} bytes; "
-            "use a Python that is installed with its sources."
+            f"task text: the .py files of {library} hold only {len(text)} bytes; use a Python "
+            "that is installed with its sources."
         )
     windows = torch.frombuffer(bytearray(text), dtype=torch.uint8).unfold(0, _CONTEXT + 1, _CONTEXT)
     return Examples(windows[:, :-1], windows[:, 1:], Tensor.long)
@@ -82,7 +97,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, width = x.shape
-        joint = self.attention_in(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        joint = self.attention_in(self.attention_norm(x)).view(
+            batch, length, 3, self.heads, width // self.heads
+        )
         query, key, value = joint.permute(2, 0, 3, 1, 4)
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -91,15 +108,18 @@ class _Block(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of features by its angle, so that attention sees the distance of two bytes, not their places."""
+    """Turn each pair of features by its angle, so that attention sees the distance of two bytes,
+    not their places."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class SmallGPT(nn.Module):
-    """A causal transformer over bytes: (batch, length) int64 in 0..255 to logits (batch, length, 256).
+    """A causal transformer over bytes: (batch, length) int64 in 0..255 to logits (batch, length,
+    256).
 
-    `length` is at most 128. Positions are rotary (arXiv:2104.09864); the embedding and the last layer are one tensor.
+    `length` is at most 128. Positions are rotary (arXiv:2104.09864); the embedding and the last
+    layer are one tensor.
     """
 
     cos: Tensor
@@ -113,13 +133,17 @@ class SmallGPT(nn.Module):
         self.head = nn.Linear(width, 256, bias=False)
         self.head.weight = self.embedding.weight
         pairs = width // heads // 2
-        angles = torch.arange(float(_CONTEXT)).outer(10_000.0 ** (-torch.arange(float(pairs)) / pairs))
+        angles = torch.arange(float(_CONTEXT)).outer(
+            10_000.0 ** (-torch.arange(float(pairs)) / pairs)
+        )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # The sum of all blocks' outputs keeps its variance at the start, as in GPT-2.
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if name.endswith("_out.weight") else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / math.sqrt(2 * layers) if name.endswith("_out.weight") else 0.02
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

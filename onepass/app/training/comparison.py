@@ -1,4 +1,5 @@
-"""The time of one optimizer step, ours beside torch.optim's, on copies of one model's parameters and gradients."""
+"""The time of one optimizer step, ours beside torch.optim's, on copies of one model's parameters
+and gradients."""
 
 from __future__ import annotations
 
@@ -32,11 +33,13 @@ class StepTime:
 def compare_steps(
     optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], budget: float = 2.0
 ) -> list[StepTime]:
-    """Time a step of `optimizer`'s class and of torch.optim's class of the same name, default and `fused=True`.
+    """Time a step of `optimizer`'s class and of torch.optim's class of the same name, default and
+    `fused=True`.
 
-    Every contender gets its own copies of `parameters` with their present gradients, and the hyper-parameters of
-    `optimizer`'s first group; they take turns, so that other load on the machine meets all alike. `budget` is the time
-    for all, in seconds. Ours comes first; torch's are left out where torch has no such class or mode.
+    Every contender gets its own copies of `parameters` with their present gradients, and the
+    hyper-parameters of `optimizer`'s first group; they take turns, so that other load on the
+    machine meets all alike. `budget` is the time for all, in seconds. Ours comes first; torch's are
+    left out where torch has no such class or mode.
     """
     contenders = _make_contenders(optimizer, [p for p in parameters if p.grad is not None])
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -54,7 +57,9 @@ def compare_steps(
 
 def _make_contenders(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> dict[str, Any]:
     name = type(optimizer).__name__
-    hyper = {key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults}
+    hyper = {
+        key: value for key, value in optimizer.param_groups[0].items() if key in optimizer.defaults
+    }
     contenders = {f"onepass {name}": _make(type(optimizer), parameters, hyper)}
     theirs = getattr(torch.optim, name, None)
     if theirs is None:
@@ -62,12 +67,16 @@ def _make_contenders(optimizer: torch.optim.Optimizer, parameters: list[Tensor])
     with suppress(ValueError):  # torch's answer where it does not take such parameters
         contenders[f"torch {name}"] = _make(theirs, parameters, hyper)
     if "fused" in inspect.signature(theirs).parameters:
-        with suppress(RuntimeError):  # torch's answer where it has no fused kernel for this device or dtype
+        with suppress(
+            RuntimeError
+        ):  # torch's answer where it has no fused kernel for this device or dtype
             contenders[f"torch {name} fused"] = _make(theirs, parameters, hyper, fused=True)
     return contenders
 
 
-def _make(cls: type[Any], parameters: list[Tensor], hyper: dict[str, Any], **modes: bool) -> torch.optim.Optimizer:
+def _make(
+    cls: type[Any], parameters: list[Tensor], hyper: dict[str, Any], **modes: bool
+) -> torch.optim.Optimizer:
     copies = [nn.Parameter(p.detach().clone()) for p in parameters]
     for copy, p in zip(copies, parameters, strict=True):
         copy.grad = None if p.grad is None else p.grad.detach().clone()

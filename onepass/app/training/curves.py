@@ -17,7 +17,8 @@ _TRAIN, _HELD_OUT, _LR = "#4477aa", "#cc3311", "#228833"  # told apart by colour
 
 
 def plot_curves(run: Run, path: Path) -> None:
-    """Draw loss, metric and learning rate over the optimizer steps of `run` to the PNG file `path`."""
+    """Draw loss, metric and learning rate over the optimizer steps of `run` to the PNG file
+    `path`."""
     figure = Figure(figsize=(7.5, 8.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, metric, lr = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.6))
@@ -26,7 +27,10 @@ def plot_curves(run: Run, path: Path) -> None:
 
     _draw(loss, history.train_loss, steps, history.held_out_loss)
     _label(loss, "loss")
-    if max(history.train_loss) > 20 * min(history.train_loss) > 0 and min(history.held_out_loss) > 0:
+    if (
+        max(history.train_loss) > 20 * min(history.train_loss) > 0
+        and min(history.held_out_loss) > 0
+    ):
         loss.set_yscale("log")
     loss.legend(frameon=False)
 
@@ -34,7 +38,13 @@ def plot_curves(run: Run, path: Path) -> None:
     held_out = [shown.scale * value for value in history.held_out_metric]
     _draw(metric, scaled, steps, held_out)
     _label(metric, f"{shown.name} ({shown.unit})" if shown.unit else shown.name)
-    _write_last(metric, steps[-1], held_out[-1], shown.show(history.held_out_metric[-1]), below=bool(shown.unit))
+    _write_last(
+        metric,
+        steps[-1],
+        held_out[-1],
+        shown.show(history.held_out_metric[-1]),
+        below=bool(shown.unit),
+    )
 
     lr.plot(range(1, len(history.lr) + 1), history.lr, color=_LR, linewidth=1.5)
     _label(lr, "learning rate")
@@ -45,8 +55,8 @@ def plot_curves(run: Run, path: Path) -> None:
     figure.align_ylabels()
     settings = run.settings
     figure.suptitle(
-        f"{settings.task}: {settings.optimizer}, lr {settings.lr:g}, "
-        f"batch size {settings.batch_size}, seed {settings.seed}"
+        f"{settings.task}: {settings.optimizer}, lr {settings.lr:g}, batch size "
+        f"{settings.batch_size}, seed {settings.seed}"
     )
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=150)
@@ -54,12 +64,20 @@ def plot_curves(run: Run, path: Path) -> None:
 
 
 def _draw(axes: Axes, train: list[float], held_out_steps: list[int], held_out: list[float]) -> None:
-    """Each training batch faintly, their running mean over it, and the held-out value after each epoch."""
+    """Each training batch faintly, their running mean over it, and the held-out value after each
+    epoch."""
     steps = range(1, len(train) + 1)
     axes.plot(steps, train, color=_TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(train), color=_TRAIN, linewidth=1.6, label="training")
     axes.plot(
-        held_out_steps, held_out, color=_HELD_OUT, linewidth=1.6, marker="o", markersize=4, label="held out", zorder=3
+        held_out_steps,
+        held_out,
+        color=_HELD_OUT,
+        linewidth=1.6,
+        marker="o",
+        markersize=4,
+        label="held out",
+        zorder=3,
     )[0].set_clip_on(False)
 
 

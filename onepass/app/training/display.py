@@ -18,7 +18,8 @@ _RECENT_STEPS = 20
 
 
 class TrainDisplay:
-    """An `Observer` of a run: a bar that moves with every step (in a terminal only) and a line for every epoch.
+    """An `Observer` of a run: a bar that moves with every step (in a terminal only) and a line for
+    every epoch.
 
     Use it as a context manager around the training.
     """
@@ -38,7 +39,11 @@ class TrainDisplay:
             transient=True,
         )
         self._bar = self._progress.add_task(
-            "", total=run.total_steps, completed=len(run.history.train_loss), epoch=_count_epochs(run, 1), numbers=""
+            "",
+            total=run.total_steps,
+            completed=len(run.history.train_loss),
+            epoch=_count_epochs(run, 1),
+            numbers="",
         )
 
     def __enter__(self) -> TrainDisplay:
@@ -51,20 +56,27 @@ class TrainDisplay:
     def stepped(self, run: Run) -> None:
         history = run.history
         done = len(history.train_loss)
-        loss, metric = _mean(history.train_loss[-_RECENT_STEPS:]), _mean(history.train_metric[-_RECENT_STEPS:])
+        loss, metric = (
+            _mean(history.train_loss[-_RECENT_STEPS:]),
+            _mean(history.train_metric[-_RECENT_STEPS:]),
+        )
         milliseconds = 1e3 * run.seconds.optimizer / done
         shown = f"{run.task.metric.name} {run.task.metric.show(metric)}"
         numbers = f"loss {loss:.3g}  {shown}  optimizer {milliseconds:.2f} ms/step"
-        self._progress.update(self._bar, completed=done, epoch=_count_epochs(run, 1), numbers=numbers)
+        self._progress.update(
+            self._bar, completed=done, epoch=_count_epochs(run, 1), numbers=numbers
+        )
 
     def finished_epoch(self, run: Run) -> None:
         now, history, metric = time.perf_counter(), run.history, run.task.metric
         milliseconds = 1e3 * (run.seconds.optimizer - self._optimizer_seconds) / run.steps_per_epoch
         say(
             self._console,
-            f"epoch {_count_epochs(run, 0)}  loss {_mean(history.train_loss[-run.steps_per_epoch :]):.4f}, "
-            f"held out {history.held_out_loss[-1]:.4f}  {metric.name} {metric.show(history.held_out_metric[-1])}  "
-            f"optimizer {milliseconds:.2f} ms/step  {now - self._epoch_start:.1f} s",
+            f"epoch {_count_epochs(run, 0)}  loss "
+            f"{_mean(history.train_loss[-run.steps_per_epoch :]):.4f}, held out "
+            f"{history.held_out_loss[-1]:.4f}  {metric.name} "
+            f"{metric.show(history.held_out_metric[-1])}  optimizer {milliseconds:.2f} ms/step  "
+            f"{now - self._epoch_start:.1f} s",
         )
         self._epoch_start, self._optimizer_seconds = now, run.seconds.optimizer
 
@@ -79,23 +91,30 @@ def describe(run: Run) -> str:
     data, settings = run.data, run.settings
     parameters = sum(p.numel() for p in run.model.parameters())
     return (
-        f"{settings.task}: {len(data.train):,} training and {len(data.held_out):,} held-out examples, "
-        f"{parameters:,} parameters; {settings.optimizer}, lr {settings.lr:g} ({settings.schedule}), "
-        f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of {run.steps_per_epoch} steps"
+        f"{settings.task}: {len(data.train):,} training and {len(data.held_out):,} held-out "
+        f"examples, {parameters:,} parameters; {settings.optimizer}, lr {settings.lr:g} "
+        f"({settings.schedule}), {settings.epochs} epoch{'s' if settings.epochs > 1 else ''} of "
+        f"{run.steps_per_epoch} steps"
     )
 
 
 def make_time_table(run: Run) -> Table:
     """Where the time of all training steps went."""
     seconds, steps = run.seconds, len(run.history.train_loss)
-    parts = {"forward": seconds.forward, "backward": seconds.backward, "optimizer step": seconds.optimizer}
+    parts = {
+        "forward": seconds.forward,
+        "backward": seconds.backward,
+        "optimizer step": seconds.optimizer,
+    }
     total = sum(parts.values())
     table = Table(title="Time in training", title_justify="left")
     table.add_column("part")
     for heading in ("seconds", "share", "ms a step"):
         table.add_column(heading, justify="right")
     for name, value in parts.items():
-        table.add_row(name, f"{value:.2f}", f"{100 * value / total:.1f} %", f"{1e3 * value / steps:.3f}")
+        table.add_row(
+            name, f"{value:.2f}", f"{100 * value / total:.1f} %", f"{1e3 * value / steps:.3f}"
+        )
     return table
 
 
@@ -106,7 +125,11 @@ def make_comparison_table(times: Sequence[StepTime]) -> Table:
     table.add_column("ms a step", justify="right")
     table.add_column("times ours", justify="right")
     for time_ in times:
-        table.add_row(time_.name, f"{time_.milliseconds:.3f}", f"{time_.milliseconds / times[0].milliseconds:.2f}")
+        table.add_row(
+            time_.name,
+            f"{time_.milliseconds:.3f}",
+            f"{time_.milliseconds / times[0].milliseconds:.2f}",
+        )
     return table
 
 

@@ -1,7 +1,9 @@
-"""Training a task: deterministic, saved after every epoch, and continued from there to the bit-identical result.
+"""Training a task: deterministic, saved after every epoch, and continued from there to the
+bit-identical result.
 
-A run is a pure function of its settings: the same seed, machine and number of threads give the same weights, whether
-or not the run was interrupted on the way. Nothing here prints; what happens is told to an `Observer`.
+A run is a pure function of its settings: the same seed, machine and number of threads give the same
+weights, whether or not the run was interrupted on the way. Nothing here prints; what happens is
+told to an `Observer`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from torch import Tensor, nn
 from ... import checkpoint
 from ..tasks import Data, Examples, Task, find_task
 from . import saved
-from .settings import SCHEDULES, Settings, SettingsError, find_optimizer, make_schedule, make_settings, spell
+from .settings import (
+    SCHEDULES,
+    Settings,
+    SettingsError,
+    find_optimizer,
+    make_schedule,
+    make_settings,
+    spell,
+)
 
 __all__ = [
     "CHECKPOINT",
@@ -46,12 +56,13 @@ class Diverged(ArithmeticError):
     """The training loss is no longer a finite number."""
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class History:
-    """What was measured: one number an optimizer step for training, one an epoch for the held-out examples."""
+    """What was measured: one number an optimizer step for training, one an epoch for the held-out
+    examples."""
 
     lr: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
@@ -83,8 +94,9 @@ class Observer(Protocol):
 class Run:
     """A model in training: everything that the next step depends on.
 
-    `Run(settings, data_folder)` starts anew, `Run.load(checkpoint_path, ...)` continues. Errors: `SettingsError` when
-    the optimizer does not accept the settings or cannot train such a model, `TaskError` when there is no data.
+    `Run(settings, data_folder)` starts anew, `Run.load(checkpoint_path, ...)` continues. Errors:
+    `SettingsError` when the optimizer does not accept the settings or cannot train such a model,
+    `TaskError` when there is no data.
     """
 
     def __init__(self, settings: Settings, data_folder: Path) -> None:
@@ -120,7 +132,8 @@ class Run:
         return self.epoch >= self.settings.epochs
 
     def save(self, path: Path) -> None:
-        """Write the run to `path`, whole or not at all; only between epochs is it all that the next step depends on."""
+        """Write the run to `path`, whole or not at all; only between epochs is it all that the next
+        step depends on."""
         checkpoint.save(
             path,
             {
@@ -133,17 +146,22 @@ class Run:
                 "rng": {"torch": self.rng_state, "shuffle": self.shuffle.get_state()},
                 "history": dataclasses.asdict(self.history),
                 "seconds": dataclasses.asdict(self.seconds),
-                "data": {"folder": str(self.data_folder.absolute()), "fingerprint": self.fingerprint},
+                "data": {
+                    "folder": str(self.data_folder.absolute()),
+                    "fingerprint": self.fingerprint,
+                },
                 "torch": torch.__version__,
             },
         )
 
     @classmethod
     def load(cls, path: Path, asked: Mapping[str, Any], data_folder: Path | None = None) -> Run:
-        """The run saved at `path`, ready to continue; `data_folder` replaces the folder that it names.
+        """The run saved at `path`, ready to continue; `data_folder` replaces the folder that it
+        names.
 
-        `asked` are settings that the caller believes the run to have, by name: `SettingsError` when one differs, or
-        when the data is no longer what it was. `CheckpointError` when the file is no (whole) training run.
+        `asked` are settings that the caller believes the run to have, by name: `SettingsError` when
+        one differs, or when the data is no longer what it was. `CheckpointError` when the file is
+        no (whole) training run.
         """
         tree = checkpoint.load(path)
         saved.check(path, tree, cls._kinds())
@@ -151,7 +169,9 @@ class Run:
         try:
             settings = make_settings(**tree["settings"])
         except ValueError as error:
-            raise checkpoint.CheckpointError(f"{path} has settings that make no sense: {error}") from error
+            raise checkpoint.CheckpointError(
+                f"{path} has settings that make no sense: {error}"
+            ) from error
         _refuse_conflicts(settings, asked, path)
         run = cls(settings, data_folder or Path(tree["data"]["folder"]))
         _refuse_other_data(run, tree["data"]["fingerprint"], path)
@@ -163,13 +183,21 @@ class Run:
             saved.check_entries(path, tree["optimizer"]["state"], run.entries)
         try:
             run._restore(tree)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise _misfit(path, error) from error
         return run
 
     @staticmethod
     def _kinds() -> dict[str, Mapping[str, Any]]:
-        """The entries of a checkpoint that are mappings of known keys, each with an example of its values."""
+        """The entries of a checkpoint that are mappings of known keys, each with an example of its
+        values."""
         settings = Settings("digits", "AdamW", 0.1, 1, 1, "cosine", 0)
         folder = {"folder": "", "fingerprint": ""}
         return {
@@ -191,11 +219,14 @@ class Run:
 
 def _misfit(path: Path, error: Exception) -> checkpoint.CheckpointError:
     return checkpoint.CheckpointError(
-        f"{path} does not fit this version of the task or of the optimizer: {_first_line(error)}; start anew."
+        f"{path} does not fit this version of the task or of the optimizer: {_first_line(error)}; "
+        "start anew."
     )
 
 
-def _make_optimizer(settings: Settings, model: nn.Module) -> tuple[torch.optim.Optimizer, dict[Any, list[str]]]:
+def _make_optimizer(
+    settings: Settings, model: nn.Module
+) -> tuple[torch.optim.Optimizer, dict[Any, list[str]]]:
     """The optimizer on the model's parameters, and the state that each has once it has stepped.
 
     First it must have shown that it can make a step with dense gradients.
@@ -211,8 +242,8 @@ def _make_optimizer(settings: Settings, model: nn.Module) -> tuple[torch.optim.O
         return make(model.parameters(), lr=settings.lr), entries
     except (RuntimeError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr {settings.lr}: "
-            f"{_first_line(error)}; choose another optimizer or lr."
+            f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr "
+            f"{settings.lr}: {_first_line(error)}; choose another optimizer or lr."
         ) from error
 
 
@@ -223,16 +254,16 @@ def _refuse_conflicts(settings: Settings, asked: Mapping[str, Any], path: Path) 
         held = getattr(settings, key)
         if held != wanted:
             raise SettingsError(
-                f"{path} was trained with {key} {held} and not {wanted}: leave {key} out to continue that run, "
-                "or start another one in a folder of its own."
+                f"{path} was trained with {key} {held} and not {wanted}: leave {key} out to "
+                "continue that run, or start another one in a folder of its own."
             )
 
 
 def _refuse_other_data(run: Run, fingerprint: str, path: Path) -> None:
     if run.fingerprint != fingerprint:
         raise SettingsError(
-            f"the data of task {run.settings.task} is not that with which {path} was trained, so that run cannot be "
-            "continued to the same result; give it back its data or start anew."
+            f"the data of task {run.settings.task} is not that with which {path} was trained, so "
+            "that run cannot be continued to the same result; give it back its data or start anew."
         )
 
 
@@ -240,14 +271,15 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def fit(run: Run, path: Path, observer: Observer) -> None:
     """Train `run` to its last epoch, saving it to `path` after each one.
 
-    The caller's global random state is left as it was. Errors: `Diverged` when the loss is not finite; the checkpoint
-    of the last finished epoch stays, as it does when an exception (KeyboardInterrupt too) ends the loop.
+    The caller's global random state is left as it was. Errors: `Diverged` when the loss is not
+    finite; the checkpoint of the last finished epoch stays, as it does when an exception
+    (KeyboardInterrupt too) ends the loop.
     """
     with _own_rng(run):
         while not run.is_finished:
@@ -311,7 +343,8 @@ def _train_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[float, float
 
 
 def evaluate(model: nn.Module, examples: Examples, task: Task) -> tuple[float, float]:
-    """The mean loss and metric over all targets of `examples`; the model is left in evaluation mode."""
+    """The mean loss and metric over all targets of `examples`; the model is left in evaluation
+    mode."""
     model.eval()
     loss = metric = 0.0
     with torch.no_grad():

@@ -35,7 +35,8 @@ class _Batches:
 
 
 def search_rate(run: Run, console: Console, lowest: float, highest: float, steps: int) -> RangeTest:
-    """Find a learning rate for a run that has not begun, with a bar in a terminal; the same seed finds the same.
+    """Find a learning rate for a run that has not begun, with a bar in a terminal; the same seed
+    finds the same.
 
     Raises `SettingsError` for bounds that make no sense, and where the run cannot be tried at all.
     """
@@ -62,9 +63,17 @@ def search_rate(run: Run, console: Console, lowest: float, highest: float, steps
 
 
 def training_command(settings: Settings, lr: float) -> str:
-    """The command line that trains with this rate, and with the batch size for which it was found."""
+    """The command line that trains with this rate, and with the batch size for which it was
+    found."""
     name = settings.optimizer
-    words = ["onepass", "train", "--task", settings.task, "--optimizer", name if ":" in name else name.lower()]
+    words = [
+        "onepass",
+        "train",
+        "--task",
+        settings.task,
+        "--optimizer",
+        name if ":" in name else name.lower(),
+    ]
     words += ["--lr", f"{lr:g}"]
     if settings.batch_size != find_task(settings.task).batch_size:
         words += ["--batch-size", str(settings.batch_size)]

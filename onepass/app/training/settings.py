@@ -16,19 +16,29 @@ from ...schedule import Schedule, constant, cosine, linear, piecewise
 from ..catalog import UnknownName, find_trainable
 from ..tasks import Task, find_task
 
-__all__ = ["SCHEDULES", "Settings", "SettingsError", "find_optimizer", "make_schedule", "make_settings", "spell"]
+__all__ = [
+    "SCHEDULES",
+    "Settings",
+    "SettingsError",
+    "find_optimizer",
+    "make_schedule",
+    "make_settings",
+    "spell",
+]
 
 SCHEDULES = ("cosine", "step", "none")
 _MOST = 10**9  # epochs, and examples a step
 
 
 class SettingsError(ValueError):
-    """What to train is not well described; the message says what was passed, what is allowed and what to do."""
+    """What to train is not well described; the message says what was passed, what is allowed and
+    what to do."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run's result depends on, besides the data, the machine and the versions of the software."""
+    """All that a run's result depends on, besides the data, the machine and the versions of the
+    software."""
 
     task: str
     optimizer: str
@@ -48,7 +58,8 @@ def make_settings(
     schedule: str = "cosine",
     seed: int = 0,
 ) -> Settings:
-    """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for impossible ones."""
+    """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for
+    impossible ones."""
     for key, value in (("task", task), ("optimizer", optimizer), ("schedule", schedule)):
         if not isinstance(value, str) and (value is not None or key != "optimizer"):
             raise SettingsError(f"{key} must be a name, got {brief(value)}.")
@@ -65,7 +76,9 @@ def make_settings(
     )
     _check_numbers(settings)
     if schedule not in SCHEDULES:
-        raise SettingsError(f"there is no schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}.")
+        raise SettingsError(
+            f"there is no schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}."
+        )
     return settings
 
 
@@ -88,7 +101,8 @@ def _check_numbers(settings: Settings) -> None:
 
 
 def find_optimizer(name: str) -> Callable[..., Any]:
-    """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else `SettingsError`."""
+    """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else
+    `SettingsError`."""
     try:
         found = find_trainable(name)
     except UnknownName as error:
@@ -103,7 +117,8 @@ def spell(name: str) -> str:
 
 
 def _default_lr(task: Task, optimizer: str) -> float:
-    """The task's rate for this optimizer, else the optimizer's own default, else that of the task's own optimizer."""
+    """The task's rate for this optimizer, else the optimizer's own default, else that of the task's
+    own optimizer."""
     if optimizer in task.lr:
         return task.lr[optimizer]
     probe = find_optimizer(optimizer)
@@ -117,11 +132,14 @@ def _default_lr(task: Task, optimizer: str) -> float:
 def make_schedule(name: str, lr: float, total: int, warmup: int = 0) -> Schedule:
     """The learning rate as a function of the step, counted from 0.
 
-    `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a tenth after half of
-    the steps and to a hundredth after three quarters. Both first rise in a line over `warmup` of the `total` steps.
+    `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a
+    tenth after half of the steps and to a hundredth after three quarters. Both first rise in a line
+    over `warmup` of the `total` steps.
     """
     if name == "none":
         return constant(lr)
-    falls = {max(0, share * total - warmup): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))}
+    falls = {
+        max(0, share * total - warmup): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))
+    }
     after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total - warmup))
     return linear(lr / warmup, lr / warmup + lr, steps=warmup).then(after) if warmup else after

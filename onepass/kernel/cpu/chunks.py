@@ -1,4 +1,5 @@
-"""How walks over tensors are cut into chunks, and chunks gathered into units of work that threads take."""
+"""How walks over tensors are cut into chunks, and chunks gathered into units of work that threads
+take."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import numpy as np
 from ..graph.ir import Rank
 from .walk import CHUNK
 
-# A chunk of a large matrix has at least so many lines: each chunk keeps its own sums down the columns.
+# A chunk of a large matrix has at least so many lines: each chunk keeps its own sums down the
+# columns.
 FEWEST_LINES = 32
-# A tensor's fixed cost in a walk, in elements: keeps the threads' shares even among very small tensors.
+# A tensor's fixed cost in a walk, in elements: keeps the threads' shares even among very small
+# tensors.
 OVERHEAD = 128
 
 
@@ -19,11 +22,13 @@ def address(array: np.ndarray) -> int:
 
 
 class Chunks:
-    """The chunks of one walk: ranges of lines, of about CHUNK elements, and the units that they are gathered into.
+    """The chunks of one walk: ranges of lines, of about CHUNK elements, and the units that they are
+    gathered into.
 
-    A walk over elements that have no matrices has lines of one element. Chunks begin at multiples of a number of lines
-    that follows from the tensor's own sizes, so that what a chunk computes does not depend on the other tensors or on
-    the number of threads. A chunk is a part of one matrix, or a number of whole ones.
+    A walk over elements that have no matrices has lines of one element. Chunks begin at multiples
+    of a number of lines that follows from the tensor's own sizes, so that what a chunk computes
+    does not depend on the other tensors or on the number of threads. A chunk is a part of one
+    matrix, or a number of whole ones.
     """
 
     def __init__(self, sizes: np.ndarray, domain: Rank, by_lines: bool) -> None:
@@ -32,7 +37,9 @@ class Chunks:
         lines = np.where(sizes.prod(axis=1) > 0, groups * per, 0)
         area = np.maximum(per * length, 1)
         whole = area <= CHUNK
-        block = np.where(whole, CHUNK // area * per, np.maximum(FEWEST_LINES, CHUNK // np.maximum(length, 1)))
+        block = np.where(
+            whole, CHUNK // area * per, np.maximum(FEWEST_LINES, CHUNK // np.maximum(length, 1))
+        )
         span = np.maximum(np.where(whole, lines, per), 1)
         parts = -(-span // np.maximum(block, 1))
         counts = lines // span * parts
@@ -64,7 +71,8 @@ class Chunks:
         }
 
     def combine(self, op: str, partials: np.ndarray, count: int) -> np.ndarray:
-        """One value for each of `count` tensors from one a chunk: chunk after chunk, from 0; 0 without elements."""
+        """One value for each of `count` tensors from one a chunk: chunk after chunk, from 0; 0
+        without elements."""
         result = np.zeros(count)
         if op == "sum":
             result += np.bincount(self.tensor, partials, count)
@@ -73,8 +81,11 @@ class Chunks:
         return result
 
 
-def _lines(sizes: np.ndarray, domain: Rank, by_lines: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each tensor the number of groups of lines, the lines of a group, and the length of a line."""
+def _lines(
+    sizes: np.ndarray, domain: Rank, by_lines: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each tensor the number of groups of lines, the lines of a group, and the length of a
+    line."""
     matrices, rows, columns = sizes.T
     one = np.ones_like(rows)
     if not by_lines:
@@ -91,7 +102,8 @@ class Work:
     """A launch's tensors by their sizes, and the chunks of each kind of walk over them."""
 
     def __init__(self, sizes: np.ndarray, domains: set[Rank], by_lines: bool) -> None:
-        """`sizes` (tensors, 3), or (tensors,) where only the numbers of elements matter; 0 leaves a tensor as it is."""
+        """`sizes` (tensors, 3), or (tensors,) where only the numbers of elements matter; 0 leaves a
+        tensor as it is."""
         sizes = np.asarray(sizes, np.int64)
         if sizes.ndim == 1:
             sizes = np.stack([np.ones_like(sizes), np.ones_like(sizes), sizes], axis=1)

@@ -1,8 +1,8 @@
 """A program's passes as LLVM IR: plain loops, which LLVM vectorises for the host.
 
-One library holds, for each pass k, `host_k` (the values that are the same for many elements, in float64, a row for each
-setting), `body_k` (the mathematics over a range of one tensor) and the walk over all tensors that calls them. No loop
-over elements calls anything.
+One library holds, for each pass k, `host_k` (the values that are the same for many elements, in
+float64, a row for each setting), `body_k` (the mathematics over a range of one tensor) and the walk
+over all tensors that calls them. No loop over elements calls anything.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class FlatBody(Body):
         return "\n".join([*self.lines, "  ret void", "}"])
 
     def _walk(self) -> None:
-        """Stores alone: scalar loops, which LLVM vectorises; the first whose conditions are all false is taken."""
+        """Stores alone: scalar loops, which LLVM vectorises; the first whose conditions are all
+        false is taken."""
         cases = self._cases()
         for k, absent in enumerate(cases):
             holds = "false"
@@ -59,9 +60,9 @@ class FlatBody(Body):
     def _cases(self) -> list[list[Node]]:
         """Which conditions each loop may take as false, the fastest loop first.
 
-        A select in a loop costs as much as the arithmetic of a small optimizer. So there is a loop without what
-        happens seldom (a number is 0; a state is new) and without optional terms (a number is not 0), one without
-        what happens seldom, and one for everything.
+        A select in a loop costs as much as the arithmetic of a small optimizer. So there is a loop
+        without what happens seldom (a number is 0; a state is new) and without optional terms (a
+        number is not 0), one without what happens seldom, and one for everything.
         """
         conditions = [node for node in self.one.inputs if node.type == "bool"]
         seldom = [node for node in conditions if is_zero_test(node) or node is FIRST]
@@ -77,13 +78,21 @@ class FlatBody(Body):
         self.inputs = known
 
     def _reduce(self) -> None:
-        """Reductions: LANES running values in float64; element j of the range belongs to lane j modulo LANES."""
+        """Reductions: LANES running values in float64; element j of the range belongs to lane j
+        modulo LANES."""
         self._begin_reductions()
         self._line("%length = sub i64 %end, %begin")
         self._line(f"%rest = urem i64 %length, {LANES}")
         self._line("%middle = sub i64 %end, %rest")
         self._line("br label %wide_head")
-        self._loop("wide", "%begin", "%middle", LANES, lambda: self._accumulate_at("%wide_i", LANES), "between")
+        self._loop(
+            "wide",
+            "%begin",
+            "%middle",
+            LANES,
+            lambda: self._accumulate_at("%wide_i", LANES),
+            "between",
+        )
         self.lines.append("between:")
         self._line("br label %tail_head")
         self._loop("tail", "%middle", "%end", 1, lambda: self._accumulate_at("%tail_i", 0), "done")

@@ -1,6 +1,7 @@
 """Backend 2: a program compiled for the host by LLVM; one call for all tensors of all groups.
 
-The launch is given addresses and trusts them: `plan` is where they are taken from live tensors and checked.
+The launch is given addresses and trusts them: `plan` is where they are taken from live tensors and
+checked.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Kernel:
         self.library = Library(self.source)
         signature = (None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         passes = range(len(program.passes))
-        self.launch = [ctypes.CFUNCTYPE(*signature)(self.library.address(f"launch_{k}")) for k in passes]
+        self.launch = [
+            ctypes.CFUNCTYPE(*signature)(self.library.address(f"launch_{k}")) for k in passes
+        ]
         self.workers = [self.library.address(f"worker_{k}") for k in passes]
         self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
         self.inputs = [{node: i for i, node in enumerate(one.inputs)} for one in program.passes]
@@ -60,7 +63,8 @@ class Kernel:
 
 @dataclass
 class Walk:
-    """One pass of a launch: whether each tensor has a row of its own, and the arrays that the arguments point into."""
+    """One pass of a launch: whether each tensor has a row of its own, and the arrays that the
+    arguments point into."""
 
     own: bool
     arrays: dict[str, np.ndarray]
@@ -69,12 +73,16 @@ class Walk:
 
 
 class Launch:
-    """A kernel with its arguments laid out; `run` may be called again and again while they stay where they are."""
+    """A kernel with its arguments laid out; `run` may be called again and again while they stay
+    where they are."""
 
-    def __init__(self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> None:
+    def __init__(
+        self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int
+    ) -> None:
         """
-        `pointers` (columns, tensors; uint64, C order) hold the addresses of dense memory, in the program's order of
-        columns, and are read at each run; `rows` (tensors; int64) says which of the `settings` a tensor uses.
+        `pointers` (columns, tensors; uint64, C order) hold the addresses of dense memory, in the
+        program's order of columns, and are read at each run; `rows` (tensors; int64) says which of
+        the `settings` a tensor uses.
         """
         self.kernel, self.work, self.rows = kernel, work, np.ascontiguousarray(rows, np.int64)
         self.leaves = np.zeros((len(kernel.leaves), settings))
@@ -97,19 +105,26 @@ class Launch:
             "partials": np.zeros((len(chunks.tensor), len(one.reductions))),
             "leaves": np.zeros((len(self.kernel.leaves), settings)) if own else self.leaves,
         }
-        fields = {"counter": 0, "units": chunks.units, "tensors": len(self.work.numel), "settings": settings}
+        fields = {
+            "counter": 0,
+            "units": chunks.units,
+            "tensors": len(self.work.numel),
+            "settings": settings,
+        }
         fields |= {"finish": team.finish(), "finished": 0}
         fields |= chunks.addresses | {name: address(array) for name, array in arrays.items()}
         arguments = np.array([fields[name] for name in FIELDS], np.uint64)
         return Walk(own, arrays, arguments, address(arguments))
 
     def run(self, threads: int) -> None:
-        """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting; float64)."""
+        """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting;
+        float64)."""
         self.begin(threads)
         self.finish(threads)
 
     def begin(self, threads: int) -> None:
-        """Do what may fail, the functions of matrices and what they are given; to be finished, or cancelled."""
+        """Do what may fail, the functions of matrices and what they are given; to be finished, or
+        cancelled."""
         self._known.clear()
         if not self._first_to_store:
             return
@@ -140,7 +155,9 @@ class Launch:
         chunks = self.work.chunks[one.domain]
         self._walk(k, walk.address, max(1, min(threads, chunks.units // UNITS_PER_THREAD)))
         for r, reduction in enumerate(one.reductions):
-            self._known.append(chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows)))
+            self._known.append(
+                chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows))
+            )
         if one.sums:
             self._complete(one, chunks)
         for call in self.kernel.program.calls:
@@ -148,7 +165,8 @@ class Launch:
                 self._temporaries.call(call, self._numbers(call))
 
     def _complete(self, one: Pass, chunks: Chunks) -> None:
-        """Add up the sums down the columns of matrices that several chunks have walked, chunk after chunk."""
+        """Add up the sums down the columns of matrices that several chunks have walked, chunk after
+        chunk."""
         for reduction in one.sums:
             if one.domain == Rank.ELEMENT and reduction.node.rank == Rank.COLUMN:
                 for t in np.flatnonzero(chunks.parts > 1).tolist():
@@ -177,10 +195,15 @@ class Launch:
         return arrays["table"][arrays["rows"], self.kernel.inputs[k][node]]
 
     def _spread(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
-        """A tensor's own row: its setting's hyper-parameters, its sizes, and what has been reduced so far."""
+        """A tensor's own row: its setting's hyper-parameters, its sizes, and what has been reduced
+        so far."""
         hypers = len(self.kernel.program.hypers)
         leaves[:hypers] = self.leaves[:hypers, self.rows]
-        sizes = {"numel": self.work.numel, "rows": self.work.sizes[:, 1], "columns": self.work.sizes[:, 2]}
+        sizes = {
+            "numel": self.work.numel,
+            "rows": self.work.sizes[:, 1],
+            "columns": self.work.sizes[:, 2],
+        }
         for name, leaf in SIZES.items():
             leaves[self.kernel.leaves[leaf]] = sizes[name]
         for i, values in enumerate(known, hypers + len(SIZES)):
@@ -198,7 +221,11 @@ class Launch:
 def _parts(program: Program, work: Work) -> dict[str, np.ndarray]:
     """Of what has one value a column: how many chunks keep sums of their own, for each tensor."""
     columns = (one.name for one in program.temporaries if one.rank == Rank.COLUMN)
-    return dict.fromkeys(columns, work.chunks[Rank.ELEMENT].parts) if Rank.ELEMENT in work.chunks else {}
+    return (
+        dict.fromkeys(columns, work.chunks[Rank.ELEMENT].parts)
+        if Rank.ELEMENT in work.chunks
+        else {}
+    )
 
 
 @share

@@ -1,9 +1,10 @@
 """A pass that walks line by line, because rows, columns or matrices have values of their own.
 
-A line is a row where the pass runs over elements, and a matrix's whole column of row values, or row of column values,
-where it runs over those. What a line has once is loaded before its elements; what is reduced along the line is kept in
-LANES running values, element j of a line in lane j modulo LANES; what is reduced down the columns is added up in
-memory, line after line, one value a column for each chunk of a matrix.
+A line is a row where the pass runs over elements, and a matrix's whole column of row values, or row
+of column values, where it runs over those. What a line has once is loaded before its elements; what
+is reduced along the line is kept in LANES running values, element j of a line in lane j modulo
+LANES; what is reduced down the columns is added up in memory, line after line, one value a column
+for each chunk of a matrix.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class LinesBody(Body):
             "  %sums_base = add i64 %group_base, %offset",
         ]
         self.once = {
-            n: super(LinesBody, self)._load(n, self._once_at(n), 0) for n in self.one.loads if self._is_once(n)
+            n: super(LinesBody, self)._load(n, self._once_at(n), 0)
+            for n in self.one.loads
+            if self._is_once(n)
         }
         for i in range(len(self.along)):
             self._line(f"store <{LANES} x double> zeroinitializer, ptr %line_acc{i}")
@@ -110,12 +113,17 @@ class LinesBody(Body):
         return super()._load(node, self._value(f"add i64 {base}, {index}"), width)
 
     def _at(self, index: str, width: int) -> None:
-        """All values of a line at an index, or at LANES of them: reductions take them in, stores write them."""
+        """All values of a line at an index, or at LANES of them: reductions take them in, stores
+        write them."""
         values = self._elements(index, width)
         for r, reduction in enumerate(self.one.reductions):
-            self._accumulate(self._lane(f"%acc{r}", index, width), reduction, values(reduction.args[0]), width)
+            self._accumulate(
+                self._lane(f"%acc{r}", index, width), reduction, values(reduction.args[0]), width
+            )
         for i, one in enumerate(self.along):
-            self._accumulate(self._lane(f"%line_acc{i}", index, width), one.node, values(one.node.args[0]), width)
+            self._accumulate(
+                self._lane(f"%line_acc{i}", index, width), one.node, values(one.node.args[0]), width
+            )
         for one in self.down:
             place = self._value(f"add i64 %sums_base, {index}")
             place = self._value(f"getelementptr double, ptr {local(one.into)}, i64 {place}")
@@ -139,9 +147,14 @@ class LinesBody(Body):
         self._line(f"%few = icmp slt i64 %length, {LANES}")
         self._line(f"%used = select i1 %few, i64 %length, i64 {LANES}")
         self._line("br label %lanes_body")
-        self.lines += ["lanes_body:", "  %lane_i = phi i64 [ 0, %line_end ], [ %lane_next, %lanes_body ]"]
+        self.lines += [
+            "lanes_body:",
+            "  %lane_i = phi i64 [ 0, %line_end ], [ %lane_next, %lanes_body ]",
+        ]
         for i in range(len(self.along)):
-            self._line(f"%so_far{i} = phi double [ {ZERO}, %line_end ], [ %so_far_next{i}, %lanes_body ]")
+            self._line(
+                f"%so_far{i} = phi double [ {ZERO}, %line_end ], [ %so_far_next{i}, %lanes_body ]"
+            )
         for i, one in enumerate(self.along):
             self._add_lane(i, one)
         self.lines += [
@@ -151,7 +164,9 @@ class LinesBody(Body):
             "lanes_end:",
         ]
         for i, one in enumerate(self.along):
-            at = self._value(f"getelementptr double, ptr {local(one.into)}, i64 {self._once_at(one.node)}")
+            at = self._value(
+                f"getelementptr double, ptr {local(one.into)}, i64 {self._once_at(one.node)}"
+            )
             self._line(f"store double %so_far_next{i}, ptr {at}")
 
     def _add_lane(self, i: int, one: Reduction) -> None:

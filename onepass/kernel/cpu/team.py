@@ -1,11 +1,12 @@
 """How the threads of a launch end it: the one that launched sleeps until the others are done.
 
-OpenMP's own wait at the end of a parallel region is a loop that asks again and again, for milliseconds. Where other
-processes have work, a thread that is waited for may not be running: it would run at once on the processor that the
-waiting one keeps busy. So the launching thread asks for a moment, then sleeps until the last thread wakes it.
-`benchmarks/loaded.py` measures it.
+OpenMP's own wait at the end of a parallel region is a loop that asks again and again, for
+milliseconds. Where other processes have work, a thread that is waited for may not be running: it
+would run at once on the processor that the waiting one keeps busy. So the launching thread asks for
+a moment, then sleeps until the last thread wakes it. `benchmarks/loaded.py` measures it.
 
-On Linux, where a thread can sleep on a word of memory (futex). Elsewhere OpenMP waits in its own way.
+On Linux, where a thread can sleep on a word of memory (futex). Elsewhere OpenMP waits in its own
+way.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ PAUSES = {
     "x86_64": ("llvm.x86.sse2.pause()", "llvm.x86.sse2.pause()"),
     "aarch64": ("llvm.aarch64.hint(i32)", "llvm.aarch64.hint(i32 1)"),
 }
-# How often the launching thread looks before it sleeps: some ten microseconds, the rest of a unit of work.
+# How often the launching thread looks before it sleeps: some ten microseconds, the rest of a unit
+# of work.
 LOOKS = 200
-# It sleeps so long at most, in nanoseconds: nothing that another thread does or leaves undone can keep it.
+# It sleeps so long at most, in nanoseconds: nothing that another thread does or leaves undone can
+# keep it.
 LONGEST = 1_000_000
 
-# `words`: how many threads have finished, and whether the launching one sleeps; 32 bits each, 0 at the launch.
+# `words`: how many threads have finished, and whether the launching one sleeps; 32 bits each, 0 at
+# the launch.
 SOURCE = """
 declare void @{declared}
 @longest = private constant [2 x i64] [i64 0, i64 {longest}]
@@ -48,7 +52,8 @@ other:
   br i1 %must_wake, label %wake, label %done
 wake:
   %call = inttoptr i64 {system} to ptr
-  %woken = call i64 (i64, ...) %call(i64 {futex}, ptr %words, i32 129, i32 1, ptr null, ptr null, i32 0)
+  %woken = call i64 (i64, ...) %call(
+      i64 {futex}, ptr %words, i32 129, i32 1, ptr null, ptr null, i32 0)
   br label %done
 wait:
   %team_at = inttoptr i64 {team} to ptr
@@ -73,7 +78,8 @@ sleep:
   %in_time = icmp sge i32 %still, %team
   br i1 %in_time, label %done, label %really
 really:
-  %s = call i64 (i64, ...) %system(i64 {futex}, ptr %words, i32 128, i32 %still, ptr @longest, ptr null, i32 0)
+  %s = call i64 (i64, ...) %system(
+      i64 {futex}, ptr %words, i32 128, i32 %still, ptr @longest, ptr null, i32 0)
   br label %slept
 slept:
   br label %look
@@ -93,10 +99,13 @@ def _library() -> Library | None:
     thread, team = functions
     declared, pause = PAUSES[machine]
     numbers = {"longest": LONGEST, "looks": LOOKS, "futex": FUTEX[machine], "system": system}
-    return Library(SOURCE.format(thread=thread, team=team, declared=declared, pause=pause, **numbers))
+    return Library(
+        SOURCE.format(thread=thread, team=team, declared=declared, pause=pause, **numbers)
+    )
 
 
 def finish() -> int:
-    """The address of `void finish(void*)`, which every thread of a launch calls at its end; 0 where there is none."""
+    """The address of `void finish(void*)`, which every thread of a launch calls at its end; 0 where
+    there is none."""
     library = _library()
     return 0 if library is None else library.address("finish")

@@ -1,4 +1,5 @@
-"""The walk over all tensors as LLVM IR: threads take units of work and call a pass's mathematics chunk by chunk."""
+"""The walk over all tensors as LLVM IR: threads take units of work and call a pass's mathematics
+chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from ..llvm.code import local
 
 # Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
 CHUNK = 32768
-# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take, shared by all;
-# `finish` is what ends a thread's part, with the words at `finished`, see `team.py`.
+# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take,
+# shared by all; `finish` is what ends a thread's part, with the words at `finished`, see `team.py`.
 FIELDS = (
     "counter",
     "units",
@@ -34,7 +35,8 @@ FIELDS = (
 )
 COUNTS = ("units", "tensors", "settings")
 
-# With no threads allowed the rows are computed and nothing else: the caller runs the workers itself.
+# With no threads allowed the rows are computed and nothing else: the caller runs the workers
+# itself.
 LAUNCH = """
 define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
   store i64 0, ptr %arguments
@@ -57,30 +59,43 @@ all:
 
 
 def walk(program: Program, one: Pass, k: int) -> str:
-    """`worker_k`, a thread's share of pass k, and `launch_k`, which computes the rows and starts the workers."""
+    """`worker_k`, a thread's share of pass k, and `launch_k`, which computes the rows and starts
+    the workers."""
     fields = "\n".join(_fields("settings", "table", "leaves"))
-    return _worker(program, one, k) + "\n" + LAUNCH.format(k=k, fields=fields, finished=FIELDS.index("finished"))
+    return (
+        _worker(program, one, k)
+        + "\n"
+        + LAUNCH.format(k=k, fields=fields, finished=FIELDS.index("finished"))
+    )
 
 
 def column_names(one: Pass) -> list[str]:
     """The columns and temporaries that a pass touches, loads first."""
     loads = (str(node.attr) for node in one.loads)
-    return list(dict.fromkeys([*loads, *(s.into for s in one.sums), *(name for name, _ in one.stores)]))
+    return list(
+        dict.fromkeys([*loads, *(s.into for s in one.sums), *(name for name, _ in one.stores)])
+    )
 
 
 def body_head(one: Pass, k: int, *, by_lines: bool) -> str:
-    """The first line of `body_k`, which walks elements, or lines of `length` elements, `per` of them a matrix."""
+    """The first line of `body_k`, which walks elements, or lines of `length` elements, `per` of
+    them a matrix."""
     columns = [f"ptr noalias {local(name)}" for name in column_names(one)]
     lines = ["i64 %per", "i64 %length", "i64 %offset"] if by_lines else []
     partial = ["ptr noalias %partial"] if one.reductions else []
-    arguments = ", ".join([*columns, "ptr noalias %row", "i64 %begin", "i64 %end", *lines, *partial])
-    # No builtins: a loop that only fills or copies a column must not become a call of memset or memcpy.
+    arguments = ", ".join(
+        [*columns, "ptr noalias %row", "i64 %begin", "i64 %end", *lines, *partial]
+    )
+    # No builtins: a loop that only fills or copies a column must not become a call of memset or
+    # memcpy.
     return f'define internal void @body_{k}({arguments}) noinline nounwind "no-builtins" {{'
 
 
 def _worker(program: Program, one: Pass, k: int) -> str:
-    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of chunks."""
+    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of
+    chunks."""
     names = column_names(one)
+    number = "float" if program.compute == "f32" else "double"
     lines = [
         f"define void @worker_{k}(ptr %arguments) nounwind {{",
         "entry:",
@@ -102,10 +117,15 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         *_load("stop", "i64", "chunk_stop", "%c"),
         *_load("r", "i64", "rows", "%tensor"),
         f"  %row_offset = mul i64 %r, {len(one.inputs)}",
-        f"  %row = getelementptr {'float' if program.compute == 'f32' else 'double'}, ptr %table, i64 %row_offset",
+        f"  %row = getelementptr {number}, ptr %table, i64 %row_offset",
         *_column_pointers(program, names),
     ]
-    arguments = [*(f"ptr %pointer.{i}" for i in range(len(names))), "ptr %row", "i64 %start", "i64 %stop"]
+    arguments = [
+        *(f"ptr %pointer.{i}" for i in range(len(names))),
+        "ptr %row",
+        "i64 %start",
+        "i64 %stop",
+    ]
     if program.by_lines:
         for name, index in (("per", "%tensor"), ("length", "%tensor"), ("chunk_offset", "%c")):
             lines += _load(f"this_{name}", "i64", name, index)
@@ -149,11 +169,17 @@ def _worker_end() -> list[str]:
 
 def _column_pointers(program: Program, names: Sequence[str]) -> list[str]:
     """Where this tensor's columns and temporaries are, from two tables (column, tensor)."""
-    tables = {"pointers": [c.name for c in program.columns], "temporaries": [t.name for t in program.temporaries]}
+    tables = {
+        "pointers": [c.name for c in program.columns],
+        "temporaries": [t.name for t in program.temporaries],
+    }
     lines = []
     for i, name in enumerate(names):
         table, known = next((table, known) for table, known in tables.items() if name in known)
-        lines += [f"  %row.{i} = mul i64 %tensors, {known.index(name)}", f"  %index.{i} = add i64 %row.{i}, %tensor"]
+        lines += [
+            f"  %row.{i} = mul i64 %tensors, {known.index(name)}",
+            f"  %index.{i} = add i64 %row.{i}, %tensor",
+        ]
         lines += _load(f"pointer.{i}", "ptr", table, f"%index.{i}")
     return lines
 

@@ -1,10 +1,13 @@
-"""Backend 1: torch's operations, one call a node, on any device and class of tensor, under autograd where wanted.
+"""Backend 1: torch's operations, one call a node, on any device and class of tensor, under autograd
+where wanted.
 
-It runs a finished `Graph`, not a bound program: storage formats are torch's own conversions, and every operation is one
-that autograd can follow (`differentiable`) and a CUDA graph can capture (`capturable`: hyper-parameters that are
-tensors stay tensors, and nothing is read back to the host).
+It runs a finished `Graph`, not a bound program: storage formats are torch's own conversions, and
+every operation is one that autograd can follow (`differentiable`) and a CUDA graph can capture
+(`capturable`: hyper-parameters that are tensors stay tensors, and nothing is read back to the
+host).
 
-Graphs in which each element goes its own way have a quicker way, for many tensors together: `elementwise.py`.
+Graphs in which each element goes its own way have a quicker way, for many tensors together:
+`elementwise.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "lt": operator.lt,
     "le": operator.le,
     "eq": operator.eq,
-    # A known condition beside a tensor of them: torch's operators take Python's bool on either side.
+    # A known condition beside a tensor of them: torch's operators take Python's bool on either
+    # side.
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
@@ -81,17 +85,19 @@ Value = Tensor | float | bool
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type of the arithmetic for columns stored like these: float64 if one of them is, else float32."""
+    """The type of the arithmetic for columns stored like these: float64 if one of them is, else
+    float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def run(
     graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-    """The new values of the columns, in the compute type, and of the scalars that the graph writes. Writes nothing.
+    """The new values of the columns, in the compute type, and of the scalars that the graph writes.
+    Writes nothing.
 
-    `columns` are one tensor's, real (complex ones are viewed as real by the caller); `hypers` are numbers, or tensors
-    of one element where autograd or a graph capture must see them.
+    `columns` are one tensor's, real (complex ones are viewed as real by the caller); `hypers` are
+    numbers, or tensors of one element where autograd or a graph capture must see them.
     """
     evaluation = Evaluation(columns, hypers)
     values = evaluation.evaluate(graph)
@@ -110,10 +116,13 @@ class Evaluation:
     def __init__(self, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]) -> None:
         self.hypers, self.p = hypers, columns["p"]
         self.dtype = compute_dtype(*columns.values())
-        self.columns = {name: t if t.dtype == self.dtype else t.to(self.dtype) for name, t in columns.items()}
+        self.columns = {
+            name: t if t.dtype == self.dtype else t.to(self.dtype) for name, t in columns.items()
+        }
 
     def evaluate(self, graph: Graph) -> dict[Node, Value]:
-        """The roots' values. Of a choice that does not depend on elements only what is chosen is computed."""
+        """The roots' values. Of a choice that does not depend on elements only what is chosen is
+        computed."""
         values: dict[Node, Value] = {}
         uses = dict(_uses(graph))
         stack = graph.roots[::-1]
@@ -138,7 +147,9 @@ class Evaluation:
             return self.columns[str(node.attr)]
         if node.op == "hyper":
             value = self.hypers[str(node.attr)]
-            return value.reshape(()).to(_widest(value)) if isinstance(value, Tensor) else float(value)
+            return (
+                value.reshape(()).to(_widest(value)) if isinstance(value, Tensor) else float(value)
+            )
         if node.op == "const":
             return node.attr  # type: ignore[return-value]
         if node.op in FACTS:
@@ -153,11 +164,14 @@ class Evaluation:
         if node.op == "call":
             return _call(node.attr, args)  # type: ignore[arg-type]
         if node.op in REDUCTIONS:
-            return _reduce(node, self.spread(args[0], "", shape_at(node.args[0].rank, self.p.shape)))
+            return _reduce(
+                node, self.spread(args[0], "", shape_at(node.args[0].rank, self.p.shape))
+            )
         return apply(node.op, args)
 
     def spread(self, value: Value, name: str, shape: Sequence[int]) -> Tensor:
-        """A value for each place of a column of this shape, in the compute type, which storing other columns leaves."""
+        """A value for each place of a column of this shape, in the compute type, which storing
+        other columns leaves."""
         if not isinstance(value, Tensor):
             return torch.full(tuple(shape), value, dtype=self.dtype, device=self.p.device)
         if any(value is t for column, t in self.columns.items() if column != name):

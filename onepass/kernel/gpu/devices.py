@@ -1,4 +1,5 @@
-"""Whether Triton can serve a device: found out by running a kernel of one line there, before anything depends on it."""
+"""Whether Triton can serve a device: found out by running a kernel of one line there, before
+anything depends on it."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def probe(there):
 def why_not(device: torch.device) -> str:
     """Why there are no kernels for a device that is no CPU; empty where there are.
 
-    While a graph is captured nothing is tried out, which the capture would not survive, and nothing remembered.
+    While a graph is captured nothing is tried out, which the capture would not survive, and nothing
+    remembered.
     """
     if device.type not in TYPES:
         return f"there are no kernels for {device.type} devices"
@@ -55,11 +57,14 @@ def find_out(device: torch.device) -> str:
         import triton
         from triton import knobs
     except ImportError:
-        return f"kernels for {device.type} devices need Triton {version} or newer; run pip install -U triton"
+        return (
+            f"kernels for {device.type} devices need Triton {version} or newer; run pip install -U "
+            "triton"
+        )
     if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
         return (
-            f"kernels for {device.type} devices need Triton {version} or newer, and {triton.__version__} is installed; "
-            "install a newer torch, which brings one"
+            f"kernels for {device.type} devices need Triton {version} or newer, and "
+            f"{triton.__version__} is installed; install a newer torch, which brings one"
         )
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
@@ -73,23 +78,33 @@ def find_out(device: torch.device) -> str:
 
 
 def why_unsafe(folder: Path) -> str:
-    """Why nothing may be run that Triton keeps in its cache, in this folder; empty where it may be."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    """Why nothing may be run that Triton keeps in its cache, in this folder; empty where it may
+    be."""
+    existing = next(
+        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
+    )
     advice = "set TRITON_CACHE_DIR to a folder of your own"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return f"Triton's cache, {folder}, cannot be written; {advice}"
     if existing == folder.absolute() and os.name == "posix":
         now = existing.stat()
         if now.st_mode & stat.S_IWOTH:
-            return f"every user can write to Triton's cache, {folder}, and could put code there; {advice}"
+            return (
+                f"every user can write to Triton's cache, {folder}, and could put code there; "
+                f"{advice}"
+            )
         if now.st_uid not in (0, os.geteuid()):
-            return f"Triton's cache, {folder}, belongs to another user, who could put code there; {advice}"
+            return (
+                f"Triton's cache, {folder}, belongs to another user, who could put code there; "
+                f"{advice}"
+            )
     return ""
 
 
 @cache
 def try_out(device: torch.device) -> str:
-    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that is too old."""
+    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that
+    is too old."""
     try:
         there = torch.ones(1, dtype=torch.float32, device=device)
         with Device(device).guard():

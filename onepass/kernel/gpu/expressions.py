@@ -1,4 +1,5 @@
-"""How a value of a program becomes a line of Triton: blocks of elements in kernels, numbers in float64 beside them."""
+"""How a value of a program becomes a line of Triton: blocks of elements in kernels, numbers in
+float64 beside them."""
 
 from __future__ import annotations
 
@@ -7,15 +8,16 @@ from collections.abc import Callable, Iterable
 from ..graph.ir import LOADS, Node
 from ..graph.passes import Pass, element_order
 
-# Integers are unsigned, so that shifts bring in zeros; comparisons and conversions to floats take their signed view.
+# Integers are unsigned, so that shifts bring in zeros; comparisons and conversions to floats take
+# their signed view.
 TYPES = {"real": "tl.float64", "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16"}
 TYPES |= {"i32": "tl.uint32", "i16": "tl.uint16", "bool": "tl.int1"}
 SIGNED = {"i32": "tl.int32", "i16": "tl.int16"}
 INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "eq": "=="}
 INFIX |= {"and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 
-# What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero), powers, and a
-# maximum that lets no NaN vanish.
+# What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero),
+# powers, and a maximum that lets no NaN vanish.
 PRELUDE = """\
 import triton
 import triton.language as tl
@@ -38,7 +40,7 @@ def round_down(x):
 
 @triton.jit
 def power(x, y):
-    # As in C; the exponent's rounding shows: an error of at most 1 + 1.5 |y log x| units in the last place.
+    # As in C; the exponent's rounding shows: at most 1 + 1.5 |y log x| units in the last place.
     size = tl.exp(y * tl.log(tl.abs(x)))
     size = tl.where(tl.abs(x) == 1, 1.0, tl.where(y == 1, tl.abs(x), size))
     odd = y - 2 * tl.floor(y / 2) == 1
@@ -100,14 +102,22 @@ def spell(node: Node, args: list[str]) -> str:
         return f"{args[0]}.to({TYPES[node.type]}, bitcast=True)"
     assert node.op == "cast", node
     # Between integers, bits go in from the right or are cut off; into floats, integers have a sign.
-    signed = f".to({SIGNED[source]}, bitcast=True)" if source in SIGNED and node.type not in SIGNED else ""
+    signed = (
+        f".to({SIGNED[source]}, bitcast=True)"
+        if source in SIGNED and node.type not in SIGNED
+        else ""
+    )
     return f"{args[0]}{signed}.to({TYPES[node.type]})"
 
 
 def assign(
-    nodes: Iterable[Node], names: dict[Node, str], known: Callable[[Node], str | None], prefix: str = "t"
+    nodes: Iterable[Node],
+    names: dict[Node, str],
+    known: Callable[[Node], str | None],
+    prefix: str = "t",
 ) -> list[str]:
-    """A line for each node, in order; those that `known` names need none. Enters all into `names`."""
+    """A line for each node, in order; those that `known` names need none. Enters all into
+    `names`."""
     lines = []
     for node in nodes:
         name = known(node)
@@ -123,11 +133,14 @@ def assign(
 
 
 def values(one: Pass, k: int) -> str:
-    """`values_k`: a pass's mathematics, from its inputs and what it loads to what it stores or reduces."""
+    """`values_k`: a pass's mathematics, from its inputs and what it loads to what it stores or
+    reduces."""
     names: dict[Node, str] = {node: f"u{i}" for i, node in enumerate(one.inputs)}
     loads = {node: f"x{i}" for i, node in enumerate(one.loads)}
     arguments = [*names.values(), *loads.values()]
-    lines = assign(element_order(one.roots), names, lambda node: loads[node] if node.op in LOADS else None)
+    lines = assign(
+        element_order(one.roots), names, lambda node: loads[node] if node.op in LOADS else None
+    )
     results = [names.get(root) or literal(root.attr, root.type) for root in one.roots]
     return "\n".join(
         [

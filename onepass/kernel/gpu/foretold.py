@@ -1,8 +1,10 @@
-"""Rows of uniform values that the host computes: sent for several steps at once, while these come as foretold.
+"""Rows of uniform values that the host computes: sent for several steps at once, while these come
+as foretold.
 
-Bias corrections change at every step, and with them the rows. But while no option changes, steps differ in their
-number alone: so the rows of some steps to come are sent along, each time twice as many as were right before. Every step
-computes its own rows all the same, and uses what was foretold only if that is equal, bit for bit.
+Bias corrections change at every step, and with them the rows. But while no option changes, steps
+differ in their number alone: so the rows of some steps to come are sent along, each time twice as
+many as were right before. Every step computes its own rows all the same, and uses what was foretold
+only if that is equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 from .uploads import Device, Table
 
 MOST = 64
-# A row begins at a multiple of so many bytes: Triton compiles a variant for pointers that are at none.
+# A row begins at a multiple of so many bytes: Triton compiles a variant for pointers that are at
+# none.
 ALIGNMENT = 16
 
 
@@ -23,9 +26,14 @@ class Rows:
     """The rows of a launch, one for each setting."""
 
     def __init__(
-        self, device: Device, captured: list[Tensor], compute: Callable[[np.ndarray], np.ndarray], step: int | None
+        self,
+        device: Device,
+        captured: list[Tensor],
+        compute: Callable[[np.ndarray], np.ndarray],
+        step: int | None,
     ) -> None:
-        """`compute` makes rows (settings, inputs) of leaves (leaf, setting); `step` is the leaf that counts steps."""
+        """`compute` makes rows (settings, inputs) of leaves (leaf, setting); `step` is the leaf
+        that counts steps."""
         self.compute, self.step = compute, step
         self.table = Table(device, captured)
         self._told: list[bytes] = []
@@ -36,11 +44,17 @@ class Rows:
         """The rows for these leaves, sent now unless they are there already."""
         now = self.compute(leaves)
         content = now.tobytes()
-        here = next((i for i in (self._at, self._at + 1) if self._told[i : i + 1] == [content]), None)
+        here = next(
+            (i for i in (self._at, self._at + 1) if self._told[i : i + 1] == [content]), None
+        )
         if here is None:
             # As many again as have been right, and one where the last ones were not.
             used_up = self._at + 1 == len(self._told)
-            self._tell(leaves, now, min(2 * len(self._told), MOST) if used_up and self.step is not None else 1)
+            self._tell(
+                leaves,
+                now,
+                min(2 * len(self._told), MOST) if used_up and self.step is not None else 1,
+            )
             here = 0
         self._at = here
         return self.table.on_device(self._rows)[here * self._stride :]

@@ -1,8 +1,10 @@
-"""Triton source: as data, which the compiler makes, and as functions, which Triton compiles when they are launched.
+"""Triton source: as data, which the compiler makes, and as functions, which Triton compiles when
+they are launched.
 
-Triton reads a function's text where Python finds it. Here that is Python's own cache of lines, into which the text is
-put under a name of its own: no file is written, so nothing that runs has ever lain where another user could write.
-What Triton makes of it lies in Triton's cache, and another process with the same rule finds it there.
+Triton reads a function's text where Python finds it. Here that is Python's own cache of lines, into
+which the text is put under a name of its own: no file is written, so nothing that runs has ever
+lain where another user could write. What Triton makes of it lies in Triton's cache, and another
+process with the same rule finds it there.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ..graph.caches import share
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel: its name, its arguments with their types in Triton's notation (`*fp32`, `i32`), its compile-time
-    constants, and how many warps run one program of it."""
+    """A kernel: its name, its arguments with their types in Triton's notation (`*fp32`, `i32`), its
+    compile-time constants, and how many warps run one program of it."""
 
     name: str
     arguments: tuple[tuple[str, str], ...]
@@ -39,7 +41,8 @@ class Source:
 
 
 class Module(dict[str, Any]):
-    """The functions of a module, by their names; their text is there for Triton to read as long as this lives."""
+    """The functions of a module, by their names; their text is there for Triton to read as long as
+    this lives."""
 
 
 @share
@@ -47,7 +50,12 @@ def load(source: Source) -> Module:
     """The module's functions, ready to be launched or compiled."""
     name = f"<onepass {hashlib.sha256(source.text.encode()).hexdigest()[:16]}>"
     # An entry without a time is never looked for on disk.
-    linecache.cache[name] = lines = (len(source.text), None, source.text.splitlines(keepends=True), name)
+    linecache.cache[name] = lines = (
+        len(source.text),
+        None,
+        source.text.splitlines(keepends=True),
+        name,
+    )
     names: dict[str, Any] = {"__name__": "onepass.kernel.generated"}
     exec(compile(source.text, name, "exec"), names)
     module = Module(names)
@@ -67,8 +75,8 @@ def backend_of(there: Any) -> str:
 
 
 def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
-    """How a function is compiled: without contraction to fused multiply-add, so that it computes bit for bit what the
-    other backends do."""
+    """How a function is compiled: without contraction to fused multiply-add, so that it computes
+    bit for bit what the other backends do."""
     how: dict[str, Any] = {"num_warps": function.warps, "enable_fp_fusion": False}
     if backend == "cuda":
         # Without a limit, ptxas would rather spill a number or two than run fewer warps at once.
@@ -76,15 +84,22 @@ def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
     return how
 
 
-def launch(module: Mapping[str, Any], function: Function, grid: int, *arguments: Any, **constants: Any) -> None:
+def launch(
+    module: Mapping[str, Any], function: Function, grid: int, *arguments: Any, **constants: Any
+) -> None:
     """Queue so many programs of a function on the current device and stream; of none, nothing."""
     if grid > 0:
         given = dict(function.constants) | constants
-        module[function.name][(grid,)](*arguments, **given, **options(function, backend_of(arguments[0])))
+        module[function.name][(grid,)](
+            *arguments, **given, **options(function, backend_of(arguments[0]))
+        )
 
 
-def prepare(module: Mapping[str, Any], function: Function, *arguments: Any, **constants: Any) -> None:
-    """Compile a function for a launch with these arguments, and bring it to the current device; nothing is queued."""
+def prepare(
+    module: Mapping[str, Any], function: Function, *arguments: Any, **constants: Any
+) -> None:
+    """Compile a function for a launch with these arguments, and bring it to the current device;
+    nothing is queued."""
     given = dict(function.constants) | constants | options(function, backend_of(arguments[0]))
     compiled = module[function.name].warmup(*arguments, **given, grid=(1,))
     if compiled is not None:

@@ -1,9 +1,11 @@
-"""Backend 3: a program compiled by Triton; one launch of each pass for all tensors of all groups on a device.
+"""Backend 3: a program compiled by Triton; one launch of each pass for all tensors of all groups on
+a device.
 
-The launch is given addresses and trusts them, as that of `cpu`. Work is queued on torch's current stream, and nothing
-here waits for the device or asks it anything. For the memory that kernels read and write the rules of any torch
-operation hold: what is freed on the stream on which it was taken is given out again behind the kernels that use it;
-whoever steps on another stream than that orders the two, as for every other operation of torch.
+The launch is given addresses and trusts them, as that of `cpu`. Work is queued on torch's current
+stream, and nothing here waits for the device or asks it anything. For the memory that kernels read
+and write the rules of any torch operation hold: what is freed on the stream on which it was taken
+is given out again behind the kernels that use it; whoever steps on another stream than that orders
+the two, as for every other operation of torch.
 """
 
 from __future__ import annotations
@@ -37,9 +39,14 @@ class Kernel:
     """A compiled program, callable on columns of any number of tensors of one device."""
 
     def __init__(
-        self, program: Program, device: torch.device, numbers: tuple[str, ...] | None, number_type: str
+        self,
+        program: Program,
+        device: torch.device,
+        numbers: tuple[str, ...] | None,
+        number_type: str,
     ) -> None:
-        """`numbers` are the state entries that are one number a parameter and lie on the device, see `tiles.lower`."""
+        """`numbers` are the state entries that are one number a parameter and lie on the device,
+        see `tiles.lower`."""
         self.program, self.device = program, Device(device)
         self.numbers, self.is_resident = numbers or (), numbers is not None
         self.source = lower(program, numbers, number_type)
@@ -68,7 +75,9 @@ class Kernel:
 
     def start(self, call: Start) -> None:
         """Queue a function of the module on the current stream."""
-        launch(self._module, self.functions[call.name], call.grid, *call.arguments, **call.constants)
+        launch(
+            self._module, self.functions[call.name], call.grid, *call.arguments, **call.constants
+        )
 
     def load(self, call: Start) -> None:
         """Compile what a start needs, and bring it to the device, where that has not been done.
@@ -79,8 +88,8 @@ class Kernel:
         if call.grid > 0 and variant not in self._loaded:
             if self.is_capturing():
                 raise RuntimeError(
-                    "a step cannot be captured in a graph before one like it has been taken: take a few steps outside "
-                    "of captures, with GradScaler too if it has one"
+                    "a step cannot be captured in a graph before one like it has been taken: take "
+                    "a few steps outside of captures, with GradScaler too if it has one"
                 )
             prepare(self._module, self.functions[call.name], *call.arguments, **call.constants)
             self._loaded.add(variant)
@@ -96,20 +105,25 @@ class Start(NamedTuple):
 
 
 class HostRows:
-    """The uniform values that follow from hyper-parameters alone, computed here: by the same code as for the CPU."""
+    """The uniform values that follow from hyper-parameters alone, computed here: by the same code
+    as for the CPU."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         parts = [Host(program, one, k) for k, one in enumerate(program.passes)]
         text = "\n".join(part.text() for part in parts)
-        self._library = Library("\n".join([text, *sorted({line for part in parts for line in part.declared})]))
+        self._library = Library(
+            "\n".join([text, *sorted({line for part in parts for line in part.declared})])
+        )
         signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
         self._functions = [signature(self._library.address(f"host_{k}")) for k in range(len(parts))]
         self.at = [{node: i for i, node in enumerate(one.inputs)} for one in program.passes]
 
     def fill(self, k: int, leaves: np.ndarray) -> np.ndarray:
         """The inputs of pass k: (settings, inputs)."""
-        table = np.empty((leaves.shape[1], len(self.program.passes[k].inputs)), COMPUTE[self.program.compute])
+        table = np.empty(
+            (leaves.shape[1], len(self.program.passes[k].inputs)), COMPUTE[self.program.compute]
+        )
         self._functions[k](leaves.ctypes.data, leaves.shape[1], table.ctypes.data)
         return table
 
@@ -125,16 +139,21 @@ class HostRows:
 
 
 class Launch:
-    """A kernel with its arguments laid out; `run` may be called again and again while they stay where they are.
+    """A kernel with its arguments laid out; `run` may be called again and again while they stay
+    where they are.
 
-    `leaves` (leaf, setting; float64) hold the hyper-parameters; where one lies on the device it stands in
-    `device_leaves` instead, as (leaf, setting or None for all, tensor). Where a `guard`, a float32 on the device, is
-    not 0, nothing changes. `fresh` (tensors; int32, on the device) is 1 for each tensor whose state has not stepped
-    yet, and is set to 0 by its first step. What a captured graph reads is put into `captured`, see `uploads`.
+    `leaves` (leaf, setting; float64) hold the hyper-parameters; where one lies on the device it
+    stands in `device_leaves` instead, as (leaf, setting or None for all, tensor). Where a `guard`,
+    a float32 on the device, is not 0, nothing changes. `fresh` (tensors; int32, on the device) is 1
+    for each tensor whose state has not stepped yet, and is set to 0 by its first step. What a
+    captured graph reads is put into `captured`, see `uploads`.
     """
 
-    def __init__(self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> None:
-        """`pointers` (columns and numbers, tensors; uint64), `work` and `rows` as those of the CPU's launch."""
+    def __init__(
+        self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int
+    ) -> None:
+        """`pointers` (columns and numbers, tensors; uint64), `work` and `rows` as those of the
+        CPU's launch."""
         self.kernel, self.pointers, self.work = kernel, pointers, work
         program, device = kernel.program, kernel.device
         self.leaves = np.zeros((len(kernel.leaves), settings))
@@ -150,8 +169,12 @@ class Launch:
         self._temporaries = Temporaries(program, work.sizes, work.parts, device.device)
         self._first_to_store = max((call.after + 1 for call in program.calls), default=0)
         spare = SPARE if kernel.is_resident else 0
-        self._sent = {name: Table(device, self.captured, spare) for name in ("addresses", "leaves", "facts")}
-        self._sent |= {f"units {k}": Table(device, self.captured) for k in range(len(program.passes))}
+        self._sent = {
+            name: Table(device, self.captured, spare) for name in ("addresses", "leaves", "facts")
+        }
+        self._sent |= {
+            f"units {k}": Table(device, self.captured) for k in range(len(program.passes))
+        }
         for units in work.units:
             units.table.setflags(write=False)
         self._find_partials()
@@ -160,7 +183,9 @@ class Launch:
             width = input_offsets(program)[-1]
             self._table = device.empty(max(len(rows) * width, 1), TORCH[program.compute])
         else:
-            self._rows = Rows(device, self.captured, kernel.host.fill_all, kernel.leaves.get("step"))
+            self._rows = Rows(
+                device, self.captured, kernel.host.fill_all, kernel.leaves.get("step")
+            )
             self._sent["rows"] = self._rows.table
         self._nothing = device.empty(1, torch.float32)
         self._stream = device.stream()
@@ -191,9 +216,18 @@ class Launch:
         """What is to be added up after pass k, of sums that several programs have a share in."""
         entries = []
         for one in self.kernel.program.passes[k].sums:
-            for t in np.flatnonzero((self.work.parts[one.into] > 1) & (self.work.numel > 0)).tolist():
+            for t in np.flatnonzero(
+                (self.work.parts[one.into] > 1) & (self.work.numel > 0)
+            ).tolist():
                 shares = self._temporaries.shares(one.into, t)
-                entries.append((shares.data_ptr(), shares.shape[1], shares.shape[0], int(one.node.op == "amax")))
+                entries.append(
+                    (
+                        shares.data_ptr(),
+                        shares.shape[1],
+                        shares.shape[0],
+                        int(one.node.op == "amax"),
+                    )
+                )
         if not entries:
             return None
         table = np.array(entries, np.int64)
@@ -203,10 +237,16 @@ class Launch:
         units = np.stack([entry, block], axis=1).astype(np.int32)
         table.setflags(write=False)
         units.setflags(write=False)
-        return Table(self.kernel.device, self.captured), table, Table(self.kernel.device, self.captured), units
+        return (
+            Table(self.kernel.device, self.captured),
+            table,
+            Table(self.kernel.device, self.captured),
+            units,
+        )
 
     def run(self, workers: int) -> None:
-        """Run the program once, in place. With one worker, tensors are walked one after the other."""
+        """Run the program once, in place. With one worker, tensors are walked one after the
+        other."""
         self.begin(workers)
         self.finish(workers)
 
@@ -233,7 +273,8 @@ class Launch:
     def finish(self, workers: int) -> None:
         """Do the rest, which stores."""
         with self.kernel.device.guard():
-            # Other parameters have stepped meanwhile, by torch's operations, which may have moved memory.
+            # Other parameters have stepped meanwhile, by torch's operations, which may have moved
+            # memory.
             self._send_addresses()
             for k in range(self._first_to_store, len(self.kernel.program.passes)):
                 self._run_pass(k, workers)
@@ -251,14 +292,23 @@ class Launch:
         self._placed = None
         self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
-        self._units = [self._sent[f"units {k}"].on_device(units.table) for k, units in enumerate(self.work.units)]
+        self._units = [
+            self._sent[f"units {k}"].on_device(units.table)
+            for k, units in enumerate(self.work.units)
+        ]
         if self.kernel.stages:
             self._leaves = self._sent["leaves"].on_device(self.leaves)
             self._set_device_leaves()
         else:
             self._table = self._rows.on_device(self.leaves)
         # As with tables, see `uploads`.
-        own = (self._partials, self._nothing, self._table, self.fresh, *self._temporaries.kept.values())
+        own = (
+            self._partials,
+            self._nothing,
+            self._table,
+            self.fresh,
+            *self._temporaries.kept.values(),
+        )
         if device.is_capturing():
             self.captured += [*own, *(value for *_, value in self.device_leaves)]
             self.captured += [] if self.guard is None else [self.guard]
@@ -275,10 +325,14 @@ class Launch:
             self._ready.clear()
 
     def _set_device_leaves(self) -> None:
-        """Copy the hyper-parameters that lie on the device to their places, without looking at them."""
+        """Copy the hyper-parameters that lie on the device to their places, without looking at
+        them."""
         if self.device_leaves:
             places = self._leaves[: self.leaves.size].view(self.leaves.shape)
-            leaves = [(places[leaf] if s is None else places[leaf, s], value) for leaf, s, value in self.device_leaves]
+            leaves = [
+                (places[leaf] if s is None else places[leaf, s], value)
+                for leaf, s, value in self.device_leaves
+            ]
             values = [value.detach().reshape(()).expand_as(place) for place, value in leaves]
             torch._foreach_copy_([place for place, _ in leaves], values)
 
@@ -293,13 +347,22 @@ class Launch:
             self._send_addresses()
 
     def _starts(self, k: int, workers: int) -> Iterator[Start]:
-        """The functions of one walk, in order: uniform values, the pass itself, sums of what its programs have left."""
+        """The functions of one walk, in order: uniform values, the pass itself, sums of what its
+        programs have left."""
         count, folds = len(self.rows), self._folds[k]
         guard = self._nothing if self.guard is None else self.guard
         guarded = {"GUARDED": self.guard is not None}
         for s, (before, _) in enumerate(self.kernel.stages):
             if before == k:
-                given = (self._addresses, self._tensors, self._leaves, self._table, self._partials, self.fresh, guard)
+                given = (
+                    self._addresses,
+                    self._tensors,
+                    self._leaves,
+                    self._table,
+                    self._partials,
+                    self.fresh,
+                    guard,
+                )
                 yield Start(f"uniforms_{s}", count, (*given, self.leaves.shape[1], count), guarded)
         if self.kernel.program.passes[k].roots:
             partials = self._partials[self._begin[k] :]
@@ -319,15 +382,20 @@ class Launch:
         return [one for t in range(len(self.rows)) for one in units.of_tensor(t) if units.count[t]]
 
     def scalars(self) -> Mapping[str, np.ndarray]:
-        """Each tensor's new scalars in the compute type, where these are the host's; on the device they are written."""
+        """Each tensor's new scalars in the compute type, where these are the host's; on the device
+        they are written."""
         if self.kernel.is_resident:
             return {}
         last = len(self.kernel.program.passes) - 1
         host = self.kernel.host
-        return {n: host.column(last, node, self.leaves)[self.rows] for n, node in self.kernel.program.scalars}
+        return {
+            n: host.column(last, node, self.leaves)[self.rows]
+            for n, node in self.kernel.program.scalars
+        }
 
     def _numbers(self, call: Call) -> list[list[float | Tensor]]:
-        """The numbers that a function of matrices is called with, for each tensor: the host's where it knows them."""
+        """The numbers that a function of matrices is called with, for each tensor: the host's where
+        it knows them."""
         count, width = len(self.rows), input_offsets(self.kernel.program)[-1]
         given: list[list[float | Tensor]] = [[] for _ in range(count)]
         for node in call.numbers:
@@ -347,10 +415,15 @@ class Launch:
         needed = {str(n.attr) for n in topological([node]) if n.op == "hyper"}
         away = {leaf for leaf, _, _ in self.device_leaves}
         unknown = {name for name in needed if self.kernel.leaves[name] in away}
-        return node.rank == Rank.UNIFORM and not (unknown or needed & {*self.kernel.numbers, "first"})
+        return node.rank == Rank.UNIFORM and not (
+            unknown or needed & {*self.kernel.numbers, "first"}
+        )
 
 
 @share
-def make_kernel(program: Program, device: torch.device, numbers: tuple[str, ...] | None, number_type: str) -> Kernel:
-    """The program's kernel for a device; compiled once as long as somebody has it, by Triton once a machine."""
+def make_kernel(
+    program: Program, device: torch.device, numbers: tuple[str, ...] | None, number_type: str
+) -> Kernel:
+    """The program's kernel for a device; compiled once as long as somebody has it, by Triton once a
+    machine."""
     return Kernel(program, device, numbers, number_type)

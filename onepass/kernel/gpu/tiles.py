@@ -1,11 +1,14 @@
-"""A program's passes as Triton: each program of a launch takes a block of elements, or a tile of a matrix.
+"""A program's passes as Triton: each program of a launch takes a block of elements, or a tile of a
+matrix.
 
-One module holds, for each pass k, `values_k` (the mathematics) and `pass_k` (the walk: which tensor, which block, whole
-and aligned or with a mask), and for each stage `uniforms_s`, which computes on the device what the host does not know:
-see `stages`. A launch is given tables, and reads everything else through them:
+One module holds, for each pass k, `values_k` (the mathematics) and `pass_k` (the walk: which
+tensor, which block, whole and aligned or with a mask), and for each stage `uniforms_s`, which
+computes on the device what the host does not know: see `stages`. A launch is given tables, and
+reads everything else through them:
 
     addresses (row, tensor)  of columns, numbers and temporaries, in this order
-    tensors (fact, tensor)   the tensor's row in the table, its setting, its sizes, and where its partial results lie
+    tensors (fact, tensor)   the tensor's row in the table, its setting, its sizes, and where its
+                             partial results lie
     units (unit, field)      the tensor and the place of each program's work
     table (row, input)       the uniform values of all passes, side by side
 """
@@ -22,10 +25,12 @@ from .uniforms import fact, input_offsets, stages, uniforms
 
 # Elements of one program; of a reduction, blocks of so many elements, one after the other.
 BLOCK, SPAN = 1024, 32
-# A tile is so wide, the narrowest into which a line fits; of a sum a program takes so many lines, else so many tiles.
+# A tile is so wide, the narrowest into which a line fits; of a sum a program takes so many lines,
+# else so many tiles.
 WIDTHS = (32, 256)
 BAND, TILES = 128, 4
-# A block's, and a tile's: of the lines [begin, end), the columns from `column` on; `part` counts a matrix's bands.
+# A block's, and a tile's: of the lines [begin, end), the columns from `column` on; `part` counts a
+# matrix's bands.
 FLAT_FIELDS = ("tensor", "block")
 TILE_FIELDS = ("tensor", "begin", "end", "column", "part")
 POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "i16": "u16"}
@@ -33,7 +38,8 @@ POINTERS = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "i16": "u16"}
 FOLD = """
 @triton.jit(do_not_specialize=["first"])
 def fold(entries, units, guard, first, GUARDED: tl.constexpr, BLOCK: tl.constexpr):
-    # Adds up what several programs have left of one sum, one after the other: an entry is where, how many, parts, op.
+    # Adds up what several programs have left of one sum, one after the other: an entry is where,
+    # how many, parts, op.
     if GUARDED:
         if tl.load(guard) != 0:
             return
@@ -54,15 +60,22 @@ def fold(entries, units, guard, first, GUARDED: tl.constexpr, BLOCK: tl.constexp
 """
 
 
-def lower(program: Program, numbers: tuple[str, ...] | None = None, number_type: str = "f32") -> Source:
+def lower(
+    program: Program, numbers: tuple[str, ...] | None = None, number_type: str = "f32"
+) -> Source:
     """The program as the text of one Triton module.
 
-    `numbers` are the state entries that are one number a parameter, where these lie on the device; None where the host
-    keeps them. Of hyper-parameters with these names the value is read there, and written back, a step's number one
-    higher; and it is the device that knows whose step is the first.
+    `numbers` are the state entries that are one number a parameter, where these lie on the device;
+    None where the host keeps them. Of hyper-parameters with these names the value is read there,
+    and written back, a step's number one higher; and it is the device that knows whose step is the
+    first.
     """
     parts, functions = [PRELUDE], []
-    known = [*(c.name for c in program.columns), *(numbers or ()), *(t.name for t in program.temporaries)]
+    known = [
+        *(c.name for c in program.columns),
+        *(numbers or ()),
+        *(t.name for t in program.temporaries),
+    ]
     for s, stage in enumerate(stages(program, numbers is not None)):
         text, function = uniforms(program, s, stage, numbers, number_type)
         parts.append(text)
@@ -81,8 +94,9 @@ def lower(program: Program, numbers: tuple[str, ...] | None = None, number_type:
 
 
 def warps_of(one: Pass) -> int:
-    """So many that where 2-byte and 4-byte columns meet, each thread has four elements of both: else Triton would
-    exchange them between threads. Four also where eight would take more registers than there are."""
+    """So many that where 2-byte and 4-byte columns meet, each thread has four elements of both:
+    else Triton would exchange them between threads. Four also where eight would take more registers
+    than there are."""
     widths = {ITEMSIZE[n.type] for n in one.loads} | {ITEMSIZE[n.type] for _, n in one.stores}
     return 8 if len(widths) > 1 or 8 in widths or len(one.loads) > 4 else 4
 
@@ -98,14 +112,23 @@ class _Walk:
         self.program, self.one, self.k = program, one, k
         self.lines: list[str] = []
         self.depth = 1
-        named = [str(n.attr) for n in one.loads] + [s.into for s in one.sums] + [name for name, _ in one.stores]
-        types = {str(n.attr): n.type for n in one.loads} | dict.fromkeys((s.into for s in one.sums), "f64")
+        named = (
+            [str(n.attr) for n in one.loads]
+            + [s.into for s in one.sums]
+            + [name for name, _ in one.stores]
+        )
+        types = {str(n.attr): n.type for n in one.loads} | dict.fromkeys(
+            (s.into for s in one.sums), "f64"
+        )
         types |= {name: root.type for name, root in one.stores}
-        # How a column is called here, whatever its name: its row in the table of addresses, and what it points to.
+        # How a column is called here, whatever its name: its row in the table of addresses, and
+        # what it points to.
         self.rows = {name: known.index(name) for name in dict.fromkeys(named)}
         self.types = {name: types[name] for name in self.rows}
         self.pointer = {name: f"c{row}" for name, row in self.rows.items()}
-        self.elements = {str(n.attr) for n in one.loads if n.rank == one.domain} | {name for name, _ in one.stores}
+        self.elements = {str(n.attr) for n in one.loads if n.rank == one.domain} | {
+            name for name, _ in one.stores
+        }
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
@@ -113,16 +136,27 @@ class _Walk:
     def function(self) -> Function:
         """How it is launched."""
         compute = POINTERS[self.program.compute]
-        arguments = [("addresses", "*i64"), ("tensors", "*i64"), ("units", self.unit_type), ("table", f"*{compute}")]
+        arguments = [
+            ("addresses", "*i64"),
+            ("tensors", "*i64"),
+            ("units", self.unit_type),
+            ("table", f"*{compute}"),
+        ]
         arguments += [("partials", "*fp64"), ("guard", "*fp32"), ("first", "i32"), ("count", "i32")]
-        return Function(f"pass_{self.k}", tuple(arguments), (("GUARDED", False), *self.shape()), warps_of(self.one))
+        return Function(
+            f"pass_{self.k}",
+            tuple(arguments),
+            (("GUARDED", False), *self.shape()),
+            warps_of(self.one),
+        )
 
     def shape(self) -> tuple[tuple[str, int], ...]:
         """The compile-time constants that say how much one program walks."""
         raise NotImplementedError
 
     def _head(self) -> None:
-        """What every walk begins with: its tensor, the uniform values, and where the columns are."""
+        """What every walk begins with: its tensor, the uniform values, and where the columns
+        are."""
         arguments = "addresses, tensors, units, table, partials, guard, first, count"
         shape = ", ".join(f"{name}: tl.constexpr" for name, _ in self.shape())
         self.lines += [
@@ -161,10 +195,18 @@ class _Walk:
         """Take a block of values into a running one, in float64."""
         wide = f"({value}).to(tl.float64)"
         wide = wide if mask is None else f"tl.where({mask}, {wide}, 0.0)"
-        self.line(f"{place} = {place} + {wide}" if reduction.op == "sum" else f"{place} = larger({place}, {wide})")
+        self.line(
+            f"{place} = {place} + {wide}"
+            if reduction.op == "sum"
+            else f"{place} = larger({place}, {wide})"
+        )
 
     def _reduced(self, reduction: Node, value: str, axis: int | None) -> str:
-        return f"tl.sum({value}, axis={axis})" if reduction.op == "sum" else f"largest({value}, {axis})"
+        return (
+            f"tl.sum({value}, axis={axis})"
+            if reduction.op == "sum"
+            else f"largest({value}, {axis})"
+        )
 
     def _store_partials(self, axes: int) -> None:
         """What this program adds to each reduction over the whole tensor."""
@@ -172,11 +214,15 @@ class _Walk:
             value = f"r{r}"
             for axis in range(axes - 1, -1, -1):
                 value = self._reduced(reduction, value, axis)
-            self.line(f"tl.store(partials + unit.to(tl.int64) * {len(self.one.reductions)} + {r}, {value})")
+            self.line(
+                f"tl.store(partials + unit.to(tl.int64) * {len(self.one.reductions)} + {r}, "
+                f"{value})"
+            )
 
 
 class _Blocks(_Walk):
-    """A walk over elements, whatever the tensor's shape: each program takes one block, or of reductions several."""
+    """A walk over elements, whatever the tensor's shape: each program takes one block, or of
+    reductions several."""
 
     fields = FLAT_FIELDS
     unit_type = "*i32"
@@ -215,7 +261,9 @@ class _Blocks(_Walk):
             self.depth += 1
             self.line("at = i * BLOCK + tl.arange(0, BLOCK)")
         if masked:
-            self.line(f"mask = at < tl.minimum(left, BLOCK{' * SPAN' if self.one.reductions else ''})")
+            self.line(
+                f"mask = at < tl.minimum(left, BLOCK{' * SPAN' if self.one.reductions else ''})"
+            )
         mask = ", mask" if masked else ""
         loads = []
         for i, node in enumerate(self.one.loads):
@@ -224,16 +272,19 @@ class _Blocks(_Walk):
         results = self._values(loads)
         for r, reduction in enumerate(self.one.reductions):
             self._accumulate(f"r{r}", reduction, results[r], "mask" if masked else None)
-        for (name, _), result in zip(self.one.stores, results[len(self.one.reductions) :], strict=True):
+        for (name, _), result in zip(
+            self.one.stores, results[len(self.one.reductions) :], strict=True
+        ):
             self.line(f"tl.store({self.pointer[name]} + at, {result}{mask})")
         self.depth -= 2 if self.one.reductions else 1
 
 
 class _Tiles(_Walk):
-    """A walk over matrices, in tiles of lines: what a line has once is loaded once, sums run along or down the lines.
+    """A walk over matrices, in tiles of lines: what a line has once is loaded once, sums run along
+    or down the lines.
 
-    A line is a row where the pass runs over elements, and a matrix's whole column of row values, or row of column
-    values, where it runs over those.
+    A line is a row where the pass runs over elements, and a matrix's whole column of row values, or
+    row of column values, where it runs over those.
     """
 
     fields = TILE_FIELDS
@@ -265,7 +316,9 @@ class _Tiles(_Walk):
             self.line(f"r{r} = tl.zeros([LINES, COLUMNS], tl.float64)")
         for d in range(len(self.down)):
             self.line(f"d{d} = tl.zeros([LINES, COLUMNS], tl.float64)")
-        whole = "((end - begin) % LINES == 0) & ((column + 1) * COLUMNS <= length) & (length % 16 == 0)"
+        whole = (
+            "((end - begin) % LINES == 0) & ((column + 1) * COLUMNS <= length) & (length % 16 == 0)"
+        )
         self.line(f"if {whole} & ({self._aligned()}):")
         self._branch(masked=False)
         self.line("else:")
@@ -280,7 +333,8 @@ class _Tiles(_Walk):
             for name, row in self.rows.items():
                 if name in self.elements:
                     self.line(f"c{row} = tl.multiple_of(c{row}, 16)")
-            # No hint: Triton believes one wherever its value is used, in the branch for all other lengths too.
+            # No hint: Triton believes one wherever its value is used, in the branch for all other
+            # lengths too.
             self.line("length = length // 16 * 16")
         self.line("for start in range(begin, end, LINES):")
         self.depth += 1
@@ -291,7 +345,9 @@ class _Tiles(_Walk):
         if masked:
             self.line("is_line = line < end")
             self.line("mask = is_line[:, None] & (columns < length)[None, :]")
-        results = self._values([self._load(i, node, masked) for i, node in enumerate(self.one.loads)])
+        results = self._values(
+            [self._load(i, node, masked) for i, node in enumerate(self.one.loads)]
+        )
         mask = "mask" if masked else None
         for r, reduction in enumerate(self.one.reductions):
             self._accumulate(f"r{r}", reduction, results[r], mask)
@@ -320,14 +376,18 @@ class _Tiles(_Walk):
         return f"x{i}[:, None]"
 
     def _store_along(self, one: Reduction, value: str, masked: bool) -> None:
-        """The sum along each line of the tile, beside those of the other tiles of the same lines."""
+        """The sum along each line of the tile, beside those of the other tiles of the same
+        lines."""
         wide = f"({value}).to(tl.float64)"
         wide = f"tl.where(mask, {wide}, 0.0)" if masked else wide
         # Zeros, so that a value which is the same for the whole line counts for each of its places.
         wide = f"{wide} + tl.zeros([LINES, COLUMNS], tl.float64)"
         mask = ", is_line" if masked else ""
         reduced = self._reduced(one.node, wide, 1)
-        self.line(f"tl.store({self.pointer[one.into]} + (column * (groups * per) + line), {reduced}{mask})")
+        self.line(
+            f"tl.store({self.pointer[one.into]} + (column * (groups * per) + line), "
+            f"{reduced}{mask})"
+        )
 
     def _store_down(self) -> None:
         """The sums down the columns of a band of one matrix, beside those of its other bands."""

@@ -1,7 +1,8 @@
-"""Uniform values computed on the device, in float64, a program for each tensor: what no host can know without waiting.
+"""Uniform values computed on the device, in float64, a program for each tensor: what no host can
+know without waiting.
 
-These are sums over a tensor, step counts and learning rates that lie in the device's memory. Everything else is
-computed on the host (`host.py`) and sent.
+These are sums over a tensor, step counts and learning rates that lie in the device's memory.
+Everything else is computed on the host (`host.py`) and sent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .expressions import TYPES, assign
 from .jit import Function
 
 POINTERS = {"f32": "*fp32", "f64": "*fp64"}
-# What is known of each tensor, beside two facts for each pass: where its partial results begin, and of how many units.
+# What is known of each tensor, beside two facts for each pass: where its partial results begin, and
+# of how many units.
 FACTS = ("row", "setting", "active", "matrices", "rows", "columns", "numel")
 
 
@@ -27,7 +29,10 @@ def fact(program: Program, name: str) -> str:
 
 def fact_names(program: Program) -> list[str]:
     """The rows of the table of tensors' facts."""
-    return [*FACTS, *(f"{what} {k}" for k in range(len(program.passes)) for what in ("partials", "units"))]
+    return [
+        *FACTS,
+        *(f"{what} {k}" for k in range(len(program.passes)) for what in ("partials", "units")),
+    ]
 
 
 def input_offsets(program: Program) -> list[int]:
@@ -43,8 +48,8 @@ def depends_on_tensors(program: Program) -> bool:
 def stages(program: Program, resident: bool) -> list[tuple[int, list[int]]]:
     """When uniform values are computed on the device: before which pass, and for which passes.
 
-    Each as soon as the reductions that it needs are done. Where the parameters' numbers are `resident` on the device,
-    they are written last, after all that may fail.
+    Each as soon as the reductions that it needs are done. Where the parameters' numbers are
+    `resident` on the device, they are written last, after all that may fail.
     """
     if not (resident or depends_on_tensors(program)):
         return []
@@ -60,9 +65,14 @@ def stages(program: Program, resident: bool) -> list[tuple[int, list[int]]]:
 
 
 def uniforms(
-    program: Program, s: int, stage: tuple[int, Sequence[int]], numbers: tuple[str, ...] | None, number_type: str
+    program: Program,
+    s: int,
+    stage: tuple[int, Sequence[int]],
+    numbers: tuple[str, ...] | None,
+    number_type: str,
 ) -> tuple[str, Function]:
-    """`uniforms_s`: the rows of the table, and in the last stage the numbers of the parameters' state."""
+    """`uniforms_s`: the rows of the table, and in the last stage the numbers of the parameters'
+    state."""
     last = s == len(stages(program, numbers is not None)) - 1
     return _Uniforms(program, s, stage[1], numbers, number_type, last).text()
 
@@ -107,7 +117,9 @@ class _Uniforms:
         compute = POINTERS[self.program.compute]
         types = ("*i64", "*i64", "*fp64", compute, "*fp64", "*i32", "*fp32", "i32", "i32")
         named = tuple(zip(arguments.split(", "), types, strict=True))
-        return "\n".join([*head, *self.lines]), Function(f"uniforms_{self.s}", named, (("GUARDED", False),), 1)
+        return "\n".join([*head, *self.lines]), Function(
+            f"uniforms_{self.s}", named, (("GUARDED", False),), 1
+        )
 
     def _emit(self, roots: Sequence[Node]) -> dict[Node, str]:
         """A line for each host value; what is rounded to the compute type stays in it."""
@@ -143,15 +155,25 @@ class _Uniforms:
 
     def _address(self, name: str) -> str:
         row = len(self.program.columns) + self.numbers.index(name)
-        return f"tl.load(addresses + {row} * count + tensor).to(tl.pointer_type({TYPES[self.number_type]}))"
+        return (
+            f"tl.load(addresses + {row} * count + "
+            f"tensor).to(tl.pointer_type({TYPES[self.number_type]}))"
+        )
 
     def _number(self, name: str) -> str:
         """A number of the parameter's state; of steps, that of the step that is being taken."""
-        return f"({f'tl.load({self._address(name)})'}{' + 1' if name == 'step' else ''}).to(tl.float64)"
+        stored = f"tl.load({self._address(name)})"
+        number = f"{stored} + 1" if name == "step" else stored
+        return f"({number}).to(tl.float64)"
 
     def _reduction(self, node: Node) -> str:
-        """A tensor's value from those of its programs, in an order that depends on their number alone."""
-        made = {n: (k, r) for k, one in enumerate(self.program.passes) for r, n in enumerate(one.reductions)}
+        """A tensor's value from those of its programs, in an order that depends on their number
+        alone."""
+        made = {
+            n: (k, r)
+            for k, one in enumerate(self.program.passes)
+            for r, n in enumerate(one.reductions)
+        }
         k, r = made[node]
         name, each = f"l{self.count}", len(self.program.passes[k].reductions)
         self.count += 1
@@ -162,8 +184,16 @@ class _Uniforms:
         self.line("    at = i + tl.arange(0, 256)")
         place = f"partials + begin{name} + at * {each} + {r}"
         self.line(f"    one = tl.load({place}, at < units{name}, other=0.0)")
-        self.line(f"    {name} = {name} + one" if node.op == "sum" else f"    {name} = larger({name}, one)")
-        self.line(f"{name} = tl.sum({name}, axis=0)" if node.op == "sum" else f"{name} = largest({name}, 0)")
+        self.line(
+            f"    {name} = {name} + one"
+            if node.op == "sum"
+            else f"    {name} = larger({name}, one)"
+        )
+        self.line(
+            f"{name} = tl.sum({name}, axis=0)"
+            if node.op == "sum"
+            else f"{name} = largest({name}, 0)"
+        )
         return name
 
     def _write_numbers(self, names: dict[Node, str]) -> None:
@@ -176,6 +206,10 @@ class _Uniforms:
         for name in self.numbers:
             # Rounded as it is kept, and for a scalar to the compute type before.
             value = new.get(name, self._number(name))
-            rounded = f"({value}).to({TYPES[self.program.compute]})" if name in new else f"({value})"
-            self.line(f"    tl.store({self._address(name)}, {rounded}.to({TYPES[self.number_type]}))")
+            rounded = (
+                f"({value}).to({TYPES[self.program.compute]})" if name in new else f"({value})"
+            )
+            self.line(
+                f"    tl.store({self._address(name)}, {rounded}.to({TYPES[self.number_type]}))"
+            )
         self.line("    tl.store(fresh + tensor, 0)")

@@ -1,7 +1,8 @@
-"""How a launch on a GPU is cut into programs: blocks of elements, or tiles of matrices, tensor after tensor.
+"""How a launch on a GPU is cut into programs: blocks of elements, or tiles of matrices, tensor
+after tensor.
 
-How a tensor is cut follows from its own sizes alone, so that what is summed up in which order does not depend on the
-other tensors.
+How a tensor is cut follows from its own sizes alone, so that what is summed up in which order does
+not depend on the other tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from .tiles import BAND, BLOCK, SPAN, TILES, WIDTHS
 
 
 class Units:
-    """The programs of one pass: a row of `table` for each, tensor after tensor; `first[t]` is tensor t's first.
+    """The programs of one pass: a row of `table` for each, tensor after tensor; `first[t]` is
+    tensor t's first.
 
-    `launches` are ranges of units with the constants of their kernel: one, or one for each width of tiles. `parts` are,
-    for sums that end in temporaries, how many programs have a share of each value: of those along the lines, and down.
+    `launches` are ranges of units with the constants of their kernel: one, or one for each width of
+    tiles. `parts` are, for sums that end in temporaries, how many programs have a share of each
+    value: of those along the lines, and down.
     """
 
     table: np.ndarray
@@ -32,7 +35,11 @@ class Units:
     def of_tensor(self, t: int) -> list[tuple[int, int, dict[str, int]]]:
         """The launches that walk one tensor."""
         begin, end = int(self.first[t]), int(self.first[t] + self.count[t])
-        return [(max(a, begin), min(b, end), shape) for a, b, shape in self.launches if a < end and begin < b]
+        return [
+            (max(a, begin), min(b, end), shape)
+            for a, b, shape in self.launches
+            if a < end and begin < b
+        ]
 
 
 class Blocks(Units):
@@ -52,7 +59,8 @@ class Blocks(Units):
 class Tiles(Units):
     """The programs of a walk over matrices, see `tiles`.
 
-    Where columns are summed up, a program has lines of one matrix; else lines of several may share a tile.
+    Where columns are summed up, a program has lines of one matrix; else lines of several may share
+    a tile.
     """
 
     def __init__(self, sizes: np.ndarray, one: Pass) -> None:
@@ -85,7 +93,9 @@ class Tiles(Units):
         for w in WIDTHS:
             units = np.flatnonzero(width[tensor] == w)
             if len(units):
-                self.launches.append((int(units[0]), int(units[-1]) + 1, {"LINES": BLOCK // w, "COLUMNS": w}))
+                self.launches.append(
+                    (int(units[0]), int(units[-1]) + 1, {"LINES": BLOCK // w, "COLUMNS": w})
+                )
         self.along, self.down = across, parts if down else ones
 
 
@@ -93,16 +103,23 @@ class Work:
     """A launch's tensors by their sizes, and the programs of each pass over them."""
 
     def __init__(self, sizes: np.ndarray, program: Program) -> None:
-        """`sizes` (tensors, 3), or (tensors,) where only the numbers of elements matter; 0 leaves a tensor as it is."""
+        """`sizes` (tensors, 3), or (tensors,) where only the numbers of elements matter; 0 leaves a
+        tensor as it is."""
         sizes = np.asarray(sizes, np.int64)
         if sizes.ndim == 1:
             sizes = np.stack([np.ones_like(sizes), np.ones_like(sizes), sizes], axis=1)
         self.sizes = sizes
         self.numel = sizes.prod(axis=1)
-        self.units = [Tiles(sizes, one) if program.by_lines else Blocks(self.numel, one) for one in program.passes]
-        # Of each temporary that a sum ends in, for each tensor: how many programs leave a share of each of its values.
+        self.units = [
+            Tiles(sizes, one) if program.by_lines else Blocks(self.numel, one)
+            for one in program.passes
+        ]
+        # Of each temporary that a sum ends in, for each tensor: how many programs leave a share of
+        # each of its values.
         self.parts: Mapping[str, np.ndarray] = {
-            s.into: units.down if one.domain == Rank.ELEMENT and s.node.rank == Rank.COLUMN else units.along
+            s.into: units.down
+            if one.domain == Rank.ELEMENT and s.node.rank == Rank.COLUMN
+            else units.along
             for one, units in zip(program.passes, self.units, strict=True)
             for s in one.sums
         }

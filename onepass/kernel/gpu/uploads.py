@@ -1,20 +1,23 @@
 """Tables that a kernel reads on a device: sent when they have changed, and never overwritten.
 
-A table that has changed is not written over the old one, which the device may still be reading. It goes, from pinned
-memory of its own and without waiting, into device memory of its own; both come from torch's allocators, whose rules
-make that safe:
+A table that has changed is not written over the old one, which the device may still be reading. It
+goes, from pinned memory of its own and without waiting, into device memory of its own; both come
+from torch's allocators, whose rules make that safe:
 
-* pinned memory that is let go is not given out again until the copy that reads it is done (torch records an event for
-  each copy that does not block, and asks it);
-* device memory that is let go is given out again in the order of the stream for which it was taken: what overwrites it
-  is queued behind the kernels that read it. A kernel on another stream is announced by `record_stream`.
+* pinned memory that is let go is not given out again until the copy that reads it is done (torch
+  records an event for each copy that does not block, and asks it);
+* device memory that is let go is given out again in the order of the stream for which it was taken:
+  what overwrites it is queued behind the kernels that read it. A kernel on another stream is
+  announced by `record_stream`.
 
-A step on another stream than the one before needs no copy of its own: both write the same parameters, so whoever steps
-on two streams has put the second behind the first, and with that behind the copy.
+A step on another stream than the one before needs no copy of its own: both write the same
+parameters, so whoever steps on two streams has put the second behind the first, and with that
+behind the copy.
 
-A CUDA graph repeats what was queued while it was captured, the reading of pinned memory too. So, while a capture is
-under way, a changed table goes through one of a few pinned stretches that were taken before (an allocation might end
-the capture), and everything that the graph will read is handed to `captured`, where it must live as long as the graph.
+A CUDA graph repeats what was queued while it was captured, the reading of pinned memory too. So,
+while a capture is under way, a changed table goes through one of a few pinned stretches that were
+taken before (an allocation might end the capture), and everything that the graph will read is
+handed to `captured`, where it must live as long as the graph.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How often a table can be sent during captures before a step outside of one takes new memory for it.
+# How often a table can be sent during captures before a step outside of one takes new memory for
+# it.
 SPARE = 16
 
 
@@ -36,8 +40,11 @@ class Device:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module: Any = torch.get_device_module(device.type)
-        # The stream's own number, as Triton asks for it, takes a tenth of the time that the object takes.
-        self._number = getattr(torch._C, "_cuda_getCurrentRawStream", None) if device.type == "cuda" else None
+        # The stream's own number, as Triton asks for it, takes a tenth of the time that the object
+        # takes.
+        self._number = (
+            getattr(torch._C, "_cuda_getCurrentRawStream", None) if device.type == "cuda" else None
+        )
 
     def guard(self) -> AbstractContextManager[Any]:
         """Make this the current device."""
@@ -47,7 +54,11 @@ class Device:
 
     def stream(self) -> Any:
         """The stream on which torch queues work now; streams compare."""
-        return self._module.current_stream(self.device) if self._number is None else self._number(self.device.index)
+        return (
+            self._module.current_stream(self.device)
+            if self._number is None
+            else self._number(self.device.index)
+        )
 
     def is_capturing(self) -> bool:
         """Whether work is recorded into a graph now."""
@@ -82,7 +93,8 @@ class Table:
     """An array of the host and its copy on the device."""
 
     def __init__(self, device: Device, captured: list[Tensor], spare: int = 0) -> None:
-        """`spare` is for how many captures memory is held ready; `captured` receives what a captured graph reads."""
+        """`spare` is for how many captures memory is held ready; `captured` receives what a
+        captured graph reads."""
         self.device, self.captured = device, captured
         self.uploads = 0
         self._known: object = None
@@ -93,7 +105,8 @@ class Table:
         self._ready: list[Tensor] = []
 
     def on_device(self, array: np.ndarray) -> Tensor:
-        """The array's copy, sent now if it differs from what was sent last; one that cannot be written never does."""
+        """The array's copy, sent now if it differs from what was sent last; one that cannot be
+        written never does."""
         content = array.tobytes() if array.flags.writeable else id(array)
         capturing = self.device.is_capturing()
         if self._sent is None or content != self._known:
@@ -113,8 +126,9 @@ class Table:
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
-                "a step cannot be captured in a graph before one like it has been taken: take a few steps outside of "
-                f"captures, with gradients of the same parameters, and then at most {SPARE} within them"
+                "a step cannot be captured in a graph before one like it has been taken: take a "
+                "few steps outside of captures, with gradients of the same parameters, and then "
+                f"at most {SPARE} within them"
             )
         pinned = self._ready.pop()
         sent = self.device.send(fill(pinned, array))

@@ -1,11 +1,12 @@
-"""What is kept for later, and how long: while somebody can still use it, and never more than so much of it.
+"""What is kept for later, and how long: while somebody can still use it, and never more than so
+much of it.
 
-`remember` keeps what a function has returned as long as its first argument lives, a rule or a graph; of the last few
-that have died, it keeps it a while longer. `share` gives all who ask for the same the same, and keeps nothing. `once`
-makes a thing once in the process's life.
+`remember` keeps what a function has returned as long as its first argument lives, a rule or a
+graph; of the last few that have died, it keeps it a while longer. `share` gives all who ask for the
+same the same, and keeps nothing. `once` makes a thing once in the process's life.
 
-There are two locks for all of these. A process that forks waits for both, and so for what another thread compiles: the
-child would find them held by a thread that it does not have.
+There are two locks for all of these. A process that forks waits for both, and so for what another
+thread compiles: the child would find them held by a thread that it does not have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 
-# Held while something is made that there must be once; within it the other one, never the other way round.
+# Held while something is made that there must be once; within it the other one, never the other way
+# round.
 _making = RLock()
 # Held while results are looked up and put.
 _knowing = RLock()
@@ -37,7 +39,8 @@ _held: list[AbstractContextManager[Any]] = []
 
 
 def hold_in_forks(lock: AbstractContextManager[Any]) -> None:
-    """Let a process that forks wait for a lock, within which neither of the two is taken; the child finds it free."""
+    """Let a process that forks wait for a lock, within which neither of the two is taken; the child
+    finds it free."""
     _locks.append(lock)
 
 
@@ -71,8 +74,8 @@ class CacheInfo(NamedTuple):
 class Remembered(Generic[P, R]):
     """A function that is called once for each of its first argument's lives, whichever thread asks.
 
-    The first argument is known by its identity and held weakly, all others by their values. What a function returns
-    must not hold its first argument: it would never be given back but for `most`.
+    The first argument is known by its identity and held weakly, all others by their values. What a
+    function returns must not hold its first argument: it would never be given back but for `most`.
     """
 
     def __init__(self, function: Callable[P, R], most: int, longer: int) -> None:
@@ -114,7 +117,8 @@ class Remembered(Generic[P, R]):
 
 
 class Shared(Generic[P, R]):
-    """A function whose result is the same object for the same arguments as long as somebody has it."""
+    """A function whose result is the same object for the same arguments as long as somebody has
+    it."""
 
     def __init__(self, function: Callable[P, R]) -> None:
         update_wrapper(self, function)
@@ -142,9 +146,11 @@ class Shared(Generic[P, R]):
 
 
 def remember(most: int, longer: int = 0) -> Callable[[Callable[P, R]], Remembered[P, R]]:
-    """Keep what a function returns while its first argument lives: the `most` results that were last used.
+    """Keep what a function returns while its first argument lives: the `most` results that were
+    last used.
 
-    Of those whose first arguments have died, keep the last few `longer`: what was defined again may need them.
+    Of those whose first arguments have died, keep the last few `longer`: what was defined again may
+    need them.
     """
     return lambda function: Remembered(function, most, longer)
 
@@ -155,21 +161,26 @@ def share(function: Callable[P, R]) -> Shared[P, R]:
 
 
 def _owners(first: object) -> tuple[object, ...]:
-    """What must live for a first argument to come again: a method is made at each access, of parts that stay."""
+    """What must live for a first argument to come again: a method is made at each access, of parts
+    that stay."""
     return (first.__self__, first.__func__) if isinstance(first, MethodType) else (first,)
 
 
 def _watch(owner: object, forget: Callable[[object], None]) -> object:
-    """What calls `forget` when an owner dies; the owner itself, where nothing can tell that it does."""
+    """What calls `forget` when an owner dies; the owner itself, where nothing can tell that it
+    does."""
     try:
         return ref(owner, forget)
     except TypeError:
         return owner
 
 
-def _forget(key: tuple[object, ...], known: dict[Any, tuple[R, list[object]]], longer: deque[R], _: object) -> None:
+def _forget(
+    key: tuple[object, ...], known: dict[Any, tuple[R, list[object]]], longer: deque[R], _: object
+) -> None:
     """Forget an entry whose owner has died; its result may stay a while longer."""
-    # This runs wherever an object dies, even within the code above. So it takes no lock, and a pop needs none.
+    # This runs wherever an object dies, even within the code above. So it takes no lock, and a pop
+    # needs none.
     entry = known.pop(key, None)
     if entry is not None:
         longer.append(entry[0])
@@ -178,8 +189,8 @@ def _forget(key: tuple[object, ...], known: dict[Any, tuple[R, list[object]]], l
 class computed(Generic[S, R]):
     """A property that is computed when it is first asked for, and kept.
 
-    Up to Python 3.11 `functools.cached_property` holds a lock meanwhile, for all objects of a class: a child that is
-    forked then would wait for a thread that it does not have.
+    Up to Python 3.11 `functools.cached_property` holds a lock meanwhile, for all objects of a
+    class: a child that is forked then would wait for a thread that it does not have.
     """
 
     def __init__(self, function: Callable[[S], R]) -> None:
@@ -201,7 +212,8 @@ class computed(Generic[S, R]):
 def once(function: Callable[[], R]) -> Callable[[], R]:
     """A function that is called once in the process's life, whichever threads ask first.
 
-    What it returns may be code of which others keep the address only: there must not be a second one that is freed.
+    What it returns may be code of which others keep the address only: there must not be a second
+    one that is freed.
     """
     results: list[R] = []
 

@@ -1,7 +1,9 @@
-"""Storage formats: how a column's bytes become a number and a number becomes bytes, as expressions of the same IR.
+"""Storage formats: how a column's bytes become a number and a number becomes bytes, as expressions
+of the same IR.
 
-A format never meets a rule: `program.bind` puts `decode` before the rule's nodes and `encode` after them, and every
-backend computes both like any other node. Rounding happens once, at the store, to nearest with ties to even.
+A format never meets a rule: `program.bind` puts `decode` before the rule's nodes and `encode` after
+them, and every backend computes both like any other node. Rounding happens once, at the store, to
+nearest with ties to even.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from .ir import Node, const, make, where
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a number: bytes an element, the type that is loaded and stored, the distance from 1 to the next
-    number, and the way there and back."""
+    """One way to store a number: bytes an element, the type that is loaded and stored, the distance
+    from 1 to the next number, and the way there and back."""
 
     name: str
     itemsize: int
@@ -39,7 +41,8 @@ def _decode_bfloat16(x: Node) -> Node:
 
 
 def _encode_bfloat16(x: Node) -> Node:
-    # Integer arithmetic, because a conversion instruction exists only where the host has AVX512-BF16.
+    # Integer arithmetic, because a conversion instruction exists only where the host has
+    # AVX512-BF16.
     x = _as_f32(x)
     bits = make("bitcast", x, type="i32")
     ties_to_even = make("and", make("shr", bits, const(16, "i32")), const(1, "i32"))

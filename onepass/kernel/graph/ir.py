@@ -1,14 +1,17 @@
 """Expressions: hash-consed nodes of about thirty operations in six ranks. Standard library only.
 
-A rule is an ordinary Python function; called with nodes, it returns nodes. Two nodes with the same operation and
-arguments are the same object, so common subexpressions are computed once without a pass that looks for them.
+A rule is an ordinary Python function; called with nodes, it returns nodes. Two nodes with the same
+operation and arguments are the same object, so common subexpressions are computed once without a
+pass that looks for them.
 
 Ranks say how often a value exists, and so where it is computed:
 
-* `UNIFORM`, once for all elements of a tensor (a learning rate, a bias correction): on the host, in float64;
-* `TENSOR`, once a tensor, after a walk over its elements (a norm): on the host, in float64, between two passes;
-* `MATRIX`, `ROW`, `COLUMN`, once a matrix, a row or a column of it (a tensor of more than two dimensions is a stack of
-  matrices): in the kernel, in the compute type, float32 or float64;
+* `UNIFORM`, once for all elements of a tensor (a learning rate, a bias correction): on the host, in
+  float64;
+* `TENSOR`, once a tensor, after a walk over its elements (a norm): on the host, in float64, between
+  two passes;
+* `MATRIX`, `ROW`, `COLUMN`, once a matrix, a row or a column of it (a tensor of more than two
+  dimensions is a stack of matrices): in the kernel, in the compute type, float32 or float64;
 * `ELEMENT`, once an element: in the kernel, in the compute type.
 
 Host values are rounded once, to the compute type, where they meet one that is none.
@@ -25,7 +28,8 @@ from weakref import WeakValueDictionary
 
 
 class Rank(IntEnum):
-    """How often a value exists. What is computed from two values exists as often as the union of their bits says."""
+    """How often a value exists. What is computed from two values exists as often as the union of
+    their bits says."""
 
     UNIFORM = 0
     TENSOR = 1
@@ -36,7 +40,8 @@ class Rank(IntEnum):
 
     @property
     def on_host(self) -> bool:
-        """Whether such values are computed on the host, in float64, and not in a walk over memory."""
+        """Whether such values are computed on the host, in float64, and not in a walk over
+        memory."""
         return self <= Rank.TENSOR
 
 
@@ -46,7 +51,12 @@ INTEGERS = ("i16", "i32")
 TYPES = (*FLOATS, "f16", *INTEGERS, "bool")
 
 # A column's element, and what a tensor has once for each row, column or matrix.
-LOADS = {"load": Rank.ELEMENT, "load_row": Rank.ROW, "load_column": Rank.COLUMN, "load_matrix": Rank.MATRIX}
+LOADS = {
+    "load": Rank.ELEMENT,
+    "load_row": Rank.ROW,
+    "load_column": Rank.COLUMN,
+    "load_matrix": Rank.MATRIX,
+}
 LOAD_OF = {rank: op for op, rank in LOADS.items()}
 # Sizes of a tensor, and the machine epsilon of the parameter's own storage.
 FACTS = {"numel": Rank.TENSOR, "rows": Rank.TENSOR, "columns": Rank.TENSOR, "epsilon": Rank.UNIFORM}
@@ -82,7 +92,8 @@ class RuleError(TypeError):
 
 
 class Node:
-    """One value: an operation, its arguments, and what follows from them, a type and a rank. Made by `make` alone."""
+    """One value: an operation, its arguments, and what follows from them, a type and a rank. Made
+    by `make` alone."""
 
     __slots__ = ("__weakref__", "args", "attr", "op", "rank", "type")
     op: str
@@ -93,14 +104,15 @@ class Node:
 
     def __bool__(self) -> bool:
         raise RuleError(
-            "a rule cannot branch on a value that is known only while stepping: use where(condition, a, b) "
-            "instead of `if`, and & or | instead of `and` or `or`"
+            "a rule cannot branch on a value that is known only while stepping: use "
+            "where(condition, a, b) instead of `if`, and & or | instead of `and` or `or`"
         )
 
     def __float__(self) -> float:
         raise RuleError(
-            "a rule's values are not numbers while it is traced: use onepass.sqrt, onepass.exp, onepass.log and "
-            "onepass.where instead of functions that take floats, such as those of math"
+            "a rule's values are not numbers while it is traced: use onepass.sqrt, onepass.exp, "
+            "onepass.log and onepass.where instead of functions that take floats, such as those "
+            "of math"
         )
 
     def __repr__(self) -> str:
@@ -181,12 +193,14 @@ class Node:
 
 
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
-# Not only one thread may look and, where nothing is found, put: there would be two nodes for one expression.
+# Not only one thread may look and, where nothing is found, put: there would be two nodes for one
+# expression.
 INTERNING = RLock()
 
 
 def make(op: str, *args: object, attr: object = None, type: str | None = None) -> Node:
-    """The one node for this operation and these arguments; numbers become constants of their neighbour's type.
+    """The one node for this operation and these arguments; numbers become constants of their
+    neighbour's type.
 
     Raises `RuleError` where the operation is not defined for the arguments' types or ranks.
     """
@@ -206,13 +220,14 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
 
 
 OF_ELEMENTS = (
-    "{} of an element is not offered: it would cost a library call for each element; use products, sqrt and where, or "
-    "compute it from hyper-parameters alone"
+    "{} of an element is not offered: it would cost a library call for each element; use products, "
+    "sqrt and where, or compute it from hyper-parameters alone"
 )
 
 
 def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> tuple[str, Rank]:
-    """The type and rank of a node, or the reason why there can be none. This is the operations' specification."""
+    """The type and rank of a node, or the reason why there can be none. This is the operations'
+    specification."""
     rank = Rank(reduce(or_, (a.rank for a in args), 0))
     types = [a.type for a in args]
     first = types[0] if types else "real"
@@ -226,7 +241,10 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         require(not args, "no arguments")
         return type or "real", (FACTS | LOADS).get(op, Rank.UNIFORM)
     if op in ARITHMETIC:
-        require(pair and first in (*FLOATS, "i32" if op in ("add", "sub") else ""), "two numbers of one type")
+        require(
+            pair and first in (*FLOATS, "i32" if op in ("add", "sub") else ""),
+            "two numbers of one type",
+        )
         return first, rank
     if op in ROUNDING:
         require(len(args) == 1 and first in FLOATS, "one floating-point number")
@@ -247,7 +265,10 @@ def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> t
         require(types == ["bool"], "one condition")
         return "bool", rank
     if op == "where":
-        require(len(args) == 3 and first == "bool" and types[1] == types[2], "a condition and two values of one type")
+        require(
+            len(args) == 3 and first == "bool" and types[1] == types[2],
+            "a condition and two values of one type",
+        )
         return types[1], rank
     if op in ("cast", "bitcast"):
         require(len(args) == 1 and type in TYPES, "one value and a type")
@@ -264,14 +285,20 @@ def _infer_rank(op: str, args: tuple[Node, ...], rank: Rank, attr: object) -> Ra
         return attr
     if op == "call":
         if args[0].rank != Rank.ELEMENT or any(not a.rank.on_host for a in args[1:]):
-            raise RuleError("a function of whole matrices takes one value with elements, and numbers beside it")
+            raise RuleError(
+                "a function of whole matrices takes one value with elements, and numbers beside it"
+            )
         return Rank.ELEMENT
     if len(args) != 1:
         raise RuleError(f"{op} takes one floating-point number, got {len(args)}")
     if (rank, attr) not in OVER:
         over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
-        once = "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
-        further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(rank, "")
+        once = (
+            "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
+        )
+        further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(
+            rank, ""
+        )
         raise RuleError(f"{op} runs over {over}, and this value {once}{further}")
     return OVER[rank, attr]
 
@@ -279,12 +306,15 @@ def _infer_rank(op: str, args: tuple[Node, ...], rank: Rank, attr: object) -> Ra
 def const(value: object, type: str = "real") -> Node:
     """A number known while tracing."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RuleError(f"a rule computes with numbers and columns, got {value!r} ({value.__class__.__name__})")
+        raise RuleError(
+            f"a rule computes with numbers and columns, got {value!r} ({value.__class__.__name__})"
+        )
     return make("const", attr=int(value) if type in INTEGERS else float(value), type=type)
 
 
 def load(column: str, type: str = "real", rank: Rank = Rank.ELEMENT) -> Node:
-    """A column's element (or, for a column that has one for each row, column or matrix, that), as it is stored."""
+    """A column's element (or, for a column that has one for each row, column or matrix, that), as
+    it is stored."""
     return make(LOAD_OF[rank], attr=column, type=type)
 
 
@@ -294,7 +324,8 @@ def hyper(name: str) -> Node:
 
 
 def divide(a: object, b: object) -> Node:
-    """a / b. Elements are divided by a host value as a product with its reciprocal, taken in float64."""
+    """a / b. Elements are divided by a host value as a product with its reciprocal, taken in
+    float64."""
     a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
     if not a.rank.on_host and b.rank.on_host and b.type in FLOATS:
         return make("mul", a, make("div", 1.0, b))
@@ -309,15 +340,19 @@ def power(a: object, b: object) -> Node:
 
 
 def where(condition: Node | bool, a: object, b: object) -> Node:
-    """a where the condition holds, else b: a rule's `if`. Both are computed, unless the condition is a flag."""
+    """a where the condition holds, else b: a rule's `if`. Both are computed, unless the condition
+    is a flag."""
     if isinstance(condition, bool):
         chosen = a if condition else b
         return chosen if isinstance(chosen, Node) else const(chosen)
     return make("where", condition, a, b)
 
 
-def topological(roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _: True) -> list[Node]:
-    """Every node that the roots need, arguments before users, each once; no further than to nodes not `inside`."""
+def topological(
+    roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _: True
+) -> list[Node]:
+    """Every node that the roots need, arguments before users, each once; no further than to nodes
+    not `inside`."""
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -332,18 +367,27 @@ def topological(roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _
     return order
 
 
-def verify(roots: Sequence[Node], types: Sequence[str] = TYPES, columns: Iterable[str] | None = None) -> None:
+def verify(
+    roots: Sequence[Node], types: Sequence[str] = TYPES, columns: Iterable[str] | None = None
+) -> None:
     """Check a graph against the operations' specification, and against what a stage allows.
 
-    `types` are the value types that may occur at element rank, `columns` the columns that may be loaded. A failure is
-    a defect of the stage before, never of the user: it raises AssertionError and names the node.
+    `types` are the value types that may occur at element rank, `columns` the columns that may be
+    loaded. A failure is a defect of the stage before, never of the user: it raises AssertionError
+    and names the node.
     """
     known = None if columns is None else set(columns)
     for node in topological(roots):
         inferred = _infer(node.op, node.args, node.attr, node.type)
         if inferred != (node.type, node.rank):
-            raise AssertionError(f"{node!r} says {(node.type, node.rank)}, its arguments say {inferred}")
+            raise AssertionError(
+                f"{node!r} says {(node.type, node.rank)}, its arguments say {inferred}"
+            )
         if not node.rank.on_host and node.type not in types:
-            raise AssertionError(f"{node!r} has type {node.type}; this stage allows {', '.join(types)}")
+            raise AssertionError(
+                f"{node!r} has type {node.type}; this stage allows {', '.join(types)}"
+            )
         if node.op in LOADS and known is not None and node.attr not in known:
-            raise AssertionError(f"{node!r} loads a column that is not there; there are {', '.join(sorted(known))}")
+            raise AssertionError(
+                f"{node!r} loads a column that is not there; there are {', '.join(sorted(known))}"
+            )

@@ -1,8 +1,9 @@
 """From what a rule stores to a program: a list of passes, each one walk over memory.
 
-A pass ends where a value must be complete before another can begin: at a reduction, at a function of whole matrices,
-and where a value that exists once a row or a column of a matrix meets the matrix's elements. Such values are kept in
-temporaries, one value a row, a column or a matrix; only a function of whole matrices needs a temporary of elements.
+A pass ends where a value must be complete before another can begin: at a reduction, at a function
+of whole matrices, and where a value that exists once a row or a column of a matrix meets the
+matrix's elements. Such values are kept in temporaries, one value a row, a column or a matrix; only
+a function of whole matrices needs a temporary of elements.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Temporary:
-    """What one pass leaves to a later one: a column that lives for one step, one value for each of its rank."""
+    """What one pass leaves to a later one: a column that lives for one step, one value for each of
+    its rank."""
 
     name: str
     type: str
@@ -39,7 +41,8 @@ class Temporary:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction that ends in a temporary, not on the host: `value` summed up along the rows or columns."""
+    """A reduction that ends in a temporary, not on the host: `value` summed up along the rows or
+    columns."""
 
     into: str
     node: Node
@@ -47,10 +50,11 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk over memory, over all elements or over one value for each row, column or matrix (`domain`).
+    """One walk over memory, over all elements or over one value for each row, column or matrix
+    (`domain`).
 
-    `inputs` are the host values that it needs; it ends in reductions to the host, in reductions to temporaries, or in
-    stores, of columns and temporaries.
+    `inputs` are the host values that it needs; it ends in reductions to the host, in reductions to
+    temporaries, or in stores, of columns and temporaries.
     """
 
     domain: Rank
@@ -62,12 +66,17 @@ class Pass:
 
     @property
     def roots(self) -> list[Node]:
-        return [r.args[0] for r in self.reductions] + [s.node.args[0] for s in self.sums] + [n for _, n in self.stores]
+        return (
+            [r.args[0] for r in self.reductions]
+            + [s.node.args[0] for s in self.sums]
+            + [n for _, n in self.stores]
+        )
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function of whole matrices, called after pass `after`: it makes temporary `target` of temporary `source`."""
+    """A function of whole matrices, called after pass `after`: it makes temporary `target` of
+    temporary `source`."""
 
     after: int
     function: Callable[..., object]
@@ -78,10 +87,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """A rule with its formats bound, in passes. `compute` is the type of its arithmetic, f32 or f64.
+    """A rule with its formats bound, in passes. `compute` is the type of its arithmetic, f32 or
+    f64.
 
-    `stores` and `scalars` say what it means, whatever the passes: what each column, and each number of a parameter's
-    state, becomes.
+    `stores` and `scalars` say what it means, whatever the passes: what each column, and each number
+    of a parameter's state, becomes.
     """
 
     name: str
@@ -123,9 +133,9 @@ def split(
 ) -> Program:
     """Cut into passes.
 
-    A value's level is the number of cuts on its longest way from the columns: level k is computed in the passes of
-    level k. What an earlier pass computed and a later one of the same domain needs is computed again from the columns,
-    which nothing has overwritten yet.
+    A value's level is the number of cuts on its longest way from the columns: level k is computed
+    in the passes of level k. What an earlier pass computed and a later one of the same domain needs
+    is computed again from the columns, which nothing has overwritten yet.
     """
     cut = _Cut()
     for node in topological(node for _, node in (*stores, *scalars)):
@@ -145,10 +155,13 @@ def split(
     loaded = {str(n.attr) for one in passes for n in one.loads}
     written = {c for c, _ in stores}
     columns = tuple(
-        Column(c, format, c in loaded, c in written, ranks.get(c, Rank.ELEMENT)) for c, format in stored.items()
+        Column(c, format, c in loaded, c in written, ranks.get(c, Rank.ELEMENT))
+        for c, format in stored.items()
     )
     new_scalars = tuple((n, cut.new[node]) for n, node in scalars)
-    return Program(name, compute, columns, stores, new_scalars, passes, tuple(cut.temporaries), calls)
+    return Program(
+        name, compute, columns, stores, new_scalars, passes, tuple(cut.temporaries), calls
+    )
 
 
 @dataclass
@@ -161,7 +174,8 @@ class _Job:
 
 
 class _Cut:
-    """Every value's level, its form in which other passes' values are loads of temporaries, and the passes so far."""
+    """Every value's level, its form in which other passes' values are loads of temporaries, and the
+    passes so far."""
 
     def __init__(self) -> None:
         self.level: dict[Node, int] = {}
@@ -211,19 +225,23 @@ class _Cut:
         target = self._temporary(node.type, Rank.ELEMENT)
         given = tuple(self.new[n] for n in numbers)
         least = max((self.level[n] for n in numbers), default=0)
-        self.calls.append((least, level, Call(0, node.attr, str(kept.attr), str(target.attr), given)))
+        self.calls.append(
+            (least, level, Call(0, node.attr, str(kept.attr), str(target.attr), given))
+        )
         self.new[node] = target
         self.level[node] = level + 1
         self._kept[node] = level + 1, target
 
     def _seen(self, a: Node, rank: Rank) -> tuple[int, Node]:
-        """An argument's level and form for a value of this rank: a temporary's where it has another rank."""
+        """An argument's level and form for a value of this rank: a temporary's where it has another
+        rank."""
         if a.rank.on_host or a.rank == rank:
             return self.level[a], self.new[a]
         return self._keep(a)
 
     def _keep(self, node: Node) -> tuple[int, Node]:
-        """The temporary that holds a value for other passes, and the first level that can read it."""
+        """The temporary that holds a value for other passes, and the first level that can read
+        it."""
         if node not in self._kept:
             value = self.new[node]
             if node.type == "bool":
@@ -240,12 +258,14 @@ class _Cut:
         return load(one.name, type, rank)
 
     def finish(self, scalars: list[Node]) -> tuple[tuple[Pass, ...], tuple[Call, ...]]:
-        """All passes in order, and the calls between them; their numbers, and the scalars, are in passes' rows too."""
+        """All passes in order, and the calls between them; their numbers, and the scalars, are in
+        passes' rows too."""
         passes: list[Pass] = []
         after: dict[int, int] = {}
         for least, level, _ in self.calls:
             if not any(least <= k <= level for k, _ in self._jobs):
-                # A number that the last reductions make needs a pass in whose rows it is; this one walks nothing.
+                # A number that the last reductions make needs a pass in whose rows it is; this one
+                # walks nothing.
                 self._jobs[level, Rank.ELEMENT] = _Job()
         for level, rank in sorted(self._jobs):
             job = self._jobs[level, rank]
@@ -255,22 +275,39 @@ class _Cut:
             passes.append(_pass(rank, tuple(job.reductions), tuple(job.sums), tuple(job.stores)))
             after[level] = len(passes) - 1
         calls = tuple(
-            Call(max(after[k] for k in after if k <= level), c.function, c.source, c.target, c.numbers)
+            Call(
+                max(after[k] for k in after if k <= level),
+                c.function,
+                c.source,
+                c.target,
+                c.numbers,
+            )
             for _, level, c in self.calls
         )
         for k, nodes in ((len(passes) - 1, scalars), *((c.after, c.numbers) for c in calls)):
-            inputs = dict.fromkeys([*passes[k].inputs, *(node for node in nodes if node.op != "const")])
+            inputs = dict.fromkeys(
+                [*passes[k].inputs, *(node for node in nodes if node.op != "const")]
+            )
             passes[k] = replace(passes[k], inputs=tuple(inputs))
         return tuple(passes), calls
 
 
 def _pass(
-    rank: Rank, reductions: tuple[Node, ...], sums: tuple[Reduction, ...], stores: tuple[tuple[str, Node], ...]
+    rank: Rank,
+    reductions: tuple[Node, ...],
+    sums: tuple[Reduction, ...],
+    stores: tuple[tuple[str, Node], ...],
 ) -> Pass:
-    roots = [r.args[0] for r in reductions] + [s.node.args[0] for s in sums] + [node for _, node in stores]
+    roots = (
+        [r.args[0] for r in reductions]
+        + [s.node.args[0] for s in sums]
+        + [node for _, node in stores]
+    )
     elements = element_order(roots)
     # A dict keeps the order and drops repetitions; constants are immediates, no inputs.
-    inputs = dict.fromkeys(a for n in elements for a in n.args if a.rank.on_host and a.op != "const")
+    inputs = dict.fromkeys(
+        a for n in elements for a in n.args if a.rank.on_host and a.op != "const"
+    )
     inputs |= dict.fromkeys(r for r in roots if r.rank.on_host and r.op != "const")
     loads = dict.fromkeys(n for n in elements if n.op in LOADS)
     return Pass(rank, tuple(inputs), tuple(loads), reductions, sums, stores)
@@ -288,5 +325,6 @@ def element_order(roots: Iterable[Node]) -> list[Node]:
 
 
 def host_order(inputs: Iterable[Node]) -> list[Node]:
-    """The host nodes that a pass's inputs need, arguments first; reductions are where the walk ends."""
+    """The host nodes that a pass's inputs need, arguments first; reductions are where the walk
+    ends."""
     return topological(inputs, inside=lambda node: node.op not in REDUCTIONS)

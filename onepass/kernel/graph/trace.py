@@ -2,9 +2,9 @@
 
     rule --trace--> Graph --finish--> Graph --bind--> Program
 
-A `Graph` holds the rule's mathematics over real numbers; the eager backend runs it as it is. A `Program` knows how each
-column is stored and is cut into passes, each one walk over memory; the other backends lower it. Neither has seen a
-tensor.
+A `Graph` holds the rule's mathematics over real numbers; the eager backend runs it as it is. A
+`Program` knows how each column is stored and is cut into passes, each one walk over memory; the
+other backends lower it. Neither has seen a tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from .ir import (
 from .passes import Program, hyper_names, split
 
 Rule = Callable[..., Mapping[str, Node]]
-# What a keyword of a rule is while tracing: ("float",), ("tuple", n) of floats, ("condition",), or ("flag", value).
+# What a keyword of a rule is while tracing: ("float",), ("tuple", n) of floats, ("condition",), or
+# ("flag", value).
 Argument = tuple[object, ...]
 
 GRADIENT_FACTOR = "gradient_factor"
@@ -48,10 +49,11 @@ hold_in_forks(INTERNING)
 
 @dataclass(frozen=True)
 class Graph:
-    """A rule as expressions: the new value of each column that it writes, over loads of the columns that it reads.
+    """A rule as expressions: the new value of each column that it writes, over loads of the columns
+    that it reads.
 
-    `scalars` are the new values of state that is one number a parameter; `ranks` says which columns have one value a
-    row or a column of a matrix, all others are shaped as the parameter.
+    `scalars` are the new values of state that is one number a parameter; `ranks` says which columns
+    have one value a row or a column of a matrix, all others are shaped as the parameter.
     """
 
     name: str
@@ -66,8 +68,11 @@ class Graph:
 
     @computed
     def state(self) -> tuple[str, ...]:
-        """The columns beside p and g that this graph reads or writes, in the order of the rule's signature."""
-        used = {node.attr for node in topological(self.roots) if node.op in LOADS} | {name for name, _ in self.outputs}
+        """The columns beside p and g that this graph reads or writes, in the order of the rule's
+        signature."""
+        used = {node.attr for node in topological(self.roots) if node.op in LOADS} | {
+            name for name, _ in self.outputs
+        }
         return tuple(name for name in self.columns if name in used and name not in ("p", "g"))
 
     @computed
@@ -79,13 +84,15 @@ class Graph:
     def has_matrices(self) -> bool:
         """Whether it matters what the tensor's last two sizes are."""
         matrices = (Rank.MATRIX, Rank.ROW, Rank.COLUMN)
-        return any(n.rank in matrices or n.op in ("rows", "columns", "call") for n in topological(self.roots)) or bool(
-            self.ranks
-        )
+        return any(
+            n.rank in matrices or n.op in ("rows", "columns", "call")
+            for n in topological(self.roots)
+        ) or bool(self.ranks)
 
     @computed
     def is_elementwise(self) -> bool:
-        """Whether one walk over a tensor does all: nothing depends on more than an element of it."""
+        """Whether one walk over a tensor does all: nothing depends on more than an element of
+        it."""
         reduces = any(node.op in REDUCTIONS for node in topological(self.roots))
         return not (reduces or self.has_matrices)
 
@@ -96,7 +103,8 @@ class Graph:
 
     @computed
     def has_measured_scalars(self) -> bool:
-        """Whether a number of a parameter's state follows from its elements, by a sum, or from its sizes."""
+        """Whether a number of a parameter's state follows from its elements, by a sum, or from its
+        sizes."""
         return any(node.rank == Rank.TENSOR for _, node in self.scalars)
 
     def rank(self, column: str) -> Rank:
@@ -109,7 +117,8 @@ class Graph:
 
 
 class Signature(NamedTuple):
-    """What a rule says of itself: its columns and scalars in order, keywords, and the ranks of unusual states."""
+    """What a rule says of itself: its columns and scalars in order, keywords, and the ranks of
+    unusual states."""
 
     positional: tuple[str, ...]
     keywords: tuple[str, ...]
@@ -128,72 +137,108 @@ class Signature(NamedTuple):
 def signature(rule: Rule) -> Signature:
     """A rule's columns (positional) and its hyper-parameters (keyword-only), by name."""
     parameters = inspect.signature(rule).parameters.values()
-    positional = tuple(q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD))
+    positional = tuple(
+        q.name for q in parameters if q.kind in (q.POSITIONAL_ONLY, q.POSITIONAL_OR_KEYWORD)
+    )
     keywords = tuple(q.name for q in parameters if q.kind == q.KEYWORD_ONLY)
     if positional[:2] != ("p", "g") or len(positional) + len(keywords) != len(parameters):
         raise RuleError(
-            f"{rule.__qualname__} must be written `def rule(p, g, *states, *, hyper-parameters)`: columns by position, "
-            "p and g first, hyper-parameters by keyword after `*`, and no *args or **kwargs"
+            f"{rule.__qualname__} must be written `def rule(p, g, *states, *, hyper-parameters)`: "
+            "columns by position, p and g first, hyper-parameters by keyword after `*`, and no "
+            "*args or **kwargs"
         )
-    ranks = {q.name: _annotated_rank(q.annotation, rule) for q in parameters if q.name in positional[2:]}
-    return Signature(positional, keywords, {name: rank for name, rank in ranks.items() if rank is not None})
+    ranks = {
+        q.name: _annotated_rank(q.annotation, rule) for q in parameters if q.name in positional[2:]
+    }
+    return Signature(
+        positional, keywords, {name: rank for name, rank in ranks.items() if rank is not None}
+    )
 
 
 def _annotated_rank(annotation: Any, rule: Rule) -> Rank | None:
-    """The rank that `Scalar`, `PerRow` or `PerColumn` stands for; other annotations mean nothing here."""
+    """The rank that `Scalar`, `PerRow` or `PerColumn` stands for; other annotations mean nothing
+    here."""
     if isinstance(annotation, str):
         for part in annotation.split("."):
             annotation = getattr(rule, "__globals__", {}).get(part, annotation)
             annotation = getattr(annotation, part, annotation)
-        if isinstance(annotation, str) and annotation.rpartition(".")[2] in ("Scalar", "PerRow", "PerColumn"):
+        if isinstance(annotation, str) and annotation.rpartition(".")[2] in (
+            "Scalar",
+            "PerRow",
+            "PerColumn",
+        ):
             raise RuleError(
-                f"{rule.__qualname__} annotates a state with {annotation!r}, which is no name of its module; import it "
-                "at the top of the module"
+                f"{rule.__qualname__} annotates a state with {annotation!r}, which is no name of "
+                "its module; import it at the top of the module"
             )
     return next((m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, Rank)), None)
 
 
 @remember(most=512)
 def trace(rule: Rule, arguments: tuple[tuple[str, Argument], ...]) -> Graph:
-    """Call the rule once with nodes. `arguments` says for each keyword whether it is a number, a tuple or a flag.
+    """Call the rule once with nodes. `arguments` says for each keyword whether it is a number, a
+    tuple or a flag.
 
     Raises `RuleError` where the rule returns what is no column, forgets p, or writes g.
     """
     said = signature(rule)
     keywords = {name: _placeholder(name, argument) for name, argument in arguments}
-    given = [hyper(n) if n in said.scalars else load(n, rank=said.ranks.get(n, Rank.ELEMENT)) for n in said.positional]
+    given = [
+        hyper(n) if n in said.scalars else load(n, rank=said.ranks.get(n, Rank.ELEMENT))
+        for n in said.positional
+    ]
     returned = rule(*given, **keywords)
     name = rule.__qualname__.removesuffix(".rule")
     if not isinstance(returned, Mapping) or "p" not in returned:
-        raise RuleError(f"{name}.rule must return a dict with the new value of 'p', got {returned!r}")
+        raise RuleError(
+            f"{name}.rule must return a dict with the new value of 'p', got {returned!r}"
+        )
     for key, value in returned.items():
         _check_output(name, said, key, _as_node(value))
     written = {n: _as_node(returned[n]) for n in said.positional if n in returned}
     outputs = tuple((n, node) for n, node in written.items() if n not in said.scalars)
     scalars = tuple((n, node) for n, node in written.items() if n in said.scalars)
     ranks = tuple((n, rank) for n, rank in said.ranks.items() if n not in said.scalars)
-    unwritten = set(hyper_names([n for _, n in (*outputs, *scalars)])) & set(said.scalars) - set(written)
+    unwritten = set(hyper_names([n for _, n in (*outputs, *scalars)])) & set(said.scalars) - set(
+        written
+    )
     if unwritten:
-        raise RuleError(f"{name}.rule reads the Scalar {min(unwritten)!r} and must return its new value too")
+        raise RuleError(
+            f"{name}.rule reads the Scalar {min(unwritten)!r} and must return its new value too"
+        )
     graph = Graph(name, said.columns, outputs, scalars, ranks)
     verify(graph.roots, types=("real", "bool"), columns=said.columns)
-    return Graph(name, said.columns, outputs, scalars, tuple((n, rank) for n, rank in ranks if n in graph.state))
+    return Graph(
+        name,
+        said.columns,
+        outputs,
+        scalars,
+        tuple((n, rank) for n, rank in ranks if n in graph.state),
+    )
 
 
 def _check_output(name: str, said: Signature, key: str, node: Node) -> None:
     """Whether a rule may return this value under this name."""
     if key == "g" or key not in said.positional:
         allowed = ", ".join(c for c in said.positional if c != "g")
-        raise RuleError(f"{name}.rule returns {key!r}; it may write its columns other than g: {allowed}")
+        raise RuleError(
+            f"{name}.rule returns {key!r}; it may write its columns other than g: {allowed}"
+        )
     if node.type == "bool":
-        raise RuleError(f"{name}.rule returns a condition for {key!r}; columns hold numbers: where({key}, 1.0, 0.0)")
+        raise RuleError(
+            f"{name}.rule returns a condition for {key!r}; columns hold numbers: where({key}, 1.0, "
+            "0.0)"
+        )
     rank = said.ranks.get(key, Rank.ELEMENT)
     if key in said.scalars and not node.rank.on_host:
-        raise RuleError(f"{name}.rule returns many values for {key!r}, which is a Scalar; reduce them with sum or mean")
+        raise RuleError(
+            f"{name}.rule returns many values for {key!r}, which is a Scalar; reduce them with sum "
+            "or mean"
+        )
     if key not in said.scalars and node.rank | rank != rank:
         raise RuleError(
-            f"{name}.rule returns for {key!r} a value with rank {node.rank.name}, and {key!r} is declared to have "
-            f"rank {rank.name}; reduce it with row_mean or column_mean"
+            f"{name}.rule returns for {key!r} a value with rank {node.rank.name}, and {key!r} is "
+            f"declared to have rank {rank.name}; reduce it with row_mean or column_mean"
         )
 
 
@@ -211,21 +256,27 @@ def _placeholder(name: str, argument: Argument) -> object:
 
 
 @remember(most=512)
-def finish(graph: Graph, *, maximize: bool = False, scaled: bool = False, exact: bool = True) -> Graph:
+def finish(
+    graph: Graph, *, maximize: bool = False, scaled: bool = False, exact: bool = True
+) -> Graph:
     """What every algorithm shares, and no rule knows.
 
-    `scaled` multiplies the gradient by the uniform `gradient_factor`, `maximize` negates it. `exact` keeps p's very
-    bits where its value does not change, so that a step with lr = 0 does not turn -0.0 into 0.0; a rule without `lr`
-    always does.
+    `scaled` multiplies the gradient by the uniform `gradient_factor`, `maximize` negates it.
+    `exact` keeps p's very bits where its value does not change, so that a step with lr = 0 does not
+    turn -0.0 into 0.0; a rule without `lr` always does.
     """
     p, g = load("p"), load("g")
     gradient = g * hyper(GRADIENT_FACTOR) if scaled else g
     gradient = -gradient if maximize else gradient
     outputs, scalars = (
-        [(name, rebuild([root], {g: gradient})[0]) for name, root in roots] for roots in (graph.outputs, graph.scalars)
+        [(name, rebuild([root], {g: gradient})[0]) for name, root in roots]
+        for roots in (graph.outputs, graph.scalars)
     )
     if exact:
-        outputs = [(name, _exact(root, p, "lr" in graph.hypers) if name == "p" else root) for name, root in outputs]
+        outputs = [
+            (name, _exact(root, p, "lr" in graph.hypers) if name == "p" else root)
+            for name, root in outputs
+        ]
     return replace(graph, outputs=tuple(outputs), scalars=tuple(scalars))
 
 
@@ -247,9 +298,11 @@ def rebuild(roots: Iterable[Node], replaced: Mapping[Node, Node]) -> list[Node]:
 
 @remember(most=512)
 def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
-    """Put each column's decoding before the rule's nodes and its encoding after them, then split into passes.
+    """Put each column's decoding before the rule's nodes and its encoding after them, then split
+    into passes.
 
-    `formats` maps column names to names in `FORMATS`. Arithmetic is in float64 where a column is, else in float32.
+    `formats` maps column names to names in `FORMATS`. Arithmetic is in float64 where a column is,
+    else in float32.
     """
     stored = {name: FORMATS[format] for name, format in formats}
     compute = "f64" if any(f.name == "float64" for f in stored.values()) else "f32"
@@ -257,7 +310,8 @@ def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
     for node in topological(graph.roots):
         new[node] = _bind(node, [new[a] for a in node.args], stored, compute)
     stores = tuple(
-        (name, stored[name].encode(_spread(new[root], compute, graph.rank(name)))) for name, root in graph.outputs
+        (name, stored[name].encode(_spread(new[root], compute, graph.rank(name))))
+        for name, root in graph.outputs
     )
     scalars = tuple((name, _enter(new[root], compute)) for name, root in graph.scalars)
     roots = [node for _, node in (*stores, *scalars)]
@@ -286,7 +340,8 @@ def _bind(node: Node, args: list[Node], stored: Mapping[str, Format], compute: s
 
 
 def _enter(node: Node, compute: str) -> Node:
-    """A host value as an element sees it: rounded once to the compute type; a constant becomes an immediate."""
+    """A host value as an element sees it: rounded once to the compute type; a constant becomes an
+    immediate."""
     if not node.rank.on_host or node.type == "bool":
         return node
     return const(node.attr, compute) if node.op == "const" else cast(node, compute)

@@ -1,4 +1,5 @@
-"""What code is made of: how a value of a program becomes a line of LLVM IR, as a scalar or as a vector."""
+"""What code is made of: how a value of a program becomes a line of LLVM IR, as a scalar or as a
+vector."""
 
 from __future__ import annotations
 
@@ -7,10 +8,19 @@ import struct
 from ..graph.ir import HOST_ONLY, LOADS, Node
 from ..graph.passes import Pass, Program, element_order
 
-# A reduction keeps this many running values side by side: part of its definition, as it decides the order of addition.
+# A reduction keeps this many running values side by side: part of its definition, as it decides the
+# order of addition.
 LANES = 16
 
-TYPES = {"real": "double", "f32": "float", "f64": "double", "f16": "half", "i16": "i16", "i32": "i32", "bool": "i1"}
+TYPES = {
+    "real": "double",
+    "f32": "float",
+    "f64": "double",
+    "f16": "half",
+    "i16": "i16",
+    "i32": "i32",
+    "bool": "i1",
+}
 BINARY = {
     "add": "fadd",
     "sub": "fsub",
@@ -25,7 +35,13 @@ BINARY = {
     "shl": "shl",
     "shr": "lshr",
 }
-BINARY_ON_INTEGERS = {"add": "add", "sub": "sub", "lt": "icmp slt", "le": "icmp sle", "eq": "icmp eq"}
+BINARY_ON_INTEGERS = {
+    "add": "add",
+    "sub": "sub",
+    "lt": "icmp slt",
+    "le": "icmp sle",
+    "eq": "icmp eq",
+}
 INTRINSICS = {"abs": "fabs", "sqrt": "sqrt", "floor": "floor", "rint": "roundeven"}
 CASTS = {
     ("real", "f32"): "fptrunc",
@@ -74,7 +90,9 @@ class Code:
         type, source = wide(node.type, width), wide(node.args[0].type, width)
         if node.op in BINARY:
             integers = node.args[0].type in ("i16", "i32")
-            operation = BINARY_ON_INTEGERS.get(node.op, BINARY[node.op]) if integers else BINARY[node.op]
+            operation = (
+                BINARY_ON_INTEGERS.get(node.op, BINARY[node.op]) if integers else BINARY[node.op]
+            )
             return self._value(f"{operation} {source} {args[0]}, {args[1]}")
         if node.op == "neg":
             return self._value(f"fneg {type} {args[0]}")
@@ -101,7 +119,8 @@ class Code:
 
 
 class Body(Code):
-    """A walk's inner part: host values enter it, and its nodes are emitted at an index, one or several at a time."""
+    """A walk's inner part: host values enter it, and its nodes are emitted at an index, one or
+    several at a time."""
 
     def _enter_inputs(self) -> None:
         """Host values, loaded before the loop; conditions are numbers in the table."""
@@ -111,7 +130,10 @@ class Body(Code):
             self._line(f"%input{i}_at = getelementptr {compute}, ptr %row, i64 {i}")
             self._line(f"%input{i} = load {compute}, ptr %input{i}_at")
             if node.type == "bool":
-                self._line(f"%input{i}_true = fcmp une {compute} %input{i}, {literal(0.0, self.program.compute)}")
+                self._line(
+                    f"%input{i}_true = fcmp une {compute} %input{i}, "
+                    f"{literal(0.0, self.program.compute)}"
+                )
             self.inputs[node] = f"%input{i}_true" if node.type == "bool" else f"%input{i}"
 
     def _elements(self, index: str, width: int):
@@ -138,7 +160,9 @@ class Body(Code):
             return value
         vector = wide(type, width)
         first = self._value(f"insertelement {vector} poison, {TYPES[type]} {value}, i32 0")
-        return self._value(f"shufflevector {vector} {first}, {vector} poison, <{width} x i32> zeroinitializer")
+        return self._value(
+            f"shufflevector {vector} {first}, {vector} poison, <{width} x i32> zeroinitializer"
+        )
 
     def _node(self, node: Node, index: str, width: int, value) -> str:
         if node.op in LOADS:
@@ -148,9 +172,12 @@ class Body(Code):
         return self._operation(node, [value(a) for a in node.args], width)
 
     def _load(self, node: Node, index: str, width: int) -> str:
-        at = self._value(f"getelementptr {TYPES[node.type]}, ptr {local(str(node.attr))}, i64 {index}")
+        at = self._value(
+            f"getelementptr {TYPES[node.type]}, ptr {local(str(node.attr))}, i64 {index}"
+        )
         loaded = self._value(f"load {wide(node.type, width)}, ptr {at}, align 1")
-        # Or LLVM sees that a store keeps what was there, and masks it: half as fast on some processors.
+        # Or LLVM sees that a store keeps what was there, and masks it: half as fast on some
+        # processors.
         return self._value(f"freeze {wide(node.type, width)} {loaded}")
 
     def _store(self, column: str, type: str, index: str, value: str, width: int) -> None:
@@ -178,7 +205,9 @@ class Body(Code):
             self._line(f"%sums{r} = load <{LANES} x double>, ptr %acc{r}")
             total = literal(0.0, "f64")
             for lane in range(LANES):
-                self._line(f"%lane{r}_{lane} = extractelement <{LANES} x double> %sums{r}, i32 {lane}")
+                self._line(
+                    f"%lane{r}_{lane} = extractelement <{LANES} x double> %sums{r}, i32 {lane}"
+                )
                 total = self._combine(reduction, total, f"%lane{r}_{lane}", "double")
             self._line(f"%partial{r} = getelementptr double, ptr %partial, i64 {r}")
             self._line(f"store double {total}, ptr %partial{r}")
@@ -193,7 +222,8 @@ class Body(Code):
         return self._value(f"select {condition} {either}, {type} {new}, {type} {old}")
 
     def _loop(self, name: str, begin: str, end: str, step: int, body, after: str) -> None:
-        """for (i = begin; i < end; i += step) body; the block before it has just branched to its head."""
+        """for (i = begin; i < end; i += step) body; the block before it has just branched to its
+        head."""
         self.lines += [
             f"{name}_head:",
             f"  %{name}_any = icmp slt i64 {begin}, {end}",
@@ -218,5 +248,6 @@ def is_zero_test(node: Node) -> bool:
 
 
 def local(column: str) -> str:
-    """A column's pointer in `body_k`: quoted and with a dot, so that any Python identifier may name a column."""
+    """A column's pointer in `body_k`: quoted and with a dot, so that any Python identifier may name
+    a column."""
     return f'%"column.{column}"'

@@ -1,7 +1,8 @@
-"""Machine code: LLVM IR in, callable functions out, and the OpenMP runtime that torch itself runs on.
+"""Machine code: LLVM IR in, callable functions out, and the OpenMP runtime that torch itself runs
+on.
 
-Nothing but llvmlite is needed on the user's machine. Code is compiled for the host's own instruction set, without
-fast-math: no reassociation, no contraction to fused multiply-add.
+Nothing but llvmlite is needed on the user's machine. Code is compiled for the host's own
+instruction set, without fast-math: no reassociation, no contraction to fused multiply-add.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def _host() -> tuple[llvm.Target, str, str]:
 
 
 def target_machine() -> llvm.TargetMachine:
-    """The host, with all instructions that it has; a new one at each call, because an engine takes it and frees it."""
+    """The host, with all instructions that it has; a new one at each call, because an engine takes
+    it and frees it."""
     target, cpu, features = _host()
     return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
 
@@ -96,10 +98,12 @@ def object_code(source: str) -> bytes:
 
 
 class Library:
-    """Compiled functions, alive as long as this object: whoever keeps an address keeps the library too."""
+    """Compiled functions, alive as long as this object: whoever keeps an address keeps the library
+    too."""
 
     def __init__(self, source: str) -> None:
-        """Compile LLVM IR. Malformed IR raises RuntimeError with LLVM's words: a defect here, never of the user."""
+        """Compile LLVM IR. Malformed IR raises RuntimeError with LLVM's words: a defect here, never
+        of the user."""
         self.source = source
         # The engine is given object code, and not IR: what compiles keeps a megabyte of tables.
         code = llvm.ObjectFileRef.from_data(object_code(source))
@@ -125,7 +129,8 @@ class Library:
 
 
 def openmp() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0 where there is none.
+    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0 where there is
+    none.
 
     Running on that runtime means sharing torch's threads instead of adding as many again.
     """
@@ -135,7 +140,8 @@ def openmp() -> int:
 
 @cache
 def openmp_functions(*names: str) -> list[int] | None:
-    """The addresses of functions of the OpenMP runtime that torch has loaded, or of GOMP_parallel if none is named."""
+    """The addresses of functions of the OpenMP runtime that torch has loaded, or of GOMP_parallel
+    if none is named."""
     for path in _openmp_candidates():
         try:
             library = ctypes.CDLL(path)
@@ -143,7 +149,9 @@ def openmp_functions(*names: str) -> list[int] | None:
             found = [getattr(library, name) for name in ("GOMP_parallel", *names)]
         except (OSError, AttributeError):
             continue
-        return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found][bool(names) :]
+        return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found][
+            bool(names) :
+        ]
     return None
 
 
@@ -151,7 +159,9 @@ def _openmp_candidates() -> list[str]:
     names = ("libgomp", "libiomp5", "libomp")
     if sys.platform == "linux":
         with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            paths = dict.fromkeys(line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line)
+            paths = dict.fromkeys(
+                line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line
+            )
     else:
         paths = dict.fromkeys(str(p) for p in (Path(torch.__file__).parent / "lib").glob("*omp*"))
     return [p for p in paths if os.path.basename(p).startswith(names)]
@@ -164,7 +174,8 @@ def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
 
 
 def run_in_threads(worker: int, argument: int, threads: int) -> None:
-    """Call `void worker(void*)` once in each of so many threads; the fallback where no OpenMP runtime is loaded."""
+    """Call `void worker(void*)` once in each of so many threads; the fallback where no OpenMP
+    runtime is loaded."""
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(worker)
     pool = _pool(threads, os.getpid())
     for future in [pool.submit(function, argument) for _ in range(threads)]:

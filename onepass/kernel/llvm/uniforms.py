@@ -1,4 +1,5 @@
-"""Values that are the same for many elements, as LLVM IR: the host computes them, whatever walks the memory."""
+"""Values that are the same for many elements, as LLVM IR: the host computes them, whatever walks
+the memory."""
 
 from __future__ import annotations
 
@@ -11,17 +12,22 @@ SIZES = {"numel": "numel()", "rows": "rows()", "columns": "columns()"}
 
 
 def leaf_names(program: Program) -> list[str]:
-    """The rows of the leaves array: hyper-parameters, the tensor's sizes, and each reduction's result."""
+    """The rows of the leaves array: hyper-parameters, the tensor's sizes, and each reduction's
+    result."""
     reductions = [r for one in program.passes for r in one.reductions]
     return [*program.hypers, *SIZES.values(), *(f"reduction {i}" for i in range(len(reductions)))]
 
 
 class Host(Code):
-    """`host_k`: fill table[setting, input] from leaves[leaf, setting], in float64, rounding once at the end."""
+    """`host_k`: fill table[setting, input] from leaves[leaf, setting], in float64, rounding once at
+    the end."""
 
     def text(self) -> str:
         self.lines = [
-            f"define void @host_{self.k}(ptr noalias %leaves, i64 %settings, ptr noalias %table) nounwind {{",
+            (
+                f"define void @host_{self.k}"
+                "(ptr noalias %leaves, i64 %settings, ptr noalias %table) nounwind {"
+            ),
             "entry:",
             "  %any = icmp sgt i64 %settings, 0",
             "  br i1 %any, label %setting, label %done",
@@ -39,7 +45,9 @@ class Host(Code):
             place = self._value(f"getelementptr {compute}, ptr %table, i64 {place}")
             self._line(f"store {compute} {value}, ptr {place}")
         self.lines += ["  %next = add i64 %i, 1", "  %more = icmp slt i64 %next, %settings"]
-        return "\n".join([*self.lines, "  br i1 %more, label %setting, label %done", "done:", "  ret void", "}"])
+        return "\n".join(
+            [*self.lines, "  br i1 %more, label %setting, label %done", "done:", "  ret void", "}"]
+        )
 
     def _emit(self) -> dict[Node, str]:
         leaves = {name: i for i, name in enumerate(leaf_names(self.program))}
@@ -52,7 +60,9 @@ class Host(Code):
             elif node.args and node not in leaf_of:
                 names[node] = self._operation(node, [names[a] for a in node.args], 0)
             else:
-                leaf = leaf_of[node] if node in leaf_of else leaves[SIZES.get(node.op, str(node.attr))]
+                leaf = (
+                    leaf_of[node] if node in leaf_of else leaves[SIZES.get(node.op, str(node.attr))]
+                )
                 place = self._value(f"mul i64 %settings, {leaf}")
                 place = self._value(f"add i64 {place}, %i")
                 place = self._value(f"getelementptr double, ptr %leaves, i64 {place}")

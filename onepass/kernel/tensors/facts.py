@@ -1,16 +1,20 @@
-"""What tensors are at this moment: their addresses, and whether their facts still are what a plan was built for.
+"""What tensors are at this moment: their addresses, and whether their facts still are what a plan
+was built for.
 
-Nothing is remembered about addresses. At every launch the address, dtype, device, sizes, strides and storage size of
-every tensor are read again, so that no `.data` swap, `resize_`, `set_`, `swap_tensors` or storage resize can leave a
-stale pointer behind. Asking Python for six facts of a tensor takes half a microsecond; torch's stable C interface
-(the one that ahead-of-time compiled models link against) answers in a few nanoseconds, from compiled code.
+Nothing is remembered about addresses. At every launch the address, dtype, device, sizes, strides
+and storage size of every tensor are read again, so that no `.data` swap, `resize_`, `set_`,
+`swap_tensors` or storage resize can leave a stale pointer behind. Asking Python for six facts of a
+tensor takes half a microsecond; torch's stable C interface (the one that ahead-of-time compiled
+models link against) answers in a few nanoseconds, from compiled code.
 
-That interface takes the address of an `at::Tensor`, which every Python tensor has inside, at an offset that is found
-by looking (`object_layout`). Where it is not found, `_cdata` supplies the same at 0.1 us a tensor; where torch exports
-no such interface, Python is asked after all. The three ways are tested to agree.
+That interface takes the address of an `at::Tensor`, which every Python tensor has inside, at an
+offset that is found by looking (`object_layout`). Where it is not found, `_cdata` supplies the same
+at 0.1 us a tensor; where torch exports no such interface, Python is asked after all. The three ways
+are tested to agree.
 
-What kind of tensor it is (lazily negated or conjugated, made in inference mode, a wrapper of functorch's) is said by
-its dispatch keys, one word of the TensorImpl, whose offset is found by looking, too (`keys_offset`).
+What kind of tensor it is (lazily negated or conjugated, made in inference mode, a wrapper of
+functorch's) is said by its dispatch keys, one word of the TensorImpl, whose offset is found by
+looking, too (`keys_offset`).
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ class Expected:
         self._addresses = [a.__array_interface__["data"][0] for a in kept]
 
     def compare(self, tensors: Sequence[Tensor]) -> int:
-        """Read every tensor; returns how many differ from what is expected. Fills `pointers` and `changed`.
+        """Read every tensor; returns how many differ from what is expected. Fills `pointers` and
+        `changed`.
 
         What is no plain tensor (None, a subclass) differs.
         """
@@ -91,7 +96,9 @@ class Expected:
         else:
             cdata = [t._cdata if type(t) in PLAIN else 0 for t in tensors]
             slots = np.array(cdata, np.uint64)
-            objects = slots.__array_interface__["data"][0] + 8 * np.arange(self.count, dtype=np.uint64)
+            objects = slots.__array_interface__["data"][0] + 8 * np.arange(
+                self.count, dtype=np.uint64
+            )
         return native[1](self.count, objects.__array_interface__["data"][0], *self._addresses)
 
 
@@ -99,7 +106,8 @@ Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]
 
 
 def facts_of(t: Tensor) -> Facts:
-    """What may not change between the making of a plan and a step: dtype, device, sizes, strides and dispatch keys."""
+    """What may not change between the making of a plan and a step: dtype, device, sizes, strides
+    and dispatch keys."""
     return t.dtype, t.device, tuple(t.shape), t.stride(), _keys(t)
 
 
@@ -110,16 +118,25 @@ def _keys(t: Tensor) -> int:
 
 
 def is_as(t: object, facts: Facts) -> bool:
-    """Whether something is a plain tensor with these facts and with memory for all of its elements; Python's way."""
-    if not isinstance(t, Tensor) or type(t) not in PLAIN or t.layout != torch.strided or t.is_nested:
+    """Whether something is a plain tensor with these facts and with memory for all of its elements;
+    Python's way."""
+    if (
+        not isinstance(t, Tensor)
+        or type(t) not in PLAIN
+        or t.layout != torch.strided
+        or t.is_nested
+    ):
         return False
     return facts_of(t) == facts and has_storage(t)
 
 
 @cache
 def answers() -> dict[str, int]:
-    """The addresses of torch's C functions that answer `QUESTIONS`; nothing where this torch does not export them."""
-    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
+    """The addresses of torch's C functions that answer `QUESTIONS`; nothing where this torch does
+    not export them."""
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(
+        sys.platform, "libtorch_cpu.so"
+    )
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
         functions = {q: getattr(library, f"aoti_torch_get_{q}") for q in QUESTIONS}
@@ -130,17 +147,29 @@ def answers() -> dict[str, int]:
 
 @cache
 def object_layout() -> tuple[int, int] | None:
-    """Where a Python object keeps its type and a Python tensor its at::Tensor, in bytes; None if it cannot be told.
+    """Where a Python object keeps its type and a Python tensor its at::Tensor, in bytes; None if it
+    cannot be told.
 
     Both are found by comparing the words of several living objects with what Python says of them.
     """
     if sys.implementation.name != "cpython":
         return None
-    tensors = [torch.empty(1), torch.empty(2, 3), torch.nn.Parameter(torch.empty(1)), torch.empty(0, dtype=torch.int8)]
+    tensors = [
+        torch.empty(1),
+        torch.empty(2, 3),
+        torch.nn.Parameter(torch.empty(1)),
+        torch.empty(0, dtype=torch.int8),
+    ]
     size = torch.Tensor.__basicsize__ // 8
     words = [list((ctypes.c_uint64 * size).from_address(id(t))) for t in tensors]
-    types = [i for i in range(size) if all(w[i] == id(type(t)) for w, t in zip(words, tensors, strict=True))]
-    places = [i for i in range(size) if all(w[i] == t._cdata for w, t in zip(words, tensors, strict=True))]
+    types = [
+        i
+        for i in range(size)
+        if all(w[i] == id(type(t)) for w, t in zip(words, tensors, strict=True))
+    ]
+    places = [
+        i for i in range(size) if all(w[i] == t._cdata for w, t in zip(words, tensors, strict=True))
+    ]
     return (8 * types[0], 8 * places[0]) if len(types) == len(places) == 1 else None
 
 
@@ -158,7 +187,11 @@ def keys_offset() -> int | None:
     odd += [torch.empty(1, device="meta")]
     tensors = [torch.empty(2), torch.empty(2, 3, dtype=torch.int8), *odd]
     contents = [list((ctypes.c_int64 * words).from_address(t._cdata)) for t in tensors]
-    places = [i for i in range(words) if all(c[i] == _keys(t) for c, t in zip(contents, tensors, strict=True))]
+    places = [
+        i
+        for i in range(words)
+        if all(c[i] == _keys(t) for c, t in zip(contents, tensors, strict=True))
+    ]
     return 8 * places[0] if len(places) == 1 else None
 
 
@@ -171,7 +204,9 @@ def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
 
     def ask(question: str) -> int:
         answer = ctypes.c_int32()
-        function = ctypes.PYFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(answers()[question])
+        function = ctypes.PYFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
+            answers()[question]
+        )
         if function(ctypes.addressof(slot), ctypes.addressof(answer)):
             raise RuntimeError(f"torch could not tell the {question} of a tensor on {device}")
         return answer.value
@@ -186,20 +221,25 @@ def _native():
     if not addresses or keys is None:
         return None
     library = Library(_source(addresses, object_layout(), keys))
-    # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is being read.
+    # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is
+    # being read.
     signature = (ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5)
     return library, ctypes.PYFUNCTYPE(*signature)(library.address("compare"))
 
 
 def _source(addresses: dict[str, int], places: tuple[int, int] | None, keys: int) -> str:
-    """compare(count, objects, rows, words, pointers, changed), asking in the order that makes each question safe.
+    """compare(count, objects, rows, words, pointers, changed), asking in the order that makes each
+    question safe.
 
-    `objects` are Python objects where `places` says how to find a tensor inside one, else addresses of `_cdata`; `keys`
-    is the dispatch keys' place in a TensorImpl.
+    `objects` are Python objects where `places` says how to find a tensor inside one, else addresses
+    of `_cdata`; `keys` is the dispatch keys' place in a TensorImpl.
     """
     lines = [
         "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)",
-        "define i64 @compare(i64 %count, ptr %objects, ptr %rows, ptr %words, ptr %pointers, ptr %changed) nounwind {",
+        (
+            "define i64 @compare(i64 %count, ptr %objects, ptr %rows, ptr %words, ptr %pointers, "
+            "ptr %changed) nounwind {"
+        ),
         "entry:",
         *(f"  %{q} = alloca {type}" for q, type in QUESTIONS.items()),
         *(f"  %ask_{q} = inttoptr i64 {address} to ptr" for q, address in addresses.items()),
@@ -230,7 +270,8 @@ def _source(addresses: dict[str, int], places: tuple[int, int] | None, keys: int
 
 
 def _next_tensor(places: tuple[int, int] | None) -> list[str]:
-    """The loop's head: where the tensor is, what is expected of it, and whether it is a plain tensor at all."""
+    """The loop's head: where the tensor is, what is expected of it, and whether it is a plain
+    tensor at all."""
     type_at, tensor_at = places or (0, 0)
     lines = [
         "tensor:",
@@ -249,7 +290,10 @@ def _next_tensor(places: tuple[int, int] | None) -> list[str]:
             f"  %want_{fact} = load i64, ptr %want_{fact}_at",
         ]
     if places:
-        lines += [f"  %type_at = getelementptr i8, ptr %object, i64 {type_at}", "  %type = load i64, ptr %type_at"]
+        lines += [
+            f"  %type_at = getelementptr i8, ptr %object, i64 {type_at}",
+            "  %type = load i64, ptr %type_at",
+        ]
         lines += [f"  %known{i} = icmp eq i64 %type, {id(t)}" for i, t in enumerate(PLAIN)]
         lines += ["  %known01 = or i1 %known0, %known1", "  %plain = or i1 %known01, %known2"]
     else:
@@ -273,7 +317,8 @@ def _compare_keys(offset: int) -> list[str]:
 
 
 def _compare_codes() -> list[str]:
-    """Strided layout first, which makes the other questions safe; then dtype, device and number of dimensions."""
+    """Strided layout first, which makes the other questions safe; then dtype, device and number of
+    dimensions."""
     lines = ["ask_layout_:", *_ask("layout"), "  %strided = icmp eq i32 %is_layout, 0"]
     lines += ["  br i1 %strided, label %ask_dtype_, label %differs"]
     order = ["dtype", "device_type", "device_index", "dim"]
@@ -338,7 +383,8 @@ def _read_address() -> list[str]:
         "ask_data_:",
         *_ask("data_ptr"),
         "  store ptr %is_data_ptr, ptr %pointer_to",
-        # Small tensors are then there when they are needed; an address is all that it takes, also a device's.
+        # Small tensors are then there when they are needed; an address is all that it takes, also a
+        # device's.
         "  call void @llvm.prefetch.p0(ptr %is_data_ptr, i32 0, i32 3, i32 1)",
         "  %null = icmp eq ptr %is_data_ptr, null",
         "  br i1 %null, label %differs, label %end",

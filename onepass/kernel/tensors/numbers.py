@@ -1,4 +1,5 @@
-"""Numbers that lie each in a tensor of its own on the host, as step counts do: read and written by their addresses.
+"""Numbers that lie each in a tensor of its own on the host, as step counts do: read and written by
+their addresses.
 
 The addresses are those that `facts.Expected` has read in the same step.
 """
@@ -14,7 +15,11 @@ from ..llvm.native import Library
 
 # In LLVM: what a number is stored as, and how it becomes a double and is made of one.
 STORED = {
-    np.dtype(np.float32): ("float", "fpext float %stored to double", "fptrunc double %value to float"),
+    np.dtype(np.float32): (
+        "float",
+        "fpext float %stored to double",
+        "fptrunc double %value to float",
+    ),
     np.dtype(np.float64): ("double", "fadd double %stored, -0.0", "fadd double %value, -0.0"),
 }
 
@@ -50,7 +55,8 @@ class Numbers:
     """Numbers by their addresses: `values` (float64) is filled by `read`, and stored by `write`."""
 
     def __init__(self, addresses: np.ndarray, dtype: np.dtype) -> None:
-        """`addresses` (names, tensors; uint64) are looked at in each call; the numbers are of one dtype."""
+        """`addresses` (names, tensors; uint64) are looked at in each call; the numbers are of one
+        dtype."""
         self.values = np.zeros(addresses.shape)
         self._addresses = np.ascontiguousarray(addresses)
         if self._addresses is not addresses and addresses.size:
@@ -77,7 +83,9 @@ def _compiled():
     for dtype, (type, widen, narrow) in STORED.items():
         for name, body in (("read", READ), ("write", WRITE)):
             names[name, dtype] = f"{name}_{type}"
-            source += FUNCTIONS.format(name=names[name, dtype], body=body.format(type=type, widen=widen, narrow=narrow))
+            source += FUNCTIONS.format(
+                name=names[name, dtype], body=body.format(type=type, widen=widen, narrow=narrow)
+            )
     library = Library(source)
     # PYFUNCTYPE keeps the interpreter lock: no other thread may free a tensor meanwhile.
     signature = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)

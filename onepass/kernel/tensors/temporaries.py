@@ -1,4 +1,5 @@
-"""What one pass leaves to a later one of the same step: memory for it, and functions of whole matrices between them."""
+"""What one pass leaves to a later one of the same step: memory for it, and functions of whole
+matrices between them."""
 
 from __future__ import annotations
 
@@ -16,15 +17,22 @@ TORCH = {"f64": torch.float64, "f32": torch.float32}
 
 
 class Temporaries:
-    """A program's temporaries for the tensors of a launch, and the table of their addresses (temporary, tensor).
+    """A program's temporaries for the tensors of a launch, and the table of their addresses
+    (temporary, tensor).
 
-    Those with one value a row, a column or a matrix are small and stay; those of elements exist during a run alone.
+    Those with one value a row, a column or a matrix are small and stay; those of elements exist
+    during a run alone.
     """
 
     def __init__(
-        self, program: Program, sizes: np.ndarray, parts: Mapping[str, np.ndarray], device: torch.device
+        self,
+        program: Program,
+        sizes: np.ndarray,
+        parts: Mapping[str, np.ndarray],
+        device: torch.device,
     ) -> None:
-        """`sizes` (tensors, 3); `parts` says of temporaries that several have a share in how many, for each tensor."""
+        """`sizes` (tensors, 3); `parts` says of temporaries that several have a share in how many,
+        for each tensor."""
         self.program, self.sizes, self.parts, self.device = program, sizes, parts, device
         self.numel = sizes.prod(axis=1)
         self.place = {one.name: i for i, one in enumerate(program.temporaries)}
@@ -56,7 +64,9 @@ class Temporaries:
     def shares(self, name: str, t: int) -> Tensor:
         """A tensor's values of a temporary, a row for each share."""
         stops = self.stops[name]
-        return self.kept[name][int(stops[t - 1]) if t else 0 : int(stops[t])].view(int(self.parts[name][t]), -1)
+        return self.kept[name][int(stops[t - 1]) if t else 0 : int(stops[t])].view(
+            int(self.parts[name][t]), -1
+        )
 
     def allocate(self) -> None:
         """Memory for temporaries of elements that passes write, until the step is over."""
@@ -67,7 +77,9 @@ class Temporaries:
                 memory = torch.empty(int(numel.sum()), dtype=TORCH[one.type], device=self.device)
                 self._memory[one.name] = memory
                 starts = (np.cumsum(numel) - numel) * memory.itemsize
-                self.pointers[self.place[one.name], self._order] = memory.data_ptr() + starts.astype(np.uint64)
+                self.pointers[self.place[one.name], self._order] = (
+                    memory.data_ptr() + starts.astype(np.uint64)
+                )
 
     def release_sources(self) -> None:
         """Give back what only functions have read."""
@@ -81,7 +93,8 @@ class Temporaries:
         self._results.clear()
 
     def call(self, call: Call, numbers: Sequence[Sequence[float | Tensor]]) -> None:
-        """Let a function of whole matrices make one temporary of another: once for each shape and set of numbers."""
+        """Let a function of whole matrices make one temporary of another: once for each shape and
+        set of numbers."""
         source, target = (self.pointers[self.place[name]] for name in (call.source, call.target))
         memory, kept = self._memory[call.source], self._memory.get(call.target)
         for group in self._groups(numbers):
@@ -104,7 +117,11 @@ class Temporaries:
         begin = 0
         for end in range(1, len(walked) + 1):
             a, b = walked[end - 1], walked[end] if end < len(walked) else None
-            same = b is not None and (self.sizes[a, 1:] == self.sizes[b, 1:]).all() and _equal(numbers[a], numbers[b])
+            same = (
+                b is not None
+                and (self.sizes[a, 1:] == self.sizes[b, 1:]).all()
+                and _equal(numbers[a], numbers[b])
+            )
             if not same:
                 yield np.array(walked[begin:end])
                 begin = end
