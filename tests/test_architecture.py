@@ -162,6 +162,16 @@ def test_every_room_is_there_and_says_what_it_knows() -> None:
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
 
 
+def test_contributing_draws_the_house_as_it_is() -> None:
+    """The tree there names every room and every loose file, and nothing else."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("    onepass/\n") : text.index("Imports run one way")]
+    drawn = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    rooms = {f"{path.parent.name}/" for path in ROOT.rglob("__init__.py")}
+    files = {path.name for path in ROOT.glob("[!_]*.py")}
+    assert drawn == rooms | files | {"functions.py"}
+
+
 def test_the_top_level_is_small() -> None:
     """Rooms, and the few files that are the contract with users."""
     rooms = [path for path in ROOT.iterdir() if (path / "__init__.py").exists()]
