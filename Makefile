@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train bench curves docs test test-frameworks test-pytorch test-gpu test-slow lint format clean
+.PHONY: help train bench curves docs test test-frameworks test-pytorch test-gpu test-slow test-translation lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,7 @@ docs: .venv/.dev ## build the documentation: site/index.html
 
 test: lint docs ## format, lint, types, documentation and all quick tests: pytest $(ARGS)
 	@$(BIN)/python -m pytest -n auto $(ARGS)
+	@$(BIN)/python tests/support/translation.py
 
 test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning, transformers, timm and others
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)
@@ -42,6 +43,9 @@ test-gpu: .venv/.dev ## the tests which need a GPU
 
 test-slow: .venv/.dev ## the tests which take long
 	@$(BIN)/python -m pytest -m "slow and not frameworks and not gpu" $(ARGS)
+
+test-translation: .venv/.dev ## whether README.zh-CN.md says what README.md says; make test only warns
+	@$(BIN)/python -m pytest -m translation tests/test_translation.py $(ARGS)
 
 lint: .venv/.dev ## ruff format --check, ruff check, basedpyright
 	@$(BIN)/ruff format --check
