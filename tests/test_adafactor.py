@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from processes import run_script
-from rig import (
+from support.bare_kernels import (
     INF,
     NAN,
     SPECIAL,
@@ -25,7 +23,9 @@ from rig import (
     launch,
     random_columns,
 )
-from sides import refuses, snapshot
+from support.interpreter import interpret
+from support.side_by_side import refuses, snapshot
+from support.subprocess_cases import run_script
 from table import Row, on_eager_backend, tolerance, walk
 from torch import Tensor, nn
 

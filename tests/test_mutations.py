@@ -13,9 +13,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from rig import NAN, compiled, graph_of, hypers_of, is_same, launch, program_of, random_columns
-from rules import everything, program
+from support.bare_kernels import (
+    NAN,
+    compiled,
+    graph_of,
+    hypers_of,
+    is_same,
+    launch,
+    program_of,
+    random_columns,
+)
+from support.extra_rules import everything, program
+from support.interpreter import interpret
 from table import TABLE, Row, on_eager_backend, results, tolerance, walk
 
 import onepass

@@ -14,8 +14,16 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
-from rig import assert_same_bits, compiled, graph_of, hypers_of, launch, program_of, random_columns
-from rules import RULES, program
+from support.bare_kernels import (
+    assert_same_bits,
+    compiled,
+    graph_of,
+    hypers_of,
+    launch,
+    program_of,
+    random_columns,
+)
+from support.extra_rules import RULES, program
 from table import TABLE
 from torch import Tensor
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from rig import (
+from support.bare_kernels import (
     INF,
     NAN,
     SIZES,
@@ -26,6 +25,7 @@ from rig import (
     program_of,
     random_columns,
 )
+from support.interpreter import interpret
 from table import TABLE, Row, results, tolerance, walk
 from torch import Tensor
 
