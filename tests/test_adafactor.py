@@ -95,7 +95,7 @@ def one_thread() -> None:
 
 
 def row(**options: Any) -> Row:
-    return Row("Adafactor", {"lr": 0.05} | options, adafactor)
+    return Row(onepass.Adafactor, {"lr": 0.05} | options, adafactor)
 
 
 # Each option far from where it has no effect.
@@ -278,7 +278,7 @@ def run(
 def path_of(
     one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence[Any]
 ) -> np.ndarray:
-    machine = Row(one.name, one.options | {"machine": torch.finfo(dtype).eps}, one.reference)
+    machine = Row(one.cls, one.options | {"machine": torch.finfo(dtype).eps}, one.reference)
     return walk(machine, start, gradients, learning_rates())[:, 0]
 
 
