@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from onepass.app import catalog, cli
-from onepass.app.bench import contenders, descent, goals, measure, probe, report, suite
+from onepass.app.bench import contenders, descent, goals, measure, picture, probe, report, suite
 from onepass.app.bench.shapes import MODELS, Model
 from onepass.kernel.graph.ir import Rank
 
@@ -257,7 +257,7 @@ def test_report_is_whole(tiny_report: dict) -> None:
 def test_report_is_saved_and_drawn(tiny_report: dict, tmp_path: Path) -> None:
     measure.save(tiny_report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == tiny_report
-    report.plot(tiny_report, tmp_path / "report.png")
+    picture.plot(tiny_report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
     assert report.make_step_table(tiny_report["results"]).row_count == 2
