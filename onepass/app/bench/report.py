@@ -55,10 +55,8 @@ def list_facts(report: Report) -> list[str]:
     bandwidth = report["bandwidth"]
     copy = bandwidth["copy_gigabytes_per_second"]
     update = bandwidth["update_gigabytes_per_second"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; "
-        f"{machine['date']}"
-    ]
+    processor = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    lines = [f"{processor}; {machine['date']}"]
     if "gpu" in machine:
         lines += _describe_gpu(machine["gpu"])
     lines += [
@@ -102,9 +100,7 @@ def list_goals(results: Sequence[Result]) -> list[str]:
     tail = "" if len(met) == len(judged) else ", but not"
     lines = [f"goals: {len(met)} of {len(judged)} are met{tail}"]
     told = [
-        (result, goal)
-        for result, goal in judged
-        if not goal["met"] or goal["what"] == ALWAYS_TOLD
+        (result, goal) for result, goal in judged if not goal["met"] or goal["what"] == ALWAYS_TOLD
     ]
     told.sort(key=lambda pair: pair[1]["met"])
     for result, goal in told:

@@ -74,7 +74,7 @@ def _draw_lr(axes: Axes, run: Run) -> None:
 def _draw(
     axes: Axes, train: Sequence[float], epoch_ends: Sequence[int], held_out: Sequence[float]
 ) -> None:
-    """Draw each training batch faintly, their running mean, and a point at the end of each epoch."""
+    """Draw each training batch faintly, their running mean, and a point after each epoch."""
     steps = range(1, len(train) + 1)
     axes.plot(steps, train, color=_TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(train), color=_TRAIN, linewidth=1.6, label="training")
