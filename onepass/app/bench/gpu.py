@@ -159,7 +159,7 @@ class Gpu:
 
     @cached_property
     def _flush(self) -> torch.Tensor:
-        """A tensor that is overwritten before a step: it takes the cache from the step's tensors."""
+        """A tensor that is overwritten before a step, to empty the cache of the step's own."""
         properties = self.cuda.get_device_properties(self.device)
         cache_bytes = getattr(properties, "L2_cache_size", 0)
         size = max(CACHE_TIMES * cache_bytes, self._limit_bytes(FLUSH_BYTES))
