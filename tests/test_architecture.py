@@ -224,7 +224,8 @@ def test_code_is_made_without_a_tensor(name: str) -> None:
 def test_algorithms_know_mathematics_and_the_contract(name: str) -> None:
     # Muon calls a function of whole matrices, and gives what is not a matrix to AdamW.
     more = {"linalg", "algorithms.adam"} if name == "algorithms.muon" else set()
-    assert own(name) <= {"kernel.functions", "optimizer", "contract.options"} | more
+    contract = {f"contract.{file}" for file in ("options", "ranges", "values")}
+    assert own(name) <= {"kernel.functions", "optimizer"} | contract | more
 
 
 @pytest.mark.parametrize("name", MODULES)
