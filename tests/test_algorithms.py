@@ -68,6 +68,8 @@ class Nemo(Optimizer):
     Nobody, "An Algorithm That Torch Lacks", 2023, arXiv:2302.06675.
     """
 
+    ranges = {"lr": "[0, inf]", "betas": ("[0, 1)", "[0, 1)"), "weight_decay": "[0, inf]"}
+
     def __init__(self, params: Params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -105,8 +107,11 @@ All of them.
       show_root_heading: false
       show_source: true
 """
-# What is asked of it: its mathematics, its page, its row.
-FILES = ("test_algorithms", "test_docs", "test_large", "test_mutations", "test_numerics")
+# What is asked of it: its mathematics, its options, its page, its row.
+FILES = (
+    *("test_algorithms", "test_bad_options", "test_docs"),
+    *("test_large", "test_mutations", "test_numerics"),
+)
 # The program must know it by its name; pytest's parameters take it from the catalog.
 CHECK = """
 import contextlib

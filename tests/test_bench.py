@@ -159,7 +159,7 @@ def test_contenders_share_their_state_and_step_alike(name: str) -> None:
                 p.copy_(value)
             for tensor in (t for tensors in workload.columns.values() for t in tensors):
                 tensor.zero_()
-    assert len(ends) > 1
+    assert len(ends) > 1 or variant.cls.__name__ not in vars(torch.optim)
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0])
 
@@ -291,7 +291,9 @@ def names(cells: list[suite.Cell]) -> list[tuple[str, str]]:
 
 
 def test_what_is_elementwise_follows_from_the_rules() -> None:
-    assert {*suite.list_elementwise(), "adafactor"} == set(BYTES)
+    """Those of the table are known; a further algorithm follows by itself."""
+    assert {*suite.list_elementwise(), "adafactor"} >= set(BYTES)
+    assert not {"adafactor", "muon", "sparseadam", "lbfgs"} & {*suite.list_elementwise()}
     assert suite.list_elementwise_classes().count("SGD") == 1
 
 
@@ -309,7 +311,10 @@ def test_all_is_every_optimizer_where_it_makes_sense() -> None:
             "groups",
         ]
     assert set(names(suite.choose(None, None))) < set(every)
-    assert set(names(suite.choose("gpt2", None, every_one=True))) == {("gpt2", n) for n in BYTES}
+    measured = {*suite.list_elementwise(), "adafactor"}
+    assert set(names(suite.choose("gpt2", None, every_one=True))) == {
+        ("gpt2", name) for name in measured
+    }
     assert names(suite.choose("embedding-1m", None, every_one=True)) == [
         ("embedding-1m", "sparseadam")
     ]
