@@ -9,6 +9,7 @@ the pictures go to docs.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from onepass.app.catalog import find_variant, optimizers
 from onepass.app.tasks import find_task
 from onepass.app.training.loop import Diverged, Run, fit, make_settings
 
@@ -75,7 +77,7 @@ BLUE, CYAN, GREEN, OLIVE = "#0072b2", "#33aadd", "#117733", "#999933"
 RED, ORANGE, PINK, WINE, SAND = "#d62728", "#e69f00", "#cc79a7", "#882255", "#c08a5b"
 BLACK, VIOLET, GREY, TEAL = "#000000", "#7a3fb0", "#888888", "#44aa99"
 
-CONTENDERS = (
+PLACED_BY_HAND = (
     Contender("SGD, momentum 0.9", "sgd-momentum", {"digits": 0.03, "text": 0.03}, BLUE),
     Contender("ASGD", "asgd", {"digits": 0.3, "text": 0.1}, CYAN),
     Contender("Rprop", "rprop", {"digits": 1e-3, "text": 3e-3}, GREY, "--"),
@@ -93,6 +95,19 @@ CONTENDERS = (
     Contender("Adafactor", "adafactor", {"digits": 0.1, "text": 0.1}, VIOLET),
     Contender("Muon + AdamW", "muon-adamw", {"digits": 1e-2, "text": 3e-2}, BLACK),
 )
+
+
+def further_contenders() -> Iterator[Contender]:
+    """Yield the algorithms that nobody has placed by hand; their rates lie around the class's
+    own."""
+    placed = {find_variant(contender.optimizer).cls for contender in PLACED_BY_HAND}
+    for name, cls in optimizers().items():
+        if cls not in placed and not find_variant(name).demand:
+            rate = float(inspect.signature(cls).parameters["lr"].default)
+            yield Contender(name, name.lower(), dict.fromkeys(PLANS, rate), SAND)
+
+
+CONTENDERS = (*PLACED_BY_HAND, *further_contenders())
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -112,18 +112,26 @@ FILES = (
     *("test_algorithms", "test_bad_options", "test_docs"),
     *("test_large", "test_mutations", "test_numerics"),
 )
-# The program must know it by its name; pytest's parameters take it from the catalog.
+# The program must know it by its name, in the bench, the gallery and the curves, too.
 CHECK = """
 import contextlib
+import runpy
 import sys
 
 import pytest
 
+import onepass
 from onepass.app import cli
+from onepass.app.bench import suite
 from onepass.app.catalog import find_trainable, find_variant, optimizers
+from onepass.app.gallery import paths
 
 assert "Nemo" in optimizers()
 assert find_variant("nemo").cls is find_trainable("NEMO").cls
+assert "nemo" in suite.every() and "nemo" in suite.list_elementwise()
+assert onepass.Nemo in [contender.cls for contender in paths.CONTENDERS]
+curves = runpy.run_path("benchmarks/curves.py")
+assert "nemo" in [contender.optimizer for contender in curves["CONTENDERS"]]
 options = sys.argv[1:]
 sys.argv = ["onepass", "explain", "nemo"]
 with contextlib.suppress(SystemExit):
@@ -174,8 +182,9 @@ def copy(tmp_path: Path) -> Path:
     for name in ("onepass", "tests", "docs", "examples"):
         # With what Python has compiled: it holds for the copy, too.
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
-    for name in ("pyproject.toml", "mkdocs.yml"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("pyproject.toml", "mkdocs.yml", "benchmarks/curves.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "onepass/algorithms/nemo.py").write_text(CLASS, encoding="utf-8")
     names = tmp_path / "onepass/__init__.py"
     insert(names, "from .algorithms.muon", "from .algorithms.nemo import Nemo\n", after=False)
