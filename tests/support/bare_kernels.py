@@ -135,16 +135,16 @@ class Memory:
         stride = [-(-(a.nbytes + misaligned + self.GUARD) // 64) * 64 for a in arrays]
         self.bytes = np.full(sum(stride) + 128, self.PATTERN, np.uint8)
         base = self.bytes.ctypes.data
-        place = -base % 64 + misaligned
+        offset = -base % 64 + misaligned
         self.guarded = np.ones(len(self.bytes), np.bool_)
         self.views, self.addresses = [], []
         for a, step in zip(arrays, stride, strict=True):
-            view = self.bytes[place : place + a.nbytes]
+            view = self.bytes[offset : offset + a.nbytes]
             view[:] = np.ascontiguousarray(a).view(np.uint8)
-            self.guarded[place : place + a.nbytes] = False
+            self.guarded[offset : offset + a.nbytes] = False
             self.views.append(view)
-            self.addresses.append(base + place)
-            place += step
+            self.addresses.append(base + offset)
+            offset += step
         self.types = [a.dtype for a in arrays]
 
     def read(self) -> list[np.ndarray]:
@@ -179,10 +179,13 @@ def launch(
     prepared.run(threads)
     arrays = memory.read()
     n = len(tensors)
-    after = [{c.name: arrays[k * n + i] for k, c in enumerate(columns)} for i in range(n)]
-    for before, now in zip(tensors, after, strict=True):
+    after = [
+        {c.name: arrays[column_index * n + i] for column_index, c in enumerate(columns)}
+        for i in range(n)
+    ]
+    for before, left in zip(tensors, after, strict=True):
         for c in columns:
-            assert c.written or before[c.name].tobytes() == now[c.name].tobytes(), (
+            assert c.written or before[c.name].tobytes() == left[c.name].tobytes(), (
                 f"{c.name} is read only"
             )
     for name, numbers in prepared.scalars().items():
@@ -207,12 +210,14 @@ def check_oracle(
 ) -> list[dict[str, np.ndarray]]:
     """Launch, and compare every stored bit with the interpreter's."""
     after = launch(kernel, tensors, hypers, rows, sizes=sizes, **how)
-    for i, (before, now) in enumerate(zip(tensors, after, strict=True)):
+    for i, (before, left) in enumerate(zip(tensors, after, strict=True)):
         size = sizes[i] if sizes else None
         wanted = interpret(kernel.program, before, hypers[0 if rows is None else rows[i]], size)
         for name, want in wanted.items():
             assert_same_bits(
-                now[name], want, f"{kernel.program.name}: {name} of a tensor of {size or len(want)}"
+                left[name],
+                want,
+                f"{kernel.program.name}: {name} of a tensor of {size or len(want)}",
             )
     return after
 

@@ -64,8 +64,8 @@ class Stream:
         self.done += 1
         return True
 
-    def reaches(self, place: int) -> Callable[[], bool]:
-        return lambda: self.done >= place
+    def reaches(self, count: int) -> Callable[[], bool]:
+        return lambda: self.done >= count
 
 
 class Graph:

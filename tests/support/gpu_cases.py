@@ -230,7 +230,7 @@ def same_bits(got: Tensor, want: Tensor, what: str) -> None:
 def compare(got: Side, want: Side, **tolerance: float) -> None:
     """Equal parameters and states: bit for bit, or within a tolerance."""
 
-    def one(a: Tensor, b: Tensor, what: str) -> None:
+    def compare_tensors(a: Tensor, b: Tensor, what: str) -> None:
         if tolerance and a.numel():
             torch.testing.assert_close(
                 a.detach().cpu().double(),
@@ -243,14 +243,14 @@ def compare(got: Side, want: Side, **tolerance: float) -> None:
             same_bits(a, b, what)
 
     for i, (p, q) in enumerate(zip(got.params, want.params, strict=True)):
-        one(p, q, f"parameter {i} {tuple(p.shape)} {p.dtype}")
+        compare_tensors(p, q, f"parameter {i} {tuple(p.shape)} {p.dtype}")
         mine, yours = got.opt.state.get(p, {}), want.opt.state.get(q, {})
         assert mine.keys() == yours.keys(), (
             f"parameter {i}: state {sorted(mine)} and {sorted(yours)}"
         )
         for name, value in yours.items():
             if isinstance(value, Tensor):
-                one(
+                compare_tensors(
                     mine[name].to(value.dtype),
                     value,
                     f"{name} of parameter {i} {tuple(p.shape)} {p.dtype}",

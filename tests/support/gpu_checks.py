@@ -81,17 +81,17 @@ def algorithms_with_sums_come_close(case: Case, device: torch.device) -> None:
 @check_each({name: case for name, case in SUMMING.items() if case.cls != "Muon"})
 def sums_are_the_same_every_time(case: Case, device: torch.device) -> None:
     """Bit for bit: nothing depends on which program of a launch ends first."""
-    one, other = (make_side(case, device, places=[*MATRICES, ((513, 700), "")]) for _ in range(2))
+    side, other = (make_side(case, device, places=[*MATRICES, ((513, 700), "")]) for _ in range(2))
     for _ in range(3):
-        one.step()
+        side.step()
         other.step()
-    compare(one, other)
+    compare(side, other)
 
 
 @check_each({f"{cls}-{mode}": (case, mode) for cls, case in CLASSES.items() for mode in MODES})
-def numbers_on_the_device_change_little(one: tuple[Case, str], device: torch.device) -> None:
+def numbers_on_the_device_change_little(variant: tuple[Case, str], device: torch.device) -> None:
     """Step counts, and what follows from them, computed there: powers of another library."""
-    case, mode = one
+    case, mode = variant
     if case.cls == "Muon":
         raise Skip("its products are compared elsewhere")
     sides = both(case, device, places=PLAIN if case.exact else MATRICES, mode=mode)
@@ -250,8 +250,8 @@ def _copy(source: Side, target: Side) -> None:
         for mode in ("fused", "foreach")
     }
 )
-def checkpoints_go_to_torch_and_back(one: tuple[str, str], device: torch.device) -> None:
-    cls, mode = one
+def checkpoints_go_to_torch_and_back(variant: tuple[str, str], device: torch.device) -> None:
+    cls, mode = variant
     if (cls, mode) == ("Adagrad", "fused") and device.type == "cuda":
         raise Skip("torch's Adagrad is fused on the CPU alone")
     case = Case(
@@ -339,8 +339,8 @@ def a_state_on_another_device_is_one_sentence(device: torch.device) -> None:
     need_gpu(device)
     side = make_side(ADAMW, device, places=PLAIN)
     side.step()
-    own = side.opt.state[side.params[3]]
-    own["exp_avg"] = own["exp_avg"].cpu()
+    state = side.opt.state[side.params[3]]
+    state["exp_avg"] = state["exp_avg"].cpu()
     before = [p.detach().clone() for p in side.params]
     side.set_gradients()
     said = refused(side.opt.step)
@@ -391,8 +391,8 @@ def a_rate_of_zero_moves_nothing(device: torch.device) -> None:
 def all_places_are_tried(device: torch.device) -> None:
     """The list is what its words say: an odd address, columns, holes."""
     side = Side(device, AWKWARD, (torch.float32,))
-    of: dict[str, Tensor] = {how: p for p, (_, how) in zip(side.params, AWKWARD, strict=True)}
-    assert of["unaligned"].data_ptr() % 16 == 4
-    assert not of["transposed"].is_contiguous()
-    assert not of["holes"].is_contiguous()
+    placed: dict[str, Tensor] = {how: p for p, (_, how) in zip(side.params, AWKWARD, strict=True)}
+    assert placed["unaligned"].data_ptr() % 16 == 4
+    assert not placed["transposed"].is_contiguous()
+    assert not placed["holes"].is_contiguous()
     assert {case.cls for case in EVERY.values()} >= {"SGD", "Adam", "AdamW", "Muon", "Adafactor"}

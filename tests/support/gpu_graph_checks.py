@@ -79,10 +79,10 @@ def a_graph_repeats_the_eager_step(case: Case, device: torch.device) -> None:
         eager.opt.step()
     graph = graph_of(captured.opt.step, device)
     for step in range(4):
-        for side, own in zip((eager, captured), rates, strict=True):
+        for side, side_rates in zip((eager, captured), rates, strict=True):
             for p in side.params:
                 p.grad.copy_(side.randn(p.shape, p.dtype))
-            for i, rate in enumerate(own):
+            for i, rate in enumerate(side_rates):
                 rate.fill_(0.02 / (1 + step + i))
         eager.opt.step()
         graph.replay()
@@ -160,8 +160,8 @@ class Scaled:
     def step(self, bad: float | None = None) -> None:
         """Both step; with `bad`, one element of the scaled gradients is that, and the other side
         does not step."""
-        for one in (self.side, self.plain):
-            one.set_gradients()
+        for side in (self.side, self.plain):
+            side.set_gradients()
         for p in self.side.params:
             p.grad.mul_(self.scaler.get_scale())
         if bad is not None:
@@ -186,9 +186,9 @@ class Scaled:
         for how in ("whole", "clipped")
     }
 )
-def a_scaler_unscales_in_the_step(one: tuple[Case, bool], device: torch.device) -> None:
+def a_scaler_unscales_in_the_step(variant: tuple[Case, bool], device: torch.device) -> None:
     """A power of two leaves every bit as it was."""
-    case, clip = one
+    case, clip = variant
     scaled = Scaled(case, device, clip)
     for _ in range(4):
         scaled.step()
@@ -203,11 +203,11 @@ def a_scaler_unscales_in_the_step(one: tuple[Case, bool], device: torch.device) 
     }
 )
 def a_step_that_is_not_finite_changes_nothing(
-    one: tuple[Case, float], device: torch.device
+    variant: tuple[Case, float], device: torch.device
 ) -> None:
     """Weights, state and counts; and the scale is halved. The first step too, whose state is
     new."""
-    case, bad = one
+    case, bad = variant
     scaled = Scaled(case, device)
     for first in (True, False):
         if not first:

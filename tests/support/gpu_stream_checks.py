@@ -58,10 +58,10 @@ def places_of(case: Case) -> list[Any]:
 @check_each(
     {f"{cls}-{mode or 'default'}": (case, mode) for cls, case in CLASSES.items() for mode in MODES}
 )
-def no_step_waits_for_the_device(one: tuple[Case, str], device: torch.device) -> None:
+def no_step_waits_for_the_device(variant: tuple[Case, str], device: torch.device) -> None:
     """Gradients are new at each step, and so are learning rates."""
     need_gpu(device)
-    case, mode = one
+    case, mode = variant
     side = make_side(case, device, places=places_of(case), mode=mode)
     for _ in range(2):
         side.step()
@@ -157,14 +157,14 @@ def two_streams_in_turns(device: torch.device) -> None:
     torch.cuda.synchronize()
     last = torch.cuda.current_stream()
     for step in range(8):
-        now = streams[step % 2]
-        now.wait_stream(last)
-        with torch.cuda.stream(now):
+        stream = streams[step % 2]
+        stream.wait_stream(last)
+        with torch.cuda.stream(stream):
             there.step()
         with torch.cuda.stream(third):
             beside.step()
         here.step()
-        last = now
+        last = stream
     torch.cuda.synchronize()
     compare(there, here)
     compare(beside, here)

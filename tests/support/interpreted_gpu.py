@@ -83,8 +83,8 @@ class Bounds:
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []
 
-    def add(self, place: int, size: int) -> None:
-        self.places.append((place, place + size))
+    def add(self, address: int, size: int) -> None:
+        self.places.append((address, address + size))
 
     def check(self, addresses: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
         wanted = addresses.astype(np.uint64)[np.broadcast_to(mask, addresses.shape)]
@@ -119,8 +119,8 @@ def bounded() -> Iterator[Bounds]:
 
     def noted_memory(self: Memory, *arguments: Any, **how: Any) -> None:
         made(self, *arguments, **how)
-        for place, view in zip(self.addresses, self.views, strict=True):
-            bounds.add(place, view.nbytes)
+        for address, view in zip(self.addresses, self.views, strict=True):
+            bounds.add(address, view.nbytes)
 
     def checked_load(self: Any, ptrs: Any, mask: Any, other: Any, *how: Any) -> Any:
         kind = np.dtype(f"V{ptrs.get_element_ty().primitive_bitwidth // 8}")
@@ -171,7 +171,7 @@ def device_sum(elements: np.ndarray) -> float:
     over 256."""
     size = BLOCK * SPAN
     programs = (elements[i : i + size].astype(np.float64) for i in range(0, len(elements), size))
-    partials = np.array([np.sum(_running(one, BLOCK)) for one in programs])
+    partials = np.array([np.sum(_running(values, BLOCK)) for values in programs])
     return float(np.sum(_running(partials, 256)))
 
 
@@ -257,11 +257,13 @@ class Resident:
     def read(self) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         """All columns of all tensors, and their numbers."""
         arrays, n = self.memory.read(), self.count
-        columns = [{name: arrays[k * n + i] for k, name in enumerate(self.names)} for i in range(n)]
+        columns = [
+            {name: arrays[index * n + i] for index, name in enumerate(self.names)} for i in range(n)
+        ]
         begin = len(self.names) * n
         numbers = {
-            name: np.concatenate(arrays[begin + k * n : begin + (k + 1) * n])
-            for k, name in enumerate(self.kernel.numbers)
+            name: np.concatenate(arrays[begin + index * n : begin + (index + 1) * n])
+            for index, name in enumerate(self.kernel.numbers)
         }
         return columns, numbers
 
@@ -282,14 +284,14 @@ def check_resident(
     those before it."""
     after, new = launched.read()
     for i, (columns, given) in enumerate(zip(before, hypers, strict=True)):
-        own = {name: float(values[i]) for name, values in numbers.items()}
-        own |= {"step": own["step"] + 1} if "step" in own else {}
+        tensor_numbers = {name: float(values[i]) for name, values in numbers.items()}
+        tensor_numbers |= {"step": tensor_numbers["step"] + 1} if "step" in tensor_numbers else {}
         size = sizes[i] if sizes else None
         with device_oracle():
             wanted = interpreter.interpret(
                 launched.kernel.program,
                 columns,
-                {**given, **own, "first": float(first[i])},
+                {**given, **tensor_numbers, "first": float(first[i])},
                 size if isinstance(size, tuple) else None,
             )
         scalars = {name for name, _ in launched.kernel.program.scalars}
@@ -299,7 +301,7 @@ def check_resident(
                 assert_same_bits(new[name][i : i + 1], want.astype(new[name].dtype), what)
             else:
                 assert_same_bits(after[i][name], want, what)
-        if "step" in own:
-            assert new["step"][i] == own["step"]
+        if "step" in tensor_numbers:
+            assert new["step"][i] == tensor_numbers["step"]
     assert not launched.launch.fresh.any()
     assert all(math.isfinite(n) for n in new.get("step", []))

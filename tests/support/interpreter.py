@@ -55,12 +55,13 @@ def interpret(
     nodes = topological(node for _, node in program.stores)
     by_lines = any(node.rank in (Rank.MATRIX, Rank.ROW, Rank.COLUMN) for node in nodes)
     with np.errstate(all="ignore"):
-        one = _Tensor(columns, hypers, sizes or (1, 1, len(columns["p"])), by_lines)
+        tensor = _Tensor(columns, hypers, sizes or (1, 1, len(columns["p"])), by_lines)
         new = {
-            name: one.stored(node) if one.numel else columns[name] for name, node in program.stores
+            name: tensor.stored(node) if tensor.numel else columns[name]
+            for name, node in program.stores
         }
         numbers = {
-            name: np.asarray(one.host(node)).astype(TYPES[program.compute])
+            name: np.asarray(tensor.host(node)).astype(TYPES[program.compute])
             for name, node in program.scalars
         }
         return new | {name: number.reshape(1) for name, number in numbers.items()}

@@ -106,7 +106,7 @@ def pytest_runtest_logreport(report: Any) -> None:
 # The command.
 
 
-def run(folder: Path, place: bool, words: str) -> dict[str, tuple[str, str]]:
+def run(folder: Path, with_onepass: bool, words: str) -> dict[str, tuple[str, str]]:
     """How each test went, and its error."""
     found: dict[str, tuple[str, str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +119,7 @@ def run(folder: Path, place: bool, words: str) -> dict[str, tuple[str, str]]:
             variables = os.environ | {
                 "PYTHONPATH": paths,
                 OUT: str(out),
-                PLACE: "1" if place else "",
+                PLACE: "1" if with_onepass else "",
             }
             options = [
                 "-q",
@@ -165,7 +165,9 @@ def main() -> None:
         parser.error(
             f"{args.folder} has no {missing[0]}: give the folder `test` of PyTorch's source code"
         )
-    theirs, ours = (run(args.folder.resolve(), place, args.words) for place in (False, True))
+    theirs, ours = (
+        run(args.folder.resolve(), with_onepass, args.words) for with_onepass in (False, True)
+    )
     due = [test for test, (went, _) in theirs.items() if went == "passed"]
     lost = [test for test in due if ours.get(test, ("not run", ""))[0] != "passed"]
     for name in FILES:

@@ -108,15 +108,15 @@ def assert_same(sides: tuple[Side, Side], **tolerance: float) -> None:
     mine, yours = ours.opt.state_dict()["state"], theirs.opt.state_dict()["state"]
     assert set(mine) == set(yours)
     for key, entries in yours.items():
-        assert {k for k, v in mine[key].items() if v is not None} == {
-            k for k, v in entries.items() if v is not None
+        assert {name for name, value in mine[key].items() if value is not None} == {
+            name for name, value in entries.items() if value is not None
         }
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 torch.testing.assert_close(
                     mine[key][name],
                     value,
-                    msg=lambda m, k=key, n=name: f"state {k}.{n}: {m}",
+                    msg=lambda m, key=key, n=name: f"state {key}.{n}: {m}",
                     **close,
                 )
 
@@ -140,14 +140,20 @@ def snapshot(opt: Any) -> Any:
     state = [
         (
             id(p),
-            [(k, bits(v)) for k, v in entry.items()] if isinstance(entry, dict) else repr(entry),
+            [(name, bits(value)) for name, value in entry.items()]
+            if isinstance(entry, dict)
+            else repr(entry),
         )
         for p, entry in opt.state.items()
     ]
     # Entries that are empty are as good as none: reading a defaultdict makes them.
     state = [pair for pair in state if pair[1]]
     options = [
-        {k: bits(v) if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"}
+        {
+            name: bits(value) if isinstance(value, Tensor) else value
+            for name, value in g.items()
+            if name != "params"
+        }
         for g in opt.param_groups
     ]
     return [bits(p) for p in params], [bits(p.grad) for p in params], state, repr(options)

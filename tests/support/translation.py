@@ -168,7 +168,7 @@ class Difference:
         return "\n".join([*lines, ""])
 
     @property
-    def place(self) -> str:
+    def title(self) -> str:
         """The line of the English text, and what stands there: `README.md:14 (paragraph)`."""
         if self.ours:
             return f"{ENGLISH}:{self.ours[0].line} ({self.ours[0].kind})"
@@ -206,7 +206,7 @@ def differences(english: str, chinese: str) -> str:
 def warning(english: str, chinese: str) -> str:
     """Return one line that names every block where the Chinese text is behind; empty if it is
     not."""
-    places = [difference.place for difference in find_differences(english, chinese)]
+    places = [difference.title for difference in find_differences(english, chinese)]
     if not places:
         return ""
     return (

@@ -88,7 +88,7 @@ class Memory(Device):
 
 def variants(batch: Any) -> int:
     """How many kernels Triton has compiled for a batch's program."""
-    functions = (batch.kernel._module[one.name] for one in batch.kernel.source.functions)
+    functions = (batch.kernel._module[function.name] for function in batch.kernel.source.functions)
     return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
 
 
