@@ -51,7 +51,7 @@ LAZY: dict[str, set[str]] = {
     "app.cli": {"onepass.app.commands"},
     "app.commands.draw": {"onepass.app.gallery"},
     "app.commands.train": {"onepass.app.training.curves"},
-    "app.bench.report": {"matplotlib"},
+    "app.commands.bench": {"onepass.app.bench.picture"},
     "checkpoint": {"safetensors"},
     "range_test.search": {"onepass.range_test.picture"},
     "app.tasks.cifar10": {"torchvision"},

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sides import bits, quietly
+from support.side_by_side import bits, quietly
 from torch import Tensor
 
 import onepass

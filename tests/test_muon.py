@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rig import assert_same_bits, flat
-from sides import refuses, snapshot
+from support.bare_kernels import assert_same_bits, flat
+from support.side_by_side import refuses, snapshot
 from table import UNIT, on_eager_backend
 from torch import Tensor, nn
 

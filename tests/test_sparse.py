@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import fates
-from sides import CLOSE, quietly, refuses, snapshot
+from support.side_by_side import CLOSE, quietly, refuses, snapshot
+from support.subprocess_cases import fates
 from torch import Tensor, nn
 
 import onepass

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import CLOSE
+from support.side_by_side import CLOSE
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
