@@ -81,7 +81,7 @@ class Optimizer(TorchOptimizer):
     - `maximize=True` steps up the gradient.
     - `foreach` and `fused` change nothing, with two exceptions: if both are False, the step is made
       of torch's own operations; `fused=True` lets GradScaler leave the unscaling to the step.
-    - `differentiable=True` makes a step through which autograd can go.
+    - `differentiable=True` lets autograd follow the step.
     - `capturable=True` keeps step counts on the parameter's device, for steps in a CUDA graph. Some
       classes have it here and not in torch. While it is off, their param groups have torch's keys.
     """

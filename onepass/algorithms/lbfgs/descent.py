@@ -120,7 +120,9 @@ class Descent:
             self.history.enter(state, here.gradient, self.d, self.group["history_size"])
             self.history.find_direction(state, here.gradient, self.d)
         here = here._replace(t=0, slope=scalar(here.gradient.dot(self.d)))
-        state.update(prev_flat_grad=here.gradient, prev_loss=here.loss, n_iter=state["n_iter"] + 1)
+        state["prev_flat_grad"] = here.gradient
+        state["prev_loss"] = here.loss
+        state["n_iter"] = state["n_iter"] + 1
         if here.slope > -self.tolerance_change:
             state["t"] = float(t)
             return None

@@ -42,8 +42,12 @@ class History:
 
         At most `size` pairs stay: the oldest ones leave. A pair without curvature does not enter.
         """
-        changes, steps, inverse_products = state["old_dirs"], state["old_stps"], state["ro"]
-        y, s = self._spare = self._spare or (self._flat.new(), self._flat.new())
+        changes = state["old_dirs"]
+        steps = state["old_stps"]
+        inverse_products = state["ro"]
+        if self._spare is None:
+            self._spare = self._flat.new(), self._flat.new()
+        y, s = self._spare
         torch.sub(gradient, state["prev_flat_grad"], out=y)
         torch.mul(d, float(state["t"]), out=s)
         curvature = y.dot(s)
@@ -53,7 +57,8 @@ class History:
         # More than one may have to leave: `history_size` may have become smaller.
         while len(changes) + enters > size:
             oldest = changes.pop(0), steps.pop(0)
-            self._spare = self._spare or oldest
+            if self._spare is None:
+                self._spare = oldest
             del inverse_products[0]
             del self._rates[0]
         if not enters:

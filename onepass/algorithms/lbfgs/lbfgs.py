@@ -49,11 +49,11 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
     $$ q = -g; \quad
        \alpha_i = \rho_i s_i^\top q, \;
        q \leftarrow q - \alpha_i y_i \;\text{ (newest first)}; \quad
-       d = H_0 q; \quad d \leftarrow d + (\alpha_i - \rho_i y_i^\top d)\, s_i \;\text{ (oldest
-    first)}. $$
+       d = H_0 q; \quad
+       d \leftarrow d + (\alpha_i - \rho_i y_i^\top d)\, s_i \;\text{ (oldest first)}. $$
 
-    H stays positive definite, because a pair enters only with the curvature $y_i^\top s_i >
-    10^{-10}$. Then $\theta \leftarrow \theta + t d$. The length t is $\gamma$; in the very first
+    H stays positive definite, because a pair enters only if its curvature $y_i^\top s_i$ is above
+    $10^{-10}$. Then $\theta \leftarrow \theta + t d$. The length t is $\gamma$; in the very first
     iteration it is $\gamma \min(1, 1/\|g\|_1)$.
 
     - `lr` ($\gamma$), at least 0: the length of a step, as a part of the quasi-Newton step d.
