@@ -74,8 +74,8 @@ class Optimizer(TorchOptimizer):
     ValueError is raised for an option outside its range, TypeError for one that is not a number, or
     not several numbers in an order.
 
-    All algorithms of torch.optim are such classes, with the arguments of their namesakes in the
-    same order. These arguments mean the same in all of them:
+    All algorithms of torch.optim are such classes (LBFGS has no rule), with the arguments of their
+    namesakes in the same order. These arguments mean the same in every class that has them:
 
     - `lr` is a float, or a tensor of one element, and so is every other number.
     - `maximize=True` steps up the gradient.

@@ -20,7 +20,13 @@ class Descent:
     """One call of `step`: its iterations, and the vectors that they need beside the state.
 
     `states` is the optimizer's state of all parameters. An iteration goes from a `Point` to the
-    next one. Raises `StepError` for state and parameters that do not fit.
+    next one: with a line search that takes three trials, the closure is called
+
+        once     at the start, which is also what `step` returns
+        3 times  in the first iteration; the second one begins at the trial that it accepts
+        3 times  in the second iteration, and so on
+
+    Raises `StepError` for state and parameters that do not fit.
     """
 
     def __init__(

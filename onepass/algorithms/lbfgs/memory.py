@@ -1,6 +1,14 @@
 """The state of LBFGS, under torch's names: what it must hold, and how it is loaded.
 
-All of it lies beside the first parameter, in vectors as long as all parameters together.
+All of it lies beside the first parameter, in vectors as long as all parameters together. With 15
+numbers in three parameters, after an iteration that has entered two pairs:
+
+    d, prev_flat_grad            15 numbers each
+    old_dirs, old_stps           lists of two vectors, each of 15 numbers
+    ro                           a list of two numbers
+    t, H_diag, prev_loss         a number each
+    func_evals, n_iter           whole numbers
+    al                           factors of the last direction; nothing reads them
 """
 
 from __future__ import annotations
@@ -102,6 +110,7 @@ def _adopt(
 
 
 def _check_counts(what: str, state: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise unless the counts are whole numbers; a missing one is 0."""
     for name in COUNTS:
         count = as_number(state.get(name, 0))
         if count is None or count < 0 or count % 1 != 0:
@@ -111,6 +120,7 @@ def _check_counts(what: str, state: Mapping[str, Any], error: type[Exception]) -
 
 
 def _check_lists(what: str, state: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise unless the history is three lists with an entry for each pair."""
     lists = [state[name] for name in (*HISTORY, "ro")]
     are_lists = all(isinstance(entry, list) for entry in lists)
     if not are_lists or len({len(entry) for entry in lists}) != 1:
@@ -118,6 +128,7 @@ def _check_lists(what: str, state: Mapping[str, Any], error: type[Exception]) ->
 
 
 def _check_numbers(what: str, state: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise unless everything that should be one number is one."""
     for entry in (*(state[name] for name in NUMBERS), *state["ro"]):
         if isinstance(entry, bool) or as_number(entry) is None:
             raise error(
@@ -127,6 +138,7 @@ def _check_numbers(what: str, state: Mapping[str, Any], error: type[Exception]) 
 
 
 def _check_vectors(what: str, state: Mapping[str, Any], size: int, error: type[Exception]) -> None:
+    """Raise unless all vectors have `size` elements that can be read and written."""
     vectors = [(name, state[name]) for name in VECTORS]
     for name in HISTORY:
         vectors += [(name, vector) for vector in state[name]]
