@@ -1,5 +1,4 @@
-"""An optimizer that onepass does not have, in twelve lines: it gets the compiled kernel, every
-dtype, every option.
+"""An optimizer that onepass does not have: twelve lines get the kernel, every dtype, every option.
 
 python examples/lion.py
 """

@@ -74,14 +74,14 @@ class Optimizer(TorchOptimizer):
     ValueError is raised for an option outside its range, TypeError for one that is not a number, or
     not several numbers in an order.
 
-    All algorithms of torch.optim are such classes, with the arguments of their namesakes in the
-    same order. These arguments mean the same in all of them:
+    All algorithms of torch.optim are such classes (LBFGS has no rule), with the arguments of their
+    namesakes in the same order. These arguments mean the same in every class that has them:
 
     - `lr` is a float, or a tensor of one element, and so is every other number.
     - `maximize=True` steps up the gradient.
     - `foreach` and `fused` change nothing, with two exceptions: if both are False, the step is made
       of torch's own operations; `fused=True` lets GradScaler leave the unscaling to the step.
-    - `differentiable=True` makes a step through which autograd can go.
+    - `differentiable=True` lets autograd follow the step.
     - `capturable=True` keeps step counts on the parameter's device, for steps in a CUDA graph. Some
       classes have it here and not in torch. While it is off, their param groups have torch's keys.
     """

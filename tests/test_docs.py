@@ -136,14 +136,34 @@ def test_the_rule_that_is_shown_is_the_example() -> None:
     assert lines[int(last) - 1].lstrip().startswith("return")
 
 
+def run_own_rule(part: str, names: dict[str, Any]) -> None:
+    """Run the block of docs/own-rule.md that has this part, with these names."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["own-rule.md"], re.S)
+    exec(next(block for block in blocks if part in block), names)
+
+
+def test_the_ranges_of_a_rule_are_held() -> None:
+    names: dict[str, Any] = {}
+    exec((ROOT / "examples" / "lion.py").read_text(encoding="utf-8"), names)
+    run_own_rule("class BoundedLion", names)
+    make = names["BoundedLion"]
+    p = torch.ones(3, requires_grad=True)
+    make([p])
+    for options, error in (
+        ({"lr": -0.1}, ValueError),
+        ({"lr": "0.1"}, TypeError),
+        ({"betas": (0.9, 1.0)}, ValueError),
+    ):
+        (name,) = options
+        with pytest.raises(error, match=f"BoundedLion: .*{name}"):
+            make([p], **options)
+        with pytest.raises(error, match=f"BoundedLion: .*{name}"):
+            make([p]).add_param_group({"params": [torch.ones(2)], **options})
+
+
 def test_the_rule_with_states_of_other_shapes_runs() -> None:
     names: dict[str, Any] = {}
-    block = next(
-        b
-        for b in re.findall(r"```python\n(.*?)```", PAGES["own-rule.md"], re.S)
-        if "class Factored" in b
-    )
-    exec(block, names)
+    run_own_rule("class Factored", names)
     p = torch.ones(4, 3, requires_grad=True)
     optimizer = names["Factored"]([p], lr=0.5)
     p.grad = torch.full((4, 3), 2.0)

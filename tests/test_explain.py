@@ -74,7 +74,7 @@ def test_several_passes_over_matrices() -> None:
     text = explain("adafactor").text(llvm=True, assembly=True)
     assert "4 bytes for each row, read and written" in text
     assert "0 bytes of state per parameter, arithmetic in f32, 3 passes over memory" in text
-    assert "def rule(p, g, row_var" in text
+    assert "row_var: PerRow" in text
     assert "over matrices: reads" in text
     assert text.count("Assembly of pass") == text.count("\nPass ") > 3
     text = explain("muon", ["--no-nesterov"]).text()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import checkpoint
-from onepass.algorithms.lbfgs import lbfgs, line_search
-from onepass.algorithms.lbfgs.flat import Flat
+from onepass.algorithms.lbfgs import history, line_search
+from onepass.algorithms.lbfgs.flat import FlatParameters
 from onepass.algorithms.lbfgs.line_search import Point, strong_wolfe
 
 LIBRARIES = (torch.optim, onepass)
@@ -262,7 +262,9 @@ def test_a_step_longer_than_the_dtype_s_largest_number() -> None:
     """It leads to infinity; torch fails to convert the length."""
     p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
     with torch.no_grad(), np.errstate(over="ignore"):
-        Flat("LBFGS", [p]).move(None, 1e5, [torch.tensor([1.0, -1.0], dtype=torch.float16)])
+        FlatParameters("LBFGS", [p]).move(
+            None, 1e5, [torch.tensor([1.0, -1.0], dtype=torch.float16)]
+        )
     assert p.tolist() == [math.inf, -math.inf]
 
 
@@ -289,7 +291,7 @@ def test_a_mutation_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         (line_search, "DECREASE", 0.3),
         (line_search, "CURVATURE", 0.5),
         (line_search, "SHORTEST", 1.0),
-        (lbfgs, "LEAST_CURVATURE", 1e-2),
+        (history, "LEAST_CURVATURE", 1e-2),
     ]
     for module, name, value in mutations:
         with monkeypatch.context() as patch:

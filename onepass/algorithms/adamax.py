@@ -10,7 +10,7 @@ from ..optimizer import Optimizer, Params
 
 
 class Adamax(Optimizer, torch.optim.Adamax):
-    r"""Adam with a decaying maximum of the gradient in the place of its running square.
+    r"""Adam with a decaying maximum of the gradient instead of its running square.
 
     $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad
        u_t = \max(\beta_2 u_{t-1}, |g_t| + \epsilon), \quad

@@ -19,7 +19,7 @@ from .adam import Adam
 ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = ("[-inf, inf]", "[-inf, inf]", "[-inf, inf]")
 STEPS = Whole("[0, 100)")
-# What a step raises, where the constructor raises as torch's does.
+# In a step these raise other errors than in the constructor, whose errors are torch's.
 COEFFICIENTS_IN_STEP = Row(*COEFFICIENTS)
 ADJUSTMENT_IN_STEP = Choice(*ADJUSTMENTS, error=StepError)
 

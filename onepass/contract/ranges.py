@@ -27,7 +27,7 @@ TORCHS_WORDS = {
     "betas[1]": "Invalid beta parameter at index 1",
 }
 # An end of an interval, as it is written.
-END = r"-?inf|-?[\d.]+"
+END = r"-?inf|-?[\d.]+(?:e-?\d+)?"
 # How messages say the number of entries; larger ones are said in digits.
 COUNTS = {2: "two", 3: "three"}
 

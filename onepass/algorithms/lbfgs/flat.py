@@ -1,5 +1,11 @@
-"""Parameters and their gradients as one real vector, for algorithms that see the whole problem at
-once."""
+"""Parameters and their gradients as one real vector, for an algorithm that sees the whole problem.
+
+A matrix of 2 x 3, a complex vector of 4 and a single number become a vector of 15 numbers:
+
+    0 ... 5    the matrix, row by row
+    6 ... 13   the complex vector: real part, imaginary part, real part, ...
+    14         the number
+"""
 
 from __future__ import annotations
 
@@ -24,36 +30,36 @@ _SCALARS: dict[torch.dtype, type[np.floating]] = {
 
 
 def precision(dtype: torch.dtype) -> type[np.floating]:
-    """The NumPy scalar that rounds as a dtype does; float32 for bfloat16, which NumPy lacks."""
+    """Return the NumPy scalar that rounds as a dtype does: float32 for bfloat16, which NumPy
+    lacks."""
     return _SCALARS.get(dtype, np.float32)
 
 
 def scalar(x: Tensor) -> np.floating:
-    """A tensor of one element as a NumPy scalar of its precision."""
+    """Return a tensor of one element as a NumPy scalar of its precision."""
     return precision(x.dtype)(x.item())
 
 
 def largest(vector: Tensor) -> np.floating:
-    """The largest absolute value; NaN where there is one, 0 of no elements."""
+    """Return the largest absolute value of a vector: NaN if it has one, 0 if it is empty."""
     if not vector.numel():
         return np.float32(0.0)
     low, high = torch.aminmax(vector)
     return max(-scalar(low), scalar(high))
 
 
-class Flat:
-    """Parameters, one after the other, as one vector of `size` real numbers: complex ones count
-    twice.
+class FlatParameters:
+    """Parameters, one after the other, as one vector of `size` real numbers.
 
-    Its dtype is the one that all of them promote to. Raises `StepError` where they lie on different
-    devices.
+    A complex number counts as two. The vector's dtype is the one that all parameters promote to.
+    Raises `StepError` if they lie on different devices.
     """
 
     def __init__(self, owner: str, params: Sequence[Tensor], names: Sequence[str] = ()) -> None:
         self._owner = owner
         self._params = params
         self._labels = [repr(name) for name in names] or [str(i) for i in range(len(params))]
-        self._sizes = [p.numel() * (2 if p.is_complex() else 1) for p in params]
+        self._sizes = [_real_size(p) for p in params]
         self.size = sum(self._sizes)
         self.device = params[0].device
         self.dtype = reduce(torch.promote_types, (p.dtype.to_real() for p in params))
@@ -74,10 +80,11 @@ class Flat:
                     f"{p.dtype}; leave it out of the list"
                 )
             if p.grad is None or p.grad.layout in (torch.strided, torch.sparse_coo):
-                check_member(self._owner, Member(i, 0, 0, label), p, p.grad, {}, (), ())
+                member = Member(i, 0, 0, label)
+                check_member(self._owner, member, p, p.grad, {}, (), ())
 
     def new(self) -> Tensor:
-        """A vector of this size, with any content."""
+        """Return a vector of this size, with any content."""
         return torch.empty(self.size, dtype=self.dtype, device=self.device)
 
     def read(self, out: Tensor) -> None:
@@ -85,54 +92,63 @@ class Flat:
         torch.cat([_real(p).reshape(-1) for p in self._params], out=out)
 
     def read_gradient(self, out: Tensor) -> None:
-        """Copy the gradients into a vector: zeros where there is none, sparse ones filled up."""
-        torch.cat(
-            [_flat_gradient(p, n) for p, n in zip(self._params, self._sizes, strict=True)], out=out
-        )
+        """Copy the gradients into a vector: zeros for a missing one, sparse ones as dense ones."""
+        sizes = zip(self._params, self._sizes, strict=True)
+        torch.cat([_flat_gradient(p, size) for p, size in sizes], out=out)
 
     def write(self, vector: Tensor) -> None:
         """Set the parameters to a vector."""
-        for p, values in zip(self._params, self.split(vector), strict=True):
-            _real(p).copy_(values)
+        for p, part in zip(self._params, self.split(vector), strict=True):
+            _real(p).copy_(part)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """A vector's parts, each a view in its parameter's shape."""
+        """Return a vector's parts, each a view in its parameter's shape.
+
+        A complex parameter of shape (4,) has the shape (4, 2) here.
+        """
         parts = vector.split(self._sizes)
         return [part.view(_real(p).shape) for p, part in zip(self._params, parts, strict=True)]
 
     def move(self, origin: Sequence[Tensor] | None, t: float, direction: Sequence[Tensor]) -> None:
-        """Set the parameters to origin + t * direction, both as `split` gives them; without an
-        origin, add to them."""
-        # Rounded first: torch refuses a t that is too large for the dtype, where it should be
+        """Set the parameters to origin + t * direction, both as `split` gives them.
+
+        Without an origin, add to the parameters.
+        """
+        # Rounded first: torch refuses a t that is too large for the dtype, and it should become
         # infinite.
         t = float(precision(self.dtype)(t))
         for i, (p, part) in enumerate(zip(self._params, direction, strict=True)):
-            p = _real(p)
-            torch.add(p if origin is None else origin[i], part, alpha=t, out=p)
+            values = _real(p)
+            begin = values if origin is None else origin[i]
+            torch.add(begin, part, alpha=t, out=values)
 
-    def place(self, value: Any, params: Sequence[Tensor] | None = None) -> Any:
-        """A copy of a vector, or of each of a list, on the parameters' device, in the wider of both
-        dtypes.
+    def adopt(self, value: Any, order: Sequence[Tensor] | None = None) -> Any:
+        """Return a copy of a vector, or of a list of vectors, on the parameters' device.
 
-        Its parts are put in the order of `params`, where given: the same parameters.
+        Its dtype is the wider one of both. With `order`, which lists the same parameters in another
+        order, the vector's parts are put in that order.
         """
         if not isinstance(value, Tensor):
-            return [self.place(vector, params) for vector in value]
-        if params is not None and any(
-            p is not q for p, q in zip(params, self._params, strict=True)
-        ):
-            parts = {
-                id(p): part.reshape(-1)
-                for p, part in zip(self._params, self.split(value), strict=True)
-            }
-            value = torch.cat([parts[id(p)] for p in params])
+            return [self.adopt(vector, order) for vector in value]
+        if order is not None:
+            value = self._reordered(value, order)
         dtype = torch.promote_types(value.dtype, self.dtype)
         return value.detach().to(device=self.device, dtype=dtype, copy=True)
 
+    def _reordered(self, vector: Tensor, order: Sequence[Tensor]) -> Tensor:
+        if all(p is q for p, q in zip(order, self._params, strict=True)):
+            return vector
+        parts: dict[int, Tensor] = {}
+        for p, part in zip(self._params, self.split(vector), strict=True):
+            parts[id(p)] = part.reshape(-1)
+        return torch.cat([parts[id(p)] for p in order])
+
 
 def why_no_vector(entry: object, size: int) -> str:
-    """Why something is not a vector of `size` numbers that can be read and written; an empty string
-    where it is."""
+    """Say why something is not a vector of `size` numbers that can be read and written.
+
+    An empty string says that it is one.
+    """
     if not isinstance(entry, Tensor):
         return f"has {brief(entry)}"
     if not entry.is_floating_point() or entry.shape != (size,) or entry.layout != torch.strided:
@@ -141,7 +157,13 @@ def why_no_vector(entry: object, size: int) -> str:
         return "has one without memory"
     if entry.is_inference() and not torch.is_inference_mode_enabled():
         return "has one made in inference mode, which cannot be written outside of it"
-    return "has one whose elements share memory" if size > 1 and entry.stride(0) == 0 else ""
+    if size > 1 and entry.stride(0) == 0:
+        return "has one whose elements share memory"
+    return ""
+
+
+def _real_size(p: Tensor) -> int:
+    return p.numel() * (2 if p.is_complex() else 1)
 
 
 def _real(p: Tensor) -> Tensor:
@@ -149,9 +171,12 @@ def _real(p: Tensor) -> Tensor:
 
 
 def _flat_gradient(p: Tensor, size: int) -> Tensor:
+    """Return a parameter's gradient as a vector; zeros, which take no memory, for a missing one."""
     g = p.grad
     if g is None:
         return p.new_zeros((), dtype=p.dtype.to_real()).expand(size)
     if g.layout != torch.strided:
         g = g.to_dense()
-    return (_real(g.resolve_conj()) if g.is_complex() else g).reshape(-1)
+    if g.is_complex():
+        g = _real(g.resolve_conj())
+    return g.reshape(-1)
