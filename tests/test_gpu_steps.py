@@ -452,7 +452,7 @@ def test_a_second_step_compiles_nothing_and_sends_only_what_changed(
             return {name for name, count in sent(ours.opt).items() if count != before.get(name, 0)}
 
         assert step() >= {"addresses", "facts", "units 0", rows}
-        monkeypatch.setattr(gpu, "lower", None)
+        monkeypatch.setattr(gpu, "triton_source", None)
         for _ in range(5):
             assert step() <= ({"rows"} if mode == "default" else set())
         # More and more steps ahead, unless each product of momenta is news.

@@ -24,14 +24,14 @@ from rules import in_a_row, program, turned
 
 from onepass.kernel.cpu import chunks, walk
 from onepass.kernel.cpu import launch as cpu
-from onepass.kernel.cpu.elements import lower
+from onepass.kernel.cpu.elements import llvm_text
 from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.functions import PerColumn, PerRow, amax, column_mean, mean, row_mean, where
 from onepass.kernel.graph import passes
 from onepass.kernel.graph.ir import make
 from onepass.kernel.graph.trace import Program
 from onepass.kernel.llvm import native
-from onepass.kernel.tensors import temporaries
+from onepass.kernel.tensors import launching, temporaries
 
 # Walks are cut into small chunks here, so that small matrices have several.
 CHUNK, FEWEST_LINES = 512, 4
@@ -174,7 +174,7 @@ def bodies(one: Program, source: str) -> list[tuple[str, str, str]]:
 def with_mistake(one: Program, pattern: str) -> str:
     """The program's code with one mistake, in the first body that has such an instruction and uses
     what it makes."""
-    source = lower(one)
+    source = llvm_text(one)
     for body, before, after in bodies(one, source):
         for found in re.finditer(pattern, body):
             made = re.match(r"%\w+", found[0])
@@ -193,34 +193,35 @@ def try_code(pattern: str) -> None:
     one = judge(lined)
     one.surround(temporaries.Temporaries)
     source = with_mistake(one.program, pattern)
-    cpu.lower = lambda _: source
+    cpu.llvm_text = lambda _: source
     assert not one.agrees(Kernel(one.program))
 
 
 # How walks are cut into chunks, what becomes of temporaries, and how a program is cut into passes.
 
 IN_CHUNKS = {
-    "CHUNK // area * per,": "(CHUNK // area * per + 1),",
+    "CHUNK // area * self": "(CHUNK // area + 1) * self",
     "FEWEST_LINES, CHUNK": "FEWEST_LINES + 1, CHUNK",
-    "np.where(whole, 1, parts)": "parts",
-    "np.where(whole, lines, per)": "lines",
+    "np.where(is_whole, 1, parts)": "parts",
+    "np.where(is_whole, lines, self.group_lines)": "lines",
     "-(-span //": "(span //",
     "lines // span * parts": "lines // span",
-    "np.where(whole, 0, ": "np.where(whole, 1, ",
+    "np.where(is_whole, 0, ": "np.where(is_whole, 1, ",
     "sizes[:, 0] * sizes[:, 2]": "sizes[:, 2]",
-    "[self.tensor] * part": "[self.tensor] * 0",
-    "own // parts[self.tensor]": "own % parts[self.tensor]",
-    "own % parts[self.tensor]": "own // parts[self.tensor]",
-    "begin + part * block": "begin + part * span",
-    "np.minimum(self.start + block[self.tensor], begin + span[self.tensor])": (
-        "self.start + block[self.tensor]"
-    ),
+    "column_values[self.tensor] * part": "column_values[self.tensor] * 0",
+    "number // parts[self.tensor]": "number % parts[self.tensor]",
+    "number % parts[self.tensor]": "number // parts[self.tensor]",
+    "begin + part * size": "begin + part * span[self.tensor]",
+    "np.minimum(self.start + size, end)": "self.start + size",
     "np.maximum.reduceat": "np.minimum.reduceat",
     "result += np.bincount": "result -= np.bincount",
-    "Rank.ELEMENT: (matrices, rows, columns)": "Rank.ELEMENT: (matrices, columns, rows)",
-    "Rank.ROW: (matrices, one, rows)": "Rank.ROW: (one, matrices, rows)",
-    "Rank.COLUMN: (matrices, one, columns)": "Rank.COLUMN: (matrices, one, rows)",
-    "Rank.MATRIX: (one, one, matrices)": "Rank.MATRIX: (one, one, one)",
+}
+# How the lines of a walk lie.
+IN_LINES = {
+    "return matrices, rows, columns": "return matrices, columns, rows",
+    "return matrices, one, rows": "return one, matrices, rows",
+    "return matrices, one, columns": "return matrices, one, rows",
+    "return one, one, matrices": "return one, one, one",
 }
 IN_TEMPORARIES = {
     "self.parts.get(one.name, 1)": "1",
@@ -232,8 +233,8 @@ IN_LAUNCHES = {
     "for share in shares[1:]": "for share in shares[2:]",
     "chunks.parts > 1": "chunks.parts > 2",
     'np.add if reduction.node.op == "sum" else np.maximum': "np.add",
-    "reduction.node.rank == Rank.COLUMN": "reduction.node.rank == Rank.ROW",
-    "chunks[Rank.ELEMENT].parts)": "chunks[Rank.ELEMENT].parts * 0 + 1)",
+    "in pass_.down": "in pass_.along",
+    "chunks[Rank.ELEMENT].parts": "chunks[Rank.ELEMENT].parts * 0 + 1",
 }
 IN_PASSES = {
     "if a.rank.on_host or a.rank == rank:": (
@@ -276,7 +277,15 @@ def altered(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
 def try_chunks(old: str) -> None:
     one = judge(lined)
     one.surround(temporaries.Temporaries)
-    cpu.Work = recut(old, IN_CHUNKS[old])
+    cpu.WorkInChunks = recut(old, IN_CHUNKS[old])
+    with np.errstate(all="ignore"):
+        assert not one.agrees(cpu.make_kernel(one.program))
+
+
+def try_lines(old: str) -> None:
+    one = judge(lined)
+    one.surround(temporaries.Temporaries)
+    chunks.lines_of = altered(passes, old, IN_LINES[old]).lines_of
     with np.errstate(all="ignore"):
         assert not one.agrees(cpu.make_kernel(one.program))
 
@@ -285,7 +294,7 @@ def try_temporaries(rule: Any, mistakes: dict[str, str], old: str) -> None:
     one = judge(rule)
     cls = altered(temporaries, old, mistakes[old]).Temporaries
     one.surround(cls)
-    cpu.Temporaries = cls
+    launching.Temporaries = cls
     assert not one.agrees(cpu.make_kernel(one.program))
 
 
@@ -305,7 +314,7 @@ def recut(old: str, new: str) -> Any:
     """Work with a mistake in how walks are cut."""
     module = altered(chunks, old, new)
     module.FEWEST_LINES = FEWEST_LINES
-    return module.Work
+    return module.WorkInChunks
 
 
 def agrees_cut(one: Judge, split: Callable[..., Program]) -> bool:
@@ -323,10 +332,10 @@ def try_nothing(rule: Any) -> None:
     """What is right is found right, by all judges."""
     one = judge(rule)
     one.surround(temporaries.Temporaries)
-    cpu.Work = recut("CHUNK // area", "CHUNK // area")
+    cpu.WorkInChunks = recut("CHUNK // area", "CHUNK // area")
     assert one.agrees(cpu.make_kernel(one.program))
     assert agrees_cut(one, passes.split)
-    cpu.lower = lambda program: lower(program)
+    cpu.llvm_text = lambda program: llvm_text(program)
     assert one.agrees(Kernel(one.program))
 
 
@@ -336,6 +345,7 @@ def tries() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind, function, mistakes in (
         ("code", try_code, IN_CODE),
         ("chunks", try_chunks, IN_CHUNKS),
+        ("lines", try_lines, IN_LINES),
         ("temporaries", partial(try_temporaries, lined, IN_TEMPORARIES), IN_TEMPORARIES),
         ("launches", try_launches, IN_LAUNCHES),
         ("passes", partial(try_passes, lined, IN_PASSES), IN_PASSES),

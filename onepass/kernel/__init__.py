@@ -77,8 +77,42 @@ class Kernel(Protocol):
         """How to cut walks over tensors of these sizes; good for any number of launches."""
         ...
 
-    def prepare(self, pointers: np.ndarray, work: Any, rows: np.ndarray, settings: int) -> Any:
-        """A launch, with everything that may stay the same from step to step."""
+    def prepare(
+        self, pointers: np.ndarray, work: Any, setting_index: np.ndarray, settings: int
+    ) -> Any:
+        """Return a `Launch`, with everything that may stay the same from step to step."""
+        ...
+
+
+class Launch(Protocol):
+    """One prepared run of a kernel, in two parts; see `tensors.launching` for their order.
+
+    A backend's launch may have more, which only batches of its device know.
+    """
+
+    # The hyper values of each setting: (leaf, setting), float64.
+    leaves: np.ndarray
+    # Which setting each tensor has.
+    setting_index: np.ndarray
+
+    def run(self, workers: int) -> None:
+        """Run the program once, in place, with this many workers at most."""
+        ...
+
+    def begin(self, workers: int) -> None:
+        """Do what may fail, and store nothing; to be finished, or cancelled."""
+        ...
+
+    def finish(self, workers: int) -> None:
+        """Do the rest, which stores."""
+        ...
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        ...
+
+    def scalars(self) -> Mapping[str, np.ndarray]:
+        """Return each tensor's new scalars, of the last run, if the host keeps them."""
         ...
 
 
