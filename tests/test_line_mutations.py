@@ -27,7 +27,7 @@ from onepass.kernel.cpu import launch as cpu
 from onepass.kernel.cpu.elements import llvm_text
 from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.functions import PerColumn, PerRow, amax, column_mean, mean, row_mean, where
-from onepass.kernel.graph import passes
+from onepass.kernel.graph import cut, passes
 from onepass.kernel.graph.ir import make
 from onepass.kernel.graph.trace import Program
 from onepass.kernel.llvm import native
@@ -237,23 +237,23 @@ IN_LAUNCHES = {
     "chunks[Rank.ELEMENT].parts": "chunks[Rank.ELEMENT].parts * 0 + 1",
 }
 IN_PASSES = {
-    "if a.rank.on_host or a.rank == rank:": (
-        "if a.rank.on_host or a.rank == rank or a in self._kept:"
+    "if argument.rank.on_host or argument.rank == rank:": (
+        "if argument.rank.on_host or argument.rank == rank or argument in self._kept:"
     ),
     "const(1.0, ": "const(0.0, ",
     "kept != 0": "kept == 0",
-    "self._kept[node] = level + 1, into": "self._kept[node] = level, into",
-    "max((level for level, _ in seen), default=0)": "0",
-    "max(last.get(rank, 0), cut.level[root])": "0",
+    "self._kept[node] = (level + 1, into)": "self._kept[node] = (level, into)",
+    "max(levels, default=0)": "0",
+    "max(last.get(rank, 0), self.level[root])": "0",
     "sorted(self._jobs)": "sorted(self._jobs, reverse=True)",
-    "self.job(self.level[node], node.rank)": "self.job(0, node.rank)",
+    "self._job(self.level[node], node.rank)": "self._job(0, node.rank)",
 }
 # With functions of matrices: their numbers, and what other functions return.
 IN_CALLS = {
-    "not any(least <= k <= level": "False and any(least <= k <= level",
-    "max((self.level[n] for n in numbers), default=0)": "0",
-    "max([self.level[source], *(self.level[n] for n in numbers)])": "self.level[source]",
-    "if k <= level)": "if k < level)",
+    "not any(level in levels": "False and any(level in levels",
+    "_Request(least, level, call)": "_Request(0, level, call)",
+    "max(self.level[source], least)": "self.level[source]",
+    "if level <= request.level)": "if level < request.level)",
 }
 IN_GROUPS = {
     "self.sizes[a, 1:] == self.sizes[b, 1:]": "self.sizes[a, 2:] == self.sizes[b, 2:]",
@@ -307,7 +307,7 @@ def try_launches(old: str) -> None:
 def try_passes(rule: Any, mistakes: dict[str, str], old: str) -> None:
     one = judge(rule)
     one.surround(temporaries.Temporaries)
-    assert not agrees_cut(one, altered(passes, old, mistakes[old]).split)
+    assert not agrees_cut(one, altered(cut, old, mistakes[old]).split)
 
 
 def recut(old: str, new: str) -> Any:
@@ -334,7 +334,7 @@ def try_nothing(rule: Any) -> None:
     one.surround(temporaries.Temporaries)
     cpu.WorkInChunks = recut("CHUNK // area", "CHUNK // area")
     assert one.agrees(cpu.make_kernel(one.program))
-    assert agrees_cut(one, passes.split)
+    assert agrees_cut(one, cut.split)
     cpu.llvm_text = lambda program: llvm_text(program)
     assert one.agrees(Kernel(one.program))
 
