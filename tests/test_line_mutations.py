@@ -201,13 +201,13 @@ def try_code(pattern: str) -> None:
 
 IN_CHUNKS = {
     "CHUNK // area * self": "(CHUNK // area + 1) * self",
-    "FEWEST_LINES, CHUNK": "FEWEST_LINES + 1, CHUNK",
+    "FEWEST_LINES, CHUNK // length": "FEWEST_LINES + 1, CHUNK // length",
     "np.where(is_whole, 1, parts)": "parts",
     "np.where(is_whole, lines, self.group_lines)": "lines",
     "-(-span //": "(span //",
     "lines // span * parts": "lines // span",
     "np.where(is_whole, 0, ": "np.where(is_whole, 1, ",
-    "sizes[:, 0] * sizes[:, 2]": "sizes[:, 2]",
+    "matrices * columns": "columns",
     "column_values[self.tensor] * part": "column_values[self.tensor] * 0",
     "number // parts[self.tensor]": "number % parts[self.tensor]",
     "number % parts[self.tensor]": "number // parts[self.tensor]",

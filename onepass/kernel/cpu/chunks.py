@@ -64,7 +64,8 @@ class Chunks:
             groups, group_lines, length = lines_of(domain, matrices, rows, columns, ones)
         self.group_lines = np.ascontiguousarray(group_lines)
         self.length = np.ascontiguousarray(length)
-        lines = np.where(sizes.prod(axis=1) > 0, groups * group_lines, 0)
+        has_elements = sizes.prod(axis=1) > 0
+        lines = np.where(has_elements, groups * group_lines, 0)
         self._cut(sizes, lines)
         self._gather()
         self.addresses = {
@@ -81,35 +82,44 @@ class Chunks:
         """Cut each tensor, which has this many `lines`, into chunks."""
         area = np.maximum(self.group_lines * self.length, 1)
         is_whole = area <= CHUNK
-        # Of a chunk, the lines; of what is cut by itself (a tensor, or a matrix), the lines too.
+        # The lines of a full chunk: of whole matrices, or of a part of one.
         whole_matrices = CHUNK // area * self.group_lines
-        part_of_matrix = np.maximum(FEWEST_LINES, CHUNK // np.maximum(self.length, 1))
+        length = np.maximum(self.length, 1)
+        part_of_matrix = np.maximum(FEWEST_LINES, CHUNK // length)
         block = np.where(is_whole, whole_matrices, part_of_matrix)
-        span = np.maximum(np.where(is_whole, lines, self.group_lines), 1)
-        parts = -(-span // np.maximum(block, 1))
+        block = np.maximum(block, 1)
+        # The lines of what is cut by itself: a tensor, or a matrix.
+        span = np.where(is_whole, lines, self.group_lines)
+        span = np.maximum(span, 1)
+        parts = -(-span // block)
         counts = lines // span * parts
+        first = np.cumsum(counts) - counts
         self.parts = np.where(is_whole, 1, parts)
         self.walked = np.flatnonzero(counts)
-        self.first = (np.cumsum(counts) - counts)[self.walked]
+        self.first = first[self.walked]
         self.tensor = np.repeat(np.arange(len(sizes)), counts)
 
         # From here on, a value for each chunk. Its number within the tensor says the rest.
-        number = np.arange(len(self.tensor)) - np.repeat(self.first, counts[self.walked])
+        number = np.arange(len(self.tensor)) - first[self.tensor]
         part = number % parts[self.tensor]
         begin = number // parts[self.tensor] * span[self.tensor]
         end = begin + span[self.tensor]
         size = block[self.tensor]
         self.start = begin + part * size
         self.stop = np.minimum(self.start + size, end)
-        column_values = np.where(is_whole, 0, sizes[:, 0] * sizes[:, 2])
+        matrices, _, columns = sizes.T
+        column_values = np.where(is_whole, 0, matrices * columns)
         self.offset = column_values[self.tensor] * part
 
     def _gather(self) -> None:
         """Gather chunks that follow one another into units of about one full chunk's cost."""
-        cost = (self.stop - self.start) * self.length[self.tensor] + OVERHEAD
+        lines = self.stop - self.start
+        cost = lines * self.length[self.tensor] + OVERHEAD
         unit = np.cumsum(cost) // (CHUNK + OVERHEAD)
-        starts = np.flatnonzero(np.diff(unit, prepend=-1))
-        self.unit_begin = np.append(starts, len(self.tensor)).astype(np.int64)
+        begins = np.diff(unit, prepend=-1)
+        starts = np.flatnonzero(begins)
+        unit_begin = np.append(starts, len(self.tensor))
+        self.unit_begin = unit_begin.astype(np.int64)
         self.units = len(starts)
 
     def combine(self, op: str, partials: np.ndarray, count: int) -> np.ndarray:

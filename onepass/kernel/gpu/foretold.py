@@ -61,9 +61,10 @@ class ForetoldUniforms:
         index = self._find(uniforms.tobytes())
         if index is None:
             # As many again as have been right; one if the last ones were not.
-            is_used_up = self._current + 1 == len(self._told)
-            more = is_used_up and self.step is not None
-            self._tell(leaves, uniforms, min(2 * len(self._told), MOST) if more else 1)
+            steps = 1
+            if self.step is not None and self._current + 1 == len(self._told):
+                steps = min(2 * len(self._told), MOST)
+            self._tell(leaves, uniforms, steps)
             index = 0
         self._current = index
         return self.table.on_device(self._sent)[index * self._stride :]
@@ -78,8 +79,9 @@ class ForetoldUniforms:
     def _tell(self, leaves: np.ndarray, uniforms: np.ndarray, steps: int) -> None:
         """Compute the tables of this many steps, of which the first is `uniforms`."""
         if steps > 1:
+            settings = leaves.shape[1]
             ahead = np.tile(leaves, steps)
-            ahead[self.step] += np.repeat(np.arange(steps), leaves.shape[1])
+            ahead[self.step] += np.repeat(np.arange(steps), settings)
             uniforms = self.compute(ahead)
         tables = uniforms.reshape(steps, -1)
         self._told = [table.tobytes() for table in tables]

@@ -25,11 +25,14 @@ from ..tensors.temporaries import TORCH
 from .foretold import ForetoldUniforms
 from .host import HostUniforms
 from .jit import launch, load, prepare
-from .partials import find_fold, place_partials
+from .partials import find_fold, lay_out_partials
 from .source import triton_source
 from .uniforms import TENSOR_FACTS, fact_names, input_offsets, stages
 from .units import UnitRange, WorkInUnits
 from .uploads import SPARE, Device, Table
+
+# A hyper that lies on the device: its leaf, its setting (None for all), and where it is.
+DeviceLeaf = tuple[int, int | None, Tensor]
 
 
 class Start(NamedTuple):
@@ -139,7 +142,7 @@ class Launch(LaunchInTwo):
         self.units = work.units
         self.pointers = pointers
         self.active = np.ones(len(setting_index), np.int64)
-        self.device_leaves: list[tuple[int, int | None, Tensor]] = []
+        self.device_leaves: list[DeviceLeaf] = []
         self.guard: Tensor | None = None
         self.fresh = device.empty(len(setting_index), torch.int32).zero_()
         self.captured: list[Tensor] = []
@@ -168,13 +171,16 @@ class Launch(LaunchInTwo):
         """Take the memory of partial results, and find what is said of each tensor, and folds."""
         program = self.kernel.program
         device = self.kernel.device
-        self._begin, of_passes, size = place_partials(program, self.work)
-        self._partials = device.empty(max(size, 1), torch.float64)
+        layout = lay_out_partials(program, self.work)
+        self._begin = layout.begin
+        self._partials = device.empty(max(layout.size, 1), torch.float64)
         # The table of uniforms has a line for each tensor if the device fills it.
         tensors = np.arange(len(self.setting_index))
         table_line = tensors if self.kernel.stages else self.setting_index
-        facts = [table_line, self.setting_index, self.active, *self.work.sizes.T, self.work.numel]
-        self._facts = np.stack([*facts, *of_passes]).astype(np.int64)
+        facts = [table_line, self.setting_index, self.active]
+        facts += [*self.work.sizes.T, self.work.numel]
+        facts += layout.facts
+        self._facts = np.stack(facts).astype(np.int64)
         assert len(self._facts) == len(fact_names(program))
         self._folds = [
             find_fold(pass_, self.work, self._temporaries, device, self.captured)
@@ -245,7 +251,9 @@ class Launch(LaunchInTwo):
         ]
         if self.kernel.stages:
             self._leaves = self._sent["leaves"].on_device(self.leaves)
-            self._set_device_leaves()
+            if self.device_leaves:
+                leaves = self._leaves[: self.leaves.size].view(self.leaves.shape)
+                _copy_leaves(self.device_leaves, leaves)
         else:
             self._table = self._uniforms.on_device(self.leaves)
         # As with tables, see `uploads`.
@@ -266,19 +274,6 @@ class Launch(LaunchInTwo):
             self._placed = placed
             self._addresses = self._sent["addresses"].on_device(table)
             self._ready.clear()
-
-    def _set_device_leaves(self) -> None:
-        """Copy the hypers that lie on the device to their places, without looking at them."""
-        if not self.device_leaves:
-            return
-        leaves = self._leaves[: self.leaves.size].view(self.leaves.shape)
-        targets = []
-        values = []
-        for leaf, setting, value in self.device_leaves:
-            target = leaves[leaf] if setting is None else leaves[leaf, setting]
-            targets.append(target)
-            values.append(value.detach().reshape(()).expand_as(target))
-        torch._foreach_copy_(targets, values)
 
     def _run_pass(self, pass_index: int, workers: int) -> None:
         """Run one walk, what must be known before, and what follows it."""
@@ -376,6 +371,18 @@ class Launch(LaunchInTwo):
         if any(self.kernel.leaves[name] in on_device for name in needed):
             return False
         return needed.isdisjoint({*self.kernel.numbers, "first"})
+
+
+def _copy_leaves(device_leaves: list[DeviceLeaf], leaves: Tensor) -> None:
+    """Copy the hypers that lie on the device into the leaves there, without looking at them."""
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for leaf, setting, value in device_leaves:
+        target = leaves[leaf] if setting is None else leaves[leaf, setting]
+        value = value.detach().reshape(())
+        targets.append(target)
+        values.append(value.expand_as(target))
+    torch._foreach_copy_(targets, values)
 
 
 @share

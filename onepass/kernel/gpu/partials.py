@@ -12,13 +12,14 @@ one column: `fold` adds these up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from ..graph.passes import Pass, Program
 from ..tensors.temporaries import Temporaries
-from .units import WorkInUnits
+from .units import Units, WorkInUnits
 from .uploads import Device, Table
 from .walk import BLOCK
 
@@ -27,21 +28,34 @@ from .walk import BLOCK
 MULTIPLE = 16
 
 
-def place_partials(program: Program, work: WorkInUnits) -> tuple[list[int], list[np.ndarray], int]:
-    """Return where the partial results of passes and tensors are, in one array for all.
+@dataclass
+class PartialsLayout:
+    """Where the partial results of passes and tensors are, in one array for all.
 
-    First where each pass's begin; then, for each pass, two arrays (tensors): where the tensor's
-    begin, and of how many units they are, see `uniforms.fact_names`; and last the array's length.
+    `begin` says where each pass's begin, and `size` is the array's length. `facts` has, for each
+    pass, two arrays (tensors): where the tensor's begin, and of how many units they are. These are
+    the last lines of `uniforms.fact_names`. For the example above, [0, 6, 8] and [3, 1, 1].
     """
-    begin: list[int] = []
-    facts: list[np.ndarray] = []
-    size = 0
+
+    begin: list[int] = field(default_factory=list)
+    facts: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, reductions: int, units: Units) -> None:
+        """Place a pass's partial results behind those of the passes before it."""
+        self.begin.append(self.size)
+        self.facts.append(self.size + units.first * reductions)
+        self.facts.append(units.count)
+        values = len(units.table) * reductions
+        self.size += -(-values // MULTIPLE) * MULTIPLE
+
+
+def lay_out_partials(program: Program, work: WorkInUnits) -> PartialsLayout:
+    """Return where the partial results of all passes of a launch are."""
+    layout = PartialsLayout()
     for pass_, units in zip(program.passes, work.units, strict=True):
-        reductions = len(pass_.reductions)
-        begin.append(size)
-        facts += [size + units.first * reductions, units.count]
-        size += -(-len(units.table) * reductions // MULTIPLE) * MULTIPLE
-    return begin, facts, size
+        layout.add(len(pass_.reductions), units)
+    return layout
 
 
 class Fold:
@@ -53,11 +67,14 @@ class Fold:
 
     def __init__(self, entries: np.ndarray, device: Device, captured: list[Tensor]) -> None:
         """Cut the values of all entries into blocks."""
-        blocks = -(-entries[:, 1] // BLOCK)
+        values = entries[:, 1]
+        blocks = -(-values // BLOCK)
+        first = np.cumsum(blocks) - blocks
         entry = np.repeat(np.arange(len(entries)), blocks)
-        block = np.arange(len(entry)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+        block = np.arange(len(entry)) - first[entry]
+        units = np.stack([entry, block], axis=1)
         self.entries = entries
-        self.units = np.stack([entry, block], axis=1).astype(np.int32)
+        self.units = units.astype(np.int32)
         self.entries.setflags(write=False)
         self.units.setflags(write=False)
         self.entries_table = Table(device, captured)

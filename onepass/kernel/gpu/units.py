@@ -77,9 +77,12 @@ class BlockUnits(Units):
         size = BLOCK * SPAN if pass_.reductions else BLOCK
         self.count = -(-numel // size)
         self.first = np.cumsum(self.count) - self.count
-        tensor = np.repeat(np.arange(len(numel), dtype=np.int32), self.count)
-        block = np.arange(len(tensor)) - np.repeat(self.first, self.count)
-        self.table = np.stack([tensor, block.astype(np.int32)], axis=1)
+        tensors = np.arange(len(numel), dtype=np.int32)
+        # Arrays (units).
+        tensor = np.repeat(tensors, self.count)
+        block = np.arange(len(tensor)) - self.first[tensor]
+        block = block.astype(np.int32)
+        self.table = np.stack([tensor, block], axis=1)
         self.launches = [(0, len(tensor), {})]
         self.along = np.ones_like(numel)
         self.down = np.ones_like(numel)
@@ -116,7 +119,8 @@ class TileUnits(Units):
         groups, group_lines, length = lines_of(pass_.domain, matrices, rows, columns, ones)
         spans = groups if pass_.down else ones
         self._lines = group_lines if pass_.down else groups * group_lines
-        self._width = np.array(WIDTHS)[np.searchsorted(WIDTHS[:-1], length)]
+        narrowest = np.searchsorted(WIDTHS[:-1], length)
+        self._width = np.array(WIDTHS)[narrowest]
         if pass_.sums or pass_.reductions:
             self._band = np.full_like(self._lines, BAND)
         else:
@@ -124,8 +128,8 @@ class TileUnits(Units):
         self._bands = -(-self._lines // self._band)
         self.along = -(-length // self._width)
         self.down = self._bands if pass_.down else ones
-        is_walked = sizes.prod(axis=1) > 0
-        self.count = np.where(is_walked, spans * self._bands * self.along, 0)
+        units = spans * self._bands * self.along
+        self.count = np.where(sizes.prod(axis=1) > 0, units, 0)
 
     def _order(self) -> np.ndarray:
         """Put tensors of one width side by side, as each width is a launch of its own.
@@ -151,8 +155,10 @@ class TileUnits(Units):
         lines = self._lines[tensor]
         band = self._band[tensor]
         begin = span * lines + part * band
-        end = np.minimum(begin + band, (span + 1) * lines)
-        self.table = np.stack([tensor, begin, end, column, part], axis=1).astype(np.int64)
+        end_of_span = (span + 1) * lines
+        end = np.minimum(begin + band, end_of_span)
+        fields = [tensor, begin, end, column, part]
+        self.table = np.stack(fields, axis=1).astype(np.int64)
 
     def _find_launches(self, tensor: np.ndarray) -> None:
         """Find the range of units of each width."""
@@ -160,8 +166,10 @@ class TileUnits(Units):
         for width in WIDTHS:
             units = np.flatnonzero(self._width[tensor] == width)
             if len(units):
+                begin = int(units[0])
+                end = int(units[-1]) + 1
                 constants = {"LINES": BLOCK // width, "COLUMNS": width}
-                self.launches.append((int(units[0]), int(units[-1]) + 1, constants))
+                self.launches.append((begin, end, constants))
 
 
 class WorkInUnits(Work):

@@ -41,7 +41,8 @@ def warps_of(pass_: Pass) -> int:
     """
     sizes = {ITEMSIZE[node.type] for node in pass_.loads}
     sizes |= {ITEMSIZE[node.type] for _, node in pass_.stores}
-    return 8 if len(sizes) > 1 or 8 in sizes or len(pass_.loads) > 4 else 4
+    has_many_loads = len(pass_.loads) > 4
+    return 8 if len(sizes) > 1 or 8 in sizes or has_many_loads else 4
 
 
 class Walk:
@@ -71,7 +72,8 @@ class Walk:
         self.address_index = {name: address_names.index(name) for name in types}
         self.pointer = {name: f"c{index}" for name, index in self.address_index.items()}
         # Those with a value for each element that is walked.
-        self.elements = {str(node.attr) for node in pass_.loads if node.rank == pass_.domain}
+        elements = [node for node in pass_.loads if node.rank == pass_.domain]
+        self.elements = {str(node.attr) for node in elements}
         self.elements |= {name for name, _ in pass_.stores}
 
     def line(self, text: str) -> None:
@@ -140,16 +142,18 @@ class Walk:
 
     def _is_aligned(self) -> str:
         """Return the condition that all columns of elements begin at a multiple of 16 bytes."""
-        addresses = [
-            f"a{index}" for name, index in self.address_index.items() if name in self.elements
-        ]
-        return f"(({' | '.join(addresses)}) & 15) == 0"
+        addresses = " | ".join(f"a{index}" for index in self._of_elements())
+        return f"(({addresses}) & 15) == 0"
 
     def _hint_alignment(self) -> None:
         """Emit the hints that let Triton load and store 16 bytes at a time."""
-        for name, index in self.address_index.items():
-            if name in self.elements:
-                self.line(f"c{index} = tl.multiple_of(c{index}, 16)")
+        for index in self._of_elements():
+            self.line(f"c{index} = tl.multiple_of(c{index}, 16)")
+
+    def _of_elements(self) -> list[int]:
+        """Return the lines of the table of addresses that are columns of elements."""
+        columns = self.address_index.items()
+        return [index for name, index in columns if name in self.elements]
 
     def _values(self, loads: Sequence[str]) -> list[str]:
         """Emit the mathematics on these loads; return what the results are called."""
