@@ -2,15 +2,16 @@
 
 In a pass a value is a block of elements, in the uniforms a number in float64. The update
 
-    p - lr * g      of float32 columns, as inputs (lr,) and loads (p, g)
+    where(lr == 0, p, p - lr * g)      of a pass with inputs (lr, lr == 0) and loads (p, g)
 
 becomes
 
     @triton.jit
-    def values_0(u0, x0, x1):
-        t2 = u0 * x1
-        t4 = x0 - t2
-        return t4
+    def values_0(u0, u1, x0, x1):
+        t4 = u0 * x1
+        t5 = x0 - t4
+        t6 = tl.where(u1, x0, t5)
+        return t6
 """
 
 from __future__ import annotations

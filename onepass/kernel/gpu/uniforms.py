@@ -4,9 +4,9 @@ These are what no host can know without waiting: sums over a tensor, and step co
 rates that lie in the device's memory. Everything else is computed on the host (`llvm.uniforms`) and
 sent.
 
-LAMB has two passes: the first sums up the squares of p and of its update, the second stores. With
-lr and step on the host, the first pass needs the bias corrections only, and the second needs also a
-trust ratio, which differs from tensor to tensor. So there are two stages:
+A rule like LAMB has two passes: the first sums up the squares of p and of its update; the second
+stores p, and needs the ratio of the two sums, which differs from tensor to tensor. So there are two
+stages:
 
     uniforms_0  before pass 0, for the inputs of pass 0
     pass_0      leaves partial sums, one for each of its programs
