@@ -224,10 +224,10 @@ IN_LINES = {
     "return one, one, matrices": "return one, one, one",
 }
 IN_TEMPORARIES = {
-    "self.parts.get(one.name, 1)": "1",
-    "Rank.ROW: matrices * rows": "Rank.ROW: rows",
-    "Rank.MATRIX: matrices": "Rank.MATRIX: matrices * 0",
-    "stops[t - 1]": "stops[t]",
+    "self.parts.get(temporary.name, 1)": "1",
+    "groups * per_group * length": "per_group * length",
+    "per_group * length": "per_group * 0",
+    "stops[tensor_index - 1]": "stops[tensor_index]",
 }
 IN_LAUNCHES = {
     "for share in shares[1:]": "for share in shares[2:]",
@@ -260,7 +260,7 @@ IN_GROUPS = {
     "_equal(numbers[a], numbers[b])": "True",
     "(np.cumsum(numel) - numel) * result": "np.cumsum(numel) * result",
     "self._memory.get(call.target)": "None",
-    "kept[place] = result": "kept[place] += result",
+    "kept[values] = result": "kept[values] += result",
 }
 
 
