@@ -230,7 +230,7 @@ IN_TEMPORARIES = {
     "stops[tensor_index - 1]": "stops[tensor_index]",
 }
 IN_LAUNCHES = {
-    "for share in shares[1:]": "for share in shares[2:]",
+    "for share in others": "for share in others[1:]",
     "chunks.parts > 1": "chunks.parts > 2",
     'np.add if reduction.node.op == "sum" else np.maximum': "np.add",
     "in pass_.down": "in pass_.along",

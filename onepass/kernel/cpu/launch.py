@@ -35,13 +35,18 @@ class Kernel:
         self.program = program
         self.source = llvm_text(program)
         self.library = Library(self.source)
-        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        pointer = ctypes.c_void_p
+        signature = ctypes.CFUNCTYPE(None, pointer, ctypes.c_int, pointer)
+        # For each pass, `launch_k` as a function, and the address of `worker_k`.
         self.launch = []
-        self.workers = []
-        for k in range(len(program.passes)):
-            self.launch.append(signature(self.library.address(f"launch_{k}")))
-            self.workers.append(self.library.address(f"worker_{k}"))
-        self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
+        self.workers: list[int] = []
+        for pass_index in range(len(program.passes)):
+            address = self.library.address(f"launch_{pass_index}")
+            self.launch.append(signature(address))
+            worker = self.library.address(f"worker_{pass_index}")
+            self.workers.append(worker)
+        names = leaf_names(program)
+        self.leaves = {name: leaf for leaf, name in enumerate(names)}
         self.inputs = input_index(program)
 
     def concurrency(self) -> int:
@@ -58,9 +63,16 @@ class Kernel:
         return WorkInChunks(sizes, domains, self.program.by_lines)
 
     def prepare(
-        self, pointers: np.ndarray, work: WorkInChunks, setting_index: np.ndarray, settings: int
+        self,
+        pointers: np.ndarray,
+        work: WorkInChunks,
+        setting_index: np.ndarray,
+        settings: int,
     ) -> Launch:
-        """Return a launch, with everything that may stay the same from step to step."""
+        """Return a launch, with everything that may stay the same from step to step.
+
+        The arguments are those of `Launch`.
+        """
         return Launch(self, pointers, work, setting_index, settings)
 
 
@@ -101,29 +113,38 @@ class Launch(LaunchInTwo):
         """
         program = kernel.program
         leaves = np.zeros((len(kernel.leaves), settings))
+        parts = _parts(program, work)
         host = torch.device("cpu")
-        super().__init__(program, work, _parts(program, work), host, leaves, setting_index)
+        super().__init__(program, work, parts, host, leaves, setting_index)
         self.kernel = kernel
         self.chunks = work.chunks
         self._walks = [self._lay_out(pass_, pointers) for pass_ in program.passes]
+        # The results of the reductions so far, in the order of the leaves: each (tensors).
         self._known: list[np.ndarray] = []
 
     def _lay_out(self, pass_: Pass, pointers: np.ndarray) -> Walk:
-        """Return a pass's arguments."""
-        tensors = len(self.setting_index)
-        is_per_tensor = any(node.rank == Rank.TENSOR for node in pass_.inputs)
-        settings = tensors if is_per_tensor else self.leaves.shape[1]
+        """Return a pass's arguments.
+
+        If a pass of two tensors needs their sums, each tensor is a setting of its own: `leaves` and
+        `table` have two settings, and `setting_index` is [0, 1].
+        """
         leaves = self.leaves
+        setting_index = self.setting_index
+        is_per_tensor = any(node.rank == Rank.TENSOR for node in pass_.inputs)
         if is_per_tensor:
-            leaves = np.zeros((len(self.kernel.leaves), settings))
+            tensors = len(setting_index)
+            leaves = np.zeros((len(leaves), tensors))
+            setting_index = np.arange(tensors)
+        settings = leaves.shape[1]
         dtype = NUMPY[self.kernel.program.compute]
         chunks = self.chunks[pass_.domain]
+        partials = (len(chunks.tensor), len(pass_.reductions))
         arrays = {
             "pointers": pointers,
             "temporaries": self._temporaries.pointers,
-            "setting_index": np.arange(tensors) if is_per_tensor else self.setting_index,
+            "setting_index": setting_index,
             "table": np.empty((settings, len(pass_.inputs)), dtype),
-            "partials": np.zeros((len(chunks.tensor), len(pass_.reductions))),
+            "partials": np.zeros(partials),
             "leaves": leaves,
         }
         fields = {
@@ -146,8 +167,8 @@ class Launch(LaunchInTwo):
             return
         try:
             self._temporaries.allocate()
-            for k in range(self._first_to_store):
-                self._run_pass(k, workers)
+            for pass_index in range(self._first_to_store):
+                self._run_pass(pass_index, workers)
         except BaseException:
             self.cancel()
             raise
@@ -155,8 +176,8 @@ class Launch(LaunchInTwo):
 
     def finish(self, workers: int) -> None:
         """Do the rest, which stores."""
-        for k in range(self._first_to_store, len(self._walks)):
-            self._run_pass(k, workers)
+        for pass_index in range(self._first_to_store, len(self._walks)):
+            self._run_pass(pass_index, workers)
         self._temporaries.release()
 
     def _run_pass(self, pass_index: int, threads: int) -> None:
@@ -182,12 +203,14 @@ class Launch(LaunchInTwo):
         """Add up sums down the columns of matrices that several chunks walked, chunk by chunk."""
         for reduction in pass_.down:
             add = np.add if reduction.node.op == "sum" else np.maximum
-            for tensor_index in np.flatnonzero(chunks.parts > 1).tolist():
-                shares = self._temporaries.shares(reduction.into, tensor_index).numpy()
+            several = np.flatnonzero(chunks.parts > 1)
+            for tensor_index in several.tolist():
+                shares = self._temporaries.shares(reduction.into, tensor_index)
+                total, *others = shares.numpy()
                 # inf - inf is expected here: silence NumPy's warning.
                 with np.errstate(all="ignore"):
-                    for share in shares[1:]:
-                        add(shares[0], share, out=shares[0])
+                    for share in others:
+                        add(total, share, out=total)
 
     def scalars(self) -> dict[str, np.ndarray]:
         """Return each tensor's new scalars, as the last run computed them, in the compute type."""
@@ -208,10 +231,20 @@ class Launch(LaunchInTwo):
             dtype = NUMPY[self.kernel.program.compute]
             return np.full(len(self.setting_index), node.attr, dtype)
         arrays = self._walks[pass_index].arrays
-        return arrays["table"][arrays["setting_index"], self.kernel.inputs[pass_index][node]]
+        column = self.kernel.inputs[pass_index][node]
+        return arrays["table"][arrays["setting_index"], column]
 
     def _fill_leaves(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
-        """Write each tensor's leaves: its setting's hypers, its sizes, and the results `known`."""
+        """Write each tensor's `leaves`: its setting's hypers, its sizes, and `known` results.
+
+        For tensors of 3 x 4 and 10 x 1, with settings 1 and 0 of lr = 0.1 and 0.2, and one sum:
+
+            lr        [0.2, 0.1]
+            numel()   [12, 10]
+            rows()    [3, 10]
+            columns() [4, 1]
+            the sum   [as reduced, as reduced]
+        """
         hypers = len(self.kernel.program.hypers)
         leaves[:hypers] = self.leaves[:hypers, self.setting_index]
         sizes = {

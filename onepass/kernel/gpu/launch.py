@@ -67,7 +67,8 @@ class Kernel:
         self.functions = {function.name: function for function in self.source.functions}
         self._module = load(self.source)
         self._loaded: set[tuple[object, ...]] = set()
-        self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
+        names = leaf_names(program)
+        self.leaves = {name: leaf for leaf, name in enumerate(names)}
         self.stages = stages(program, self.is_resident)
         self.host = HostUniforms(program)
 
@@ -84,9 +85,16 @@ class Kernel:
         return WorkInUnits(sizes, self.program)
 
     def prepare(
-        self, pointers: np.ndarray, work: WorkInUnits, setting_index: np.ndarray, settings: int
+        self,
+        pointers: np.ndarray,
+        work: WorkInUnits,
+        setting_index: np.ndarray,
+        settings: int,
     ) -> Launch:
-        """Return a launch, with everything that may stay the same from step to step."""
+        """Return a launch, with everything that may stay the same from step to step.
+
+        The arguments are those of `Launch`.
+        """
         return Launch(self, pointers, work, setting_index, settings)
 
     def start(self, call: Start) -> None:
@@ -163,8 +171,8 @@ class Launch(LaunchInTwo):
         self._sent: dict[str, Table] = {}
         for name in ("addresses", "leaves", "facts"):
             self._sent[name] = Table(device, self.captured, spare)
-        for k, units in enumerate(self.units):
-            self._sent[f"units {k}"] = Table(device, self.captured)
+        for pass_index, units in enumerate(self.units):
+            self._sent[f"units {pass_index}"] = Table(device, self.captured)
             units.table.setflags(write=False)
 
     def _lay_out_partials(self) -> None:
@@ -213,12 +221,13 @@ class Launch(LaunchInTwo):
             with self.kernel.device.guard():
                 self._temporaries.allocate()
                 self._send()
-                for k in range(len(self.kernel.program.passes)):
-                    self._ready[k] = list(self._starts(k, workers))
-                    for call in self._ready[k]:
-                        self.kernel.load(call)
-                for k in range(self._first_to_store):
-                    self._run_pass(k, workers)
+                for pass_index in range(len(self.kernel.program.passes)):
+                    starts = list(self._starts(pass_index, workers))
+                    self._ready[pass_index] = starts
+                    for start in starts:
+                        self.kernel.load(start)
+                for pass_index in range(self._first_to_store):
+                    self._run_pass(pass_index, workers)
         except BaseException:
             self.cancel()
             raise
@@ -230,8 +239,9 @@ class Launch(LaunchInTwo):
             # Other parameters have stepped meanwhile, by torch's operations, which may have moved
             # memory.
             self._send_addresses()
-            for k in range(self._first_to_store, len(self.kernel.program.passes)):
-                self._run_pass(k, workers)
+            passes = len(self.kernel.program.passes)
+            for pass_index in range(self._first_to_store, passes):
+                self._run_pass(pass_index, workers)
         self._temporaries.release()
 
     def cancel(self) -> None:
@@ -247,7 +257,8 @@ class Launch(LaunchInTwo):
         self._send_addresses()
         self._tensors = self._sent["facts"].on_device(self._facts)
         self._unit_tables = [
-            self._sent[f"units {k}"].on_device(units.table) for k, units in enumerate(self.units)
+            self._sent[f"units {pass_index}"].on_device(units.table)
+            for pass_index, units in enumerate(self.units)
         ]
         if self.kernel.stages:
             self._leaves = self._sent["leaves"].on_device(self.leaves)
@@ -260,8 +271,10 @@ class Launch(LaunchInTwo):
         kept = self._temporaries.kept.values()
         memory = (self._partials, self._nothing, self._table, self.fresh, *kept)
         if device.is_capturing():
-            self.captured += [*memory, *(value for *_, value in self.device_leaves)]
-            self.captured += [] if self.guard is None else [self.guard]
+            self.captured += memory
+            self.captured += [value for _, _, value in self.device_leaves]
+            if self.guard is not None:
+                self.captured.append(self.guard)
         elif device.stream() != self._stream:
             for tensor in memory:
                 device.announce(tensor)
@@ -270,9 +283,9 @@ class Launch(LaunchInTwo):
         """Send the table of addresses, unless this step has sent it already."""
         placed = self.pointers.tobytes() + self._temporaries.pointers.tobytes()
         if placed != self._placed:
-            table = np.concatenate([self.pointers, self._temporaries.pointers]).view(np.int64)
+            table = np.concatenate([self.pointers, self._temporaries.pointers])
             self._placed = placed
-            self._addresses = self._sent["addresses"].on_device(table)
+            self._addresses = self._sent["addresses"].on_device(table.view(np.int64))
             self._ready.clear()
 
     def _run_pass(self, pass_index: int, workers: int) -> None:
@@ -346,18 +359,20 @@ class Launch(LaunchInTwo):
 
         They are the host's if it knows them, else tensors on the device.
         """
+        host = self.kernel.host
         count = len(self.setting_index)
         offsets = input_offsets(self.kernel.program)
+        line_length = offsets[-1]
         numbers: list[list[float | Tensor]] = [[] for _ in range(count)]
         for node in call.numbers:
             values: Sequence[float | Tensor]
             if self._knows(node):
-                of_settings = self.kernel.host.column(call.after, node, self.leaves)
+                of_settings = host.column(call.after, node, self.leaves)
                 values = of_settings[self.setting_index].tolist()
             else:
-                column = offsets[call.after] + self.kernel.host.inputs[call.after][node]
-                table = self._table[: count * offsets[-1]].view(count, offsets[-1])
-                values = table[:, column].unbind()
+                column = offsets[call.after] + host.inputs[call.after][node]
+                table = self._table[: count * line_length]
+                values = table.view(count, line_length)[:, column].unbind()
             for of_tensor, value in zip(numbers, values, strict=True):
                 of_tensor.append(value)
         return numbers

@@ -79,13 +79,17 @@ def stages(program: Program, resident: bool) -> list[tuple[int, list[int]]]:
     """
     if not (resident or depends_on_tensors(program)):
         return []
-    reduced_in = {node: k for k, pass_ in enumerate(program.passes) for node in pass_.reductions}
     storing = program.first_to_store
+    # For each reduction, the first pass before which its result is there.
+    known_from: dict[Node, int] = {}
+    for pass_index, pass_ in enumerate(program.passes):
+        known_from |= dict.fromkeys(pass_.reductions, pass_index + 1)
     found: dict[int, list[int]] = {}
     for pass_index, pass_ in enumerate(program.passes):
-        least = storing if pass_index >= storing else 0
-        needed = [reduced_in[node] + 1 for node in topological(pass_.inputs) if node in reduced_in]
-        found.setdefault(max([least, *needed]), []).append(pass_index)
+        before = storing if pass_index >= storing else 0
+        for node in topological(pass_.inputs):
+            before = max(before, known_from.get(node, 0))
+        found.setdefault(before, []).append(pass_index)
     if resident:
         found.setdefault(storing, [])
     return sorted(found.items())
@@ -146,7 +150,9 @@ class _Uniforms:
         ]
         self.line("tensor = tl.program_id(0)")
         self.line(f"setting = {fact(self.program, 'setting')}")
-        roots = [node for k in self.passes for node in self.program.passes[k].inputs]
+        roots: list[Node] = []
+        for pass_index in self.passes:
+            roots += self.program.passes[pass_index].inputs
         if self.is_writing:
             roots += [node for _, node in self.program.scalars]
         names = self._emit(roots)
