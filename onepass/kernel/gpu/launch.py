@@ -118,15 +118,19 @@ class Kernel:
             self._loaded.add(variant)
 
 
-class Launch(LaunchInTwo):
-    """A kernel with its arguments laid out; see `LaunchInTwo` for its order.
+class DeviceMemory(LaunchInTwo):
+    """What a launch has on its device: tables that are sent to it, and memory for results.
 
-    `run` may be called again and again while the arguments stay where they are. `active` (tensors)
-    is 0 for those that do not step. A leaf that lies on the device stands in `device_leaves`
-    instead of `leaves`, as (leaf, setting or None for all, tensor). If `guard`, a float32 on the
-    device, is not 0, nothing changes. `fresh` (tensors; int32, on the device) is 1 for each tensor
-    whose state has not stepped yet; its first step sets it to 0. What a captured graph reads is put
-    into `captured`, see `uploads`.
+    A caller sets, before each `begin`:
+
+        leaves         (leaf, setting; float64) the hypers that the host knows
+        device_leaves  those that lie on the device: (leaf, setting or None for all, tensor)
+        active         (tensors) 0 for those that do not step
+        guard          a float32 on the device; nothing changes unless it is 0. Or None
+        fresh          (tensors; int32, on the device) 1 for each tensor whose state has not stepped
+                       yet; its first step sets it to 0
+
+    and reads `captured`: what a captured graph will read, see `uploads`.
     """
 
     def __init__(
@@ -137,7 +141,7 @@ class Launch(LaunchInTwo):
         setting_index: np.ndarray,
         settings: int,
     ) -> None:
-        """Lay out the arguments of every pass.
+        """Lay out the arguments of every pass, and take what memory they need.
 
         `pointers` (columns and numbers, tensors; uint64), `work` and `setting_index` as those of
         the CPU's launch.
@@ -158,7 +162,7 @@ class Launch(LaunchInTwo):
         self._placed: bytes | None = None
         self._ready: dict[int, list[Start]] = {}
         self._make_tables()
-        self._lay_out_partials()
+        self._lay_out_partials(work)
         self._lay_out_uniforms()
         # What a kernel is given for a guard when there is none.
         self._nothing = device.empty(1, torch.float32)
@@ -175,23 +179,23 @@ class Launch(LaunchInTwo):
             self._sent[f"units {pass_index}"] = Table(device, self.captured)
             units.table.setflags(write=False)
 
-    def _lay_out_partials(self) -> None:
+    def _lay_out_partials(self, work: WorkInUnits) -> None:
         """Take the memory of partial results, and find what is said of each tensor, and folds."""
         program = self.kernel.program
         device = self.kernel.device
-        layout = lay_out_partials(program, self.work)
+        layout = lay_out_partials(program, work)
         self._begin = layout.begin
         self._partials = device.empty(max(layout.size, 1), torch.float64)
         # The table of uniforms has a line for each tensor if the device fills it.
         tensors = np.arange(len(self.setting_index))
         table_line = tensors if self.kernel.stages else self.setting_index
         facts = [table_line, self.setting_index, self.active]
-        facts += [*self.work.sizes.T, self.work.numel]
+        facts += [*work.sizes.T, work.numel]
         facts += layout.facts
         self._facts = np.stack(facts).astype(np.int64)
         assert len(self._facts) == len(fact_names(program))
         self._folds = [
-            find_fold(pass_, self.work, self._temporaries, device, self.captured)
+            find_fold(pass_, work, self._temporaries, device, self.captured)
             for pass_ in program.passes
         ]
 
@@ -211,43 +215,6 @@ class Launch(LaunchInTwo):
     def uploads(self) -> int:
         """How many tables have been sent to the device so far."""
         return sum(table.uploads for table in self._sent.values())
-
-    def begin(self, workers: int) -> None:
-        """Do what may fail: tables, compiling, functions of matrices and what they are given.
-
-        With one worker, tensors are walked one after the other.
-        """
-        try:
-            with self.kernel.device.guard():
-                self._temporaries.allocate()
-                self._send()
-                for pass_index in range(len(self.kernel.program.passes)):
-                    starts = list(self._starts(pass_index, workers))
-                    self._ready[pass_index] = starts
-                    for start in starts:
-                        self.kernel.load(start)
-                for pass_index in range(self._first_to_store):
-                    self._run_pass(pass_index, workers)
-        except BaseException:
-            self.cancel()
-            raise
-        self._temporaries.release_sources()
-
-    def finish(self, workers: int) -> None:
-        """Do the rest, which stores."""
-        with self.kernel.device.guard():
-            # Other parameters have stepped meanwhile, by torch's operations, which may have moved
-            # memory.
-            self._send_addresses()
-            passes = len(self.kernel.program.passes)
-            for pass_index in range(self._first_to_store, passes):
-                self._run_pass(pass_index, workers)
-        self._temporaries.release()
-
-    def cancel(self) -> None:
-        """Give back the memory of what has begun and will not be finished."""
-        self._ready.clear()
-        super().cancel()
 
     def _send(self) -> None:
         """Bring the tables on the device up to date; only what has changed is sent."""
@@ -288,6 +255,50 @@ class Launch(LaunchInTwo):
             self._addresses = self._sent["addresses"].on_device(table.view(np.int64))
             self._ready.clear()
 
+
+class Launch(DeviceMemory):
+    """A kernel with its arguments laid out; see `LaunchInTwo` for its order.
+
+    `run` may be called again and again while the arguments stay where they are.
+    """
+
+    def begin(self, workers: int) -> None:
+        """Do what may fail: tables, compiling, functions of matrices and what they are given.
+
+        With one worker, tensors are walked one after the other.
+        """
+        try:
+            with self.kernel.device.guard():
+                self._temporaries.allocate()
+                self._send()
+                for pass_index in range(len(self.kernel.program.passes)):
+                    starts = list(self._starts(pass_index, workers))
+                    self._ready[pass_index] = starts
+                    for start in starts:
+                        self.kernel.load(start)
+                for pass_index in range(self._first_to_store):
+                    self._run_pass(pass_index, workers)
+        except BaseException:
+            self.cancel()
+            raise
+        self._temporaries.release_sources()
+
+    def finish(self, workers: int) -> None:
+        """Do the rest, which stores."""
+        with self.kernel.device.guard():
+            # Other parameters have stepped meanwhile, by torch's operations, which may have moved
+            # memory.
+            self._send_addresses()
+            passes = len(self.kernel.program.passes)
+            for pass_index in range(self._first_to_store, passes):
+                self._run_pass(pass_index, workers)
+        self._temporaries.release()
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        self._ready.clear()
+        super().cancel()
+
     def _run_pass(self, pass_index: int, workers: int) -> None:
         """Run one walk, what must be known before, and what follows it."""
         starts = self._ready.pop(pass_index, None) or self._starts(pass_index, workers)
@@ -307,7 +318,7 @@ class Launch(LaunchInTwo):
         count = len(self.setting_index)
         guard = self._nothing if self.guard is None else self.guard
         guarded = {"GUARDED": self.guard is not None}
-        for s, (before, _) in enumerate(self.kernel.stages):
+        for stage_index, (before, _) in enumerate(self.kernel.stages):
             if before == pass_index:
                 given = (
                     self._addresses,
@@ -318,7 +329,8 @@ class Launch(LaunchInTwo):
                     self.fresh,
                     guard,
                 )
-                yield Start(f"uniforms_{s}", count, (*given, self.leaves.shape[1], count), guarded)
+                arguments = (*given, self.leaves.shape[1], count)
+                yield Start(f"uniforms_{stage_index}", count, arguments, guarded)
         if self.kernel.program.passes[pass_index].roots:
             partials = self._partials[self._begin[pass_index] :]
             units = self._unit_tables[pass_index]
@@ -381,11 +393,12 @@ class Launch(LaunchInTwo):
         """Whether a value follows from hypers that the host knows."""
         if node.rank != Rank.UNIFORM:
             return False
-        needed = {str(n.attr) for n in topological([node]) if n.op == "hyper"}
+        hypers = [needed for needed in topological([node]) if needed.op == "hyper"]
+        names = {str(hyper.attr) for hyper in hypers}
         on_device = {leaf for leaf, _, _ in self.device_leaves}
-        if any(self.kernel.leaves[name] in on_device for name in needed):
+        if any(self.kernel.leaves[name] in on_device for name in names):
             return False
-        return needed.isdisjoint({*self.kernel.numbers, "first"})
+        return names.isdisjoint({*self.kernel.numbers, "first"})
 
 
 def _copy_leaves(device_leaves: list[DeviceLeaf], leaves: Tensor) -> None:
