@@ -1,8 +1,8 @@
 """Uniform values, as LLVM IR: the host computes them for both backends, the CPU's and the GPU's.
 
 They are the same for many elements. So they are computed once for each setting, in float64,
-whatever walks the memory. Leaves are what they are computed from. SGD without momentum, which needs `lr` and
-`lr == 0`, for two learning rates, 0.1 and 0.0:
+whatever walks the memory. Leaves are what they are computed from. SGD without momentum needs `lr`
+and `lr == 0`; for two learning rates, 0.1 and 0.0:
 
     leaves     lr      0.1  0.0                 a column for each setting; the sizes are not needed
     table            0.1  0.0                   a line for setting 0: lr, and whether it is 0
