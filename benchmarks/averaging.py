@@ -16,8 +16,8 @@ from torch import nn
 
 from onepass import swa_utils as ours
 from onepass.app.bench.machine import describe_machine, time_of
-from onepass.app.bench.measure import take_turns
 from onepass.app.bench.shapes import MODELS
+from onepass.app.bench.turns import take_turns
 from onepass.swa_utils.averages import Plan
 
 LIBRARIES = {"torch": theirs, "onepass": ours}

@@ -3,9 +3,9 @@ driver would begin.
 
     python benchmarks/gpu_host.py      # half a minute
 
-Triton binds, chooses and launches kernels as on an H200, through the driver of tests/launched.py,
-which only takes notes; tensors lie in the host's memory. What is missing is the time of CUDA's
-driver: a launch, and a copy for a table.
+Triton binds, chooses and launches kernels as on an H200, through the driver of
+tests/support/triton_launches.py, which only takes notes; tensors lie in the host's memory. What is
+missing is the time of CUDA's driver: a launch, and a copy for a table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import launched  # of the tests
+from support import triton_launches  # of the tests
 
 import onepass
 
@@ -51,7 +51,7 @@ def time_steps(
 
 
 def main(models: Sequence[tuple[int, int]] = MODELS) -> None:
-    launched.stand_in()
+    triton_launches.stand_in()
     print(
         "| tensors | groups | goal, us | "
         + " | ".join(f"{mode}, us | tables sent" for mode, _ in MODES)

@@ -1,4 +1,4 @@
-"""`python -m onepass`: the same as the `onepass` program."""
+"""`python -m onepass` does the same as the program `onepass`."""
 
 import sys
 

@@ -51,7 +51,7 @@ LAZY: dict[str, set[str]] = {
     "app.cli": {"onepass.app.commands"},
     "app.commands.draw": {"onepass.app.gallery"},
     "app.commands.train": {"onepass.app.training.curves"},
-    "app.bench.report": {"matplotlib"},
+    "app.commands.bench": {"onepass.app.bench.picture"},
     "checkpoint": {"safetensors"},
     "range_test.search": {"onepass.range_test.picture"},
     "app.tasks.cifar10": {"torchvision"},
@@ -224,7 +224,8 @@ def test_code_is_made_without_a_tensor(name: str) -> None:
 def test_algorithms_know_mathematics_and_the_contract(name: str) -> None:
     # Muon calls a function of whole matrices, and gives what is not a matrix to AdamW.
     more = {"linalg", "algorithms.adam"} if name == "algorithms.muon" else set()
-    assert own(name) <= {"kernel.functions", "optimizer", "contract.options"} | more
+    contract = {f"contract.{file}" for file in ("options", "ranges", "values")}
+    assert own(name) <= {"kernel.functions", "optimizer"} | contract | more
 
 
 @pytest.mark.parametrize("name", MODULES)

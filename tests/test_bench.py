@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from onepass.app import catalog, cli
-from onepass.app.bench import contenders, descent, goals, measure, probe, report, suite
+from onepass.app.bench import (
+    contenders,
+    descent,
+    goals,
+    limit,
+    measure,
+    picture,
+    probe,
+    races,
+    report,
+    suite,
+    turns,
+)
 from onepass.app.bench.shapes import MODELS, Model
 from onepass.kernel.graph.ir import Rank
 
@@ -94,20 +106,20 @@ def test_groups_have_different_learning_rates(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", BYTES)
 def test_limit_moves_the_same_bytes(name: str) -> None:
-    program = contenders.program_of(catalog.find_variant(name))
-    limit = contenders.Limit(program).program
-    assert limit.bytes_per_parameter == program.bytes_per_parameter
-    assert sum(limit.bytes_per_parameter) == BYTES[name]
-    assert {(c.name, c.read, c.written) for c in limit.columns} == {
+    program = limit.program_of(catalog.find_variant(name))
+    copying = limit.Limit(program).program
+    assert copying.bytes_per_parameter == program.bytes_per_parameter
+    assert sum(copying.bytes_per_parameter) == BYTES[name]
+    assert {(c.name, c.read, c.written) for c in copying.columns} == {
         (c.name, c.read, c.written) for c in program.columns if c.rank == Rank.ELEMENT
     }
 
 
 def test_limit_walks_as_often() -> None:
-    program = contenders.program_of(catalog.find_variant("adafactor"))
-    assert len(contenders.Limit(program).program.passes) == 3
+    program = limit.program_of(catalog.find_variant("adafactor"))
+    assert len(limit.Limit(program).program.passes) == 3
     with pytest.raises(contenders.Missing, match="bound by products of matrices"):
-        contenders.Limit(contenders.program_of(catalog.find_variant("muon")))
+        limit.Limit(limit.program_of(catalog.find_variant("muon")))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
@@ -117,11 +129,11 @@ def test_limit_changes_nothing(name: str) -> None:
     contenders.seat(workload, lambda params: contenders.make_ours(variant, params)).step()
     tensors = [*workload.params, *(t for column in workload.columns.values() for t in column)]
     before = [t.detach().clone() for t in tensors]
-    contenders.Limit(contenders.program_of(variant)).place(workload)()
+    limit.Limit(limit.program_of(variant)).place(workload)()
     assert all(map(torch.equal, before, tensors))
 
 
-@pytest.mark.parametrize("name", [*suite.ELEMENTWISE, "muon", "sparseadam"])
+@pytest.mark.parametrize("name", [*suite.list_elementwise(), "muon", "sparseadam"])
 def test_contenders_share_their_state_and_step_alike(name: str) -> None:
     variant = catalog.find_variant(name)
     workload = contenders.Workload({"muon": MATRICES, "sparseadam": TABLE}.get(name, FEW))
@@ -168,7 +180,7 @@ def test_what_cannot_be_is_missing_with_a_reason() -> None:
     found = missing(run_cell(FEW, "muon-adamw"))
     assert found["default"] == "torch's Muon has no use_muon"
     found = missing(run_cell(TABLE, "sparseadam"))
-    assert found["memory limit"] == "a step touches a few rows alone"
+    assert found["memory limit"] == "a step touches only a few rows"
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "lbfgs-wolfe"])
@@ -187,7 +199,7 @@ def test_a_descent_repeats_itself() -> None:
     model = Model("few", "a few", lambda: [(4, 2), (3,), (30,)])
     make = contenders.make_ours
     variant = catalog.find_variant("lbfgs-wolfe")
-    one = descent.Descent(model, lambda params: make(variant, params, **descent.OPTIONS))
+    one = descent.TimedDescent(model, lambda params: make(variant, params, **descent.LBFGS_OPTIONS))
     ends = []
     for _ in range(2):
         assert one.time_step() > 0
@@ -199,8 +211,8 @@ def test_a_descent_repeats_itself() -> None:
 
 def test_unequal_descents_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     make = contenders.make_torch
-    shorter = descent.OPTIONS | {"max_iter": 3}
-    monkeypatch.setattr(measure, "make_torch", lambda v, p, mode, **_: make(v, p, mode, **shorter))
+    shorter = descent.LBFGS_OPTIONS | {"max_iter": 3}
+    monkeypatch.setattr(races, "make_torch", lambda v, p, mode, **_: make(v, p, mode, **shorter))
     result = run_cell(FEW, "lbfgs")
     assert (
         result["contenders"]["default"]["missing"]
@@ -209,7 +221,7 @@ def test_unequal_descents_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_slow_contenders_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "time_of", lambda timer: timer())
+    monkeypatch.setattr(turns, "time_of", lambda timer: timer())
     taken: list[str] = []
 
     def timer(name: str, seconds: float) -> float:
@@ -217,12 +229,12 @@ def test_slow_contenders_take_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> No
         return seconds
 
     costs = {"slow": 0.5, "quick": 0.02, "short": 1e-4}
-    times = measure.take_turns(
+    times = turns.take_turns(
         {name: partial(timer, name, cost) for name, cost in costs.items()}, 1.23
     )
     assert times["slow"] == {"median_ms": 500.0, "min_ms": 500.0, "steps": 5}
     assert times["quick"]["steps"] == 20
-    assert times["short"]["steps"] == 200 * (measure.TURN_STEPS - 1)
+    assert times["short"]["steps"] == 200 * (turns.TURN_STEPS - 1)
     # The slow one's turns are spread evenly.
     places = [i for i, name in enumerate(taken[6:]) if name == "slow"]
     gaps = [places[i + 1] - places[i] for i in range(4)]
@@ -257,7 +269,7 @@ def test_report_is_whole(tiny_report: dict) -> None:
 def test_report_is_saved_and_drawn(tiny_report: dict, tmp_path: Path) -> None:
     measure.save(tiny_report, tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == tiny_report
-    report.plot(tiny_report, tmp_path / "report.png")
+    picture.plot(tiny_report, tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 2
     assert report.make_step_table(tiny_report["results"]).row_count == 2
@@ -278,12 +290,17 @@ def names(cells: list[suite.Cell]) -> list[tuple[str, str]]:
     return [(cell.model.name, cell.variant.name) for cell in cells]
 
 
+def test_what_is_elementwise_follows_from_the_rules() -> None:
+    assert {*suite.list_elementwise(), "adafactor"} == set(BYTES)
+    assert suite.list_elementwise_classes().count("SGD") == 1
+
+
 def test_all_is_every_optimizer_where_it_makes_sense() -> None:
-    every = names(suite.choose(None, None, every=True))
+    every = names(suite.choose(None, None, every_one=True))
     assert len(every) == len(set(every))
     covered = {catalog.find_variant(name).cls for _, name in every}
     assert covered == set(catalog.optimizers().values())
-    for name in suite.ELEMENTWISE:
+    for name in suite.list_elementwise():
         assert [model for model, one in every if one == name] == [
             "big",
             "gpt2",
@@ -292,10 +309,10 @@ def test_all_is_every_optimizer_where_it_makes_sense() -> None:
             "groups",
         ]
     assert set(names(suite.choose(None, None))) < set(every)
-    assert names(suite.choose("gpt2", None, every=True)) == [
-        ("gpt2", n) for n in (*suite.ELEMENTWISE, "adafactor")
+    assert set(names(suite.choose("gpt2", None, every_one=True))) == {("gpt2", n) for n in BYTES}
+    assert names(suite.choose("embedding-1m", None, every_one=True)) == [
+        ("embedding-1m", "sparseadam")
     ]
-    assert names(suite.choose("embedding-1m", None, every=True)) == [("embedding-1m", "sparseadam")]
     assert ("matrices", "adamw") in names(suite.choose("matrices", None))
 
 
@@ -316,7 +333,7 @@ def test_named_optimizers_are_measured_where_they_make_sense() -> None:
 
 
 def test_processes_are_started_where_they_say_most() -> None:
-    fresh = [cell for cell in suite.choose(None, None, every=True) if cell.fresh]
+    fresh = [cell for cell in suite.choose(None, None, every_one=True) if cell.fresh]
     assert set(names(fresh)) == suite.FRESH
     assert all(cell.fresh for cell in suite.choose("small", "sgd,asgd"))
     assert not any(cell.fresh for cell in suite.choose("tiny", "lbfgs"))
@@ -332,12 +349,12 @@ def test_processes_are_started_where_they_say_most() -> None:
         (
             "tiny",
             "muon",
-            "muon takes matrices alone, and tiny has other parameters: choose another --model",
+            "muon takes only matrices, and tiny has other parameters: choose another --model",
         ),
         (
             "matrices,gpt2",
             "muon",
-            "muon takes matrices alone, and gpt2 has other parameters: choose another --model",
+            "muon takes only matrices, and gpt2 has other parameters: choose another --model",
         ),
         (
             "big",
@@ -383,14 +400,14 @@ def test_a_model_that_does_not_fit_is_refused(
 def test_goals_are_of_what_there_is() -> None:
     """Each names models, classes and ratios that a full run has, and no result has two goals for
     one ratio."""
-    every = suite.choose(None, None, every=True)
+    every = suite.choose(None, None, every_one=True)
     present = {(cell.model.name, cell.variant.cls.__name__) for cell in every}
     summary = {"times_default", "times_best", "share_of_limit", "times_shorter_table"}
-    for goal in goals.GOALS:
+    for goal in goals.cpu_goals():
         assert {(model, name) for model in goal.models for name in goal.classes} <= present
         assert goal.what in summary
     for model, name in present:
-        whats = [goal.what for goal in goals.find_goals(model, name)]
+        whats = [goal.what for goal in goals.find_goals(model, name, goals.cpu_goals())]
         assert len(whats) == len(set(whats))
         assert whats or model == "groups"
 
@@ -412,7 +429,7 @@ def test_goals_are_judged() -> None:
         result("embedding-10k", "SparseAdam", 2.0, times_best=2.5),
         result("embedding-1m", "SparseAdam", 3.0, times_best=2.5),
     ]
-    goals.judge(results)
+    goals.judge(results, goals.cpu_goals())
     judged = [[(goal["what"], goal["met"]) for goal in one["goals"]] for one in results]
     assert judged[0] == [("share_of_limit", False), ("times_best", True)]
     assert judged[1] == [("share_of_limit", True)]

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_stand_in import StandIn, stand_in
+from support.fake_cuda import StandIn, stand_in
 
 from onepass.app import catalog, cli
-from onepass.app.bench import contenders, descent, goals, gpu, measure, probe, report, suite
+from onepass.app.bench import contenders, descent, fresh, goals, gpu, measure, probe, report, suite
 from onepass.app.bench.shapes import Model
 
 FEW = Model("gpt2", "a few matrices and a vector", lambda: [(8, 4), (3,), (4, 8)])
@@ -149,7 +149,7 @@ def test_fresh_processes_begin_with_an_empty_cache_and_find_it_warm(
             {"first_ms": 2000.0 / len(asked), "state_ms": 1.0, "state_bytes": 8, "peak_mb": 1e-3}
         )
 
-    monkeypatch.setattr(measure, "_python", python)
+    monkeypatch.setattr(fresh, "_python", python)
     cells = [suite.Cell(FEW, catalog.find_variant("adamw"), fresh=True)]
     monkeypatch.setattr(measure, "measure_import", lambda: 1.0)
     result = measure.run(cells, seconds=0.01, gpu=stand_in())["results"][0]
@@ -182,8 +182,8 @@ def test_a_peak_is_what_lies_above_parameters_and_state(monkeypatch: pytest.Monk
 def test_a_step_with_a_closure_is_timed_without_it() -> None:
     variant = catalog.find_variant("lbfgs")
     model = Model("few", "a few", lambda: [(4, 2), (3,)])
-    one = descent.Descent(
-        model, lambda p: contenders.make_ours(variant, p, **descent.OPTIONS), stand_in()
+    one = descent.TimedDescent(
+        model, lambda p: contenders.make_ours(variant, p, **descent.LBFGS_OPTIONS), stand_in()
     )
     assert one.time_step() > 0
     result = measure.run(
@@ -196,14 +196,14 @@ def test_a_step_with_a_closure_is_timed_without_it() -> None:
 
 
 def test_a_gpu_has_its_own_suite_and_goals() -> None:
-    cells = suite.choose(None, None, every=True, gpu=True)
+    cells = suite.choose(None, None, every_one=True, gpu=True)
     present = {(cell.model.name, cell.variant.cls.__name__) for cell in cells}
     for name in suite.USUAL_ON_GPU:
-        assert [cell.variant.name for cell in cells if cell.model.name == name] == [
-            *suite.ELEMENTWISE,
+        assert {cell.variant.name for cell in cells if cell.model.name == name} == {
+            *suite.list_elementwise(),
             "adafactor",
-        ]
-    for goal in goals.GPU_GOALS:
+        }
+    for goal in goals.gpu_goals():
         on = {
             (model, name)
             for model in goal.models
@@ -212,7 +212,7 @@ def test_a_gpu_has_its_own_suite_and_goals() -> None:
         }
         assert on <= present
     for model, name in present:
-        whats = [goal.what for goal in goals.find_goals(model, name, goals.GPU_GOALS)]
+        whats = [goal.what for goal in goals.find_goals(model, name, goals.gpu_goals())]
         assert len(whats) == len(set(whats))
 
 

@@ -16,11 +16,18 @@ import torch
 from matplotlib.figure import Figure
 
 import onepass
-from onepass import pictures as canvas
+from onepass import pictures
 from onepass.app import cli
 from onepass.app.catalog import optimizers
 from onepass.app.gallery.album import PICTURES, make
-from onepass.app.gallery.lr_schedules import EXAMPLES, LR, TEXTS, Curve, trace, trace_plateau
+from onepass.app.gallery.lr_schedules import (
+    EXAMPLES,
+    LR,
+    TEXTS,
+    SchedulerCurve,
+    trace,
+    trace_plateau,
+)
 from onepass.app.gallery.moments import average, average_weights, decay, noisy_series
 from onepass.app.gallery.paths import (
     CONTENDERS,
@@ -286,7 +293,7 @@ def test_a_curve_is_named_by_what_makes_it() -> None:
     for example in EXAMPLES.values():
         texts = [curve.text for curve in example.curves]
         assert len(set(texts)) == len(texts)
-        assert all(isinstance(curve, Curve) for curve in example.curves)
+        assert all(isinstance(curve, SchedulerCurve) for curve in example.curves)
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -366,7 +373,7 @@ def test_committed_pictures_are_small_and_legible(picture: object) -> None:
 def test_pictures_are_drawn_anew_as_they_are(picture: object, tmp_path: Path) -> None:
     path = tmp_path / f"{picture.name}.png"
     figure = picture.draw()
-    canvas.save(figure, path)
+    pictures.save(figure, path)
     assert size(path) == size(PICTURED / path.name)
     assert not list(tmp_path.glob(".*"))
     assert figure.axes
@@ -392,6 +399,15 @@ def test_pictures_come_one_by_one(tmp_path: Path) -> None:
     assert picture is PICTURES[0]
     assert size(path) == size(PICTURED / path.name)
     assert [path] == list(tmp_path.iterdir())
+
+
+def test_a_grid_follows_the_number_of_panels(tmp_path: Path) -> None:
+    figure, panels = pictures.new_grid(16, 3, 740, 100, sharex=True, sharey=True)
+    assert len(panels) == 16
+    assert [axes.get_visible() for axes in figure.axes] == [True] * 16 + [False] * 2
+    assert figure.bbox.height == pytest.approx(600)
+    shown = [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels]
+    assert shown == [False] * 13 + [True] * 3
 
 
 def test_a_folder_that_is_a_file_is_refused(

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from rig import (
+from support.bare_kernels import (
     INF,
     NAN,
     assert_same_bits,
@@ -21,7 +20,7 @@ from rig import (
     program_of,
     random_columns,
 )
-from rules import (
+from support.extra_rules import (
     ONE_NUMBER,
     RULES,
     Rule,
@@ -35,6 +34,7 @@ from rules import (
     program,
     turned,
 )
+from support.interpreter import interpret
 from table import TABLE, UNIT, Row
 
 import onepass

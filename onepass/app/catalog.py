@@ -1,19 +1,18 @@
-"""Optimizers by name: those of the package, their common variants, and a user's own as
-`module:Class`."""
+"""Optimizers by name: the package's, their common variants, and a user's own as `module:Class`."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import onepass
 
+from ..contract.spelling import advise
 from ..optimizer import Optimizer
 
 __all__ = [
@@ -28,7 +27,8 @@ __all__ = [
     "optimizers",
 ]
 
-CLOSURE, SPARSE = "a closure", "sparse gradients"
+CLOSURE = "a closure"
+SPARSE = "sparse gradients"
 
 
 class UnknownName(ValueError):
@@ -45,20 +45,18 @@ class Variant:
 
     @property
     def demand(self) -> str:
-        """What a step needs that is no dense gradient; empty for most."""
+        """What a step needs besides dense gradients: `CLOSURE`, `SPARSE`, or nothing ("")."""
         if not hasattr(self.cls, "rule"):
             return CLOSURE
         return SPARSE if self.cls.gradients == "sparse" else ""
 
 
-# Options that change what a step computes, so that each is a measurement of its own. A class has
-# such a variant where each of the options is one of its arguments, and off by default where it is
-# on here, or on where it is off.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "adamw": {
-        "use_muon": None,
-        "adjust_lr_fn": "match_rms_adamw",
-    },  # what is no matrix takes AdamW, at the same lr
+# Options that change what a step computes, so that each makes a measurement of its own. They are
+# keyed by what a variant's name ends with. A class has such a variant if it takes all of these
+# options, and if they are off by default and on here, or the other way round.
+SUFFIXES: dict[str, dict[str, Any]] = {
+    # AdamW steps what is not a matrix, at the same lr.
+    "adamw": {"use_muon": None, "adjust_lr_fn": "match_rms_adamw"},
     "amsgrad": {"amsgrad": True},
     "centered": {"centered": True},
     "centered-momentum": {"centered": True, "momentum": 0.9},
@@ -69,31 +67,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def optimizers() -> dict[str, type[Optimizer]]:
-    """The package's optimizers, by their public names."""
-    public = {name: getattr(onepass, name) for name in onepass.__all__}
-    classes = {name: cls for name, cls in public.items() if isinstance(cls, type)}
-    return {
-        name: cls
-        for name, cls in classes.items()
-        if issubclass(cls, Optimizer) and cls is not Optimizer
-    }
+    """Return the package's optimizer classes, by their public names."""
+    found = {}
+    for name in onepass.__all__:
+        value = getattr(onepass, name)
+        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer:
+            found[name] = value
+    return found
 
 
 def nearest(kind: str, name: str, known: Iterable[str]) -> UnknownName:
-    """The error for an unknown name: up to three near ones, or all where none comes near."""
-    known = list(known)
-    spelled = {one.lower(): one for one in known}
-    near = [
-        spelled[key] for key in difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.5)
-    ]
-    advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(known)}."
-    return UnknownName(f"there is no {kind} {name!r}: {advice}")
+    """Return the error for an unknown name: up to three near ones, or all if none comes near."""
+    return UnknownName(f"there is no {kind} {name!r}: {advise(name, known)}")
 
 
 def find_class(name: str) -> type[Optimizer]:
-    """The optimizer class of that name, in any case, or the class that `module:Class` names.
+    """Return the optimizer class of this name, in any case, or the one that `module:Class` names.
 
-    Raises `UnknownName` where there is none, and for a `module:Class` that is no
+    Raises `UnknownName` if there is none, or if `module:Class` is not a subclass of
     `onepass.Optimizer` with a rule.
     """
     if ":" in name:
@@ -105,27 +96,22 @@ def find_class(name: str) -> type[Optimizer]:
 
 
 def _import_class(name: str) -> type[Optimizer]:
-    module, _, qualified = name.partition(":")
-    # A program that is installed as a script does not look into the folder that it is called from;
+    """Return the class that `module:Class` names, from the current folder too."""
+    module_name, _, path = name.partition(":")
+    # A program that is installed as a script does not look into the folder in which it is called;
     # `python -m` does.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
+        found: Any = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise UnknownName(
             f"{name!r} cannot be imported ({error}): write module:Class, as in my_rules:Lion."
         ) from error
-    for part in qualified.split("."):
+    for part in path.split("."):
         if not hasattr(found, part):
-            rules = [
-                n
-                for n, value in vars(found).items()
-                if isinstance(value, type) and issubclass(value, Optimizer)
-            ]
-            raise nearest(
-                f"optimizer in {module},", part, rules or ["none, as it defines no Optimizer"]
-            )
+            known = _list_optimizers(found) or ["none, as it defines no Optimizer"]
+            raise nearest(f"optimizer in {module_name},", part, known)
         found = getattr(found, part)
     if not (isinstance(found, type) and issubclass(found, Optimizer) and hasattr(found, "rule")):
         raise UnknownName(
@@ -135,9 +121,20 @@ def _import_class(name: str) -> type[Optimizer]:
     return found
 
 
+def _list_optimizers(namespace: Any) -> list[str]:
+    """Return the names of the optimizer classes in a module or a class."""
+    return [
+        name
+        for name, value in vars(namespace).items()
+        if isinstance(value, type) and issubclass(value, Optimizer)
+    ]
+
+
 def find_variant(name: str) -> Variant:
-    """`adamw`, `sgd-momentum`, `adam-amsgrad`, ... or `module:Class`: a class with the options that
-    its name adds."""
+    """Return a class with the options that a name adds: `adamw`, `sgd-momentum`, `module:Class`.
+
+    Raises `UnknownName` if there is none.
+    """
     if ":" in name:
         return Variant(name, find_class(name))
     variants = _variants()
@@ -147,27 +144,38 @@ def find_variant(name: str) -> Variant:
 
 
 def find_trainable(name: str) -> Variant:
-    """As `find_variant`, but raises `UnknownName` also for an optimizer that needs more than dense
-    gradients."""
+    """Return the variant of this name, as `find_variant` does, if dense gradients are enough.
+
+    Raises `UnknownName` also for an optimizer that needs a closure or sparse gradients.
+    """
     found = find_variant(name)
     if found.demand:
         raise UnknownName(
-            f"{found.cls.__name__} needs {found.demand}, which no task has: choose another, as "
-            "AdamW or SGD."
+            f"{found.cls.__name__} needs {found.demand}, which no task has: choose another, such "
+            "as AdamW or SGD."
         )
     return found
 
 
 def _variants() -> dict[str, Variant]:
+    """Return every class and all its variants, by the names that the command line accepts."""
     found = {}
     for public, cls in optimizers().items():
-        found[public.lower()] = Variant(public.lower(), cls)
-        defaults = {q.name: q.default for q in inspect.signature(cls).parameters.values()}
-        for suffix, options in OPTIONS.items():
-            if all(
-                name in defaults and bool(defaults[name]) != bool(value)
-                for name, value in options.items()
-            ):
-                name = f"{public.lower()}-{suffix}"
+        plain = public.lower()
+        found[plain] = Variant(plain, cls)
+        defaults = {
+            parameter.name: parameter.default
+            for parameter in inspect.signature(cls).parameters.values()
+        }
+        for suffix, options in SUFFIXES.items():
+            if _changes(defaults, options):
+                name = f"{plain}-{suffix}"
                 found[name] = Variant(name, cls, options)
     return found
+
+
+def _changes(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether a class with these defaults takes all of the options, and each switches something."""
+    return all(
+        name in defaults and bool(defaults[name]) != bool(value) for name, value in options.items()
+    )

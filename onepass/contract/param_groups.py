@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import required
 
 from .mistakes import tell
+from .spelling import near_names
 
 UNORDERED = (
     "{}: optimizer parameters need to be organized in ordered collections, but got a set; use a "
@@ -144,7 +144,7 @@ def check_spelling(owner: str, group: Mapping[str, Any], defaults: Mapping[str, 
     for key in group:
         if key in defaults or key in ("params", "param_names"):
             continue
-        near = difflib.get_close_matches(str(key), defaults, 1, 0.8)
+        near = near_names(str(key), defaults, most=1, likeness=0.8, any_case=False)
         meant = [name for name in near if abs(len(name) - len(str(key))) < 2]
         if meant:
             tell(f"{owner}: a param group has no option {key!r}; did you mean {meant[0]!r}?")

@@ -7,12 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from ..pictures import BLUE, RED, new_figure, save, tidy_frame
 
 __all__ = ["draw"]
-
-_LOSS, _SUGGESTION = "#4477aa", "#cc3311"  # told apart by colour-blind readers too
 
 
 def draw(
@@ -25,15 +22,13 @@ def draw(
 ) -> None:
     """Draw losses, raw and smoothed, against the learning rate, and the suggested one, to the PNG
     file `path`."""
-    path = Path(path)
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1125, 675, dpi=150)
     axes = figure.subplots()
-    axes.plot(lrs, losses, color=_LOSS, alpha=0.3, linewidth=1.0, label="loss of each batch")
-    axes.plot(lrs, smoothed, color=_LOSS, linewidth=2.0, label="smoothed")
+    axes.plot(lrs, losses, color=BLUE, alpha=0.3, linewidth=1.0, label="loss of each batch")
+    axes.plot(lrs, smoothed, color=BLUE, linewidth=2.0, label="smoothed")
     axes.axvline(
         suggestion,
-        color=_SUGGESTION,
+        color=RED,
         linewidth=1.2,
         linestyle="--",
         label=f"suggested: {suggestion:g}",
@@ -42,13 +37,10 @@ def draw(
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
     axes.set_ylim(*_limits(losses, smoothed))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy_frame(axes)
     axes.legend(frameon=False, loc="best")
     axes.set_title(title)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    save(figure, Path(path))
 
 
 def _limits(losses: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:

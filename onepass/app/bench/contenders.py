@@ -1,8 +1,7 @@
-"""Who takes part in a benchmark: ours, every mode of torch's, and the memory limit, all on the same
-memory.
+"""The optimizers in a benchmark: ours and every mode of torch's, all on the same memory.
 
 All contenders update the same parameters from the same gradients, and keep their state in the same
-tensors: each touches the same pages, and a model needs its memory once, not once a contender.
+tensors. So each touches the same pages, and a model needs its memory once, not once a contender.
 """
 
 from __future__ import annotations
@@ -10,21 +9,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from functools import reduce
-from operator import add
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ... import kernel
-from ...kernel.functions import mean
-from ...kernel.graph.ir import Node, Rank, hyper, load
-from ...kernel.graph.trace import Program, bind
 from ...optimizer import Optimizer
 from ..catalog import Variant
-from ..explain.explanation import graph_of
 from .shapes import Model
 
 __all__ = [
@@ -33,39 +24,41 @@ __all__ = [
     "OURS",
     "OURS_CAPTURABLE",
     "TORCH",
-    "Limit",
     "Missing",
     "Workload",
     "make_capturable",
     "make_ours",
     "make_torch",
-    "program_of",
     "seat",
 ]
 
-OURS, LIMIT = "onepass", "memory limit"
+OURS = "onepass"
+LIMIT = "memory limit"
 # On CPU torch's default is a loop over the parameters, on a GPU it is foreach.
 TORCH: dict[str, dict[str, bool]] = {
     "default": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
 }
-# On a GPU step counts may live there, so that a step can be captured in a graph: a mode of torch's,
-# and of ours.
+# On a GPU, step counts may live there too, so that a step can be captured in a graph: one more mode
+# of torch's, and one of ours.
 MODES = {**TORCH, "capturable": {"capturable": True}}
 OURS_CAPTURABLE = "onepass capturable"
 
 
 class Missing(Exception):
-    """Why a contender cannot take part."""
+    """A contender cannot take part; the message says why."""
 
 
 class Workload:
-    """A model's parameters with gradients on one device; `columns` holds the state that all
-    contenders share."""
+    """A model's parameters with gradients on one device, and the state that contenders share.
+
+    `columns` has a list of tensors, one for each parameter, by the name of the state.
+    """
 
     def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
-        self.model, self.device = model, torch.device(device)
+        self.model = model
+        self.device = torch.device(device)
         self.params = [
             nn.Parameter(torch.full(shape, 0.5, device=device)) for shape in model.shapes
         ]
@@ -75,75 +68,84 @@ class Workload:
     def _add_gradients(self, params: list[nn.Parameter]) -> None:
         generator = torch.Generator(self.device).manual_seed(0)
         for p in params:
-            # A sparse gradient as backward leaves it: rows in any order, and not yet coalesced.
-            rows = torch.randperm(len(p), generator=generator, device=self.device)[
-                : self.model.rows
-            ]
-            shape = (len(rows), *p.shape[1:]) if self.model.rows else p.shape
-            g = torch.empty(shape, device=self.device).normal_(std=1e-2, generator=generator)
             p.grad = (
-                torch.sparse_coo_tensor(rows[None], g, p.shape, check_invariants=True)
+                self._draw_sparse(p, generator)
                 if self.model.rows
-                else g
+                else self._draw(p.shape, generator)
             )
 
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.empty(shape, device=self.device).normal_(std=1e-2, generator=generator)
+
+    def _draw_sparse(self, p: nn.Parameter, generator: torch.Generator) -> Tensor:
+        """Return a gradient as backward leaves it: slices in any order, and not yet coalesced."""
+        order = torch.randperm(len(p), generator=generator, device=self.device)
+        indices = order[: self.model.rows]
+        values = self._draw((len(indices), *p.shape[1:]), generator)
+        return torch.sparse_coo_tensor(indices[None], values, p.shape, check_invariants=True)
+
     def sample(self) -> nn.Parameter:
-        """A small parameter with a gradient such as all have here."""
+        """Return a small parameter with a gradient of the same kind as all have here."""
         p = nn.Parameter(torch.ones(2, 3, device=self.device))
         self._add_gradients([p])
         return p
 
     def groups(self) -> list[Any]:
-        """Fresh param groups, or the parameters themselves where one group is all."""
+        """Return new param groups of different lr, or the parameters if there is only one group.
+
+        Example: 1000 tensors in 400 groups are cut at 0, 2, 5, 7, 10, ...
+        """
         count = self.model.groups
         if count == 1:
             return list(self.params)
-        cuts = [len(self.params) * i // count for i in range(count + 1)]
-        lrs = [1e-3 * (1 + i / count) for i in range(count)]
-        return [
-            {"params": self.params[a:b], "lr": lr}
-            for a, b, lr in zip(cuts, cuts[1:], lrs, strict=False)
-        ]
+        groups = []
+        for index in range(count):
+            begin = len(self.params) * index // count
+            end = len(self.params) * (index + 1) // count
+            groups.append({"params": self.params[begin:end], "lr": 1e-3 * (1 + index / count)})
+        return groups
 
     def share_state(
         self, optimizer: torch.optim.Optimizer, template: dict[str, Any], like: Tensor
     ) -> None:
-        """Give `optimizer` the state that `template` is for the parameter `like`, its columns being
-        the shared ones.
+        """Give `optimizer` state in the shared tensors.
 
-        State of other shapes (factored, blocked) cannot be shared: then nothing is given, and the
-        step makes its own.
+        `template` is the state that it makes for a parameter like `like`. State of another shape
+        than its parameter's (factored, blocked) cannot be shared: then nothing is given, and the
+        first step makes it.
         """
-        columns = {
+        names = {
             name
             for name, value in template.items()
             if isinstance(value, Tensor) and value.shape == like.shape
         }
-        rest = {name: value for name, value in template.items() if name not in columns}
+        rest = {name: value for name, value in template.items() if name not in names}
         if any(isinstance(value, Tensor) and value.numel() != 1 for value in rest.values()):
             return
-        for name in columns - self.columns.keys():
+        for name in names - self.columns.keys():
             self.columns[name] = [
                 torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.params
             ]
-        if template:
-            for i, p in enumerate(self.params):
-                own = {
-                    name: self.columns[name][i] if name in columns else copy.deepcopy(rest[name])
-                    for name in template
-                }
-                optimizer.state[p] = own
+        if not template:
+            return
+        for index, p in enumerate(self.params):
+            state = {}
+            # In the template's order, which state dicts keep.
+            for name in template:
+                shared = name in names
+                state[name] = self.columns[name][index] if shared else copy.deepcopy(rest[name])
+            optimizer.state[p] = state
 
 
 def make_ours(variant: Variant, params: list[Any], **options: Any) -> Optimizer:
-    """Our optimizer of this variant, with further options."""
+    """Return our optimizer of this variant, with further options."""
     return variant.cls(params, **variant.options, **options)  # type: ignore[call-arg]
 
 
 def make_capturable(variant: Variant, params: list[Any]) -> Optimizer:
-    """Our optimizer with its step counts on the device."""
+    """Return our optimizer with its step counts on the device."""
     optimizer = make_ours(variant, params)
-    # As torch's, not all classes have it as an argument; every group may have it.
+    # Not all classes take it as an argument, torch's neither; every group may have it.
     for group in optimizer.param_groups:
         group["capturable"] = True
     return optimizer
@@ -152,18 +154,20 @@ def make_capturable(variant: Variant, params: list[Any]) -> Optimizer:
 def make_torch(
     variant: Variant, params: list[Any], mode: str, **options: Any
 ) -> torch.optim.Optimizer:
-    """torch's optimizer of the same name in one of its modes; raises `Missing` where there is
-    none."""
+    """Return torch's optimizer of the same name in one of its `MODES`.
+
+    Raises `Missing` if torch has no such class, mode or option, or refuses it.
+    """
     name = variant.cls.__name__
-    theirs = getattr(torch.optim, name, None)
-    if theirs is None:
+    cls = getattr(torch.optim, name, None)
+    if cls is None:
         raise Missing(f"torch has no {name}")
-    known = inspect.signature(theirs).parameters
+    known = inspect.signature(cls).parameters
     for key in (*MODES[mode], *variant.options):
         if key not in known:
             raise Missing(f"torch's {name} has no {key}")
     try:
-        return theirs(params, **variant.options, **options, **MODES[mode])
+        return cls(params, **variant.options, **options, **MODES[mode])
     except (RuntimeError, ValueError) as error:
         raise Missing(f"torch's {name}: {error}") from error
 
@@ -171,9 +175,9 @@ def make_torch(
 def seat(
     workload: Workload, make: Callable[[list[Any]], torch.optim.Optimizer]
 ) -> torch.optim.Optimizer:
-    """An optimizer of the workload's parameters that keeps its state in the shared tensors.
+    """Return an optimizer of the workload's parameters that keeps its state in the shared tensors.
 
-    Raises `Missing` where it does not take such gradients.
+    Raises `Missing` if it does not take such gradients.
     """
     like = workload.sample()
     sample = make([like])
@@ -184,65 +188,3 @@ def seat(
     optimizer = make(workload.groups())
     workload.share_state(optimizer, dict(sample.state.get(like, {})), like)
     return optimizer
-
-
-def program_of(variant: Variant, dimensions: int = 2) -> Program:
-    """The program that our optimizer runs on float32 tensors of so many dimensions."""
-    graph = graph_of(make_ours(variant, [nn.Parameter(torch.zeros([1] * dimensions))]))
-    return bind(graph, tuple((name, "float32") for name in ("g", "p", *graph.state)))
-
-
-class Limit:
-    """The same walks over the same memory with almost no arithmetic.
-
-    A pass that writes makes each written column itself plus zero times the others; one that only
-    reads adds up what it reads. They go through the same compiler and the same launch as the
-    optimizer's own program. What they do not do is the work of a step outside of the kernel, checks
-    and hyper-parameters, and what has one value a row or a column.
-    """
-
-    def __init__(self, program: Program) -> None:
-        """Raises `Missing` where functions of whole matrices take most of the time."""
-        if program.calls:
-            raise Missing("a step is bound by products of matrices, not by memory")
-        graph = _streams(program)
-        formats = {c.name: c.format.name for c in program.columns}
-        self.kernel = kernel.compile(graph, tuple((name, formats[name]) for name in graph.columns))
-        self.program = self.kernel.program
-
-    def place(self, workload: Workload) -> Callable[[], None]:
-        """The launch over a workload's tensors."""
-        columns: dict[str, list[Any]] = {
-            "p": workload.params,
-            "g": [p.grad for p in workload.params],
-        }
-        columns |= workload.columns
-        tensors = [columns[c.name] for c in self.program.columns]
-        pointers = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.uint64)
-        work = self.kernel.split(np.array([p.numel() for p in workload.params]))
-        launch = self.kernel.prepare(pointers, work, np.zeros(len(workload.params), np.int64), 1)
-        launch.leaves[:] = 0.0
-        return lambda: launch.run(torch.get_num_threads())
-
-
-def _streams(program: Program) -> kernel.Graph:
-    """What only reads and writes the elements that a program's passes read and write, pass after
-    pass."""
-    before: Node | None = None
-    outputs: list[tuple[str, Node]] = []
-    for one in program.passes:
-        if one.domain != Rank.ELEMENT:
-            continue
-        written = [name for name, _ in one.stores]
-        read = [
-            load(str(n.attr)) for n in one.loads if n.rank == Rank.ELEMENT and n.attr not in written
-        ]
-        # Each pass needs what the one before it has summed up, so that they remain as many.
-        values = [*([] if before is None else [before]), *read]
-        if written:
-            nothing = reduce(add, (value * hyper("zero") for value in values))
-            outputs += [(name, load(name) + nothing) for name in written]
-        else:
-            before = mean(reduce(add, values))
-    names = tuple(c.name for c in program.columns if c.rank == Rank.ELEMENT)
-    return kernel.Graph("limit", names, tuple(outputs))

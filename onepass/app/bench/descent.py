@@ -1,5 +1,4 @@
-"""Steps with a closure, on a loss that costs next to nothing: what is timed is the optimizer
-alone."""
+"""Steps with a closure, on a loss that costs almost nothing: only the optimizer is timed."""
 
 from __future__ import annotations
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from .gpu import Gpu
 from .shapes import Model
 
-__all__ = ["OPTIONS", "Descent"]
+__all__ = ["LBFGS_OPTIONS", "TimedDescent"]
 
-# Each step has its 20 iterations: nothing ends it before, and a few hundred more would not reach
-# the minimum.
-OPTIONS: dict[str, Any] = {
+# Each step has its 20 iterations: nothing ends it before, and it does not reach the minimum, which
+# a few hundred more would not either.
+LBFGS_OPTIONS: dict[str, Any] = {
     "history_size": 10,
     "max_iter": 20,
     "tolerance_grad": 0.0,
@@ -28,14 +27,15 @@ OPTIONS: dict[str, Any] = {
 CURVATURE = 1e3
 
 
-class Descent:
-    r"""An optimizer that minimizes $\frac12 \sum_i a_i (\theta_i - c_i)^2$ over a model's
-    parameters.
+class TimedDescent:
+    r"""An optimizer that minimizes $\frac12 \sum_i a_i (\theta_i - c_i)^2$ over a model's tensors.
 
     Parameters and gradients are views of two vectors, so that loss and gradient are four
-    operations, however many tensors there are; the time that they take is left out. All begin at
-    one place and compute alike, so that the n-th step of one is the same work as that of another;
-    `evaluations` says how often the last step called its closure.
+    operations, however many tensors there are; their time is left out. All descents begin at one
+    point and compute alike, so that the n-th steps of two of them are the same work.
+
+    Attributes: `params`, `optimizer`, and `minimum`, the point c; `evaluations` says how often the
+    last step called its closure, and `seconds` how long that took.
     """
 
     def __init__(
@@ -44,33 +44,42 @@ class Descent:
         make: Callable[[list[Any]], torch.optim.Optimizer],
         gpu: Gpu | None = None,
     ) -> None:
-        sizes = [math.prod(shape) for shape in model.shapes]
         device = torch.device("cpu") if gpu is None else gpu.device
         generator = torch.Generator(device).manual_seed(0)
-        self.minimum = torch.randn(sum(sizes), generator=generator, device=device)
-        self.curvature = torch.logspace(0, math.log10(CURVATURE), sum(sizes), device=device)
-        self.place, self.gradient, self.distance = (
-            torch.zeros(sum(sizes), device=device) for _ in range(3)
-        )
-        parts = zip(self.place.split(sizes), self.gradient.split(sizes), model.shapes, strict=True)
-        self.params = []
-        for values, gradient, shape in parts:
-            p = nn.Parameter(values.view(shape))
-            p.grad = gradient.view(shape)
-            self.params.append(p)
+        count = model.parameters
+        self.minimum = torch.randn(count, generator=generator, device=device)
+        self.curvature = torch.logspace(0, math.log10(CURVATURE), count, device=device)
+        self._point = torch.zeros(count, device=device)
+        self._gradient = torch.zeros(count, device=device)
+        self._distance = torch.zeros(count, device=device)
+        self.params = self._view(model)
         self.optimizer: Any = make(self.params)
-        # On a GPU a time means something only where the device has nothing to do.
+        self.evaluations = 0
+        self.seconds = 0.0
+        # On a GPU a time means something only if the device has nothing to do.
         self._wait = (lambda: None) if gpu is None else gpu.synchronize
-        self.evaluations, self.seconds = 0, 0.0
+
+    def _view(self, model: Model) -> list[nn.Parameter]:
+        """Return parameters in the shapes of the model: views of the point, with gradients."""
+        sizes = [math.prod(shape) for shape in model.shapes]
+        points = self._point.split(sizes)
+        gradients = self._gradient.split(sizes)
+        params = []
+        for point, gradient, shape in zip(points, gradients, model.shapes, strict=True):
+            p = nn.Parameter(point.view(shape))
+            p.grad = gradient.view(shape)
+            params.append(p)
+        return params
 
     def time_step(self) -> float:
-        """Seconds of a step that finds a full history, without those in which loss and gradient are
-        computed."""
+        """Return the seconds of a step that finds a full history, without those of its closure."""
         self.optimizer.state.clear()
         with torch.no_grad():
-            self.place.zero_()
+            self._point.zero_()
+        # The first step fills the history.
         self.optimizer.step(self._evaluate)
-        self.evaluations, self.seconds = 0, 0.0
+        self.evaluations = 0
+        self.seconds = 0.0
         self._wait()
         start = time.perf_counter()
         self.optimizer.step(self._evaluate)
@@ -79,11 +88,12 @@ class Descent:
 
     @torch.no_grad()
     def _evaluate(self) -> Tensor:
+        """Return the loss at the current point, and leave its gradient in the parameters'."""
         self._wait()
         start = time.perf_counter()
-        torch.sub(self.place, self.minimum, out=self.distance)
-        torch.mul(self.distance, self.curvature, out=self.gradient)
-        loss = 0.5 * self.gradient.dot(self.distance)
+        torch.sub(self._point, self.minimum, out=self._distance)
+        torch.mul(self._distance, self.curvature, out=self._gradient)
+        loss = 0.5 * self._gradient.dot(self._distance)
         self._wait()
         self.evaluations += 1
         self.seconds += time.perf_counter() - start

@@ -1,14 +1,13 @@
-"""A GPU as a place of measurement: times on the device and on the host, its memory's speed, what a
-step adds to it.
+"""Measurements on a GPU: times on the device and on the host, its memory's speed, what a step adds.
 
-A step's call returns before the device has worked. So three times are taken, none of which is
-another's part:
+A step's call returns before the device has worked. So three times are taken. None of them is a part
+of another:
 
 - **host**: from the call to its return, with an empty queue;
 - **wall**: from the call until the device has finished, with an empty queue;
 - **device**: between two events around the step, while a spinning kernel holds the queue back until
-  the host has queued all of it: work and gaps on the device, and nothing of the host's. Its cache
-  has been overwritten before.
+  the host has queued all of it. These are work and gaps on the device, and nothing of the host's.
+  The device's cache has been overwritten before.
 
 In a training loop the host runs ahead of the device: a step takes the longer of host and device.
 """
@@ -31,17 +30,19 @@ from .suite import BenchError
 
 __all__ = ["Gpu", "Sample", "condense", "find_gpu"]
 
-# How long the queue is held back: the step's own host time, with this much room, at most this many
+# The queue is held back for the step's own host time, with this much room, at most this many
 # seconds.
-ROOM, LONGEST_HOLD = 1.5, 0.2
-# What overwrites the cache is several times as large as any cache is, and as the device says that
-# its own is.
-CACHE_TIMES, FLUSH_BYTES = 4, 1 << 28
+ROOM = 1.5
+LONGEST_HOLD = 0.2
+# What overwrites the cache has at least this many bytes, and this many times those of the cache.
+FLUSH_BYTES = 1 << 28
+CACHE_TIMES = 4
+# What a copy moves to measure the memory's speed.
 COPY_BYTES = 1 << 31
 
 
 class Sample(NamedTuple):
-    """Seconds of one step, see above."""
+    """Seconds of one step: on the device, on the host, and of both one after the other."""
 
     device: float
     host: float
@@ -49,11 +50,13 @@ class Sample(NamedTuple):
 
 
 def condense(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Medians in ms, each of its own; `median_ms` and `min_ms` are the longer of host and
-    device."""
-    device, host, wall = (
-        [1e3 * value for value in values] for values in zip(*samples, strict=True)
-    )
+    """Return each time's median, in ms; `median_ms` and `min_ms` are the longer of host and device.
+
+    In a training loop the two run at the same time, so that a step takes the longer one.
+    """
+    device = [1e3 * sample.device for sample in samples]
+    host = [1e3 * sample.host for sample in samples]
+    wall = [1e3 * sample.wall for sample in samples]
     return {
         "median_ms": max(statistics.median(device), statistics.median(host)),
         "min_ms": max(min(device), min(host)),
@@ -65,8 +68,10 @@ def condense(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU of that name, as `cuda` or `cuda:1`; None for the CPU. Raises `BenchError` where
-    there is none."""
+    """Return the GPU of this name, such as `cuda` or `cuda:1`; None for the CPU.
+
+    Raises `BenchError` if there is none, or if onepass has no kernels for it.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -75,6 +80,17 @@ def find_gpu(name: str) -> Gpu | None:
         ) from None
     if device.type == "cpu":
         return None
+    _check_device(name, device)
+    device = torch.device("cuda", device.index or 0)
+    reason = kernel.why_no_kernels(device)
+    if reason:
+        raise BenchError(f"onepass cannot be measured on {name}: {reason}.")
+    torch.cuda.set_device(device)
+    return Gpu(device)
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    """Raise `BenchError` unless torch has this CUDA device."""
     if device.type != "cuda":
         raise BenchError(
             f"steps are measured on cpu and cuda devices, not on {device.type}: choose one of them."
@@ -90,21 +106,16 @@ def find_gpu(name: str) -> Gpu | None:
             f"there is no {name}: this machine has {count} GPU{'s' * (count > 1)}, counted from "
             "cuda:0."
         )
-    device = torch.device("cuda", device.index or 0)
-    why = kernel.why_no_kernels(device)
-    if why:
-        raise BenchError(f"onepass cannot be measured on {name}: {why}.")
-    torch.cuda.set_device(device)
-    return Gpu(device)
 
 
 class Gpu:
-    """One device, and the module that speaks to it: `torch.cuda`, or what stands for it where there
-    is none."""
+    """One device, and the module that speaks to it: `torch.cuda`, or a stand-in for it in tests."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
-        self.device, self.cuda = device, cuda
-        self._start, self._end = (cuda.Event(enable_timing=True) for _ in range(2))
+        self.device = device
+        self.cuda = cuda
+        self._start = cuda.Event(enable_timing=True)
+        self._end = cuda.Event(enable_timing=True)
 
     def __str__(self) -> str:
         return str(self.device)
@@ -114,11 +125,11 @@ class Gpu:
         self.cuda.synchronize(self.device)
 
     def free_memory(self) -> int:
-        """Bytes that can be allocated."""
+        """Return the bytes that can still be allocated."""
         return self.cuda.mem_get_info(self.device)[0]
 
     def timer(self, step: Callable[[], Any]) -> Callable[[], Sample]:
-        """What takes two steps, one for the host's times and one for the device's."""
+        """Return a function that takes two steps: one to time the host, one to time the device."""
 
         def take() -> Sample:
             self.synchronize()
@@ -132,8 +143,10 @@ class Gpu:
         return take
 
     def time_on_device(self, step: Callable[[], Any], hold: float = 0.0) -> float:
-        """Seconds between events before and after a step, in a queue that is held back for `hold`
-        seconds."""
+        """Return the seconds between events before and after a step.
+
+        The queue is held back for `hold` seconds, so that the host can fill it.
+        """
         self.synchronize()
         self._flush.zero_()
         if hold:
@@ -146,20 +159,19 @@ class Gpu:
 
     @cached_property
     def _flush(self) -> torch.Tensor:
-        """What is overwritten before a step, so that nothing of the step's memory is in the
-        cache."""
-        cache = getattr(self.cuda.get_device_properties(self.device), "L2_cache_size", 0)
-        return torch.empty(
-            max(CACHE_TIMES * cache, self._size(FLUSH_BYTES)), dtype=torch.int8, device=self.device
-        )
+        """A tensor that is overwritten before a step, to empty the cache of the step's own."""
+        properties = self.cuda.get_device_properties(self.device)
+        cache_bytes = getattr(properties, "L2_cache_size", 0)
+        size = max(CACHE_TIMES * cache_bytes, self._limit_bytes(FLUSH_BYTES))
+        return torch.empty(size, dtype=torch.int8, device=self.device)
 
-    def _size(self, most: int) -> int:
-        """So many bytes, or fewer where memory is short."""
+    def _limit_bytes(self, most: int) -> int:
+        """Return `most` bytes, or fewer if memory is short."""
         return min(most, self.free_memory() // 16)
 
     @cached_property
     def _cycles_per_second(self) -> float:
-        """How fast the kernel spins that holds the queue back."""
+        """How fast the kernel spins that holds the queue back: cycles a second."""
         cycles = 1_000_000
         times = []
         for _ in range(5):
@@ -172,14 +184,16 @@ class Gpu:
 
     @cached_property
     def bandwidth(self) -> dict[str, float]:
-        """GB/s of torch's copy and of its update in place, read and written bytes counted; the best
-        of several."""
-        a, b = (torch.ones(self._size(COPY_BYTES) // 4, device=self.device) for _ in range(2))
+        """GB/s of torch's copy and of its update in place: read and written bytes, best of ten."""
+        count = self._limit_bytes(COPY_BYTES) // 4
+        a = torch.ones(count, device=self.device)
+        b = torch.ones(count, device=self.device)
 
         def rate(step: Callable[[], Any]) -> float:
             for _ in range(3):
                 step()
-            return 2 * a.nbytes / min(self.time_on_device(step) for _ in range(10)) / 1e9
+            best = min(self.time_on_device(step) for _ in range(10))
+            return 2 * a.nbytes / best / 1e9
 
         return {
             "copy_gigabytes_per_second": rate(lambda: b.copy_(a)),
@@ -187,24 +201,24 @@ class Gpu:
         }
 
     def limit(self, bytes_per_parameter: Sequence[int], parameters: int) -> dict[str, Any]:
-        """The time in which a copy moves the bytes that a step reads and writes."""
+        """Return the time in which a copy moves the bytes that a step reads and writes."""
         rate = self.bandwidth["copy_gigabytes_per_second"]
         ms = sum(bytes_per_parameter) * parameters / rate / 1e6
         return {"median_ms": ms, "min_ms": ms, "steps": 0}
 
     def allocated(self) -> int:
-        """Bytes of all tensors that there are now."""
+        """Return the bytes of all tensors that there are now."""
         return self.cuda.memory_allocated(self.device)
 
     def peak_of(self, step: Callable[[], Any]) -> int:
-        """The most bytes that tensors had at any moment of a step."""
+        """Return the most bytes that tensors have at any moment of a step."""
         self.cuda.reset_peak_memory_stats(self.device)
         step()
         self.synchronize()
         return self.cuda.max_memory_allocated(self.device)
 
     def describe(self) -> dict[str, Any]:
-        """The device, its memory, its driver, and the versions of what compiles for it."""
+        """Return the device, its memory, its driver, and the versions of what compiles for it."""
         properties = self.cuda.get_device_properties(self.device)
         return {
             "name": properties.name,
@@ -221,19 +235,26 @@ class Gpu:
 
 @cache
 def _driver() -> str | None:
-    """The driver's version, as nvidia-smi or the driver itself says it."""
+    """Return the driver's version, as nvidia-smi or the driver itself says it."""
+    return _driver_from_tool() or _driver_from_kernel()
+
+
+def _driver_from_tool() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.splitlines()
-        return said[0].strip() or None
-    except (OSError, subprocess.SubprocessError, IndexError):
-        pass
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = done.stdout.splitlines()
+    return (lines[0].strip() or None) if lines else None
+
+
+def _driver_from_kernel() -> str | None:
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
     except OSError:
         return None
+    # Such as 570.86.15.
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), None)
 
 

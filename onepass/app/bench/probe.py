@@ -1,12 +1,11 @@
-"""What only a fresh process can tell about an optimizer: its first step, and the peak of memory of
-a later one.
+"""What only a fresh process can tell about an optimizer: its first step, and a peak of memory.
 
     python -m onepass.app.bench.probe MODEL OPTIMIZER CONTENDER THREADS [DEVICE]
 
-prints one line of JSON. The peak is the kernel's own high-water mark of resident memory (VmHWM, set
-back through /proc/self/clear_refs), so that it holds whatever allocates: torch, NumPy, LLVM or
-Python. Memory that malloc keeps for later would hide a temporary tensor, so it is given back to the
-system before. None where the system has no such mark.
+prints one line of JSON. The peak is that of a later step: the kernel's own high-water mark of
+resident memory (VmHWM, set back through /proc/self/clear_refs). It holds whatever allocates: torch,
+NumPy, LLVM or Python. Memory that malloc keeps for later would hide a temporary tensor, so it is
+given back to the system before. It is None if the system has no such mark.
 
 On a GPU the peak is torch's count of the device's memory, above parameters, gradients and state:
 what a step takes for a while, and what it keeps.
@@ -35,66 +34,77 @@ from .shapes import MODELS
 __all__ = ["peak_megabytes", "probe"]
 
 STATUS = Path("/proc/self/status")
+CLEAR_MARKS = Path("/proc/self/clear_refs")
 
 
 def probe(model: str, optimizer: str, contender: str, gpu: Gpu | None = None) -> dict[str, Any]:
-    """The first step (optimizer's construction included), what its state alone costs, and a later
-    step's peak."""
-    workload, variant = (
-        Workload(MODELS[model], "cpu" if gpu is None else gpu.device),
-        find_variant(optimizer),
-    )
+    """Return the times of the first step and of its state, the state's bytes, and a step's peak.
+
+    `first_ms` includes the construction of the optimizer, `state_ms` is what only allocating such
+    state takes, `peak_mb` is in 10^6 bytes.
+    """
+    workload = Workload(MODELS[model], "cpu" if gpu is None else gpu.device)
+    variant = find_variant(optimizer)
     groups = workload.groups()
     wait = (lambda: None) if gpu is None else gpu.synchronize
     wait()
     before = 0 if gpu is None else gpu.allocated()
+
     start = time.perf_counter()
-    made = (
-        make_ours(variant, groups) if contender == OURS else make_torch(variant, groups, contender)
-    )
+    if contender == OURS:
+        made = make_ours(variant, groups)
+    else:
+        made = make_torch(variant, groups, contender)
     made.step()
     wait()
-    first = time.perf_counter() - start
-    state = [
-        value
-        for entry in made.state.values()
-        for value in entry.values()
-        if isinstance(value, Tensor)
-    ]
+    first_seconds = time.perf_counter() - start
+
+    state = _tensors_of(made)
     if gpu is None:
         peak = peak_megabytes(made.step)
     else:
-        there = sum(value.nbytes for value in state if value.device == gpu.device)
-        peak = max(0, gpu.peak_of(made.step) - before - there) / 1e6
-    allocation = _time_allocation([value for value in state if value.numel() > 1], wait)
+        on_device = sum(tensor.nbytes for tensor in state if tensor.device == gpu.device)
+        peak = max(0, gpu.peak_of(made.step) - before - on_device) / 1e6
+    state_seconds = _time_allocation([tensor for tensor in state if tensor.numel() > 1], wait)
     return {
-        "first_ms": 1e3 * first,
-        "state_ms": 1e3 * allocation,
-        "state_bytes": sum(value.nbytes for value in state),
+        "first_ms": 1e3 * first_seconds,
+        "state_ms": 1e3 * state_seconds,
+        "state_bytes": sum(tensor.nbytes for tensor in state),
         "peak_mb": peak,
     }
 
 
+def _tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all tensors in an optimizer's state."""
+    return [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+
+
 def _time_allocation(like: list[Tensor], wait: Callable[[], Any]) -> float:
-    """Seconds to allocate such tensors and to write to them once: the system maps their pages at
-    the first write."""
+    """Return the seconds to allocate such tensors and to write to them once.
+
+    The system maps their pages at the first write.
+    """
     start = time.perf_counter()
-    fresh = [torch.zeros_like(t) for t in like]
-    for t in fresh:
-        t.zero_()
+    fresh = [torch.zeros_like(tensor) for tensor in like]
+    for tensor in fresh:
+        tensor.zero_()
     wait()
     return time.perf_counter() - start
 
 
 def peak_megabytes(step: Callable[[], Any]) -> float | None:
-    """How far resident memory rises above its level before, at any moment of a step; in 10^6
-    bytes."""
+    """Return how far resident memory rises during a step, in 10^6 bytes; None if unknown."""
     step()
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        CLEAR_MARKS.write_text("5", encoding="ascii")
         before = _status("VmRSS")
         step()
         return (_status("VmHWM") - before) / 1e6
@@ -103,10 +113,18 @@ def peak_megabytes(step: Callable[[], Any]) -> float | None:
 
 
 def _status(name: str) -> int:
+    """Return the bytes that the system reports under a name such as VmRSS."""
     fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
     return 1024 * int(fields[name].split()[0])
 
 
+def main() -> None:
+    """Probe what the command line names, and print what was found as JSON."""
+    model, optimizer, contender, threads, *device = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    gpu = find_gpu(device[0] if device else "cpu")
+    print(json.dumps(probe(model, optimizer, contender, gpu)))
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[4]))
-    print(json.dumps(probe(*sys.argv[1:4], gpu=find_gpu(*sys.argv[5:] or ["cpu"]))))
+    main()

@@ -1,5 +1,4 @@
-"""Lists of parameter shapes: of real models, and of the extremes between many small tensors and few
-large ones."""
+"""Lists of parameter shapes: of real models, of many small tensors, and of a few large ones."""
 
 from __future__ import annotations
 
@@ -14,10 +13,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Model:
-    """What an optimizer sees of a model: its parameters' shapes, in `groups` param groups of
-    different lr.
+    """What an optimizer sees of a model: shapes, in `groups` param groups of different lr.
 
-    Where `rows` is not 0, gradients are sparse, with so many rows each.
+    If `rows` is not 0, each gradient is sparse and has this many rows of its parameter.
     """
 
     name: str
@@ -28,11 +26,12 @@ class Model:
 
     @property
     def shapes(self) -> list[Shape]:
+        """The shapes of all parameters, in order."""
         return self.list_shapes()
 
     @property
     def parameters(self) -> int:
-        """How many numbers all tensors hold."""
+        """How many numbers all tensors hold together."""
         return sum(map(math.prod, self.shapes))
 
 
@@ -46,50 +45,48 @@ def _gpt2() -> list[Shape]:
     norm = [(width,), (width,)]
     attention = [(width, 3 * width), (3 * width,), (width, width), (width,)]
     mlp = [(width, hidden), (hidden,), (hidden, width), (width,)]
-    return [(50257, width), (1024, width), *[*norm, *attention, *norm, *mlp] * 12, *norm]
+    block = [*norm, *attention, *norm, *mlp]
+    return [(50257, width), (1024, width), *block * 12, *norm]
 
 
 def _resnet50() -> list[Shape]:
     def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
-        return [
-            (outputs, inputs, size, size),
-            (outputs,),
-            (outputs,),
-        ]  # with its batch norm's weight and bias
+        weight = (outputs, inputs, size, size)
+        norm = [(outputs,), (outputs,)]
+        return [weight, *norm]
 
     shapes = convolution(64, 3, 7)
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += [
-                *convolution(width, inputs, 1),
-                *convolution(width, width, 3),
-                *convolution(4 * width, width, 1),
-            ]
+            shapes += convolution(width, inputs, 1)
+            shapes += convolution(width, width, 3)
+            shapes += convolution(4 * width, width, 1)
             if block == 0:
                 shapes += convolution(4 * width, inputs, 1)
             inputs = 4 * width
     return [*shapes, (1000, inputs), (1000,)]
 
 
-def _llama_1b() -> list[Shape]:
-    vocabulary, width, hidden, keys, layers = 32000, 2048, 5632, 256, 22
+def _llama_block(width: int, hidden: int, keys: int) -> list[Shape]:
+    """Return the shapes of one block; `keys` is the width of all its keys together."""
     attention = [(width, width), (keys, width), (keys, width), (width, width)]
     mlp = [(hidden, width), (hidden, width), (width, hidden)]
-    return [
-        (vocabulary, width),
-        *[*attention, *mlp, (width,), (width,)] * layers,
-        (width,),
-        (vocabulary, width),
-    ]
+    norms = [(width,), (width,)]
+    return [*attention, *mlp, *norms]
+
+
+def _llama_1b() -> list[Shape]:
+    embedding = (32000, 2048)
+    block = _llama_block(width=2048, hidden=5632, keys=256)
+    return [embedding, *block * 22, (2048,), embedding]
 
 
 def _llama3_1b() -> list[Shape]:
-    vocabulary, width, hidden, keys, layers = 128256, 2048, 8192, 512, 16
-    attention = [(width, width), (keys, width), (keys, width), (width, width)]
-    mlp = [(hidden, width), (hidden, width), (width, hidden)]
-    # The embedding is the output's matrix, too.
-    return [(vocabulary, width), *[*attention, *mlp, (width,), (width,)] * layers, (width,)]
+    # The embedding is also the matrix of the output.
+    embedding = (128256, 2048)
+    block = _llama_block(width=2048, hidden=8192, keys=512)
+    return [embedding, *block * 16, (2048,)]
 
 
 MODELS: dict[str, Model] = {

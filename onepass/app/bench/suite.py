@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 
-from ..catalog import CLOSURE, Variant, find_variant, nearest
+from ...kernel.graph.ir import Rank
+from ..catalog import CLOSURE, Variant, find_variant, nearest, optimizers
+from .limit import program_of
 from .shapes import MODELS, Model
 
-__all__ = ["EVERY", "SUITE", "BenchError", "Cell", "choose"]
+__all__ = [
+    "SUITE",
+    "BenchError",
+    "Cell",
+    "choose",
+    "every",
+    "list_elementwise",
+    "list_elementwise_classes",
+]
 
-ELEMENTWISE = (
-    "sgd",
-    "sgd-momentum",
-    "asgd",
-    "adagrad",
-    "rmsprop",
-    "rmsprop-centered-momentum",
-    "adadelta",
-    "adam",
-    "adam-amsgrad",
-    "adamw",
-    "adamax",
-    "nadam",
-    "radam",
-    "rprop",
-)
-EVERY = (*ELEMENTWISE, "adafactor", "muon", "sparseadam", "lbfgs", "lbfgs-wolfe")
+# What is measured if nothing is named.
 SUITE = (
     "sgd-momentum",
     "adamw",
@@ -37,8 +32,11 @@ SUITE = (
     "sparseadam",
     "lbfgs-wolfe",
 )
-# Where an optimizer is measured unless models are named: these, or by its class those for which it
-# is made.
+# Variants that move other bytes than their classes do by default. With `--all` they are measured
+# beside every class of the catalog.
+VARIANTS = ("sgd-momentum", "rmsprop-centered-momentum", "adam-amsgrad", "lbfgs-wolfe")
+
+# Unless models are named, an optimizer is measured on these, or on those made for its class.
 USUAL_MODELS = ("big", "gpt2", "small", "tiny", "groups")
 USUAL_ON_GPU = ("gpt2", "llama3-1b", "small", "groups100")
 MODELS_OF = {
@@ -46,8 +44,8 @@ MODELS_OF = {
     "Muon": ("matrices",),
     "SparseAdam": ("embedding-1m", "embedding-10k"),
 }
-# A process for each contender takes long: a suite starts them where the first step and the peak say
-# most.
+# A process for each contender takes long. A suite starts them where the first step and the peak of
+# memory say most.
 FRESH = {
     (model, name)
     for model in ("gpt2", "tiny")
@@ -68,49 +66,104 @@ class Cell:
     fresh: bool
 
 
+# --- what there is --------------------------------------------------------------------------------
+
+
+def every() -> list[str]:
+    """Return the names of all classes of the catalog, each followed by its measured variants."""
+    names = []
+    for class_name in optimizers():
+        plain = class_name.lower()
+        names.append(plain)
+        names += [variant for variant in VARIANTS if variant.startswith(f"{plain}-")]
+    return names
+
+
+@cache
+def list_elementwise() -> tuple[str, ...]:
+    """Return the names of those in `every` whose step is one pass, with no value above an element.
+
+    Memory bounds their steps, so that goals for them are shares of the memory limit.
+    """
+    return tuple(name for name in every() if _is_elementwise(find_variant(name)))
+
+
+def _is_elementwise(variant: Variant) -> bool:
+    if variant.demand:
+        return False
+    program = program_of(variant)
+    if program.calls or len(program.passes) != 1:
+        return False
+    pass_ = program.passes[0]
+    return pass_.domain == Rank.ELEMENT and not (pass_.reductions or pass_.sums)
+
+
+@cache
+def list_elementwise_classes() -> tuple[str, ...]:
+    """Return the class names of `list_elementwise`, each once."""
+    names = (find_variant(name).cls.__name__ for name in list_elementwise())
+    return tuple(dict.fromkeys(names))
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
 def choose(
-    models: str | None, optimizers: str | None, every: bool = False, gpu: bool = False
+    models: str | None, optimizers: str | None, every_one: bool = False, gpu: bool = False
 ) -> list[Cell]:
-    """What to measure, from names with commas between them; where None is given the suite's, or
-    with `every` all.
+    """Return what to measure, from names with commas between them.
 
-    On a GPU the suite has other models.
+    None stands for the suite's models or optimizers; with `every_one`, for all optimizers. On a GPU
+    the suite has other models.
 
-    Raises `UnknownName` for a name that means nothing, `BenchError` for one that goes with none of
+    Raises `UnknownName` for a name that means nothing, and `BenchError` for one that fits none of
     the others.
     """
-    named = models is not None, optimizers is not None
-    known = (
-        list(MODELS)
-        if models is None
-        else [_find_model(name.strip()).name for name in models.split(",")]
-    )
-    names = (
-        (EVERY if every else SUITE)
-        if optimizers is None
-        else [name.strip() for name in optimizers.split(",")]
-    )
-    variants = [find_variant(name) for name in names]
-    usual = known if named[0] else USUAL_ON_GPU if gpu else USUAL_MODELS
+    model_names = list(MODELS)
+    if models is not None:
+        model_names = [_find_model(name.strip()).name for name in models.split(",")]
+    if optimizers is not None:
+        variant_names = [name.strip() for name in optimizers.split(",")]
+    else:
+        variant_names = every() if every_one else list(SUITE)
+    variants = [find_variant(name) for name in variant_names]
+
+    usual: Collection[str] = USUAL_ON_GPU if gpu else USUAL_MODELS
+    if models is not None:
+        usual = model_names
+    both_named = models is not None and optimizers is not None
     cells = []
-    for model in map(MODELS.__getitem__, known):
+    for model_name in model_names:
+        model = MODELS[model_name]
         for variant in variants:
-            if not misfit(model, variant) and (all(named) or _is_usual(model, variant, usual)):
-                fresh = variant.demand != CLOSURE and (
-                    all(named) or (model.name, variant.name) in FRESH
-                )
-                cells.append(Cell(model, variant, fresh))
-    for name in known if named[0] else ():
-        if name not in {cell.model.name for cell in cells}:
-            raise BenchError(
-                f"{misfit(MODELS[name], variants[0])}: choose another --model or --optimizer."
-            )
-    for variant in variants if named[1] else ():
-        if variant not in [cell.variant for cell in cells]:
-            raise BenchError(
-                f"{misfit(MODELS[known[0]], variant)}: choose another --model or --optimizer."
-            )
+            if misfit(model, variant) or not (both_named or _is_usual(model, variant, usual)):
+                continue
+            is_fresh = both_named or (model.name, variant.name) in FRESH
+            cells.append(Cell(model, variant, is_fresh and variant.demand != CLOSURE))
+
+    if models is not None:
+        _check_models(model_names, variants, cells)
+    if optimizers is not None:
+        _check_variants(model_names, variants, cells)
     return cells
+
+
+def _check_models(names: list[str], variants: list[Variant], cells: list[Cell]) -> None:
+    """Raise `BenchError` for the first named model on which nothing is measured."""
+    measured = {cell.model.name for cell in cells}
+    for name in names:
+        if name not in measured:
+            reason = misfit(MODELS[name], variants[0])
+            raise BenchError(f"{reason}: choose another --model or --optimizer.")
+
+
+def _check_variants(names: list[str], variants: list[Variant], cells: list[Cell]) -> None:
+    """Raise `BenchError` for the first named optimizer that is measured on no model."""
+    measured = [cell.variant for cell in cells]
+    for variant in variants:
+        if variant not in measured:
+            reason = misfit(MODELS[names[0]], variant)
+            raise BenchError(f"{reason}: choose another --model or --optimizer.")
 
 
 def _find_model(name: str) -> Model:
@@ -119,21 +172,23 @@ def _find_model(name: str) -> Model:
     return MODELS[name.lower()]
 
 
-def _is_usual(model: Model, variant: Variant, models: Collection[str]) -> bool:
-    """Whether an optimizer is measured on a model without being asked for both; `models` are for
-    most of them."""
+def _is_usual(model: Model, variant: Variant, usual: Collection[str]) -> bool:
+    """Whether an optimizer is measured on a model unless both are named.
+
+    `usual` are the models for most optimizers.
+    """
     if variant.cls.__name__ in MODELS_OF:
         return model.name in MODELS_OF[variant.cls.__name__]
-    return not model.rows and model.name in models
+    return not model.rows and model.name in usual
 
 
 def misfit(model: Model, variant: Variant) -> str:
-    """Why an optimizer cannot step a model; empty where it can."""
+    """Return why an optimizer cannot step a model; empty if it can."""
     if model.rows and variant.cls.gradients == "dense":
         return f"{model.name} has sparse gradients, and {variant.name} takes dense ones"
     if not model.rows and variant.cls.gradients == "sparse":
         return f"{variant.name} takes sparse gradients, and those of {model.name} are dense"
     only_matrices = variant.cls.__name__ == "Muon" and variant.options.get("use_muon", True)
     if only_matrices and any(len(shape) != 2 for shape in model.shapes):
-        return f"{variant.name} takes matrices alone, and {model.name} has other parameters"
+        return f"{variant.name} takes only matrices, and {model.name} has other parameters"
     return ""

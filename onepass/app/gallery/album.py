@@ -21,7 +21,7 @@ __all__ = ["PICTURES", "Picture", "make"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture: the stem of its file's name, what to see in it, and the function that draws it."""
+    """A picture: the name of its file without .png, what it shows, and what draws it."""
 
     name: str
     meaning: str
@@ -79,8 +79,10 @@ PICTURES = (
 
 
 def make(folder: Path) -> Iterator[tuple[Picture, Path]]:
-    """Draw every picture into `folder`, which must exist, and yield each with its PNG file once
-    that is written."""
+    """Draw every picture into `folder`, which must exist.
+
+    Yields each picture and its PNG file when that is written.
+    """
     for picture in PICTURES:
         path = folder / f"{picture.name}.png"
         save(picture.draw(), path)

@@ -1,4 +1,4 @@
-"""Pictures of descents: learning rates, momentum, and the paths of all algorithms."""
+"""Pictures of paths: learning rates, momentum, and all algorithms."""
 
 from __future__ import annotations
 
@@ -10,62 +10,52 @@ from matplotlib.figure import Figure
 
 import onepass
 
-from ...pictures import COLOURS, GREY, new_figure, tidy
+from ...pictures import BLUE, GREY, RED, new_figure, new_grid, tidy
 from .paths import CONTENDERS, PARABOLA, RATES, RAVINE, Problem, Track, follow, search
 
 __all__ = ["draw_all_paths", "draw_divergence", "draw_momentum", "draw_nesterov", "draw_rates"]
 
-BLUE, RED, GREEN = COLOURS[:3]
+
+# --- the parabola ---------------------------------------------------------------------------------
 
 
 def draw_divergence() -> Figure:
-    """The parabola with steps of the gradient itself: lr = 1."""
+    """Draw the parabola with steps of the gradient itself, lr = 1, and the distances they reach."""
     figure = new_figure(700, 320)
     (path,) = follow(PARABOLA, onepass.SGD, [{"lr": 1.0}], 8)
     left, right = figure.subplots(1, 2)
     _draw_parabola(left, path, 120, 3)
-    for place, aside in zip(
-        path.places[:3, 0].tolist(), ((12, 12), (-8, 14), (-26, -4)), strict=True
-    ):
-        at = (place, 4 * place**2)
+    offsets = ((12, 12), (-8, 14), (-26, -4))
+    for x, offset in zip(path.places[:3, 0].tolist(), offsets, strict=True):
         left.annotate(
-            _tell([place], "g"),
-            at,
-            xytext=aside,
+            _list_numbers([x], "g"),
+            (x, 4 * x**2),
+            xytext=offset,
             textcoords="offset points",
             fontsize=9,
             ha="center",
         )
     tidy(left, "the first two steps", "x", "y = 4x²")
     left.set_ylim(-3500, 46000)
-    distance = path.places[:, 0].abs()
-    right.semilogy(distance, color=RED, marker="o", markersize=4)
+
+    right.semilogy(path.places[:, 0].abs(), color=RED, marker="o", markersize=4)
     tidy(right, "every step multiplies x by −7", "step", "distance from the minimum")
-    figure.suptitle(
-        f"No learning rate (lr = 1): x = {_tell(path.places[:6, 0].tolist(), '.0f')}, …",
-        fontsize=10,
-    )
+    first = _list_numbers(path.places[:6, 0].tolist(), ".0f")
+    figure.suptitle(f"No learning rate (lr = 1): x = {first}, …", fontsize=10)
     return figure
 
 
 def draw_rates() -> Figure:
-    """The same descent at six learning rates, from the edge of divergence to far too slow."""
-    figure = new_figure(700, 520)
+    """Draw the same descent at six learning rates, from the edge of divergence to far too slow."""
     rates = (0.25, 0.2, 0.125, 0.1, 0.05, 0.01)
+    figure, panels = new_grid(len(rates), 3, 700, 260, sharex=True, sharey=True)
     paths = follow(PARABOLA, onepass.SGD, [{"lr": rate} for rate in rates], 20)
-    for axes, rate, path in zip(
-        figure.subplots(2, 3, sharex=True, sharey=True).flat, rates, paths, strict=True
-    ):
+    for axes, rate, path in zip(panels, rates, paths, strict=True):
         _draw_parabola(axes, path, 2.5, 21)
-        tidy(axes, f"lr = {rate:g}: each step × {1 - 8 * rate:.3g}".replace("-", "−"))
-        axes.text(
-            0.5,
-            0.91,
-            f"{_tell(path.places[:5, 0].tolist(), '.3g')}, …",
-            transform=axes.transAxes,
-            fontsize=8,
-            ha="center",
-        )
+        factor = f"{1 - 8 * rate:.3g}".replace("-", "−")
+        tidy(axes, f"lr = {rate:g}: each step × {factor}")
+        first = _list_numbers(path.places[:5, 0].tolist(), ".3g")
+        axes.text(0.5, 0.91, f"{first}, …", transform=axes.transAxes, fontsize=8, ha="center")
         axes.set_ylim(-1.5, 30)
     figure.suptitle(
         "Gradient descent on y = 4x² from x = 2: 20 steps at six learning rates", fontsize=10
@@ -74,30 +64,39 @@ def draw_rates() -> Figure:
 
 
 def _draw_parabola(axes: Axes, path: Track, width: float, count: int) -> None:
-    """The parabola from -width to width, and the first places of the path on it."""
-    at = torch.linspace(-width, width, 201, dtype=torch.float64)
-    axes.plot(at, PARABOLA.loss(at[:, None]), color=GREY, linewidth=1)
-    places, losses = path.places[:count, 0], path.losses[:count]
+    """Draw the parabola from -width to width, and the first `count` places of a path on it."""
+    x = torch.linspace(-width, width, 201, dtype=torch.float64)
+    axes.plot(x, PARABOLA.loss(x[:, None]), color=GREY, linewidth=1)
+    places = path.places[:count, 0]
+    losses = path.losses[:count]
     axes.plot(places, losses, color=RED, linewidth=0.9, marker="o", markersize=4)
     axes.plot(places[:1], losses[:1], "o", color="black", markersize=5)
 
 
-def _tell(values: Sequence[float], form: str) -> str:
+def _list_numbers(values: Sequence[float], form: str) -> str:
+    """Return numbers with commas between them, and with real minus signs."""
     return ", ".join(f"{value:{form}}".replace("-", "−") for value in values)
 
 
+# --- momentum -------------------------------------------------------------------------------------
+
+
 def draw_momentum() -> Figure:
-    """Loss over steps in the ravine, with and without momentum, at small learning rates."""
+    """Draw loss over steps in the ravine, with and without momentum, at small learning rates."""
     figure = new_figure(700, 300)
     rates = (0.01, 0.005, 0.001)
-    runs = [{"lr": rate, "momentum": momentum} for rate in rates for momentum in (0.0, 0.9)]
-    paths = follow(RAVINE, onepass.SGD, runs, 200)
-    for axes, rate in zip(figure.subplots(1, 3, sharey=True), rates, strict=True):
-        for path, colour in zip(
-            [path for path in paths if path.options["lr"] == rate], (GREY, BLUE), strict=True
-        ):
-            momentum = path.options["momentum"]
-            axes.semilogy(path.losses, color=colour, label=f"momentum {momentum:g}", linewidth=1.5)
+    colours = {0.0: GREY, 0.9: BLUE}
+    runs = [{"lr": rate, "momentum": momentum} for rate in rates for momentum in colours]
+    panels = dict(zip(rates, figure.subplots(1, 3, sharey=True), strict=True))
+    for path in follow(RAVINE, onepass.SGD, runs, 200):
+        momentum = path.options["momentum"]
+        panels[path.options["lr"]].semilogy(
+            path.losses,
+            color=colours[momentum],
+            label=f"momentum {momentum:g}",
+            linewidth=1.5,
+        )
+    for rate, axes in panels.items():
         tidy(axes, f"lr = {rate:g}", "step")
     figure.axes[0].set_ylabel("loss", fontsize=9)
     figure.axes[0].legend(frameon=False, fontsize=8)
@@ -106,26 +105,29 @@ def draw_momentum() -> Figure:
 
 
 def draw_nesterov() -> Figure:
-    """How far momentum carries beyond the minimum, plain and Nesterov's."""
+    """Draw how far momentum carries beyond the minimum, plain and Nesterov's."""
     figure = new_figure(700, 330)
-    looks = ((False, "plain", GREY), (True, "Nesterov", BLUE))
     left, right = figure.subplots(1, 2)
-    runs = [{"lr": 0.02, "momentum": 0.9, "nesterov": nesterov} for nesterov, _, _ in looks]
-    for path, (_, name, colour) in zip(follow(PARABOLA, onepass.SGD, runs, 50), looks, strict=True):
-        lowest = float(path.places.min())
-        left.plot(
-            path.places[:, 0], color=colour, label=f"{name}: down to {lowest:.2f}".replace("-", "−")
-        )
+    names = {False: "plain", True: "Nesterov"}
+    colours = {False: GREY, True: BLUE}
+
+    runs = [{"lr": 0.02, "momentum": 0.9, "nesterov": nesterov} for nesterov in names]
+    for path in follow(PARABOLA, onepass.SGD, runs, 50):
+        nesterov = path.options["nesterov"]
+        lowest = f"{float(path.places.min()):.2f}".replace("-", "−")
+        label = f"{names[nesterov]}: down to {lowest}"
+        left.plot(path.places[:, 0], color=colours[nesterov], label=label)
     left.axhline(0, color="black", linewidth=0.6)
     left.legend(frameon=False, fontsize=8)
     tidy(left, "y = 4x², lr = 0.02", "step", "x")
+
     _draw_contours(right, RAVINE)
     runs = [{**run, "lr": 0.01} for run in runs]
-    for path, (_, name, colour) in zip(follow(RAVINE, onepass.SGD, runs, 60), looks, strict=True):
-        right.plot(
-            *path.places.T, color=colour, linewidth=1.2, marker=".", markersize=4, label=name
-        )
-    _mark(right, RAVINE)
+    for path in follow(RAVINE, onepass.SGD, runs, 60):
+        nesterov = path.options["nesterov"]
+        look = {"linewidth": 1.2, "marker": ".", "markersize": 4}
+        right.plot(*path.places.T, color=colours[nesterov], label=names[nesterov], **look)
+    _mark_ends(right, RAVINE)
     right.legend(frameon=False, fontsize=8, loc="upper right")
     tidy(right, f"{RAVINE.name}, lr = 0.01", "x", "y")
     right.grid(False)
@@ -133,20 +135,19 @@ def draw_nesterov() -> Figure:
     return figure
 
 
+# --- all algorithms -------------------------------------------------------------------------------
+
+
 def draw_all_paths(problem: Problem) -> Figure:
-    """The path of every algorithm over the contours of `problem`, each at the best rate of one
-    grid."""
-    figure = new_figure(740, 1080)
-    grid = figure.subplots(5, 3, sharex=True, sharey=True)
-    for axes, contender in zip(grid.flat, CONTENDERS, strict=True):
+    """Draw every algorithm's path over the contours of `problem`, each at its best rate."""
+    figure, panels = new_grid(len(CONTENDERS), 3, 740, 216, sharex=True, sharey=True)
+    for axes, contender in zip(panels, CONTENDERS, strict=True):
         path = search(problem, contender)
         _draw_contours(axes, problem)
         axes.plot(*path.places.T, color=BLUE, linewidth=0.9, marker=".", markersize=2.5)
-        _mark(axes, problem)
-        tidy(
-            axes,
-            f"{contender.name}\nlr {path.options['lr']:g}, last loss {float(path.losses[-1]):.2g}",
-        )
+        _mark_ends(axes, problem)
+        last = float(path.losses[-1])
+        tidy(axes, f"{contender.name}\nlr {path.options['lr']:g}, last loss {last:.2g}")
         axes.grid(False)
     figure.suptitle(
         f"{problem.steps} steps on {problem.name}, from the black point to the star;\n"
@@ -157,15 +158,15 @@ def draw_all_paths(problem: Problem) -> Figure:
 
 
 def _draw_contours(axes: Axes, problem: Problem) -> None:
-    """Lines of equal loss, five times as high from each to the next."""
+    """Draw lines of equal loss: 0.3, and five times as much from each line to the next."""
     lines = [torch.linspace(low, high, 241, dtype=torch.float64) for low, high in problem.window]
     x, y = torch.meshgrid(*lines, indexing="xy")
+    losses = problem.loss(torch.stack([x, y], -1))
     levels = [0.3 * 5.0**power for power in range(5)]
-    axes.contour(
-        x, y, problem.loss(torch.stack([x, y], -1)), levels, colors="#bbbbbb", linewidths=0.6
-    )
+    axes.contour(x, y, losses, levels, colors="#bbbbbb", linewidths=0.6)
 
 
-def _mark(axes: Axes, problem: Problem) -> None:
+def _mark_ends(axes: Axes, problem: Problem) -> None:
+    """Mark where paths start, and where they should end."""
     axes.plot(*problem.start, "o", color="black", markersize=5, zorder=4)
     axes.plot(*problem.minimum, "*", color=RED, markersize=10, zorder=4)

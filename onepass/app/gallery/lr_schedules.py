@@ -14,14 +14,15 @@ from ... import lr_scheduler as lrs
 from ... import swa_utils
 from ...optimizer import Optimizer
 
-__all__ = ["EXAMPLES", "LR", "TEXTS", "Curve", "Example", "trace", "trace_plateau"]
+__all__ = ["EXAMPLES", "LR", "TEXTS", "Example", "SchedulerCurve", "trace", "trace_plateau"]
 
-LR, MOMENTUM = 0.1, 0.9
+LR = 0.1
+MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A scheduler, and the arguments that make it, as text."""
+class SchedulerCurve:
+    """A function that makes a scheduler, and the arguments that it passes, as text."""
 
     text: str
     make: Callable[[Optimizer], Any]
@@ -29,16 +30,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Example:
-    """Schedulers of one class, and which of a param group's options they set."""
+    """Schedulers of one class, for how many steps, and which options of a group they set."""
 
-    curves: tuple[Curve, ...]
+    curves: tuple[SchedulerCurve, ...]
     steps: int = 100
     options: tuple[str, ...] = ("lr",)
 
 
-def _curve(cls: type, **arguments: Any) -> Curve:
+def _curve(cls: type, **arguments: Any) -> SchedulerCurve:
+    """Return the curve of a scheduler class with these arguments."""
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return Curve(text, lambda optimizer: cls(optimizer, **arguments))
+    return SchedulerCurve(text, lambda optimizer: cls(optimizer, **arguments))
 
 
 def _warm_up(optimizer: Optimizer) -> Any:
@@ -47,6 +49,19 @@ def _warm_up(optimizer: Optimizer) -> Any:
 
 def _halve(step: int) -> float:
     return 0.5 if step % 25 == 0 else 1.0
+
+
+def _decline(step: int) -> float:
+    return 1 / (1 + step / 20)
+
+
+def _make_sequence(optimizer: Optimizer) -> Any:
+    cosine = lrs.CosineAnnealingLR(optimizer, T_max=80)
+    return lrs.SequentialLR(optimizer, [_warm_up(optimizer), cosine], [20])
+
+
+def _make_chain(optimizer: Optimizer) -> Any:
+    return lrs.ChainedScheduler([_warm_up(optimizer), lrs.ExponentialLR(optimizer, 0.97)])
 
 
 EXAMPLES: dict[str, Example] = {
@@ -61,53 +76,35 @@ EXAMPLES: dict[str, Example] = {
     "CosineAnnealingLR": Example((_curve(lrs.CosineAnnealingLR, T_max=100, eta_min=0.01),)),
     "CosineAnnealingWarmRestarts": Example(
         tuple(_curve(lrs.CosineAnnealingWarmRestarts, T_0=20, T_mult=factor) for factor in (1, 2)),
-        140,
+        steps=140,
     ),
     "CyclicLR": Example(
         tuple(
             _curve(lrs.CyclicLR, base_lr=0.01, max_lr=LR, step_size_up=15, gamma=0.985, mode=mode)
             for mode in ("triangular", "triangular2", "exp_range")
         ),
-        120,
+        steps=120,
     ),
     "OneCycleLR": Example(
-        (_curve(lrs.OneCycleLR, max_lr=LR, total_steps=100),), 100, ("lr", "momentum")
+        (_curve(lrs.OneCycleLR, max_lr=LR, total_steps=100),), options=("lr", "momentum")
     ),
     "SequentialLR": Example(
-        (
-            Curve(
-                "[LinearLR, CosineAnnealingLR], milestones=[20]",
-                lambda optimizer: lrs.SequentialLR(
-                    optimizer,
-                    [_warm_up(optimizer), lrs.CosineAnnealingLR(optimizer, T_max=80)],
-                    [20],
-                ),
-            ),
-        )
+        (SchedulerCurve("[LinearLR, CosineAnnealingLR], milestones=[20]", _make_sequence),)
     ),
-    "ChainedScheduler": Example(
-        (
-            Curve(
-                "[LinearLR, ExponentialLR]",
-                lambda optimizer: lrs.ChainedScheduler(
-                    [_warm_up(optimizer), lrs.ExponentialLR(optimizer, 0.97)]
-                ),
-            ),
-        )
-    ),
+    "ChainedScheduler": Example((SchedulerCurve("[LinearLR, ExponentialLR]", _make_chain),)),
     "LambdaLR": Example(
         (
-            Curve(
+            SchedulerCurve(
                 "lambda step: 1 / (1 + step / 20)",
-                lambda o: lrs.LambdaLR(o, lambda step: 1 / (1 + step / 20)),
+                lambda optimizer: lrs.LambdaLR(optimizer, _decline),
             ),
         )
     ),
     "MultiplicativeLR": Example(
         (
-            Curve(
+            SchedulerCurve(
                 "lambda step: 0.5 if step % 25 == 0 else 1.0",
-                lambda o: lrs.MultiplicativeLR(o, _halve),
+                lambda optimizer: lrs.MultiplicativeLR(optimizer, _halve),
             ),
         )
     ),
@@ -116,11 +113,11 @@ EXAMPLES: dict[str, Example] = {
             _curve(swa_utils.SWALR, swa_lr=0.02, anneal_epochs=40, anneal_strategy=way)
             for way in ("cos", "linear")
         ),
-        80,
+        steps=80,
     ),
 }
 
-# What onepass.schedule makes, a text for each picture of its sheet; all within 100 steps.
+# Texts of schedules, one for each panel of their picture; all move within 100 steps.
 TEXTS = (
     "constant(1.0)",
     "linear(1.0, 0.1, steps=100)",
@@ -140,9 +137,11 @@ TEXTS = (
 )
 
 
-def trace(curve: Curve, steps: int, option: str = "lr") -> list[float]:
-    """What a scheduler sets `option` to at each of `steps` steps of SGD with `lr` 0.1 and
-    `momentum` 0.9."""
+def trace(curve: SchedulerCurve, steps: int, option: str = "lr") -> list[float]:
+    """Return what a scheduler sets `option` to, at each of `steps` steps.
+
+    It drives SGD with `lr` 0.1 and `momentum` 0.9.
+    """
     optimizer = onepass.SGD([torch.zeros(1)], lr=LR, momentum=MOMENTUM)
     scheduler = curve.make(optimizer)
     values = []
@@ -154,20 +153,23 @@ def trace(curve: Curve, steps: int, option: str = "lr") -> list[float]:
 
 
 def trace_plateau(steps: int) -> tuple[list[float], list[float]]:
-    """Learning rates of ReduceLROnPlateau, and the losses of a real descent that it looks at.
+    """Return learning rates of ReduceLROnPlateau, and the losses of a real descent that it sees.
 
     256 weights under noisy gradients stop at a height that follows from the rate, and fall again
-    where it is lowered.
+    when it is lowered.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.full((256,), 3.0, dtype=torch.float64)
     optimizer = onepass.SGD([weights], lr=0.5)
     scheduler = lrs.ReduceLROnPlateau(optimizer, factor=0.4, patience=15)
-    rates, losses = [], []
+    rates = []
+    losses = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
-        losses.append(float(weights.square().mean()) / 2)
-        weights.grad = weights + torch.randn(256, generator=generator, dtype=torch.float64)
+        loss = float(weights.square().mean()) / 2
+        losses.append(loss)
+        noise = torch.randn(256, generator=generator, dtype=torch.float64)
+        weights.grad = weights + noise
         optimizer.step()
-        scheduler.step(losses[-1])
+        scheduler.step(loss)
     return rates, losses

@@ -9,50 +9,65 @@ from ...schedule import Schedule
 
 __all__ = ["choose_steps", "draw_line", "summarize"]
 
-ENDLESS = 1000  # steps that are shown of a schedule without an end
-MOST = 100_000  # values that are looked at
-BLOCKS, SIGNS = "▁▂▃▄▅▆▇█", "_.:-=+*#"  # eight heights, and what stands for them in plain ASCII
+# Steps that are shown of a schedule without an end.
+ENDLESS = 1000
+# At most this many values are looked at.
+MOST = 100_000
+# Eight heights, and what stands for them in plain ASCII.
+BLOCKS = "▁▂▃▄▅▆▇█"
+SIGNS = "_.:-=+*#"
 
 
 def choose_steps(schedule: Schedule, steps: int | None = None) -> int:
-    """How many steps to show: those that were asked for, else the schedule's length, and 1000 where
-    it has no end."""
+    """Return how many steps to show: those that were asked for, or the schedule's length.
+
+    A schedule without an end is shown for 1000 steps.
+    """
     if steps is not None:
         return steps
     return math.ceil(schedule.steps) if math.isfinite(schedule.steps) else ENDLESS
 
 
 def summarize(schedule: Schedule, steps: int, *, plain: bool = False) -> list[tuple[str, str]]:
-    """Names and texts: the length; the values at step 0, at the highest and the lowest of `steps`
-    steps, at the end.
+    """Return pairs of a name and a text: the length, four values, and the shape as a line.
 
-    Every whole step is looked at, and of more than 100,000 as many, evenly spread. The shape is
-    drawn with blocks, or in ASCII where it is to be `plain`. Raises OverflowError where a value is
-    too large for a number.
+    The values are those at step 0, at the highest and the lowest of the first `steps` steps, and at
+    the end. Every whole step is looked at; of more than 100,000 steps, this many that are evenly
+    spread. The shape is drawn with blocks, or in ASCII if it is to be `plain`. Raises OverflowError
+    if a value is too large for a number.
     """
     count = min(steps, MOST)
-    values = {step: schedule(step) for step in (round(steps * i / count) for i in range(count + 1))}
-    places = {
+    looked_at = (round(steps * index / count) for index in range(count + 1))
+    values = {step: schedule(step) for step in looked_at}
+    named_steps = {
         "first": 0,
         "highest": max(values, key=values.__getitem__),
         "lowest": min(values, key=values.__getitem__),
         "last": steps,
     }
-    return [
-        ("schedule", repr(schedule)),
-        ("length", f"{schedule.steps:,.10g} steps" if math.isfinite(schedule.steps) else "no end"),
-        *((name, f"{values[step]:.6g} at step {step:,.10g}") for name, step in places.items()),
-        ("shape", draw_line(list(values.values()), SIGNS if plain else BLOCKS)),
-    ]
+    length = f"{schedule.steps:,.10g} steps" if math.isfinite(schedule.steps) else "no end"
+    lines = [("schedule", repr(schedule)), ("length", length)]
+    for name, step in named_steps.items():
+        lines.append((name, f"{values[step]:.6g} at step {step:,.10g}"))
+    lines.append(("shape", draw_line(list(values.values()), SIGNS if plain else BLOCKS)))
+    return lines
 
 
 def draw_line(values: Sequence[float], signs: str = BLOCKS, width: int = 60) -> str:
-    """The values as at most `width` signs in a line, the first of `signs` for the lowest, the last
-    for the highest."""
-    low, high = min(values), max(values)
+    """Return the values as at most `width` signs in a line.
+
+    The first of `signs` stands for the lowest value, the last for the highest. Example: of
+    [0, 1, 2, 3] and the signs `_-=`, it makes `_--=`.
+    """
+    low = min(values)
+    high = max(values)
+    if not high > low:
+        return signs[0] * min(width, len(values))
     count = min(width, len(values))
-    chosen = [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
-    top = len(signs) - 1
-    return "".join(
-        signs[round(top * (value - low) / (high - low)) if high > low else 0] for value in chosen
-    )
+    last = len(values) - 1
+    line = ""
+    for index in range(count):
+        value = values[round(index * last / max(1, count - 1))]
+        height = (value - low) / (high - low)
+        line += signs[round((len(signs) - 1) * height)]
+    return line

@@ -1,9 +1,8 @@
-"""What `onepass train` trains: real data, small models, one file each."""
+"""What `onepass train` can train: real data and small models, one file each."""
 
 from __future__ import annotations
 
-import difflib
-
+from ...contract.spelling import advise
 from .cifar10 import CIFAR10
 from .digits import DIGITS
 from .task import Data, Examples, Metric, Task, TaskError
@@ -15,9 +14,11 @@ TASKS: dict[str, Task] = {task.name: task for task in (DIGITS, TEXT, CIFAR10)}
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`; `TaskError` with the nearest names when there is none."""
-    if name in TASKS:
-        return TASKS[name]
-    near = difflib.get_close_matches(name.lower(), TASKS, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(TASKS)}."
-    raise TaskError(f"there is no task {name!r}: {advice}")
+    """Return the task of this name.
+
+    Raises `TaskError` with the nearest name, or with all names, if there is none.
+    """
+    if name not in TASKS:
+        advice = advise(name, TASKS, most=1, likeness=0.6)
+        raise TaskError(f"there is no task {name!r}: {advice}")
+    return TASKS[name]

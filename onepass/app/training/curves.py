@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from ...pictures import BLUE, GREEN, RED, new_figure, save, tidy_frame
 from .loop import Run
 
 __all__ = ["plot_curves"]
 
-_TRAIN, _HELD_OUT, _LR = "#4477aa", "#cc3311", "#228833"  # told apart by colour-blind readers too
+_TRAIN = BLUE
+_HELD_OUT = RED
+_LR = GREEN
 
 
 def plot_curves(run: Run, path: Path) -> None:
-    """Draw loss, metric and learning rate over the optimizer steps of `run` to the PNG file
-    `path`."""
-    figure = Figure(figsize=(7.5, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the loss, the metric and the learning rate of a run to the PNG file `path`.
+
+    The x axis counts optimizer steps. The run must have finished at least one epoch.
+    """
+    figure = new_figure(1125, 1275, dpi=150)
     loss, metric, lr = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.6))
-    history, shown = run.history, run.task.metric
-    steps = [run.steps_per_epoch * (epoch + 1) for epoch in range(len(history.held_out_loss))]
+    epochs = len(run.history.held_out_loss)
+    epoch_ends = [run.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
 
-    _draw(loss, history.train_loss, steps, history.held_out_loss)
-    _label(loss, "loss")
-    if (
-        max(history.train_loss) > 20 * min(history.train_loss) > 0
-        and min(history.held_out_loss) > 0
-    ):
-        loss.set_yscale("log")
-    loss.legend(frameon=False)
-
-    scaled = [shown.scale * value for value in history.train_metric]
-    held_out = [shown.scale * value for value in history.held_out_metric]
-    _draw(metric, scaled, steps, held_out)
-    _label(metric, f"{shown.name} ({shown.unit})" if shown.unit else shown.name)
-    _write_last(
-        metric,
-        steps[-1],
-        held_out[-1],
-        shown.show(history.held_out_metric[-1]),
-        below=bool(shown.unit),
-    )
-
-    lr.plot(range(1, len(history.lr) + 1), history.lr, color=_LR, linewidth=1.5)
-    _label(lr, "learning rate")
-    lr.set_ylim(bottom=0)
-    lr.set_xlabel(f"optimizer step ({run.steps_per_epoch} an epoch)")
-    lr.set_xlim(0, steps[-1])
+    _draw_loss(loss, run, epoch_ends)
+    _draw_metric(metric, run, epoch_ends)
+    _draw_lr(lr, run)
+    lr.set_xlim(0, epoch_ends[-1])
 
     figure.align_ylabels()
     settings = run.settings
@@ -58,19 +38,48 @@ def plot_curves(run: Run, path: Path) -> None:
         f"{settings.task}: {settings.optimizer}, lr {settings.lr:g}, batch size "
         f"{settings.batch_size}, seed {settings.seed}"
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    os.replace(temporary, path)
+    save(figure, path)
 
 
-def _draw(axes: Axes, train: list[float], held_out_steps: list[int], held_out: list[float]) -> None:
-    """Each training batch faintly, their running mean over it, and the held-out value after each
-    epoch."""
+def _draw_loss(axes: Axes, run: Run, epoch_ends: Sequence[int]) -> None:
+    train = run.history.train_loss
+    held_out = run.history.held_out_loss
+    _draw(axes, train, epoch_ends, held_out)
+    _label(axes, "loss")
+    is_positive = min(train) > 0 and min(held_out) > 0
+    if is_positive and max(train) > 20 * min(train):
+        axes.set_yscale("log")
+    axes.legend(frameon=False)
+
+
+def _draw_metric(axes: Axes, run: Run, epoch_ends: Sequence[int]) -> None:
+    metric = run.task.metric
+    train = [metric.scale * value for value in run.history.train_metric]
+    held_out = [metric.scale * value for value in run.history.held_out_metric]
+    _draw(axes, train, epoch_ends, held_out)
+    _label(axes, f"{metric.name} ({metric.unit})" if metric.unit else metric.name)
+    text = metric.show(run.history.held_out_metric[-1])
+    # A metric with a unit is a percentage, and rises: there is room below its end.
+    _write_last(axes, epoch_ends[-1], held_out[-1], text, below=bool(metric.unit))
+
+
+def _draw_lr(axes: Axes, run: Run) -> None:
+    rates = run.history.lr
+    axes.plot(range(1, len(rates) + 1), rates, color=_LR, linewidth=1.5)
+    _label(axes, "learning rate")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(f"optimizer step ({run.steps_per_epoch} an epoch)")
+
+
+def _draw(
+    axes: Axes, train: Sequence[float], epoch_ends: Sequence[int], held_out: Sequence[float]
+) -> None:
+    """Draw each training batch faintly, their running mean, and a point after each epoch."""
     steps = range(1, len(train) + 1)
     axes.plot(steps, train, color=_TRAIN, alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(train), color=_TRAIN, linewidth=1.6, label="training")
-    axes.plot(
-        held_out_steps,
+    (line,) = axes.plot(
+        epoch_ends,
         held_out,
         color=_HELD_OUT,
         linewidth=1.6,
@@ -78,11 +87,13 @@ def _draw(axes: Axes, train: list[float], held_out_steps: list[int], held_out: l
         markersize=4,
         label="held out",
         zorder=3,
-    )[0].set_clip_on(False)
+    )
+    # The last point lies on the edge of the panel.
+    line.set_clip_on(False)
 
 
 def _write_last(axes: Axes, step: int, value: float, text: str, *, below: bool) -> None:
-    """The last held-out value in figures, on the side of its curve where there is room."""
+    """Write the last held-out value beside its curve, on the side where there is room."""
     axes.annotate(
         text,
         (step, value),
@@ -94,18 +105,22 @@ def _write_last(axes: Axes, step: int, value: float, text: str, *, below: bool) 
     )
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """The mean over each value and those before it, as many as a fortieth of all."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Return the running mean: of each value and those before it, a fortieth of all of them.
+
+    Example: of 80 values, each mean is over 2; the first is over 1.
+    """
     width = max(1, len(values) // 40)
     means: list[float] = []
     total = 0.0
     for index, value in enumerate(values):
-        total += value - (values[index - width] if index >= width else 0.0)
+        total += value
+        if index >= width:
+            total -= values[index - width]
         means.append(total / min(index + 1, width))
     return means
 
 
 def _label(axes: Axes, text: str) -> None:
     axes.set_ylabel(text)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy_frame(axes)
