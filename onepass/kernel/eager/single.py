@@ -240,7 +240,7 @@ def _call(function: Callable[..., Tensor], args: Sequence[Value]) -> Tensor:
 
 
 def choose(condition: Tensor, a: Value, b: Value) -> Tensor:
-    """Return the first value where a condition holds, elsewhere the second."""
+    """Return the first value if the condition holds, else the second, for each element."""
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
         # torch.where of two numbers has the default dtype, which may be too narrow for them.
         a = torch.full_like(condition, a, dtype=_widest(condition))
@@ -255,8 +255,12 @@ def _reduce(node: Node, x: Tensor) -> Value:
         return x.sum(dtype=_widest(x)) if node.op == "sum" else torch.amax(x)
     dim = -1 if node.attr == "rows" else -2
     if node.op == "sum":
-        return x.sum(dim, keepdim=True, dtype=_widest(x)).to(x.dtype)
-    return torch.amax(x, dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
+        total = x.sum(dim, keepdim=True, dtype=_widest(x))
+        return total.to(x.dtype)
+    if not x.shape[dim]:
+        # Zeros: torch.amax of nothing raises.
+        return x.sum(dim, keepdim=True)
+    return torch.amax(x, dim, keepdim=True)
 
 
 def _widest(x: Tensor) -> torch.dtype:
