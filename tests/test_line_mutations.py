@@ -241,9 +241,9 @@ IN_PASSES = {
         "if argument.rank.on_host or argument.rank == rank or argument in self._kept:"
     ),
     "const(1.0, ": "const(0.0, ",
-    "kept != 0": "kept == 0",
+    "(kept != 0)": "(kept == 0)",
     "self._kept[node] = (level + 1, into)": "self._kept[node] = (level, into)",
-    "max(levels, default=0)": "0",
+    "self.level[node] = max(levels, default=0)": "self.level[node] = 0",
     "max(last.get(rank, 0), self.level[root])": "0",
     "sorted(self._jobs)": "sorted(self._jobs, reverse=True)",
     "self._job(self.level[node], node.rank)": "self._job(0, node.rank)",

@@ -111,8 +111,10 @@ class Beside:
         if not isinstance(value, np.ndarray):
             return value.item()
         if value.dtype != np.bool_:
-            value = value.astype(np.float64 if self._like.dtype == torch.float64 else np.float32)
-        return torch.from_numpy(np.repeat(value, self._sizes)).to(self._like.device)
+            is_wide = self._like.dtype == torch.float64
+            value = value.astype(np.float64 if is_wide else np.float32)
+        repeated = np.repeat(value, self._sizes)
+        return torch.from_numpy(repeated).to(self._like.device)
 
 
 class Compiled:

@@ -30,9 +30,17 @@ from dataclasses import dataclass, field, replace
 
 from .formats import Format
 from .ir import LOADS, REDUCTIONS, Node, Rank, const, load, make, topological
-from .passes import Call, Column, Pass, Program, Reduction, Temporary, element_order, roots_of
-
-Named = tuple[tuple[str, Node], ...]
+from .passes import (
+    Call,
+    Column,
+    Named,
+    Pass,
+    Program,
+    Reduction,
+    Temporary,
+    element_order,
+    roots_of,
+)
 
 
 def split(
@@ -125,6 +133,7 @@ class _Cut:
         self._kept: dict[Node, tuple[int, Node]] = {}
 
     def _job(self, level: int, domain: Rank) -> _Job:
+        """Return what is to be done at this level in this domain."""
         self.last[domain] = max(self.last.get(domain, 0), level)
         return self._jobs.setdefault((level, domain), _Job())
 
@@ -141,9 +150,11 @@ class _Cut:
         """A value of the highest level among its arguments'."""
         seen = [self._seen(argument, node.rank) for argument in node.args]
         levels = [level for level, _ in seen]
-        args = [new for _, new in seen]
         self.level[node] = max(levels, default=0)
-        self.new[node] = make(node.op, *args, attr=node.attr, type=node.type) if args else node
+        self.new[node] = node
+        if node.args:
+            args = [new for _, new in seen]
+            self.new[node] = make(node.op, *args, attr=node.attr, type=node.type)
 
     def _add_reduction(self, node: Node) -> None:
         """A reduction ends a pass of its argument's level; its result is one level higher."""
@@ -166,7 +177,8 @@ class _Cut:
         source, *numbers = node.args
         assert callable(node.attr)
         _, kept = self._keep(source)
-        least = max((self.level[number] for number in numbers), default=0)
+        levels = [self.level[number] for number in numbers]
+        least = max(levels, default=0)
         level = max(self.level[source], least)
         target = self._temporary(node.type, Rank.ELEMENT)
         given = tuple(self.new[number] for number in numbers)
@@ -197,7 +209,7 @@ class _Cut:
             kept = self._temporary(value.type, node.rank)
             job = self._job(self.level[node], node.rank)
             job.stores.append((str(kept.attr), value))
-            self._kept[node] = (self.level[node] + 1, kept != 0 if is_condition else kept)
+            self._kept[node] = (self.level[node] + 1, (kept != 0) if is_condition else kept)
         return self._kept[node]
 
     def _temporary(self, type: str, rank: Rank) -> Node:

@@ -66,11 +66,13 @@ def _as_stored(x: Node) -> Node:
 
 
 def _decode_bfloat16(x: Node) -> Node:
+    """Return the float32 of which these 16 bits are the upper half."""
     bits = make("shl", cast(x, "i32"), const(16, "i32"))
     return make("bitcast", bits, type="f32")
 
 
 def _encode_bfloat16(x: Node) -> Node:
+    """Return the upper half of a number's 32 bits, rounded to nearest, ties to even."""
     # Integer arithmetic, because a conversion instruction exists only on hosts with AVX512-BF16.
     x = _as_f32(x)
     bits = make("bitcast", x, type="i32")

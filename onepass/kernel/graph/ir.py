@@ -142,6 +142,7 @@ class Node:
         return self._text(3)
 
     def _text(self, depth: int) -> str:
+        """Return the expression as text, this many operations deep."""
         if self.args and not depth:
             # Not the whole expression: written out, shared parts would be repeated without bound.
             shown = ["..."]
@@ -255,7 +256,7 @@ def make(op: str, *args: object, attr: object = None, type: str | None = None) -
 
 OF_ELEMENTS = (
     "{} of an element is not offered: it would cost a library call for each element; use products, "
-    "sqrt and where, or compute it from hyper-parameters alone"
+    "sqrt and where, or compute it only from hyper-parameters"
 )
 
 

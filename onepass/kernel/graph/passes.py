@@ -22,6 +22,8 @@ from .formats import Format
 from .ir import REDUCTIONS, Node, Rank, topological
 
 T = TypeVar("T")
+# New values, by the columns or scalars that they are for.
+Named = tuple[tuple[str, Node], ...]
 
 # Bytes of a stored value.
 ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "i16": 2}
@@ -75,7 +77,7 @@ class Pass:
     loads: tuple[Node, ...]
     reductions: tuple[Node, ...]
     sums: tuple[Reduction, ...]
-    stores: tuple[tuple[str, Node], ...]
+    stores: Named
 
     @property
     def roots(self) -> list[Node]:
@@ -96,6 +98,7 @@ class Pass:
         return tuple(sum_ for sum_ in self.sums if not self._is_down(sum_))
 
     def _is_down(self, sum_: Reduction) -> bool:
+        """Whether a sum of this pass runs down the columns."""
         return self.domain == Rank.ELEMENT and sum_.node.rank == Rank.COLUMN
 
 
@@ -125,8 +128,8 @@ class Program:
     name: str
     compute: str
     columns: tuple[Column, ...]
-    stores: tuple[tuple[str, Node], ...]
-    scalars: tuple[tuple[str, Node], ...]
+    stores: Named
+    scalars: Named
     passes: tuple[Pass, ...]
     temporaries: tuple[Temporary, ...]
     calls: tuple[Call, ...]
@@ -145,8 +148,8 @@ class Program:
     def first_to_store(self) -> int:
         """The index of the first pass that may store columns: the one after the last call.
 
-        A function of whole matrices may fail (memory), so nothing is stored before it. 0 if there
-        are no calls.
+        A function of whole matrices may fail (memory), so nothing is stored before it. It is 0
+        without calls.
         """
         return max((call.after + 1 for call in self.calls), default=0)
 
@@ -174,12 +177,12 @@ def _walks_lines(pass_: Pass) -> bool:
     return any(node.rank != Rank.ELEMENT for node in pass_.loads)
 
 
-def lines_of(domain: Rank, matrices: T, rows: T, columns: T, one: T) -> tuple[T, T, T]:
+def lines_of(domain: Rank, matrices: T, rows: T, columns: T, ones: T) -> tuple[T, T, T]:
     """Return the groups of lines, the lines of a group and the length of a line in a walk.
 
     `domain` is the rank of the values that the pass walks over, in a stack of matrices.
     The sizes may be numbers, arrays with a number for each tensor, or text that stands for them;
-    `one` is 1 in the same kind. For a tensor of 2 matrices with 3 rows and 5 columns:
+    `ones` is 1 in the same kind. For a tensor of 2 matrices with 3 rows and 5 columns:
 
         ELEMENT   (2, 3, 5)   2 groups of 3 lines with 5 elements: the rows
         ROW       (2, 1, 3)   2 groups of 1 line with the 3 values that a matrix's rows have
@@ -191,11 +194,11 @@ def lines_of(domain: Rank, matrices: T, rows: T, columns: T, one: T) -> tuple[T,
     if domain == Rank.ELEMENT:
         return matrices, rows, columns
     if domain == Rank.ROW:
-        return matrices, one, rows
+        return matrices, ones, rows
     if domain == Rank.COLUMN:
-        return matrices, one, columns
+        return matrices, ones, columns
     if domain == Rank.MATRIX:
-        return one, one, matrices
+        return ones, ones, matrices
     raise ValueError(f"no pass walks over values of rank {domain.name}, which are on the host")
 
 

@@ -40,7 +40,7 @@ from .ir import (
     verify,
     where,
 )
-from .passes import Program, hyper_names
+from .passes import Named, Program, hyper_names
 from .signature import Rule, Signature, signature
 
 # What a keyword of a rule is while tracing: ("float",), ("tuple", n) of floats, ("condition",), or
@@ -66,8 +66,8 @@ class Graph:
 
     name: str
     columns: tuple[str, ...]
-    outputs: tuple[tuple[str, Node], ...]
-    scalars: tuple[tuple[str, Node], ...] = ()
+    outputs: Named
+    scalars: Named = ()
     ranks: tuple[tuple[str, Rank], ...] = ()
 
     @property
@@ -91,7 +91,9 @@ class Graph:
     @computed
     def has_matrices(self) -> bool:
         """Whether it matters what the tensor's last two sizes are."""
-        return bool(self.ranks) or any(map(_sees_matrices, topological(self.roots)))
+        if self.ranks:
+            return True
+        return any(map(_sees_matrices, topological(self.roots)))
 
     @computed
     def is_elementwise(self) -> bool:
@@ -245,15 +247,13 @@ def finish(
     return replace(graph, outputs=tuple(outputs), scalars=tuple(scalars))
 
 
-def _replaced(
-    named: Iterable[tuple[str, Node]], replacements: Mapping[Node, Node]
-) -> list[tuple[str, Node]]:
+def _replaced(named: Named, replacements: Mapping[Node, Node]) -> list[tuple[str, Node]]:
     """Return new values with some nodes replaced."""
     return [(name, rebuild([root], replacements)[0]) for name, root in named]
 
 
 def _exact(root: Node, p: Node, has_lr: bool) -> Node:
-    """Return p's new value, and p itself where the two are equal."""
+    """Return p's new value, or p itself if the two are equal."""
     kept = where(root == p, p, root)
     return where(hyper("lr") == 0, kept, root) if has_lr else kept
 
@@ -288,14 +288,15 @@ def bind(graph: Graph, formats: tuple[tuple[str, str], ...]) -> Program:
     for node in topological(graph.roots):
         args = [new[argument] for argument in node.args]
         new[node] = _bind(node, args, stored, compute)
-    stores = tuple(
-        (name, stored[name].encode(_spread(new[root], compute, graph.rank(name))))
-        for name, root in graph.outputs
-    )
-    scalars = tuple((name, _enter(new[root], compute)) for name, root in graph.scalars)
+    stores = []
+    for name, root in graph.outputs:
+        value = _spread(new[root], compute, graph.rank(name))
+        stores.append((name, stored[name].encode(value)))
+    scalars = [(name, _enter(new[root], compute)) for name, root in graph.scalars]
     roots = [node for _, node in (*stores, *scalars)]
     verify(roots, types=("f64", "f32", "f16", "i32", "i16", "bool"), columns=stored)
-    return split(graph.name, compute, stored, dict(graph.ranks), stores, scalars)
+    ranks = dict(graph.ranks)
+    return split(graph.name, compute, stored, ranks, tuple(stores), tuple(scalars))
 
 
 def _bind(node: Node, args: list[Node], stored: Mapping[str, Format], compute: str) -> Node:

@@ -41,7 +41,9 @@ from ..llvm.native import Library
 from .comparison import FACTS, QUESTIONS, comparison
 from .memory import PLAIN, extent, has_storage
 
-Facts = tuple[torch.dtype, torch.device, tuple[int, ...], tuple[int, ...], int]
+Sizes = tuple[int, ...]
+# dtype, device, sizes, strides, dispatch keys.
+Facts = tuple[torch.dtype, torch.device, Sizes, Sizes, int]
 
 
 class Expected:
@@ -56,10 +58,13 @@ class Expected:
         self.count = len(like)
         # Most tensors have the facts of others: a kind is a distinct set of facts.
         kinds: dict[tuple[Facts, int], int] = {}
-        kind_of = [kinds.setdefault((facts_of(t), extent(t)), len(kinds)) for t in like]
+        kind_of = []
+        for t in like:
+            kind = (facts_of(t), extent(t))
+            kind_of.append(kinds.setdefault(kind, len(kinds)))
         facts_of_kinds = [facts for facts, _ in kinds]
         table, layouts = _tables(kinds)
-        self.facts = [facts_of_kinds[kind] for kind in kind_of]
+        self.facts = [facts_of_kinds[index] for index in kind_of]
         self._table = table[kind_of]
         self._layouts = layouts
         self.bytes = self._table[:, FACTS.index("bytes")]
@@ -91,6 +96,7 @@ class Expected:
         return native[1](self.count, objects.__array_interface__["data"][0], *self._addresses)
 
     def _compare_in_python(self, tensors: Sequence[Tensor]) -> int:
+        """Do what `compare` does, where torch's C functions are missing."""
         for i, (t, facts) in enumerate(zip(tensors, self.facts, strict=True)):
             self.changed[i] = not is_as(t, facts)
             self.pointers[i] = 0 if self.changed[i] else t.data_ptr()
@@ -102,7 +108,7 @@ def _tables(kinds: Iterable[tuple[Facts, int]]) -> tuple[np.ndarray, np.ndarray]
 
     A layout is written down once: its sizes and then its strides.
     """
-    begins: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    begins: dict[tuple[Sizes, Sizes], int] = {}
     layouts: list[int] = []
     table = []
     for (dtype, device, sizes, strides, keys), size in kinds:
@@ -181,7 +187,9 @@ def object_layout() -> tuple[int, int] | None:
     contents = [list((ctypes.c_uint64 * size).from_address(id(t))) for t in tensors]
     types = _offsets(contents, [id(type(t)) for t in tensors])
     handles = _offsets(contents, [t._cdata for t in tensors])
-    return (types[0], handles[0]) if len(types) == len(handles) == 1 else None
+    if len(types) != 1 or len(handles) != 1:
+        return None
+    return types[0], handles[0]
 
 
 def _offsets(contents: Sequence[Sequence[int]], expected: Sequence[int]) -> list[int]:

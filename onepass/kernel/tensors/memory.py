@@ -72,8 +72,12 @@ def shape_at(rank: Rank, shape: Sequence[int]) -> tuple[int, ...]:
     """
     if rank.on_host:
         return ()
-    rows = (1,) if rank in (Rank.COLUMN, Rank.MATRIX) else tuple(shape[-2:-1])
-    columns = (1,) if rank in (Rank.ROW, Rank.MATRIX) else tuple(shape[-1:])
+    rows = shape[-2:-1]
+    columns = shape[-1:]
+    if rank in (Rank.COLUMN, Rank.MATRIX):
+        rows = (1,)
+    if rank in (Rank.ROW, Rank.MATRIX):
+        columns = (1,)
     return (*shape[:-2], *rows, *columns)
 
 

@@ -68,17 +68,19 @@ class Temporaries:
         memory = self._allocate(int(counts.sum()), temporary)
         stops = np.cumsum(counts)
         starts = (stops - counts) * memory.itemsize
+        addresses = memory.data_ptr() + starts.astype(np.uint64)
         self.kept[temporary.name] = memory
         self.stops[temporary.name] = stops
-        self.pointers[self.index[temporary.name]] = memory.data_ptr() + starts.astype(np.uint64)
+        self.pointers[self.index[temporary.name]] = addresses
 
     def _allocate(self, count: int, temporary: Temporary) -> Tensor:
+        """Return memory for this many values."""
         return torch.empty(count, dtype=TORCH[temporary.type], device=self.device)
 
     def _counts(self, temporary: Temporary) -> np.ndarray:
         """Return how many values each tensor has, all shares together."""
         ones = np.ones_like(self.numel)
-        groups, per_group, length = lines_of(temporary.rank, *self.sizes.T, one=ones)
+        groups, per_group, length = lines_of(temporary.rank, *self.sizes.T, ones=ones)
         counts = groups * per_group * length
         return counts * self.parts.get(temporary.name, 1)
 
@@ -87,7 +89,8 @@ class Temporaries:
         stops = self.stops[name]
         begin = int(stops[tensor_index - 1]) if tensor_index else 0
         end = int(stops[tensor_index])
-        return self.kept[name][begin:end].view(int(self.parts[name][tensor_index]), -1)
+        count = int(self.parts[name][tensor_index])
+        return self.kept[name][begin:end].view(count, -1)
 
     def allocate(self) -> None:
         """Take memory for the temporaries of elements that passes write, until the step is over."""
