@@ -102,7 +102,7 @@ def body_head(pass_: Pass, pass_index: int, *, by_lines: bool) -> str:
     It walks elements [begin, end), or lines of `length` elements, `group_lines` of them a matrix.
     """
     arguments = [f"ptr noalias {local(name)}" for name in column_names(pass_)]
-    arguments += ["ptr noalias %row", "i64 %begin", "i64 %end"]
+    arguments += ["ptr noalias %uniforms", "i64 %begin", "i64 %end"]
     if by_lines:
         arguments += ["i64 %group_lines", "i64 %length", "i64 %offset"]
     if pass_.reductions:
@@ -122,7 +122,7 @@ def _worker(program: Program, pass_: Pass, pass_index: int) -> str:
         *_column_pointers(program, names),
     ]
     arguments = [f"ptr %pointer.{i}" for i in range(len(names))]
-    arguments += ["ptr %row", "i64 %start", "i64 %stop"]
+    arguments += ["ptr %uniforms", "i64 %start", "i64 %stop"]
     if program.by_lines:
         for name, index in (
             ("group_lines", "%tensor"),
@@ -174,7 +174,7 @@ def _read_chunk(program: Program, pass_: Pass) -> list[str]:
         *_load("stop", "i64", "chunk_stop", "%c"),
         *_load("setting", "i64", "setting_index", "%tensor"),
         f"  %table_offset = mul i64 %setting, {len(pass_.inputs)}",
-        f"  %row = getelementptr {number}, ptr %table, i64 %table_offset",
+        f"  %uniforms = getelementptr {number}, ptr %table, i64 %table_offset",
     ]
 
 

@@ -155,8 +155,8 @@ class Code:
 class Body(Code):
     """A walk's inner part: host values enter it, and its nodes are added at an index.
 
-    The walk around it, `text`, is the CPU's: see `cpu.elements` and `cpu.lines`. `%row` is the line
-    of the table of uniforms that belongs to the tensor at hand.
+    The walk around it, `text`, is the CPU's: see `cpu.elements` and `cpu.lines`. `%uniforms` is the
+    line of the table of uniforms that belongs to the tensor at hand.
     """
 
     def _enter_inputs(self) -> None:
@@ -165,7 +165,7 @@ class Body(Code):
         zero = literal(0.0, self.program.compute)
         self.inputs: dict[Node, str] = {}
         for i, node in enumerate(self.pass_.inputs):
-            self._line(f"%input{i}_at = getelementptr {compute}, ptr %row, i64 {i}")
+            self._line(f"%input{i}_at = getelementptr {compute}, ptr %uniforms, i64 {i}")
             self._line(f"%input{i} = load {compute}, ptr %input{i}_at")
             self.inputs[node] = f"%input{i}"
             if node.type == "bool":
