@@ -65,15 +65,15 @@ def run(
     flat = {name: _concatenated(column, are_flat) for name, column in columns.items()}
     dtype = compute_dtype(*flat.values())
     flat = {name: t if t.dtype == dtype else t.to(dtype) for name, t in flat.items()}
-    compiled = compile(graph)
-    hosts = compiled.host(hypers, sizes, torch.finfo(params[0].dtype).eps)
-    new = compiled.tensors(hosts)(flat, Beside(hosts, sizes, flat["p"]))
+    functions = make_functions(graph)
+    hosts = functions.host(hypers, sizes, torch.finfo(params[0].dtype).eps)
+    new = functions.tensors(hosts)(flat, Beside(hosts, sizes, flat["p"]))
     outputs: dict[str, Sequence[Tensor]] = {}
     for name, value in new.items():
         parts = _spread(value, name, flat).split_with_sizes(sizes)
         outputs[name] = parts if are_flat else list(map(Tensor.view, parts, shapes))
     scalars = {
-        name: np.broadcast_to(hosts[i], len(params)).tolist() for name, i in compiled.scalars
+        name: np.broadcast_to(hosts[i], len(params)).tolist() for name, i in functions.scalars
     }
     return outputs, scalars
 
@@ -117,7 +117,7 @@ class Beside:
         return torch.from_numpy(repeated).to(self._like.device)
 
 
-class Compiled:
+class Functions:
     """A graph as Python functions: one of numbers, and one of tensors for each outcome of choices.
 
     `scalars` are the graph's scalars with the index of their values among the hosts' values.
@@ -172,9 +172,9 @@ def _is_choice_of_tensors(node: Node) -> bool:
 
 
 @remember(most=64)
-def compile(graph: Graph) -> Compiled:
+def make_functions(graph: Graph) -> Functions:
     """Return an elementwise graph's functions."""
-    return Compiled(graph)
+    return Functions(graph)
 
 
 def _as_host(numbers: Sequence[float] | float) -> Host:

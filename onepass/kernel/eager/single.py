@@ -56,7 +56,7 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
 }
 
 # What a graph may ask about the parameter.
-FACTS: dict[str, Callable[[Tensor], float]] = {
+PARAMETER_FACTS: dict[str, Callable[[Tensor], float]] = {
     "numel": Tensor.numel,
     "rows": lambda p: p.shape[-2],
     "columns": lambda p: p.shape[-1],
@@ -119,10 +119,13 @@ def run(
 
 
 class Evaluation:
-    """A graph's values for one parameter, each computed when something needs it."""
+    """A graph's values for one parameter, each computed when something needs it.
+
+    `columns` are in the compute type, `dtype`; `p` is the parameter as it is stored.
+    """
 
     def __init__(self, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]) -> None:
-        """Take what `run` takes; columns are converted to the compute type, `dtype`."""
+        """Take what `run` takes, and convert the columns."""
         self.hypers = hypers
         self.p = columns["p"]
         self.dtype = compute_dtype(*columns.values())
@@ -133,7 +136,11 @@ class Evaluation:
     def evaluate(self, graph: Graph) -> dict[Node, Value]:
         """Return the roots' values.
 
-        If a choice does not depend on elements, only what is chosen is computed.
+        If a choice does not depend on elements, only what is chosen is computed: with lr = 0.1,
+        `where(lr == 0, kept, new)` computes `lr == 0`, finds False, and then computes only `new`.
+
+        A value is dropped when its last user has been computed, so that its memory can be used
+        again. For `p - lr * g` the product lives until the difference is known.
         """
         values: dict[Node, Value] = {}
         uses = dict(_uses(graph))
@@ -167,8 +174,8 @@ class Evaluation:
             return float(value)
         if node.op == "const":
             return node.attr  # type: ignore[return-value]
-        if node.op in FACTS:
-            return float(FACTS[node.op](self.p))
+        if node.op in PARAMETER_FACTS:
+            return float(PARAMETER_FACTS[node.op](self.p))
         if node.op == "where":
             condition = values[node.args[0]]
             if isinstance(condition, Tensor):
@@ -218,7 +225,7 @@ def _needed(node: Node, values: Mapping[Node, Value]) -> Sequence[Node]:
 
 
 def apply(op: str, args: Sequence[Value]) -> Value:
-    """Return what an operation makes of values.
+    """Return what an operation makes of values: a tensor if one of them is a tensor.
 
     Between numbers it follows NumPy, where 0 / 0 is NaN and not an error.
     """
@@ -248,7 +255,10 @@ def choose(condition: Tensor, a: Value, b: Value) -> Tensor:
 
 
 def _reduce(node: Node, x: Tensor) -> Value:
-    """Return a sum or a largest value, over a tensor or along a dimension that becomes 1."""
+    """Return a sum or a largest value, over a tensor or along a dimension that becomes 1.
+
+    Of a tensor (2, 3, 5), `attr` "rows" makes (2, 3, 1), "columns" (2, 1, 5), and none ().
+    """
     if node.rank == Rank.TENSOR:
         if x.numel() == 0:
             return 0.0

@@ -180,9 +180,9 @@ def _walks_lines(pass_: Pass) -> bool:
 def lines_of(domain: Rank, matrices: T, rows: T, columns: T, ones: T) -> tuple[T, T, T]:
     """Return the groups of lines, the lines of a group and the length of a line in a walk.
 
-    `domain` is the rank of the values that the pass walks over, in a stack of matrices.
-    The sizes may be numbers, arrays with a number for each tensor, or text that stands for them;
-    `ones` is 1 in the same kind. For a tensor of 2 matrices with 3 rows and 5 columns:
+    `domain` is the rank of the values that the pass walks over, in a stack of matrices. The sizes
+    may be numbers, arrays with a number for each tensor, or text that stands for them; `ones` is 1
+    in the same kind. For a tensor of 2 matrices with 3 rows and 5 columns:
 
         ELEMENT   (2, 3, 5)   2 groups of 3 lines with 5 elements: the rows
         ROW       (2, 1, 3)   2 groups of 1 line with the 3 values that a matrix's rows have
@@ -190,6 +190,8 @@ def lines_of(domain: Rank, matrices: T, rows: T, columns: T, ones: T) -> tuple[T
         MATRIX    (1, 1, 2)   1 line with the 2 values that the matrices have
 
     The product of the three is the number of values.
+
+    Raises `ValueError` for values on the host, which nothing walks over.
     """
     if domain == Rank.ELEMENT:
         return matrices, rows, columns

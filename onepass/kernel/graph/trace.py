@@ -7,7 +7,7 @@ SGD without momentum, followed through the steps:
     rule     p - lr * g                                                  with Python's operators
     trace    sub(p, mul(lr, g))                                          nodes over real numbers
     finish   where(lr == 0, where(new == p, p, new), new)                exact bits at lr = 0
-    bind     p becomes bitcast(shl(cast(p, i32), 16), f32), ...          for bfloat16 columns
+    bind     p becomes bitcast(shl(cast(p, i32), 16), f32), and so on    for bfloat16 columns
     split    one pass: loads p and g, takes lr and lr == 0, stores p
 
 A `Graph` holds the rule's mathematics over real numbers, and the eager backend runs it as it is. A

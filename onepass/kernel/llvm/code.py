@@ -95,6 +95,7 @@ class Code:
     """
 
     def __init__(self, program: Program, pass_: Pass, pass_index: int) -> None:
+        """Begin a function for a pass of a program; `pass_index` becomes part of its name."""
         self.program = program
         self.pass_ = pass_
         self.pass_index = pass_index

@@ -56,7 +56,10 @@ WRITE = """\
 
 
 class Numbers:
-    """Numbers by their addresses: `values` (float64) is filled by `read`, stored by `write`."""
+    """Numbers by their addresses: `values` (float64) is filled by `read`, stored by `write`.
+
+    `values` has the shape of the addresses and may be changed between the two.
+    """
 
     def __init__(self, addresses: np.ndarray, dtype: np.dtype) -> None:
         """`addresses` (names, tensors; uint64) are looked at in each call.
@@ -77,7 +80,7 @@ class Numbers:
         self._write = functions["write", dtype]
 
     def read(self) -> np.ndarray:
-        """Fill and return `values`."""
+        """Fill `values` with what is stored at the addresses, and return it: (names, tensors)."""
         self._read(*self._arguments)
         return self.values
 
