@@ -219,9 +219,9 @@ IN_CHUNKS = {
 # How the lines of a walk lie.
 IN_LINES = {
     "return matrices, rows, columns": "return matrices, columns, rows",
-    "return matrices, one, rows": "return one, matrices, rows",
-    "return matrices, one, columns": "return matrices, one, rows",
-    "return one, one, matrices": "return one, one, one",
+    "return matrices, ones, rows": "return ones, matrices, rows",
+    "return matrices, ones, columns": "return matrices, ones, rows",
+    "return ones, ones, matrices": "return ones, ones, ones",
 }
 IN_TEMPORARIES = {
     "self.parts.get(temporary.name, 1)": "1",
