@@ -21,7 +21,7 @@ from onepass.app.explain.explanation import graph_of
 from onepass.app.explain.sass import bound, fast_path
 from onepass.app.explain.target import CHIPS, bytes_of, compile_for, disassemble, elements_of
 from onepass.kernel import bind
-from onepass.kernel.gpu.tiles import lower
+from onepass.kernel.gpu.source import triton_source
 from onepass.kernel.graph.ir import Rank
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         p = nn.Parameter(torch.zeros(2, 2, dtype=getattr(torch, asked.dtype)))
         graph = graph_of(variant.cls([p], **variant.options))
         program = bind(graph, tuple((column, asked.dtype) for column in ("g", "p", *graph.state)))
-        for one in compile_for(lower(program), asked.target):
+        for one in compile_for(triton_source(program), asked.target):
             found = re.fullmatch(r"pass_(\d+)", one.function.name)
             if found is None or program.passes[int(found[1])].domain != Rank.ELEMENT:
                 continue

@@ -11,7 +11,7 @@ from .kernel.graph.ir import Node
 
 
 def orthogonalize(x: Node, coefficients: tuple[Node, Node, Node], eps: Node, steps: Node) -> Node:
-    """Return roughly the nearest orthogonal matrices of x's, in a rule: see `newton_schulz`."""
+    """Return roughly the nearest orthogonal matrix to each of x's matrices: see `newton_schulz`."""
     return call(newton_schulz, x, *coefficients, eps, steps)
 
 
@@ -20,31 +20,29 @@ def newton_schulz(
 ) -> Tensor:
     r"""Return about $U V^\top$ for each matrix $X = U S V^\top$, by a Newton-Schulz iteration.
 
+    It is of degree five and runs for `steps` steps:
+
     $$ X_0 = X / \max(\|X\|_F, \epsilon), \quad X_{k+1} = a X_k + (b A_k + c A_k^2) X_k, \quad
        A_k = X_k X_k^\top $$
 
-    It makes `steps` iterations of degree five. With the coefficients and the 5 steps of Muon,
-    singular values do not become 1: those above about a 500th of the norm end between 0.68 and 1.2.
-    Smaller ones have then grown by $a$ in each step.
+    With the coefficients and steps of Muon, singular values above about a 500th of the norm end
+    between 0.68 and 1.2, not at 1. Smaller ones have grown by $a$ in each step.
 
-    `matrices` has the shape (n, rows, columns) and stays as it is; the result has its shape and
-    type. Products are in bfloat16, as in torch. There are two exceptions, float64 matrices and
-    processors that are slower in bfloat16: for these, products are in the type of `matrices`.
+    `matrices` has shape (k, rows, columns) and stays as it is; the result has its shape and type.
+    Products are in bfloat16, as in torch. They are in the type of `matrices` if that is float64, or
+    if the processor would be slower with bfloat16.
     """
-    is_fast_in_bfloat16 = matrices.device.type != "cpu" or has_bfloat16_products()
-    if is_fast_in_bfloat16 and matrices.dtype != torch.float64:
-        x = matrices.bfloat16()
-    else:
-        x = matrices
-    # The Gram matrix is made of the shorter side.
+    is_fast = matrices.device.type != "cpu" or has_bfloat16_products()
+    x = matrices.bfloat16() if is_fast and matrices.dtype != torch.float64 else matrices
     is_wide = x.shape[-2] <= x.shape[-1]
     if not is_wide:
         x = x.mT
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / norms.clamp(min=eps)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = x / norm.clamp(min=eps)
     for _ in range(int(steps)):
         gram = x @ x.mT
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, factor, x, beta=a)
-    result = x if is_wide else x.mT
-    return result.to(matrices.dtype)
+        # Not named: it is freed before the next one is made.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if not is_wide:
+        x = x.mT
+    return x.to(matrices.dtype)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.interpreted_gpu import Interpreter
 from torch import Tensor
 
-from onepass.kernel.gpu.foretold import ALIGNMENT, MOST, Rows
+from onepass.kernel.gpu.foretold import ALIGNMENT, MOST, ForetoldUniforms
 
 DECAY, STEP = 0, 1
 
@@ -24,8 +24,8 @@ def corrections(leaves: np.ndarray) -> np.ndarray:
     return np.stack([1 - decay**step, np.sqrt(1 - decay**step), decay], axis=1).astype(np.float32)
 
 
-def make(step: int | None = STEP) -> Rows:
-    return Rows(Interpreter(torch.device("cpu")), [], corrections, step)
+def make(step: int | None = STEP) -> ForetoldUniforms:
+    return ForetoldUniforms(Interpreter(torch.device("cpu")), [], corrections, step)
 
 
 def of(rows: Tensor, leaves: np.ndarray) -> np.ndarray:
@@ -38,7 +38,7 @@ def leaves_at(step: int, settings: int = 2) -> np.ndarray:
     return np.stack([np.linspace(0.9, 0.999, settings), np.full(settings, float(step))])
 
 
-def steps(rows: Rows, count: int, first: int = 1) -> Iterator[int]:
+def steps(rows: ForetoldUniforms, count: int, first: int = 1) -> Iterator[int]:
     """Take steps, checking each; yields how often something was sent in it."""
     for step in range(first, first + count):
         before = rows.table.uploads

@@ -326,7 +326,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     plain = cpu.Launch.run
 
     def counting(self: cpu.Launch, threads: int) -> None:
-        counted.append(len(self.rows))
+        counted.append(len(self.setting_index))
         plain(self, threads)
 
     monkeypatch.setattr(cpu.Launch, "run", counting)

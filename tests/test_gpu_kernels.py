@@ -52,8 +52,10 @@ from onepass.app.explain import explanation as explain
 from onepass.kernel import Graph, bind, finish, trace
 from onepass.kernel.functions import amax, column_mean, row_mean
 from onepass.kernel.functions import sum as total
+from onepass.kernel.gpu.blocks import SPAN
 from onepass.kernel.gpu.launch import Kernel
-from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel.gpu.tiles import BAND, WIDTHS
+from onepass.kernel.gpu.walk import BLOCK
 from onepass.kernel.graph.trace import Program
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")

@@ -29,51 +29,53 @@ from table import TABLE
 
 from onepass.kernel import finish, trace
 from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.blocks import SPAN
 from onepass.kernel.gpu.jit import Source
 from onepass.kernel.gpu.launch import Kernel
-from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, WIDTHS
+from onepass.kernel.gpu.tiles import BAND, WIDTHS
+from onepass.kernel.gpu.walk import BLOCK
 from onepass.kernel.graph.trace import Program
 
 Mistakes = dict[str, tuple[str, ...]]
 # What stands in the source, as a pattern -> what could stand there by mistake.
 WALKS: Mistakes = {
-    r"(?<=tl\.load\(c\d \+ at), mask": ("",),
-    r"(tl\.store\(c\d+ \+ at, \w+), mask": (r"\1",),
+    r"(?<=tl\.load\(c\d \+ offset), mask": ("",),
+    r"(tl\.store\(c\d+ \+ offset, \w+), mask": (r"\1",),
     r"(?<=left = )(.*) - start$": (r"\1 - start + 1", r"\1 - start - 1", r"\1"),
-    r"(?<=at < )tl\.minimum\(left": ("tl.minimum(left - 1", "tl.minimum(left + 1"),
+    r"(?<=offset < )tl\.minimum\(left": ("tl.minimum(left - 1", "tl.minimum(left + 1"),
     r"(?<=\)) \+ start$": ("", " - start"),
     r"(?<=start = block\.to\(tl\.int64\) \* )BLOCK": ("(BLOCK - 1)",),
-    r"(?<=row = table \+ tl\.load\(tensors \+ )0": ("1", "6"),
-    r"(?<=tl\.load\(row \+ )0": ("1",),
+    r"(?<=uniforms = table \+ tl\.load\(tensors \+ )0": ("1", "6"),
+    r"(?<=tl\.load\(uniforms \+ )0": ("1",),
     r"(?<=addresses \+ )0 \*": ("1 *",),
     r"(?<=addresses \+ )2 \*": ("0 *",),
     r"(?<=range\(0, )SPAN": ("SPAN - 1",),
-    r"(?<=at = )i \* BLOCK \+": ("",),
+    r"(?<=offset = )i \* BLOCK \+": ("",),
     r"(?<=tl\.cdiv\(left, BLOCK\)), SPAN": (" - 1, SPAN",),
     r"(?<=\* 2 \+ )1, tl\.sum": ("0, tl.sum",),
-    r"(?<=partials \+ beginl\d \+ at \* )2": ("1",),
-    r"(?<=one = tl\.load\(partials \+ begin)(.*), at < (unitsl\d)": (r"\1, at < \2 - 1",),
+    r"(?<=partials \+ beginl\d \+ unit \* )2": ("1",),
+    r"(?<=partial = tl\.load\(partials \+ begin)(.*), unit < (unitsl\d)": (r"\1, unit < \2 - 1",),
 }
 TILES: Mistakes = {
     r"(?<=unit = )first \+ tl": ("tl",),
     r"(?<=is_line = line )<": ("<=",),
     r"\(columns < length\)\[None": ("(columns <= length)[None", "(columns < length - 1)[None"),
     r"(?<=columns = )column \* COLUMNS": ("0 * COLUMNS",),
-    r"(?<=group = line // )per": ("(per + 1)",),
-    r"(?<=at = \(line \* )length": ("(length + 1)",),
+    r"(?<=group = line // )group_lines": ("(group_lines + 1)",),
+    r"(?<=offset = \(line \* )length": ("(length + 1)",),
     r"(?<=line = )start \+ lines": ("begin + lines",),
     r"\(group \* length\)\[:, None\]": ("(0 * group)[:, None]",),
-    r"(?<=column \* \()groups \* per": ("groups", "0 * per"),
+    r"(?<=column \* \()groups \* group_lines": ("groups", "0 * group_lines"),
     r"\(part \* groups \+": ("(0 * part +", "(part +"),
-    r"\+ begin // per\) \* length": (") * length",),
+    r"\+ begin // group_lines\) \* length": (") * length",),
     r"(?<=range\()1, parts": ("2, parts",),
     r"(?<=values \+ )part \* count": ("0 * count",),
     r"(?<=parts = tl\.load\(entry \+ )2": ("1",),
     r"(?<=tl\.where\(mask, \()(\w+)(\)\.to\(tl\.float64\), )0\.0": (r"\1\g<2>1.0",),
 }
-FACTORED: Mistakes = {r"total \+ one": ("total", "one")}
+FACTORED: Mistakes = {r"total \+ share": ("total", "share")}
 LARGEST: Mistakes = {
-    r"larger\(total, one\)": ("total", "one"),
+    r"larger\(total, share\)": ("total", "share"),
     r"larger\((d\d), ": (r"(0 * \1 + ",),
 }
 NUMBERS: Mistakes = {
@@ -155,7 +157,7 @@ def check_all(
         assert agrees(right)
     unnoticed, count = [], 0
     for what, source in wrong:
-        monkeypatch.setattr(gpu, "lower", lambda *_, source=source: source)
+        monkeypatch.setattr(gpu, "triton_source", lambda *_, source=source: source)
         mutant = Kernel(
             right.program, torch.device("cpu"), right.numbers if right.is_resident else None, "f32"
         )

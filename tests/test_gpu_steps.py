@@ -439,7 +439,7 @@ def test_a_second_step_compiles_nothing_and_sends_only_what_changed(
 ) -> None:
     # Step counts of the host are part of the uniform values, if the algorithm counts at all; on a
     # device they are not.
-    rows = "rows" if mode == "default" else "leaves"
+    uniforms = "uniforms" if mode == "default" else "leaves"
     with interpreted():
         ours = make_side(onepass, algorithm, **MODES[mode])
         gradients = [ours.randn(*p.shape) for p in ours.params]
@@ -451,21 +451,21 @@ def test_a_second_step_compiles_nothing_and_sends_only_what_changed(
             ours.opt.step()
             return {name for name, count in sent(ours.opt).items() if count != before.get(name, 0)}
 
-        assert step() >= {"addresses", "facts", "units 0", rows}
-        monkeypatch.setattr(gpu, "lower", None)
+        assert step() >= {"addresses", "facts", "units 0", uniforms}
+        monkeypatch.setattr(gpu, "triton_source", None)
         for _ in range(5):
-            assert step() <= ({"rows"} if mode == "default" else set())
+            assert step() <= ({"uniforms"} if mode == "default" else set())
         # More and more steps ahead, unless each product of momenta is news.
         assert sent(ours.opt)["addresses"] == 1
-        assert mode != "default" or sent(ours.opt)["rows"] <= (
+        assert mode != "default" or sent(ours.opt)["uniforms"] <= (
             6 if algorithm in ("nadam", "asgd") else 3
         )
         ours.opt.param_groups[0]["lr"] = 0.03
         # Rprop's rate is the size of its first step alone.
-        assert step() >= ({rows} if algorithm != "rprop" else set())
+        assert step() >= ({uniforms} if algorithm != "rprop" else set())
         # Another gradient, at another address.
         gradients[0] = gradients[0].clone()
-        assert step() - {"rows"} == {"addresses"}
+        assert step() - {"uniforms"} == {"addresses"}
 
 
 # Others than dense gradients, and others than plain steps.

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from support.extra_rules import MATRIX_RULES, RULES, Rule, program
 
-from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, TILES, WIDTHS
-from onepass.kernel.gpu.units import Blocks, Tiles, Work
+from onepass.kernel.gpu.blocks import SPAN
+from onepass.kernel.gpu.tiles import BAND, TILES, WIDTHS
+from onepass.kernel.gpu.units import BlockUnits, TileUnits, WorkInUnits
+from onepass.kernel.gpu.walk import BLOCK
 from onepass.kernel.graph.ir import Rank
 from onepass.kernel.graph.passes import Pass, Program
 
@@ -47,7 +49,7 @@ def lines_of(one: Pass, size: np.ndarray) -> tuple[int, int, int]:
     }[one.domain]
 
 
-def check_tiles(one: Pass, size: np.ndarray, units: Tiles, t: int) -> None:
+def check_tiles(one: Pass, size: np.ndarray, units: TileUnits, t: int) -> None:
     """One tensor's programs, as the kernel walks them."""
     groups, per, length = lines_of(one, size)
     seen = np.zeros((groups * per, length), np.int64)
@@ -73,8 +75,8 @@ def check_tiles(one: Pass, size: np.ndarray, units: Tiles, t: int) -> None:
         assert len(shares) == len(rows) == groups * units.down[t] * units.along[t]
 
 
-def work_of(one: Program, sizes: np.ndarray) -> Work:
-    return Work(sizes, one)
+def work_of(one: Program, sizes: np.ndarray) -> WorkInUnits:
+    return WorkInUnits(sizes, one)
 
 
 @pytest.mark.parametrize("rule", MATRIX_RULES[:5], ids=lambda rule: rule.__name__)
@@ -83,7 +85,7 @@ def test_every_element_of_a_matrix_is_in_one_program(rule: Rule, rng: np.random.
     sizes = shapes(rng, 25)
     work = work_of(one, sizes)
     for each, units in zip(one.passes, work.units, strict=True):
-        assert isinstance(units, Tiles)
+        assert isinstance(units, TileUnits)
         assert units.count.sum() == len(units.table)
         for t, size in enumerate(sizes):
             assert (units.count[t] == 0) == (size.prod() == 0)
@@ -101,7 +103,7 @@ def test_every_element_is_in_one_program(rule: Rule, rng: np.random.Generator) -
         ]
     )
     for each, units in zip(one.passes, work_of(one, numel).units, strict=True):
-        assert isinstance(units, Blocks)
+        assert isinstance(units, BlockUnits)
         size = BLOCK * SPAN if each.reductions else BLOCK
         for t, n in enumerate(numel.tolist()):
             own = units.table[units.first[t] : units.first[t] + units.count[t]]

@@ -15,7 +15,7 @@ import onepass
 from onepass.algorithms.adafactor import Adafactor
 from onepass.app.bench.measure import available_memory
 from onepass.app.explain.explanation import graph_of as graph_of_optimizer
-from onepass.kernel.cpu.chunks import Work
+from onepass.kernel.cpu.chunks import WorkInChunks
 from onepass.kernel.graph.ir import Rank
 
 HUGE = 2**31 + 7
@@ -54,7 +54,7 @@ def check_indices(source: str) -> None:
 def test_chunks_cover_every_line_once(sizes: tuple[int, int, int], by_lines: bool) -> None:
     """Chunks follow one another without a gap from the first line to the last, past 2^31."""
     domain = Rank.ELEMENT
-    cut = Work(np.array([sizes]), {domain}, by_lines).chunks[domain]
+    cut = WorkInChunks(np.array([sizes]), {domain}, by_lines).chunks[domain]
     lines = sizes[0] * sizes[1] if by_lines else int(np.prod(sizes))
     assert (cut.start.dtype, cut.stop.dtype, cut.length.dtype) == (np.int64,) * 3
     assert cut.start[0] == 0

@@ -24,14 +24,14 @@ from support.subprocess_cases import fates
 
 from onepass.kernel.cpu import chunks, walk
 from onepass.kernel.cpu import launch as cpu
-from onepass.kernel.cpu.elements import lower
+from onepass.kernel.cpu.elements import llvm_text
 from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.functions import PerColumn, PerRow, amax, column_mean, mean, row_mean, where
-from onepass.kernel.graph import passes
+from onepass.kernel.graph import cut, passes
 from onepass.kernel.graph.ir import make
 from onepass.kernel.graph.trace import Program
 from onepass.kernel.llvm import native
-from onepass.kernel.tensors import temporaries
+from onepass.kernel.tensors import launching, temporaries
 
 # Walks are cut into small chunks here, so that small matrices have several.
 CHUNK, FEWEST_LINES = 512, 4
@@ -174,7 +174,7 @@ def bodies(one: Program, source: str) -> list[tuple[str, str, str]]:
 def with_mistake(one: Program, pattern: str) -> str:
     """The program's code with one mistake, in the first body that has such an instruction and uses
     what it makes."""
-    source = lower(one)
+    source = llvm_text(one)
     for body, before, after in bodies(one, source):
         for found in re.finditer(pattern, body):
             made = re.match(r"%\w+", found[0])
@@ -193,73 +193,74 @@ def try_code(pattern: str) -> None:
     one = judge(lined)
     one.surround(temporaries.Temporaries)
     source = with_mistake(one.program, pattern)
-    cpu.lower = lambda _: source
+    cpu.llvm_text = lambda _: source
     assert not one.agrees(Kernel(one.program))
 
 
 # How walks are cut into chunks, what becomes of temporaries, and how a program is cut into passes.
 
 IN_CHUNKS = {
-    "CHUNK // area * per,": "(CHUNK // area * per + 1),",
-    "FEWEST_LINES, CHUNK": "FEWEST_LINES + 1, CHUNK",
-    "np.where(whole, 1, parts)": "parts",
-    "np.where(whole, lines, per)": "lines",
+    "CHUNK // area * self": "(CHUNK // area + 1) * self",
+    "FEWEST_LINES, CHUNK // length": "FEWEST_LINES + 1, CHUNK // length",
+    "np.where(is_whole, 1, parts)": "parts",
+    "np.where(is_whole, lines, self.group_lines)": "lines",
     "-(-span //": "(span //",
     "lines // span * parts": "lines // span",
-    "np.where(whole, 0, ": "np.where(whole, 1, ",
-    "sizes[:, 0] * sizes[:, 2]": "sizes[:, 2]",
-    "[self.tensor] * part": "[self.tensor] * 0",
-    "own // parts[self.tensor]": "own % parts[self.tensor]",
-    "own % parts[self.tensor]": "own // parts[self.tensor]",
-    "begin + part * block": "begin + part * span",
-    "np.minimum(self.start + block[self.tensor], begin + span[self.tensor])": (
-        "self.start + block[self.tensor]"
-    ),
+    "np.where(is_whole, 0, ": "np.where(is_whole, 1, ",
+    "matrices * columns": "columns",
+    "column_values[self.tensor] * part": "column_values[self.tensor] * 0",
+    "number // parts[self.tensor]": "number % parts[self.tensor]",
+    "number % parts[self.tensor]": "number // parts[self.tensor]",
+    "begin + part * size": "begin + part * span[self.tensor]",
+    "np.minimum(self.start + size, end)": "self.start + size",
     "np.maximum.reduceat": "np.minimum.reduceat",
     "result += np.bincount": "result -= np.bincount",
-    "Rank.ELEMENT: (matrices, rows, columns)": "Rank.ELEMENT: (matrices, columns, rows)",
-    "Rank.ROW: (matrices, one, rows)": "Rank.ROW: (one, matrices, rows)",
-    "Rank.COLUMN: (matrices, one, columns)": "Rank.COLUMN: (matrices, one, rows)",
-    "Rank.MATRIX: (one, one, matrices)": "Rank.MATRIX: (one, one, one)",
+}
+# How the lines of a walk lie.
+IN_LINES = {
+    "return matrices, rows, columns": "return matrices, columns, rows",
+    "return matrices, ones, rows": "return ones, matrices, rows",
+    "return matrices, ones, columns": "return matrices, ones, rows",
+    "return ones, ones, matrices": "return ones, ones, ones",
 }
 IN_TEMPORARIES = {
-    "self.parts.get(one.name, 1)": "1",
-    "Rank.ROW: matrices * rows": "Rank.ROW: rows",
-    "Rank.MATRIX: matrices": "Rank.MATRIX: matrices * 0",
-    "stops[t - 1]": "stops[t]",
+    "self.parts.get(temporary.name, 1)": "1",
+    "groups * per_group * length": "per_group * length",
+    "per_group * length": "per_group * 0",
+    "stops[tensor_index - 1]": "stops[tensor_index]",
 }
 IN_LAUNCHES = {
-    "for share in shares[1:]": "for share in shares[2:]",
+    "for share in others": "for share in others[1:]",
     "chunks.parts > 1": "chunks.parts > 2",
     'np.add if reduction.node.op == "sum" else np.maximum': "np.add",
-    "reduction.node.rank == Rank.COLUMN": "reduction.node.rank == Rank.ROW",
-    "chunks[Rank.ELEMENT].parts)": "chunks[Rank.ELEMENT].parts * 0 + 1)",
+    "in pass_.down": "in pass_.along",
+    "chunks[Rank.ELEMENT].parts": "chunks[Rank.ELEMENT].parts * 0 + 1",
 }
 IN_PASSES = {
-    "if a.rank.on_host or a.rank == rank:": (
-        "if a.rank.on_host or a.rank == rank or a in self._kept:"
+    "if argument.rank.on_host or argument.rank == rank:": (
+        "if argument.rank.on_host or argument.rank == rank or argument in self._kept:"
     ),
     "const(1.0, ": "const(0.0, ",
-    "kept != 0": "kept == 0",
-    "self._kept[node] = level + 1, into": "self._kept[node] = level, into",
-    "max((level for level, _ in seen), default=0)": "0",
-    "max(last.get(rank, 0), cut.level[root])": "0",
+    "(kept != 0)": "(kept == 0)",
+    "self._kept[node] = (level + 1, into)": "self._kept[node] = (level, into)",
+    "self.level[node] = max(levels, default=0)": "self.level[node] = 0",
+    "max(last.get(rank, 0), self.level[root])": "0",
     "sorted(self._jobs)": "sorted(self._jobs, reverse=True)",
-    "self.job(self.level[node], node.rank)": "self.job(0, node.rank)",
+    "self._job(self.level[node], node.rank)": "self._job(0, node.rank)",
 }
 # With functions of matrices: their numbers, and what other functions return.
 IN_CALLS = {
-    "not any(least <= k <= level": "False and any(least <= k <= level",
-    "max((self.level[n] for n in numbers), default=0)": "0",
-    "max([self.level[source], *(self.level[n] for n in numbers)])": "self.level[source]",
-    "if k <= level)": "if k < level)",
+    "not any(level in levels": "False and any(level in levels",
+    "_Request(least, level, call)": "_Request(0, level, call)",
+    "max(self.level[source], least)": "self.level[source]",
+    "if level <= request.level)": "if level < request.level)",
 }
 IN_GROUPS = {
     "self.sizes[a, 1:] == self.sizes[b, 1:]": "self.sizes[a, 2:] == self.sizes[b, 2:]",
     "_equal(numbers[a], numbers[b])": "True",
     "(np.cumsum(numel) - numel) * result": "np.cumsum(numel) * result",
     "self._memory.get(call.target)": "None",
-    "kept[place] = result": "kept[place] += result",
+    "kept[values] = result": "kept[values] += result",
 }
 
 
@@ -276,7 +277,15 @@ def altered(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
 def try_chunks(old: str) -> None:
     one = judge(lined)
     one.surround(temporaries.Temporaries)
-    cpu.Work = recut(old, IN_CHUNKS[old])
+    cpu.WorkInChunks = recut(old, IN_CHUNKS[old])
+    with np.errstate(all="ignore"):
+        assert not one.agrees(cpu.make_kernel(one.program))
+
+
+def try_lines(old: str) -> None:
+    one = judge(lined)
+    one.surround(temporaries.Temporaries)
+    chunks.lines_of = altered(passes, old, IN_LINES[old]).lines_of
     with np.errstate(all="ignore"):
         assert not one.agrees(cpu.make_kernel(one.program))
 
@@ -285,7 +294,7 @@ def try_temporaries(rule: Any, mistakes: dict[str, str], old: str) -> None:
     one = judge(rule)
     cls = altered(temporaries, old, mistakes[old]).Temporaries
     one.surround(cls)
-    cpu.Temporaries = cls
+    launching.Temporaries = cls
     assert not one.agrees(cpu.make_kernel(one.program))
 
 
@@ -298,14 +307,14 @@ def try_launches(old: str) -> None:
 def try_passes(rule: Any, mistakes: dict[str, str], old: str) -> None:
     one = judge(rule)
     one.surround(temporaries.Temporaries)
-    assert not agrees_cut(one, altered(passes, old, mistakes[old]).split)
+    assert not agrees_cut(one, altered(cut, old, mistakes[old]).split)
 
 
 def recut(old: str, new: str) -> Any:
     """Work with a mistake in how walks are cut."""
     module = altered(chunks, old, new)
     module.FEWEST_LINES = FEWEST_LINES
-    return module.Work
+    return module.WorkInChunks
 
 
 def agrees_cut(one: Judge, split: Callable[..., Program]) -> bool:
@@ -323,10 +332,10 @@ def try_nothing(rule: Any) -> None:
     """What is right is found right, by all judges."""
     one = judge(rule)
     one.surround(temporaries.Temporaries)
-    cpu.Work = recut("CHUNK // area", "CHUNK // area")
+    cpu.WorkInChunks = recut("CHUNK // area", "CHUNK // area")
     assert one.agrees(cpu.make_kernel(one.program))
-    assert agrees_cut(one, passes.split)
-    cpu.lower = lambda program: lower(program)
+    assert agrees_cut(one, cut.split)
+    cpu.llvm_text = lambda program: llvm_text(program)
     assert one.agrees(Kernel(one.program))
 
 
@@ -336,6 +345,7 @@ def tries() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind, function, mistakes in (
         ("code", try_code, IN_CODE),
         ("chunks", try_chunks, IN_CHUNKS),
+        ("lines", try_lines, IN_LINES),
         ("temporaries", partial(try_temporaries, lined, IN_TEMPORARIES), IN_TEMPORARIES),
         ("launches", try_launches, IN_LAUNCHES),
         ("passes", partial(try_passes, lined, IN_PASSES), IN_PASSES),

@@ -506,7 +506,7 @@ def test_annotations_must_be_known_where_the_rule_is() -> None:
         exec(text.format("", name), space)
         with pytest.raises(
             RuleError,
-            match=f"annotates a state with '{name}', which is no name of its module; import",
+            match=f"annotates a state with '{name}', which is not a name of its module; import",
         ):
             signature(space["rule"])
 

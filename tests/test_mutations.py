@@ -414,7 +414,7 @@ def test_wrong_code_is_noticed(case: Callable[[], Case], monkeypatch: pytest.Mon
     unnoticed = []
     count = 0
     for what, source in wrong_sources(compiled(one).source):
-        monkeypatch.setattr(cpu, "lower", lambda _, source=source: source)
+        monkeypatch.setattr(cpu, "llvm_text", lambda _, source=source: source)
         count += 1
         mutant = Kernel(one)
         # In a loop that takes a condition as false, LLVM removes what only it needs.

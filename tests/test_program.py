@@ -528,9 +528,9 @@ def test_the_lines_of_a_walk() -> None:
         Rank.MATRIX: ([1, 1], [1, 1], [2, 1]),
     }
     for domain, lines in expected.items():
-        arrays = lines_of(domain, *of_two_tensors.T, one=np.ones(2, int))
+        arrays = lines_of(domain, *of_two_tensors.T, ones=np.ones(2, int))
         assert tuple(array.tolist() for array in arrays) == lines
-        assert lines_of(domain, 2, 3, 5, one=1) == tuple(numbers[0] for numbers in lines)
-    assert lines_of(Rank.ROW, "m", "r", "c", one="1") == ("m", "1", "r")
+        assert lines_of(domain, 2, 3, 5, ones=1) == tuple(numbers[0] for numbers in lines)
+    assert lines_of(Rank.ROW, "m", "r", "c", ones="1") == ("m", "1", "r")
     with pytest.raises(ValueError, match="no pass walks over values of rank TENSOR"):
-        lines_of(Rank.TENSOR, 2, 3, 5, one=1)
+        lines_of(Rank.TENSOR, 2, 3, 5, ones=1)

@@ -26,7 +26,7 @@ from onepass.app import cli
 from onepass.app.explain.explanation import explain, graph_of
 from onepass.app.explain.target import TARGETS, Compiled, TargetError, compile_for
 from onepass.kernel.gpu.jit import Source
-from onepass.kernel.gpu.tiles import lower
+from onepass.kernel.gpu.source import triton_source
 from onepass.kernel.graph.ir import Rank
 from onepass.kernel.graph.passes import ITEMSIZE, Program
 from onepass.kernel.graph.trace import bind
@@ -91,7 +91,7 @@ def programs(p: str, state: str, names: Iterable[str] = ()) -> dict[str, Program
     for title, name, options, shape in rows:
         if not names or name in names:
             program = program_of(name, options, shape, p, state)
-            found.setdefault(lower(program), (title, program))
+            found.setdefault(triton_source(program), (title, program))
     return dict(found.values())
 
 
@@ -236,7 +236,7 @@ def test_every_program_is_as_it_should_be(
         for state in {STATE[p], p}
         for title, one in programs(p, state, names).items()
     }
-    sources = {title: lower(one) for title, one in found.items()}
+    sources = {title: triton_source(one) for title, one in found.items()}
     kernels = dict(zip(found, compiled(list(sources.values()), target, tmp_path), strict=True))
     wrong = {title: complaints(found[title], kernels[title], sources[title]) for title in found}
     assert not {title: lines for title, lines in wrong.items() if lines}
@@ -254,7 +254,8 @@ def test_numbers_that_lie_on_the_device(tmp_path: Path) -> None:
     ]
     found = [program_of(name, {}, (4,), "float32", "float32") for name, _ in cases]
     sources = [
-        guarded(lower(program, numbers)) for program, (_, numbers) in zip(found, cases, strict=True)
+        guarded(triton_source(program, numbers))
+        for program, (_, numbers) in zip(found, cases, strict=True)
     ]
     for program, source, kernels in zip(
         found, sources, compiled(sources, "sm_90", tmp_path), strict=True
@@ -280,10 +281,18 @@ FLUSHING = (
 def mutants() -> Iterator[tuple[str, Program, Source, str]]:
     """Sources with one thing wrong each, and what must be found."""
     program = program_of("AdamW", {}, (4,), "float32", "float32")
-    source = lower(program)
+    source = triton_source(program)
     rows = [
-        ("all masked", [(r"tl\.load\((c\d+ \+ at)\)", r"tl.load(\1, at < left)")], "loads of"),
-        ("masked stores", [(r"(c\d+ \+ at), (y\d+)\)", r"\1, \2, at < left)")], "stores of"),
+        (
+            "all masked",
+            [(r"tl\.load\((c\d+ \+ offset)\)", r"tl.load(\1, offset < left)")],
+            "loads of",
+        ),
+        (
+            "masked stores",
+            [(r"(c\d+ \+ offset), (y\d+)\)", r"\1, \2, offset < left)")],
+            "stores of",
+        ),
         ("not aligned", [(r"tl\.multiple_of\((c\d+), 16\)", r"\1")], "loads of"),
         ("fused", [(PRODUCT_AND_SUM, r"\4 = tl.fma(\2 + 0 * \3, \3, \5)\n")], "fuses"),
         ("approximate division", [(r"tl\.div_rn\((\w+), (\w+)\)", r"\1 / \2")], "approximates"),
@@ -306,7 +315,7 @@ def mutants() -> Iterator[tuple[str, Program, Source, str]]:
     )
     yield "large blocks", program, Source(source.text, large), "spills"
     program = program_of("Adafactor", {}, (4, 4), "float32", "float32")
-    source = lower(program)
+    source = triton_source(program)
     text = source.text.replace("length = length // 16 * 16", "length = tl.multiple_of(length, 16)")
     yield "a hint for all lengths", program, Source(text, source.functions), "masked"
 

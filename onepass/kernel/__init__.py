@@ -1,5 +1,18 @@
-"""The compiler's one door: from a rule to something that can be launched. Backends are imported
-when first needed."""
+"""The compiler's only door: from a rule to something that can be launched.
+
+The steps for SGD, `def rule(p, g, *, lr): return {"p": p - lr * g}`, and what each of them makes:
+
+    signature(rule)                columns p and g, keyword lr
+    trace(rule, arguments)         Graph: p becomes sub(p, mul(lr, g)), over real numbers
+    finish(graph, ...)             Graph: a loss scale, `maximize`, exact bits when lr is 0
+    bind(graph, formats)           Program: columns in float32, arithmetic in f32; cut by `split`
+    compile(graph, formats, ...)   Kernel: machine code of the bound program, on one device
+    kernel.split(sizes)            Work: how launches over tensors of these sizes are cut
+    kernel.prepare(...)            Launch: may be run again and again
+
+`evaluate` computes a finished graph by torch's own operations instead. Backends are imported when
+they are first needed. What steps, and when, is not known here.
+"""
 
 from __future__ import annotations
 
@@ -58,27 +71,66 @@ __all__ = [
 
 
 class Kernel(Protocol):
-    """What both backends make of a program: callable on columns of any number of tensors of one
-    device."""
+    """What both backends make of a program.
+
+    It can be launched on columns of any number of tensors of one device.
+    """
 
     program: Program
-    # The hyper-parameters, by their places among a launch's leaves.
+    # The index of each hyper-parameter among a launch's leaves.
     leaves: dict[str, int]
 
     def concurrency(self) -> int:
-        """How many tensors may be worked on at once."""
+        """Return how many tensors may be worked on at once."""
         ...
 
     def is_capturing(self) -> bool:
-        """Whether a step would be recorded into a graph now."""
+        """Whether a step would now be recorded into a CUDA graph."""
         ...
 
     def split(self, sizes: np.ndarray) -> Any:
-        """How to cut walks over tensors of these sizes; good for any number of launches."""
+        """Return how walks over tensors of these sizes are cut, for any number of launches.
+
+        `sizes` is (tensors, 3): matrices, rows, columns; or (tensors,): elements.
+        """
         ...
 
-    def prepare(self, pointers: np.ndarray, work: Any, rows: np.ndarray, settings: int) -> Any:
-        """A launch, with everything that may stay the same from step to step."""
+    def prepare(
+        self, pointers: np.ndarray, work: Any, setting_index: np.ndarray, settings: int
+    ) -> Any:
+        """Return a `Launch`, with everything that may stay the same from step to step."""
+        ...
+
+
+class Launch(Protocol):
+    """One prepared run of a kernel, in two parts; see `tensors.launching` for their order.
+
+    A backend's launch may have more, which only batches of its device know.
+    """
+
+    # The hyper values of each setting: (leaf, setting), float64.
+    leaves: np.ndarray
+    # Which setting each tensor has.
+    setting_index: np.ndarray
+
+    def run(self, workers: int) -> None:
+        """Run the program once, in place, with this many workers at most."""
+        ...
+
+    def begin(self, workers: int) -> None:
+        """Do what may fail, and store nothing; to be finished, or cancelled."""
+        ...
+
+    def finish(self, workers: int) -> None:
+        """Do the rest, which stores."""
+        ...
+
+    def cancel(self) -> None:
+        """Give back the memory of what has begun and will not be finished."""
+        ...
+
+    def scalars(self) -> Mapping[str, np.ndarray]:
+        """Return each tensor's new scalars, of the last run, if the host keeps them."""
         ...
 
 
@@ -88,8 +140,10 @@ def on_host(device: torch.device) -> bool:
 
 
 def why_no_kernels(device: torch.device) -> str:
-    """Why programs cannot be compiled for a device, where the eager backend runs; empty where they
-    can."""
+    """Return why programs cannot be compiled for a device, or "" if they can.
+
+    The eager backend runs where they cannot.
+    """
     if on_host(device):
         return _why_not_here()
     from .gpu import devices
@@ -99,8 +153,10 @@ def why_no_kernels(device: torch.device) -> str:
 
 @once
 def _import() -> None:
-    """Import all that a first step needs, while forks wait: a child would find another thread's
-    import unfinished."""
+    """Import all that a first step needs, while forks wait.
+
+    Otherwise a child could find another thread's import unfinished.
+    """
     from .cpu import launch  # noqa: F401
     from .eager import foreach, single  # noqa: F401
     from .llvm import native  # noqa: F401
@@ -109,6 +165,7 @@ def _import() -> None:
 
 @cache
 def _why_not_here() -> str:
+    """Return why programs cannot be compiled for this processor, or ""."""
     _import()
     from .llvm import native
 
@@ -117,7 +174,7 @@ def _why_not_here() -> str:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether work on a device is recorded into a graph now."""
+    """Whether work on a device is now recorded into a CUDA graph."""
     if on_host(device) or device.type == "meta":
         return False
     from .gpu import devices
@@ -141,12 +198,12 @@ def compile(
     numbers: tuple[str, ...] | None = None,
     number_format: str = "float32",
 ) -> Kernel:
-    """The kernel of a finished graph for columns stored like this; compiled once in the graph's
-    life.
+    """Return the kernel of a finished graph, for columns that are stored like this.
 
-    `numbers` are the entries of a parameter's state that are one number, where these lie on the
-    device, in the order in which their addresses follow those of the columns; None where the host
-    keeps them.
+    It is compiled once in the graph's life. `formats` are those of the columns, as `bind` takes
+    them. `numbers` are the entries of a parameter's state that are one number, if these lie on the
+    device; their addresses follow those of the columns in this order. It is None if the host keeps
+    them. `number_format` is how they are stored.
     """
     program = bind(graph, formats)
     if on_host(device):
@@ -159,29 +216,31 @@ def compile(
 
 
 def expect(tensors: Sequence[Tensor]) -> Expected:
-    """The facts of these tensors, to compare others with before each launch."""
+    """Return the facts of these tensors, to compare others with before each launch."""
     from .tensors.facts import Expected
 
     return Expected(tensors)
 
 
 def is_as(t: object, facts: Any) -> bool:
-    """Whether something is a plain tensor that has memory and these facts, see `facts_of`."""
+    """Whether something is a plain tensor that has memory and these facts: see `facts_of`."""
     from .tensors import facts as read_facts
 
     return read_facts.is_as(t, facts)
 
 
 def facts_of(t: Tensor) -> Any:
-    """What `expect` compares of a tensor, beside its memory."""
+    """Return what `expect` compares of a tensor, beside its memory."""
     from .tensors import facts as read_facts
 
     return read_facts.facts_of(t)
 
 
 def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
-    """Numbers of the host, to be read and stored at addresses (names, tensors) that are read in
-    each step."""
+    """Return numbers of the host that are read and stored by their addresses.
+
+    `addresses` (names, tensors; uint64) are looked at in each step.
+    """
     from .tensors.numbers import Numbers
 
     return Numbers(addresses, dtype)
@@ -190,7 +249,7 @@ def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
 def evaluate(
     graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A finished graph's outputs and scalars for one tensor, by the eager backend."""
+    """Return a finished graph's outputs and scalars for one tensor, by torch's own operations."""
     from .eager import single
 
     return single.run(graph, columns, hypers)
@@ -201,8 +260,10 @@ def evaluate_together(
     columns: Mapping[str, Sequence[Tensor]],
     hypers: Mapping[str, Sequence[float] | float],
 ) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[float]]]:
-    """The same for lists of plain tensors, each column's of one dtype and device; for elementwise
-    graphs only."""
+    """Return the outputs and scalars for lists of plain tensors, each in one go.
+
+    The graph must be elementwise, and each column's tensors of one dtype and device.
+    """
     from .eager import foreach
 
     return foreach.run(graph, columns, hypers)

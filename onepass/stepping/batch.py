@@ -330,7 +330,7 @@ class KernelBatch(Columns):
         if (
             launch is None
             or launch.leaves.shape[1] != len(settings)
-            or not np.array_equal(launch.rows, self._rows)
+            or not np.array_equal(launch.setting_index, self._rows)
         ):
             launch = self._launches[key] = self.kernel.prepare(
                 self.addressed, self.work, self._rows, len(settings)

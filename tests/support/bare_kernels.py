@@ -17,6 +17,7 @@ from onepass.kernel import Graph, bind, shape_at
 from onepass.kernel.cpu import launch as cpu
 from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.graph.trace import Program
+from onepass.kernel.tensors import launching
 from support.interpreter import interpret
 
 # How NumPy sees what is stored: bfloat16 as its bits.
@@ -190,7 +191,7 @@ def launch(
             )
     for name, numbers in prepared.scalars().items():
         for i in range(n):
-            after[i][name] = np.asarray(numbers[i : i + 1], cpu.COMPUTE[kernel.program.compute])
+            after[i][name] = np.asarray(numbers[i : i + 1], launching.NUMPY[kernel.program.compute])
     return after
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from onepass import kernel
 from onepass.kernel.gpu import launch as gpu
+from onepass.kernel.gpu.blocks import SPAN
 from onepass.kernel.gpu.launch import Kernel
-from onepass.kernel.gpu.tiles import BLOCK, SPAN
 from onepass.kernel.gpu.uploads import Device
+from onepass.kernel.gpu.walk import BLOCK
 from onepass.kernel.graph.trace import Program
 from onepass.stepping.gradient_factor import Unscale
 from support import interpreter

@@ -16,7 +16,7 @@ from torch import nn
 
 from ... import kernel
 from ...kernel.cpu.launch import Kernel
-from ...kernel.gpu.tiles import lower
+from ...kernel.gpu.source import triton_source
 from ...kernel.graph.ir import Rank
 from ...kernel.graph.passes import Program
 from ...optimizer import Optimizer, algorithm_of
@@ -96,7 +96,7 @@ class Explanation:
         if assembly:
             sections.append(self.assembly())
         if target is not None:
-            source = lower(self.program)
+            source = triton_source(self.program)
             compiled = compile_for(source, target)
             sections += [f"Triton source\n\n{source.text.strip()}", report(self.program, compiled)]
         return "\n\n".join(sections) + "\n"

@@ -1,7 +1,7 @@
-"""Backend 2: a program compiled for the host by LLVM; one call for all tensors of all groups.
+"""Launches on the CPU: a program compiled by LLVM, one call of each pass for all tensors.
 
-The launch is given addresses and trusts them: `plan` is where they are taken from live tensors and
-checked.
+The launch is given addresses and trusts them: whoever prepares it takes them from live tensors and
+checks these.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from ..graph.ir import Node, Rank
 from ..graph.passes import Call, Pass, Program
 from ..llvm.native import Library, openmp, run_in_threads
 from ..llvm.uniforms import SIZES, leaf_names
-from ..tensors.temporaries import Temporaries
+from ..tensors.launching import NUMPY, LaunchInTwo, input_index
 from . import team
-from .chunks import Chunks, Work, address
-from .elements import lower
+from .chunks import Chunks, WorkInChunks, address
+from .elements import llvm_text
 from .walk import FIELDS
 
-COMPUTE = {"f32": np.float32, "f64": np.float64}
 # Units of work below which another thread costs more than it saves.
 UNITS_PER_THREAD = 4
 
@@ -32,173 +31,222 @@ class Kernel:
     """A compiled program, callable on columns of any number of tensors."""
 
     def __init__(self, program: Program) -> None:
+        """Compile `program` for this processor."""
         self.program = program
-        self.source = lower(program)
+        self.source = llvm_text(program)
         self.library = Library(self.source)
-        signature = (None, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-        passes = range(len(program.passes))
-        self.launch = [
-            ctypes.CFUNCTYPE(*signature)(self.library.address(f"launch_{k}")) for k in passes
-        ]
-        self.workers = [self.library.address(f"worker_{k}") for k in passes]
-        self.leaves = {name: i for i, name in enumerate(leaf_names(program))}
-        self.inputs = [{node: i for i, node in enumerate(one.inputs)} for one in program.passes]
+        pointer = ctypes.c_void_p
+        signature = ctypes.CFUNCTYPE(None, pointer, ctypes.c_int, pointer)
+        # For each pass, `launch_k` as a function, and the address of `worker_k`.
+        self.launch = []
+        self.workers: list[int] = []
+        for pass_index in range(len(program.passes)):
+            address = self.library.address(f"launch_{pass_index}")
+            self.launch.append(signature(address))
+            worker = self.library.address(f"worker_{pass_index}")
+            self.workers.append(worker)
+        names = leaf_names(program)
+        self.leaves = {name: leaf for leaf, name in enumerate(names)}
+        self.inputs = input_index(program)
 
     def concurrency(self) -> int:
-        """How many tensors may be worked on at once: as many as torch has threads."""
+        """Return how many tensors may be worked on at once: as many as torch has threads."""
         return torch.get_num_threads()
 
     def is_capturing(self) -> bool:
         """Whether a step would be recorded into a graph: never here."""
         return False
 
-    def split(self, sizes: np.ndarray) -> Work:
-        """How to cut walks over tensors of these sizes; good for any number of launches."""
-        return Work(sizes, {one.domain for one in self.program.passes}, self.program.by_lines)
+    def split(self, sizes: np.ndarray) -> WorkInChunks:
+        """Return how to cut walks over tensors of these sizes; good for any number of launches."""
+        domains = {pass_.domain for pass_ in self.program.passes}
+        return WorkInChunks(sizes, domains, self.program.by_lines)
 
-    def prepare(self, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int) -> Launch:
-        """Everything about a launch that may stay the same from step to step."""
-        return Launch(self, pointers, work, rows, settings)
+    def prepare(
+        self,
+        pointers: np.ndarray,
+        work: WorkInChunks,
+        setting_index: np.ndarray,
+        settings: int,
+    ) -> Launch:
+        """Return a launch, with everything that may stay the same from step to step.
+
+        The arguments are those of `Launch`.
+        """
+        return Launch(self, pointers, work, setting_index, settings)
 
 
 @dataclass
 class Walk:
-    """One pass of a launch: whether each tensor has a row of its own, and the arrays that the
-    arguments point into."""
+    """One pass of a launch: what its machine code is told.
 
-    own: bool
+    `is_per_tensor` says whether each tensor has uniforms of its own, as these need its sums or its
+    sizes; else there is one line of them for each setting. `arguments` are the values of
+    `walk.FIELDS`, at `address`, and point into `arrays`, which live as long.
+    """
+
+    is_per_tensor: bool
     arrays: dict[str, np.ndarray]
     arguments: np.ndarray
     address: int
 
 
-class Launch:
-    """A kernel with its arguments laid out; `run` may be called again and again while they stay
-    where they are."""
+class Launch(LaunchInTwo):
+    """A kernel with its arguments laid out; see `LaunchInTwo` for its order.
+
+    `run` may be called again and again while the arguments stay where they are.
+    """
 
     def __init__(
-        self, kernel: Kernel, pointers: np.ndarray, work: Work, rows: np.ndarray, settings: int
+        self,
+        kernel: Kernel,
+        pointers: np.ndarray,
+        work: WorkInChunks,
+        setting_index: np.ndarray,
+        settings: int,
     ) -> None:
+        """Lay out the arguments of every pass.
+
+        `pointers` (columns, tensors; uint64, C order) holds the addresses of dense memory, in the
+        program's order of columns, and is read at each run; `setting_index` (tensors; int64) says
+        which of the `settings` a tensor uses.
         """
-        `pointers` (columns, tensors; uint64, C order) hold the addresses of dense memory, in the
-        program's order of columns, and are read at each run; `rows` (tensors; int64) says which of
-        the `settings` a tensor uses.
-        """
-        self.kernel, self.work, self.rows = kernel, work, np.ascontiguousarray(rows, np.int64)
-        self.leaves = np.zeros((len(kernel.leaves), settings))
-        parts = _parts(kernel.program, work)
-        self._temporaries = Temporaries(kernel.program, work.sizes, parts, torch.device("cpu"))
-        self._walks = [self._lay_out(one, pointers) for one in kernel.program.passes]
-        # Up to the last function of matrices nothing is stored.
-        self._first_to_store = max((call.after + 1 for call in kernel.program.calls), default=0)
+        program = kernel.program
+        leaves = np.zeros((len(kernel.leaves), settings))
+        parts = _parts(program, work)
+        host = torch.device("cpu")
+        super().__init__(program, work, parts, host, leaves, setting_index)
+        self.kernel = kernel
+        self.chunks = work.chunks
+        self._walks = [self._lay_out(pass_, pointers) for pass_ in program.passes]
+        # The results of the reductions so far, in the order of the leaves: each (tensors).
         self._known: list[np.ndarray] = []
 
-    def _lay_out(self, one: Pass, pointers: np.ndarray) -> Walk:
-        own = any(node.rank == Rank.TENSOR for node in one.inputs)
-        settings = len(self.rows) if own else self.leaves.shape[1]
-        chunks = self.work.chunks[one.domain]
+    def _lay_out(self, pass_: Pass, pointers: np.ndarray) -> Walk:
+        """Return a pass's arguments.
+
+        If a pass of two tensors needs their sums, each tensor is a setting of its own: `leaves` and
+        `table` have two settings, and `setting_index` is [0, 1].
+        """
+        leaves = self.leaves
+        setting_index = self.setting_index
+        is_per_tensor = any(node.rank == Rank.TENSOR for node in pass_.inputs)
+        if is_per_tensor:
+            tensors = len(setting_index)
+            leaves = np.zeros((len(leaves), tensors))
+            setting_index = np.arange(tensors)
+        settings = leaves.shape[1]
+        dtype = NUMPY[self.kernel.program.compute]
+        chunks = self.chunks[pass_.domain]
+        partials = (len(chunks.tensor), len(pass_.reductions))
         arrays = {
             "pointers": pointers,
             "temporaries": self._temporaries.pointers,
-            "rows": np.arange(settings) if own else self.rows,
-            "table": np.empty((settings, len(one.inputs)), COMPUTE[self.kernel.program.compute]),
-            "partials": np.zeros((len(chunks.tensor), len(one.reductions))),
-            "leaves": np.zeros((len(self.kernel.leaves), settings)) if own else self.leaves,
+            "setting_index": setting_index,
+            "table": np.empty((settings, len(pass_.inputs)), dtype),
+            "partials": np.zeros(partials),
+            "leaves": leaves,
         }
         fields = {
             "counter": 0,
             "units": chunks.units,
             "tensors": len(self.work.numel),
             "settings": settings,
+            "finish": team.finish(),
+            "finished": 0,
         }
-        fields |= {"finish": team.finish(), "finished": 0}
-        fields |= chunks.addresses | {name: address(array) for name, array in arrays.items()}
+        fields |= chunks.addresses
+        fields |= {name: address(array) for name, array in arrays.items()}
         arguments = np.array([fields[name] for name in FIELDS], np.uint64)
-        return Walk(own, arrays, arguments, address(arguments))
+        return Walk(is_per_tensor, arrays, arguments, address(arguments))
 
-    def run(self, threads: int) -> None:
-        """Run the program once, in place, with the hyper-parameters in `leaves` (leaf, setting;
-        float64)."""
-        self.begin(threads)
-        self.finish(threads)
-
-    def begin(self, threads: int) -> None:
-        """Do what may fail, the functions of matrices and what they are given; to be finished, or
-        cancelled."""
+    def begin(self, workers: int) -> None:
+        """Do what may fail: the functions of matrices, and the passes that they need."""
         self._known.clear()
         if not self._first_to_store:
             return
         try:
             self._temporaries.allocate()
-            for k in range(self._first_to_store):
-                self._run_pass(k, threads)
+            for pass_index in range(self._first_to_store):
+                self._run_pass(pass_index, workers)
         except BaseException:
             self.cancel()
             raise
         self._temporaries.release_sources()
 
-    def finish(self, threads: int) -> None:
+    def finish(self, workers: int) -> None:
         """Do the rest, which stores."""
-        for k in range(self._first_to_store, len(self._walks)):
-            self._run_pass(k, threads)
+        for pass_index in range(self._first_to_store, len(self._walks)):
+            self._run_pass(pass_index, workers)
         self._temporaries.release()
 
-    def cancel(self) -> None:
-        """Give back the memory of what has begun and will not be finished."""
-        self._temporaries.release()
-
-    def _run_pass(self, k: int, threads: int) -> None:
-        """One walk and what follows it."""
-        walk, one = self._walks[k], self.kernel.program.passes[k]
-        if walk.own:
-            self._spread(walk.arrays["leaves"], self._known)
-        chunks = self.work.chunks[one.domain]
-        self._walk(k, walk.address, max(1, min(threads, chunks.units // UNITS_PER_THREAD)))
-        for r, reduction in enumerate(one.reductions):
-            self._known.append(
-                chunks.combine(reduction.op, walk.arrays["partials"][:, r], len(self.rows))
-            )
-        if one.sums:
-            self._complete(one, chunks)
+    def _run_pass(self, pass_index: int, threads: int) -> None:
+        """Run one walk and what follows it."""
+        walk = self._walks[pass_index]
+        pass_ = self.kernel.program.passes[pass_index]
+        if walk.is_per_tensor:
+            self._fill_leaves(walk.arrays["leaves"], self._known)
+        chunks = self.chunks[pass_.domain]
+        useful = min(threads, chunks.units // UNITS_PER_THREAD)
+        self._walk(pass_index, walk.address, max(1, useful))
+        for r, reduction in enumerate(pass_.reductions):
+            partials = walk.arrays["partials"][:, r]
+            result = chunks.combine(reduction.op, partials, len(self.setting_index))
+            self._known.append(result)
+        if pass_.sums:
+            self._complete(pass_, chunks)
         for call in self.kernel.program.calls:
-            if call.after == k:
+            if call.after == pass_index:
                 self._temporaries.call(call, self._numbers(call))
 
-    def _complete(self, one: Pass, chunks: Chunks) -> None:
-        """Add up the sums down the columns of matrices that several chunks have walked, chunk after
-        chunk."""
-        for reduction in one.sums:
-            if one.domain == Rank.ELEMENT and reduction.node.rank == Rank.COLUMN:
-                for t in np.flatnonzero(chunks.parts > 1).tolist():
-                    shares = self._temporaries.shares(reduction.into, t).numpy()
-                    of = np.add if reduction.node.op == "sum" else np.maximum
-                    # Infinities of both signs are no news.
-                    with np.errstate(all="ignore"):
-                        for share in shares[1:]:
-                            of(shares[0], share, out=shares[0])
+    def _complete(self, pass_: Pass, chunks: Chunks) -> None:
+        """Add up sums down the columns of matrices that several chunks walked, chunk by chunk."""
+        for reduction in pass_.down:
+            add = np.add if reduction.node.op == "sum" else np.maximum
+            several = np.flatnonzero(chunks.parts > 1)
+            for tensor_index in several.tolist():
+                shares = self._temporaries.shares(reduction.into, tensor_index)
+                total, *others = shares.numpy()
+                # inf - inf is expected here: silence NumPy's warning.
+                with np.errstate(all="ignore"):
+                    for share in others:
+                        add(total, share, out=total)
 
     def scalars(self) -> dict[str, np.ndarray]:
-        """Each tensor's new scalars, as the last run computed them, in the compute type."""
+        """Return each tensor's new scalars, as the last run computed them, in the compute type."""
         last = len(self._walks) - 1
-        return {name: self._of_tensors(last, node) for name, node in self.kernel.program.scalars}
+        scalars = self.kernel.program.scalars
+        return {name: self._of_tensors(last, node) for name, node in scalars}
 
     def _numbers(self, call: Call) -> list[list[float]]:
-        """The numbers that a function of matrices is called with, for each tensor."""
+        """Return the numbers that a function of matrices is called with, for each tensor."""
         values = [self._of_tensors(call.after, node) for node in call.numbers]
-        return np.stack(values, axis=1).tolist() if values else [[]] * len(self.rows)
+        if not values:
+            return [[]] * len(self.setting_index)
+        return np.stack(values, axis=1).tolist()
 
-    def _of_tensors(self, k: int, node: Node) -> np.ndarray:
-        """A host value of pass k, for each tensor."""
+    def _of_tensors(self, pass_index: int, node: Node) -> np.ndarray:
+        """Return a host value of a pass, for each tensor."""
         if node.op == "const":
-            return np.full(len(self.rows), node.attr, COMPUTE[self.kernel.program.compute])
-        arrays = self._walks[k].arrays
-        return arrays["table"][arrays["rows"], self.kernel.inputs[k][node]]
+            dtype = NUMPY[self.kernel.program.compute]
+            return np.full(len(self.setting_index), node.attr, dtype)
+        arrays = self._walks[pass_index].arrays
+        column = self.kernel.inputs[pass_index][node]
+        return arrays["table"][arrays["setting_index"], column]
 
-    def _spread(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
-        """A tensor's own row: its setting's hyper-parameters, its sizes, and what has been reduced
-        so far."""
+    def _fill_leaves(self, leaves: np.ndarray, known: list[np.ndarray]) -> None:
+        """Write each tensor's `leaves`: its setting's hypers, its sizes, and `known` results.
+
+        For tensors of 3 x 4 and 10 x 1, with settings 1 and 0 of lr = 0.1 and 0.2, and one sum:
+
+            lr        [0.2, 0.1]
+            numel()   [12, 10]
+            rows()    [3, 10]
+            columns() [4, 1]
+            the sum   [as reduced, as reduced]
+        """
         hypers = len(self.kernel.program.hypers)
-        leaves[:hypers] = self.leaves[:hypers, self.rows]
+        leaves[:hypers] = self.leaves[:hypers, self.setting_index]
         sizes = {
             "numel": self.work.numel,
             "rows": self.work.sizes[:, 1],
@@ -209,26 +257,26 @@ class Launch:
         for i, values in enumerate(known, hypers + len(SIZES)):
             leaves[i] = values
 
-    def _walk(self, k: int, arguments: int, threads: int) -> None:
+    def _walk(self, pass_index: int, arguments: int, threads: int) -> None:
+        """Run a pass's machine code in threads: OpenMP's, or Python's if there is no OpenMP."""
         parallel = openmp() if threads > 1 else 0
         if threads > 1 and not parallel:
-            self.kernel.launch[k](arguments, 0, 0)
-            run_in_threads(self.kernel.workers[k], arguments, threads)
+            self.kernel.launch[pass_index](arguments, 0, 0)
+            run_in_threads(self.kernel.workers[pass_index], arguments, threads)
         else:
-            self.kernel.launch[k](arguments, threads, parallel)
+            self.kernel.launch[pass_index](arguments, threads, parallel)
 
 
-def _parts(program: Program, work: Work) -> dict[str, np.ndarray]:
-    """Of what has one value a column: how many chunks keep sums of their own, for each tensor."""
-    columns = (one.name for one in program.temporaries if one.rank == Rank.COLUMN)
-    return (
-        dict.fromkeys(columns, work.chunks[Rank.ELEMENT].parts)
-        if Rank.ELEMENT in work.chunks
-        else {}
-    )
+def _parts(program: Program, work: WorkInChunks) -> dict[str, np.ndarray]:
+    """Return how many chunks keep sums of their own, for each temporary of columns and tensor."""
+    if Rank.ELEMENT not in work.chunks:
+        return {}
+    parts = work.chunks[Rank.ELEMENT].parts
+    columns = (t.name for t in program.temporaries if t.rank == Rank.COLUMN)
+    return dict.fromkeys(columns, parts)
 
 
 @share
 def make_kernel(program: Program) -> Kernel:
-    """The program's kernel; compiled once, as long as somebody has it."""
+    """Return the program's kernel; compiled once, as long as somebody has it."""
     return Kernel(program)

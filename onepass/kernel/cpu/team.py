@@ -1,12 +1,23 @@
 """How the threads of a launch end it: the one that launched sleeps until the others are done.
 
 OpenMP's own wait at the end of a parallel region is a loop that asks again and again, for
-milliseconds. Where other processes have work, a thread that is waited for may not be running: it
-would run at once on the processor that the waiting one keeps busy. So the launching thread asks for
-a moment, then sleeps until the last thread wakes it. `benchmarks/loaded.py` measures it.
+milliseconds. If other processes have work, a thread that is waited for may not be running: it would
+run at once on the processor that the waiting thread keeps busy. So the launching thread looks for a
+moment, then sleeps until the last thread wakes it. `benchmarks/loaded.py` measures it.
 
-On Linux, where a thread can sleep on a word of memory (futex). Elsewhere OpenMP waits in its own
-way.
+Three threads, of which thread 0 has launched and is done first; `words` are [finished, asleep]:
+
+    thread 0  adds 1: [1, 0], looks LOOKS times, writes [1, 1], and sleeps while `finished` is 1
+    thread 2  adds 1: [2, 1], sees that thread 0 sleeps, and wakes it
+    thread 0  sees 2 of 3, looks no more, and sleeps while `finished` is 2
+    thread 1  adds 1: [3, 1], sees that thread 0 sleeps, and wakes it
+    thread 0  sees 3 of 3, and returns
+
+A thread that adds 1 between the last look of thread 0 and its sleep is not missed: the system lets
+a thread sleep only while the word still is what it has seen.
+
+This is for Linux, where a thread can sleep on a word of memory (futex). Elsewhere OpenMP waits in
+its own way.
 """
 
 from __future__ import annotations
@@ -25,15 +36,14 @@ PAUSES = {
     "x86_64": ("llvm.x86.sse2.pause()", "llvm.x86.sse2.pause()"),
     "aarch64": ("llvm.aarch64.hint(i32)", "llvm.aarch64.hint(i32 1)"),
 }
-# How often the launching thread looks before it sleeps: some ten microseconds, the rest of a unit
+# How often the launching thread looks before it sleeps: about ten microseconds, the rest of a unit
 # of work.
 LOOKS = 200
-# It sleeps so long at most, in nanoseconds: nothing that another thread does or leaves undone can
-# keep it.
+# The longest sleep, in nanoseconds: nothing that another thread does or leaves undone can keep it.
 LONGEST = 1_000_000
 
-# `words`: how many threads have finished, and whether the launching one sleeps; 32 bits each, 0 at
-# the launch.
+# `words` are 32 bits each, 0 at the launch: how many threads have finished, and whether the
+# launching one sleeps.
 SOURCE = """
 declare void @{declared}
 @longest = private constant [2 x i64] [i64 0, i64 {longest}]
@@ -91,21 +101,30 @@ done:
 
 @once
 def _library() -> Library | None:
+    """The machine code of `finish`; None if there is none for this system."""
     machine = platform.machine()
     functions = openmp_functions("omp_get_thread_num", "omp_get_num_threads")
     if sys.platform != "linux" or machine not in FUTEX or functions is None:
         return None
-    system = ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value
     thread, team = functions
     declared, pause = PAUSES[machine]
-    numbers = {"longest": LONGEST, "looks": LOOKS, "futex": FUTEX[machine], "system": system}
-    return Library(
-        SOURCE.format(thread=thread, team=team, declared=declared, pause=pause, **numbers)
+    source = SOURCE.format(
+        thread=thread,
+        team=team,
+        declared=declared,
+        pause=pause,
+        longest=LONGEST,
+        looks=LOOKS,
+        futex=FUTEX[machine],
+        system=ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value,
     )
+    return Library(source)
 
 
 def finish() -> int:
-    """The address of `void finish(void*)`, which every thread of a launch calls at its end; 0 where
-    there is none."""
+    """Return the address of `void finish(void* words)`; 0 on a system that has none.
+
+    Every thread of a launch calls it at its end.
+    """
     library = _library()
     return 0 if library is None else library.address("finish")

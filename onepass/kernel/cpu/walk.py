@@ -1,5 +1,17 @@
-"""The walk over all tensors as LLVM IR: threads take units of work and call a pass's mathematics
-chunk by chunk."""
+"""The walk over all tensors as LLVM IR: threads take units of work and run a pass chunk by chunk.
+
+Two threads walk the five chunks of two units (see `chunks`): the counter is 0, and
+
+    thread A  takes unit 0, the counter is 1   body_0(tensor 0, elements     0 to 32768)
+    thread B  takes unit 1, the counter is 2   body_0(tensor 0, elements 32768 to 65536)
+                                               body_0(tensor 0, elements 65536 to 70000)
+                                               body_0(tensor 1, elements     0 to 10)
+                                               body_0(tensor 2, elements     0 to 5)
+    thread A  takes unit 2, the counter is 3   there are only 2 units: it is done
+    thread B  takes unit 3, the counter is 4   it is done, too
+
+Which thread takes which unit differs from run to run; what a chunk computes does not.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +22,12 @@ from ..llvm.code import local
 
 # Elements of one tensor that a thread takes at a time; a reduction has one partial result for each.
 CHUNK = 32768
-# What a worker is told: 64-bit fields of one array. The counter is the next unit of work to take,
-# shared by all; `finish` is what ends a thread's part, with the words at `finished`, see `team.py`.
+# What a worker is told: 64-bit fields of one array. `counter` is the next unit of work to take,
+# shared by all. Arrays with a value for each unit, chunk or tensor follow, see `chunks.Chunks`.
+# `pointers` (column, tensor) and `temporaries` (temporary, tensor) are addresses; `setting_index`
+# (tensor) says which line of `table` (setting, input), the uniforms, a tensor has; `partials`
+# (chunk, reduction) are results. `finish` is the function that ends a thread's part, with the words
+# at `finished`, see `team`.
 FIELDS = (
     "counter",
     "units",
@@ -20,12 +36,12 @@ FIELDS = (
     "chunk_start",
     "chunk_stop",
     "chunk_offset",
-    "per",
+    "group_lines",
     "length",
     "tensors",
     "pointers",
     "temporaries",
-    "rows",
+    "setting_index",
     "table",
     "partials",
     "settings",
@@ -33,10 +49,12 @@ FIELDS = (
     "finish",
     "finished",
 )
+# Fields that a worker reads once, when it begins.
+WORKER_FIELDS = (*FIELDS[1:-4], "finish")
+# Fields that are numbers, not addresses.
 COUNTS = ("units", "tensors", "settings")
 
-# With no threads allowed the rows are computed and nothing else: the caller runs the workers
-# itself.
+# With no threads allowed, only the uniforms are computed: the caller runs the workers itself.
 LAUNCH = """
 define void @launch_{k}(ptr %arguments, i32 %threads, ptr %parallel) {{
   store i64 0, ptr %arguments
@@ -58,48 +76,80 @@ all:
 """
 
 
-def walk(program: Program, one: Pass, k: int) -> str:
-    """`worker_k`, a thread's share of pass k, and `launch_k`, which computes the rows and starts
-    the workers."""
+def walk(program: Program, pass_: Pass, pass_index: int) -> str:
+    """Return the LLVM text of `worker_k` and `launch_k`, where k is the pass's index.
+
+    `worker_k(arguments)` is a thread's share of the pass. `launch_k(arguments, threads, parallel)`
+    computes the uniforms and starts the workers; `arguments` are FIELDS.
+    """
     fields = "\n".join(_fields("settings", "table", "leaves"))
-    return (
-        _worker(program, one, k)
-        + "\n"
-        + LAUNCH.format(k=k, fields=fields, finished=FIELDS.index("finished"))
-    )
+    finished = FIELDS.index("finished")
+    launch = LAUNCH.format(k=pass_index, fields=fields, finished=finished)
+    return f"{_worker(program, pass_, pass_index)}\n{launch}"
 
 
-def column_names(one: Pass) -> list[str]:
-    """The columns and temporaries that a pass touches, loads first."""
-    loads = (str(node.attr) for node in one.loads)
-    return list(
-        dict.fromkeys([*loads, *(s.into for s in one.sums), *(name for name, _ in one.stores)])
-    )
+def column_names(pass_: Pass) -> list[str]:
+    """Return the columns and temporaries that a pass touches, loads first."""
+    names = [str(node.attr) for node in pass_.loads]
+    names += [reduction.into for reduction in pass_.sums]
+    names += [name for name, _ in pass_.stores]
+    return list(dict.fromkeys(names))
 
 
-def body_head(one: Pass, k: int, *, by_lines: bool) -> str:
-    """The first line of `body_k`, which walks elements, or lines of `length` elements, `per` of
-    them a matrix."""
-    columns = [f"ptr noalias {local(name)}" for name in column_names(one)]
-    lines = ["i64 %per", "i64 %length", "i64 %offset"] if by_lines else []
-    partial = ["ptr noalias %partial"] if one.reductions else []
-    arguments = ", ".join(
-        [*columns, "ptr noalias %row", "i64 %begin", "i64 %end", *lines, *partial]
-    )
+def body_head(pass_: Pass, pass_index: int, *, by_lines: bool) -> str:
+    """Return the first line of `body_k`.
+
+    It walks elements [begin, end), or lines of `length` elements, `group_lines` of them a matrix.
+    """
+    arguments = [f"ptr noalias {local(name)}" for name in column_names(pass_)]
+    arguments += ["ptr noalias %uniforms", "i64 %begin", "i64 %end"]
+    if by_lines:
+        arguments += ["i64 %group_lines", "i64 %length", "i64 %offset"]
+    if pass_.reductions:
+        arguments.append("ptr noalias %partial")
     # No builtins: a loop that only fills or copies a column must not become a call of memset or
     # memcpy.
-    return f'define internal void @body_{k}({arguments}) noinline nounwind "no-builtins" {{'
+    attributes = 'noinline nounwind "no-builtins"'
+    return f"define internal void @body_{pass_index}({', '.join(arguments)}) {attributes} {{"
 
 
-def _worker(program: Program, one: Pass, k: int) -> str:
-    """`worker_k`: take units of work from the shared counter until none is left; a unit is a run of
-    chunks."""
-    names = column_names(one)
-    number = "float" if program.compute == "f32" else "double"
+def _worker(program: Program, pass_: Pass, pass_index: int) -> str:
+    """Return `worker_k`: it takes units from the shared counter until none is left."""
+    names = column_names(pass_)
     lines = [
-        f"define void @worker_{k}(ptr %arguments) nounwind {{",
+        *_take_unit(pass_index),
+        *_read_chunk(program, pass_),
+        *_column_pointers(program, names),
+    ]
+    arguments = [f"ptr %pointer.{i}" for i in range(len(names))]
+    arguments += ["ptr %uniforms", "i64 %start", "i64 %stop"]
+    if program.by_lines:
+        for name, index in (
+            ("group_lines", "%tensor"),
+            ("length", "%tensor"),
+            ("chunk_offset", "%c"),
+        ):
+            lines += _load(f"this_{name}", "i64", name, index)
+            arguments.append(f"i64 %this_{name}")
+    if pass_.reductions:
+        lines += _partial(len(pass_.reductions))
+        arguments.append("ptr %partial")
+    lines += [
+        f"  call void @body_{pass_index}({', '.join(arguments)})",
+        "  %c_next = add i64 %c, 1",
+        "  %c_more = icmp slt i64 %c_next, %last",
+        "  br i1 %c_more, label %chunk, label %take",
+        *_worker_end(),
+    ]
+    return "\n".join(lines)
+
+
+def _take_unit(pass_index: int) -> list[str]:
+    """Return the worker's head: it takes a unit, whose chunks are [first, last)."""
+    return [
+        f"define void @worker_{pass_index}(ptr %arguments) nounwind {{",
         "entry:",
-        *_fields(*FIELDS[1:-4], "finish"),
+        *_fields(*WORKER_FIELDS),
         "  br label %take",
         "take:",
         "  %unit = atomicrmw add ptr %arguments, i64 1 monotonic",
@@ -110,41 +160,26 @@ def _worker(program: Program, one: Pass, k: int) -> str:
         "  %after = add i64 %unit, 1",
         *_load("last", "i64", "unit_begin", "%after"),
         "  br label %chunk",
+    ]
+
+
+def _read_chunk(program: Program, pass_: Pass) -> list[str]:
+    """Return the lines that read chunk c: its tensor, its lines, and its tensor's uniforms."""
+    number = "float" if program.compute == "f32" else "double"
+    return [
         "chunk:",
         "  %c = phi i64 [ %first, %work ], [ %c_next, %chunk ]",
         *_load("tensor", "i64", "chunk_tensor", "%c"),
         *_load("start", "i64", "chunk_start", "%c"),
         *_load("stop", "i64", "chunk_stop", "%c"),
-        *_load("r", "i64", "rows", "%tensor"),
-        f"  %row_offset = mul i64 %r, {len(one.inputs)}",
-        f"  %row = getelementptr {number}, ptr %table, i64 %row_offset",
-        *_column_pointers(program, names),
+        *_load("setting", "i64", "setting_index", "%tensor"),
+        f"  %table_offset = mul i64 %setting, {len(pass_.inputs)}",
+        f"  %uniforms = getelementptr {number}, ptr %table, i64 %table_offset",
     ]
-    arguments = [
-        *(f"ptr %pointer.{i}" for i in range(len(names))),
-        "ptr %row",
-        "i64 %start",
-        "i64 %stop",
-    ]
-    if program.by_lines:
-        for name, index in (("per", "%tensor"), ("length", "%tensor"), ("chunk_offset", "%c")):
-            lines += _load(f"this_{name}", "i64", name, index)
-            arguments.append(f"i64 %this_{name}")
-    if one.reductions:
-        lines += _partial(len(one.reductions))
-        arguments.append("ptr %partial")
-    lines += [
-        f"  call void @body_{k}({', '.join(arguments)})",
-        "  %c_next = add i64 %c, 1",
-        "  %c_more = icmp slt i64 %c_next, %last",
-        "  br i1 %c_more, label %chunk, label %take",
-        *_worker_end(),
-    ]
-    return "\n".join(lines)
 
 
 def _partial(reductions: int) -> list[str]:
-    """`%partial`: where a chunk's partial sums are."""
+    """Return the lines that make `%partial`: where a chunk's partial sums are."""
     return [
         f"  %partial_offset = mul i64 %c, {reductions}",
         "  %partial = getelementptr double, ptr %partials, i64 %partial_offset",
@@ -152,7 +187,7 @@ def _partial(reductions: int) -> list[str]:
 
 
 def _worker_end() -> list[str]:
-    """`done`: a worker that is one of a team tells it."""
+    """Return `done`: if there is a team, the worker tells it that it has finished."""
     return [
         "done:",
         "  %team = icmp ne ptr %finish, null",
@@ -168,23 +203,24 @@ def _worker_end() -> list[str]:
 
 
 def _column_pointers(program: Program, names: Sequence[str]) -> list[str]:
-    """Where this tensor's columns and temporaries are, from two tables (column, tensor)."""
-    tables = {
-        "pointers": [c.name for c in program.columns],
-        "temporaries": [t.name for t in program.temporaries],
-    }
+    """Return the lines that read where this tensor's columns and temporaries are."""
+    columns = [column.name for column in program.columns]
+    temporaries = [temporary.name for temporary in program.temporaries]
     lines = []
     for i, name in enumerate(names):
-        table, known = next((table, known) for table, known in tables.items() if name in known)
+        is_column = name in columns
+        table = "pointers" if is_column else "temporaries"
+        table_line = (columns if is_column else temporaries).index(name)
         lines += [
-            f"  %row.{i} = mul i64 %tensors, {known.index(name)}",
-            f"  %index.{i} = add i64 %row.{i}, %tensor",
+            f"  %table_line.{i} = mul i64 %tensors, {table_line}",
+            f"  %index.{i} = add i64 %table_line.{i}, %tensor",
         ]
         lines += _load(f"pointer.{i}", "ptr", table, f"%index.{i}")
     return lines
 
 
 def _fields(*names: str) -> list[str]:
+    """Return the lines that load these fields of `%arguments`."""
     lines = []
     for name in names:
         type = "i64" if name in COUNTS else "ptr"
@@ -194,6 +230,7 @@ def _fields(*names: str) -> list[str]:
 
 
 def _load(name: str, type: str, array: str, index: str) -> Sequence[str]:
+    """Return the lines that load one value of an array."""
     return (
         f"  %{name}_at2 = getelementptr {type}, ptr %{array}, i64 {index}",
         f"  %{name} = load {type}, ptr %{name}_at2",

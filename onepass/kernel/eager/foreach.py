@@ -1,13 +1,20 @@
-"""Backend 1 for graphs in which each element goes its own way: many tensors in a row, one call of
-torch for all.
+"""Elementwise graphs by torch's operations: many tensors one after another, one call for all.
 
     p    [a0 a1 a2 b0 b1]        of two parameters with 3 and 2 elements
     lr   [0.1 0.2]               beside elements: [0.1 0.1 0.1 0.2 0.2]
 
 A graph becomes two Python functions. The first computes what is known on the host: numbers, or
-arrays with a number for each parameter where these differ. The second computes tensors. There is
-one for each outcome of the choices that do not depend on elements (`lr == 0`, a first step), so
-that only what is chosen is computed.
+arrays with a number for each parameter if these differ. The second computes tensors. There is one
+for each outcome of the choices that do not depend on elements (`lr == 0`, a first step), so that
+only what is chosen is computed. For `p - lr * g`, with p's bits kept when lr is 0:
+
+    def compute(hypers, sizes, epsilon):         def compute(columns, hosts):   # lr is not 0
+        h0 = hypers[0]                               t0 = columns['p']
+        h1 = c1                                      t1 = hosts[0]
+        h2 = h0 == h1                                t2 = columns['g']
+        return [h0, h1, h2]                          t3 = t1 * t2
+                                                     t4 = t0 - t3
+                                                     return {'p': t4}
 """
 
 from __future__ import annotations
@@ -25,7 +32,9 @@ from ..graph.trace import Graph
 from .single import ON_NUMBERS, ON_TENSORS, choose, compute_dtype
 
 # How a choice came out: for all tensors the first, for all the second, or not the same for all.
-FIRST, SECOND, MIXED = 1, 0, 2
+FIRST = 1
+SECOND = 0
+MIXED = 2
 # Python's operators are much quicker than NumPy's functions, and do the same with NumPy's numbers
 # and arrays.
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "=="}
@@ -35,7 +44,8 @@ HOST_NAMES["_where"] = lambda condition, a, b: np.where(condition, a, b)[()]
 TENSOR_NAMES = {f"_{op}": function for op, function in ON_TENSORS.items()}
 TENSOR_NAMES["_where"] = choose
 
-Host = Any  # a NumPy number or condition, or an array with one for each parameter
+# A NumPy number or condition, or an array with one for each parameter.
+Host = Any
 
 
 def run(
@@ -43,96 +53,100 @@ def run(
     columns: Mapping[str, Sequence[Tensor]],
     hypers: Mapping[str, Sequence[float] | float],
 ) -> tuple[dict[str, Sequence[Tensor]], dict[str, Sequence[float]]]:
-    """The new values of the columns, in the compute type, and of the scalars that the graph writes.
-    Writes nothing.
+    """Return the new values of the columns, in the compute type, and of the graph's scalars.
 
-    `columns` have a real tensor for each parameter, in each column of one dtype and device;
-    `hypers` have a number for each, or one for all.
+    `columns` have a real tensor for each parameter, and each column's are of one dtype and device.
+    `hypers` have a number for each parameter, or one for all. Nothing is written.
     """
     params = columns["p"]
     shapes = [p.shape for p in params]
     sizes = [shape.numel() for shape in shapes]
     are_flat = all(len(shape) == 1 for shape in shapes)
-    rows = {name: _in_a_row(column, are_flat) for name, column in columns.items()}
-    dtype = compute_dtype(*rows.values())
-    rows = {name: row if row.dtype == dtype else row.to(dtype) for name, row in rows.items()}
-    compiled = compile(graph)
-    hosts = compiled.host(hypers, sizes, torch.finfo(params[0].dtype).eps)
-    new = compiled.tensors(hosts)(rows, Beside(hosts, sizes, rows["p"]))
-    outputs: dict[str, Sequence[Tensor]]
-    outputs = {
-        name: _spread(value, name, rows).split_with_sizes(sizes) for name, value in new.items()
+    flat = {name: _concatenated(column, are_flat) for name, column in columns.items()}
+    dtype = compute_dtype(*flat.values())
+    flat = {name: t if t.dtype == dtype else t.to(dtype) for name, t in flat.items()}
+    functions = make_functions(graph)
+    hosts = functions.host(hypers, sizes, torch.finfo(params[0].dtype).eps)
+    new = functions.tensors(hosts)(flat, Beside(hosts, sizes, flat["p"]))
+    outputs: dict[str, Sequence[Tensor]] = {}
+    for name, value in new.items():
+        parts = _spread(value, name, flat).split_with_sizes(sizes)
+        outputs[name] = parts if are_flat else list(map(Tensor.view, parts, shapes))
+    scalars = {
+        name: np.broadcast_to(hosts[i], len(params)).tolist() for name, i in functions.scalars
     }
-    if not are_flat:
-        outputs = {name: list(map(Tensor.view, parts, shapes)) for name, parts in outputs.items()}
-    return outputs, {
-        name: np.broadcast_to(hosts[i], len(params)).tolist() for name, i in compiled.scalars
-    }
+    return outputs, scalars
 
 
-def _in_a_row(tensors: Sequence[Tensor], are_flat: bool) -> Tensor:
-    """The elements of tensors, one after another."""
-    flat = tensors if are_flat else [t.reshape(-1) for t in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat(list(flat))
+def _concatenated(tensors: Sequence[Tensor], are_flat: bool) -> Tensor:
+    """Return the elements of tensors, one after another."""
+    vectors = tensors if are_flat else [t.reshape(-1) for t in tensors]
+    return vectors[0] if len(vectors) == 1 else torch.cat(list(vectors))
 
 
-def _spread(value: Any, name: str, rows: Mapping[str, Tensor]) -> Tensor:
-    """A column's new values, in memory that storing the other columns leaves alone."""
+def _spread(value: Any, name: str, columns: Mapping[str, Tensor]) -> Tensor:
+    """Return a column's new values, in memory that storing the other columns does not change."""
     if not isinstance(value, Tensor):
-        return torch.full_like(rows["p"], value)
-    return (
-        value.clone()
-        if any(value is row for other, row in rows.items() if other != name)
-        else value
-    )
+        return torch.full_like(columns["p"], value)
+    if any(value is column for other, column in columns.items() if other != name):
+        return value.clone()
+    return value
 
 
 class Beside:
-    """Hosts' values as they stand beside elements: one number for all, or where they differ one for
-    each element."""
+    """The host's values as they stand beside elements, by their index.
+
+    Each is one number for all elements, or a tensor with one for each element if the parameters'
+    numbers differ.
+    """
 
     def __init__(self, hosts: Sequence[Host], sizes: Sequence[int], like: Tensor) -> None:
-        self._hosts, self._sizes, self._like = hosts, sizes, like
+        self._hosts = hosts
+        self._sizes = sizes
+        self._like = like
 
     def __getitem__(self, i: int) -> Any:
+        """Return a host's value, in the type and on the device of the elements."""
         value = self._hosts[i]
         if not isinstance(value, np.ndarray):
             return value.item()
         if value.dtype != np.bool_:
-            value = value.astype(np.float64 if self._like.dtype == torch.float64 else np.float32)
-        return torch.from_numpy(np.repeat(value, self._sizes)).to(self._like.device)
+            is_wide = self._like.dtype == torch.float64
+            value = value.astype(np.float64 if is_wide else np.float32)
+        repeated = np.repeat(value, self._sizes)
+        return torch.from_numpy(repeated).to(self._like.device)
 
 
-class Compiled:
-    """A graph as Python functions: one of numbers, and one of tensors for each outcome of its
-    choices."""
+class Functions:
+    """A graph as Python functions: one of numbers, and one of tensors for each outcome of choices.
+
+    `scalars` are the graph's scalars with the index of their values among the hosts' values.
+    """
 
     def __init__(self, graph: Graph) -> None:
-        self._outputs = graph.outputs
         nodes = topological(graph.roots)
         on_host = [node for node in nodes if node.rank.on_host]
-        self._place = {node: i for i, node in enumerate(on_host)}
-        self._choices = [
-            n
-            for n in nodes
-            if n.op == "where" and n not in self._place and n.args[0] in self._place
-        ]
-        self._conditions = [self._place[node.args[0]] for node in self._choices]
-        self.scalars = [(name, self._place[node]) for name, node in graph.scalars]
+        self._outputs = graph.outputs
+        self._index = {node: i for i, node in enumerate(on_host)}
+        self._choices = [node for node in nodes if _is_choice_of_tensors(node)]
+        self._conditions = [self._index[node.args[0]] for node in self._choices]
+        self.scalars = [(name, self._index[node]) for name, node in graph.scalars]
         self._names = [str(node.attr) for node in on_host if node.op == "hyper"]
         constants = {
             f"c{i}": np.asarray(node.attr)[()]
-            for node, i in self._place.items()
+            for node, i in self._index.items()
             if node.op == "const"
         }
-        self._host = _define(_host_source(self._place), HOST_NAMES | constants)
+        self._host = _define(_host_source(self._index), HOST_NAMES | constants)
         self._tensors: dict[tuple[int, ...], Callable[..., dict[str, Any]]] = {}
 
     def host(
         self, hypers: Mapping[str, Sequence[float] | float], sizes: Sequence[int], epsilon: float
     ) -> list[Host]:
-        """The values of all nodes that are known on the host; `epsilon` is that of the parameters'
-        own dtype."""
+        """Return the values of all nodes that are known on the host.
+
+        `epsilon` is that of the parameters' own dtype.
+        """
         with np.errstate(all="ignore"):
             return self._host(
                 [_as_host(hypers[name]) for name in self._names],
@@ -141,26 +155,30 @@ class Compiled:
             )
 
     def tensors(self, hosts: Sequence[Host]) -> Callable[..., dict[str, Any]]:
-        """The function of columns and of hosts' values beside them, for choices that come out as
-        they do now."""
+        """Return the function of columns and `Beside`, for choices that come out as they do now."""
         outcomes = tuple(_outcome(hosts[i]) for i in self._conditions)
         function = self._tensors.get(outcomes)
         if function is None:
-            source = _tensor_source(
-                self._outputs, self._place, dict(zip(self._choices, outcomes, strict=True))
-            )
-            function = self._tensors[outcomes] = _define(source, TENSOR_NAMES)
+            known = dict(zip(self._choices, outcomes, strict=True))
+            source = _tensor_source(self._outputs, self._index, known)
+            function = _define(source, TENSOR_NAMES)
+            self._tensors[outcomes] = function
         return function
 
 
+def _is_choice_of_tensors(node: Node) -> bool:
+    """Whether a node chooses between tensors, by a condition that is known on the host."""
+    return node.op == "where" and not node.rank.on_host and node.args[0].rank.on_host
+
+
 @remember(most=64)
-def compile(graph: Graph) -> Compiled:
-    """An elementwise graph's functions."""
-    return Compiled(graph)
+def make_functions(graph: Graph) -> Functions:
+    """Return an elementwise graph's functions."""
+    return Functions(graph)
 
 
 def _as_host(numbers: Sequence[float] | float) -> Host:
-    """One number for all parameters, or an array where they have different ones."""
+    """Return one number for all parameters, or an array if they have different ones."""
     if not isinstance(numbers, Sequence):
         return np.float64(numbers)
     if numbers.count(numbers[0]) == len(numbers):
@@ -169,70 +187,84 @@ def _as_host(numbers: Sequence[float] | float) -> Host:
 
 
 def _outcome(condition: Host) -> int:
-    if isinstance(condition, np.ndarray):
-        return FIRST if condition.all() else MIXED if condition.any() else SECOND
-    return FIRST if condition else SECOND
+    """Return what a condition chooses."""
+    if not isinstance(condition, np.ndarray):
+        return FIRST if condition else SECOND
+    if condition.all():
+        return FIRST
+    return MIXED if condition.any() else SECOND
 
 
 def _define(source: str, names: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function `compute` of this text, which may use these names."""
     scope = dict(names)
     exec(source, scope)
     return scope["compute"]
 
 
-def _host_source(place: Mapping[Node, int]) -> str:
-    """`compute(hypers, sizes, epsilon)`, which returns the values of all nodes in order."""
+def _host_source(index: Mapping[Node, int]) -> str:
+    """Return `compute(hypers, sizes, epsilon)`, which returns the values of all nodes in order."""
     lines = ["def compute(hypers, sizes, epsilon):"]
     hypers = 0
-    for node, i in place.items():
+    for node, i in index.items():
         if node.op == "hyper":
-            value, hypers = f"hypers[{hypers}]", hypers + 1
+            value = f"hypers[{hypers}]"
+            hypers += 1
         elif node.op == "const":
             value = f"c{i}"
-        elif node.op in ("numel", "epsilon"):
-            value = "sizes" if node.op == "numel" else "epsilon"
+        elif node.op == "numel":
+            value = "sizes"
+        elif node.op == "epsilon":
+            value = "epsilon"
         else:
-            value = _operation(node.op, [f"h{place[a]}" for a in node.args])
+            value = _operation(node.op, [f"h{index[argument]}" for argument in node.args])
         lines.append(f"    h{i} = {value}")
-    return "\n".join([*lines, f"    return [{', '.join(f'h{i}' for i in place.values())}]"])
+    values = ", ".join(f"h{i}" for i in index.values())
+    return "\n".join([*lines, f"    return [{values}]"])
 
 
 def _tensor_source(
-    outputs: Sequence[tuple[str, Node]], place: Mapping[Node, int], outcomes: Mapping[Node, int]
+    outputs: Sequence[tuple[str, Node]], index: Mapping[Node, int], outcomes: Mapping[Node, int]
 ) -> str:
-    """`compute(columns, hosts)`, which returns the new columns. What is chosen stands for a choice
-    that is known."""
+    """Return `compute(columns, hosts)`, which returns the new columns.
+
+    If a choice is known, what is chosen stands for it.
+    """
     lines = ["def compute(columns, hosts):"]
     names: dict[Node, str] = {}
     stack = [root for _, root in reversed(outputs)]
     while stack:
         node = _chosen(stack[-1], outcomes)
-        args = [] if node in place else [_chosen(a, outcomes) for a in node.args]
-        wanted = [] if node in names else [a for a in args if a not in names]
-        if wanted:
-            stack += reversed(wanted)
-            continue
+        args: list[Node] = []
+        if node not in index:
+            args = [_chosen(argument, outcomes) for argument in node.args]
+        if node not in names:
+            missing = [argument for argument in args if argument not in names]
+            if missing:
+                stack += reversed(missing)
+                continue
+            if node in index:
+                value = f"hosts[{index[node]}]"
+            elif node.op in LOADS:
+                value = f"columns[{node.attr!r}]"
+            else:
+                value = _operation(node.op, [names[argument] for argument in args])
+            names[node] = f"t{len(names)}"
+            lines.append(f"    {names[node]} = {value}")
         stack.pop()
-        if node in names:
-            continue
-        if node in place:
-            value = f"hosts[{place[node]}]"
-        elif node.op in LOADS:
-            value = f"columns[{node.attr!r}]"
-        else:
-            value = _operation(node.op, [names[a] for a in args])
-        names[node] = f"t{len(names)}"
-        lines.append(f"    {names[node]} = {value}")
-    new = ", ".join(f"{name!r}: {names[_chosen(root, outcomes)]}" for name, root in outputs)
-    return "\n".join([*lines, f"    return {{{new}}}"])
+    entries = [f"{name!r}: {names[_chosen(root, outcomes)]}" for name, root in outputs]
+    return "\n".join([*lines, f"    return {{{', '.join(entries)}}}"])
 
 
 def _chosen(node: Node, outcomes: Mapping[Node, int]) -> Node:
-    """What stands for a node, where choices have come out for all tensors alike."""
+    """Return what stands for a node when choices have come out the same for all tensors."""
     while outcomes.get(node, MIXED) != MIXED:
         node = node.args[1] if outcomes[node] == FIRST else node.args[2]
     return node
 
 
 def _operation(op: str, args: Sequence[str]) -> str:
-    return f"{args[0]} {SYMBOLS[op]} {args[1]}" if op in SYMBOLS else f"_{op}({', '.join(args)})"
+    """Return an operation as Python text."""
+    if op in SYMBOLS:
+        return f"{args[0]} {SYMBOLS[op]} {args[1]}"
+    return f"_{op}({', '.join(args)})"

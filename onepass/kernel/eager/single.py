@@ -1,13 +1,17 @@
-"""Backend 1: torch's operations, one call a node, on any device and class of tensor, under autograd
-where wanted.
+"""Graphs by torch's operations, one call for each node: any device, any class of tensor.
 
-It runs a finished `Graph`, not a bound program: storage formats are torch's own conversions, and
-every operation is one that autograd can follow (`differentiable`) and a CUDA graph can capture
-(`capturable`: hyper-parameters that are tensors stay tensors, and nothing is read back to the
-host).
+It runs a finished `Graph`, not a bound program. Storage formats are torch's own conversions. Every
+operation is one that autograd can follow (`differentiable`) and a CUDA graph can capture
+(`capturable`): hyper-parameters that are tensors stay tensors, and nothing is read back to the
+host. For `p - lr * g` with p in bfloat16, g in bfloat16 and lr = 0.1:
 
-Graphs in which each element goes its own way have a quicker way, for many tensors together:
-`elementwise.py`.
+    hyper lr    0.1                     a number
+    load g      g.to(float32)           a tensor in the compute type
+    mul         0.1 * g                 operator.mul
+    load p      p.to(float32)
+    sub         p - (0.1 * g)           operator.sub; the caller stores it, rounded to bfloat16
+
+Elementwise graphs have a quicker way, for many tensors together: `foreach`.
 """
 
 from __future__ import annotations
@@ -42,8 +46,8 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "lt": operator.lt,
     "le": operator.le,
     "eq": operator.eq,
-    # A known condition beside a tensor of them: torch's operators take Python's bool on either
-    # side.
+    # A known condition may stand beside a tensor of conditions: torch's operators take Python's
+    # bool on either side.
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
@@ -51,7 +55,8 @@ ON_TENSORS: dict[str, Callable[..., Any]] = {
     "where": torch.where,
 }
 
-FACTS: dict[str, Callable[[Tensor], float]] = {
+# What a graph may ask about the parameter.
+PARAMETER_FACTS: dict[str, Callable[[Tensor], float]] = {
     "numel": Tensor.numel,
     "rows": lambda p: p.shape[-2],
     "columns": lambda p: p.shape[-1],
@@ -85,93 +90,111 @@ Value = Tensor | float | bool
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type of the arithmetic for columns stored like these: float64 if one of them is, else
-    float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    """Return the type of the arithmetic: float64 if one of the columns is, else float32."""
+    is_wide = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_wide else torch.float32
 
 
 def run(
     graph: Graph, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-    """The new values of the columns, in the compute type, and of the scalars that the graph writes.
-    Writes nothing.
+    """Return the new values of the columns, in the compute type, and of the graph's scalars.
 
-    `columns` are one tensor's, real (complex ones are viewed as real by the caller); `hypers` are
-    numbers, or tensors of one element where autograd or a graph capture must see them.
+    `columns` are those of one parameter, and real (the caller views complex ones as real). `hypers`
+    are numbers, or tensors of one element if autograd or a graph capture must see them. Nothing is
+    written.
     """
     evaluation = Evaluation(columns, hypers)
     values = evaluation.evaluate(graph)
     p = columns["p"]
     new: dict[str, Tensor] = {}
     for name, root in graph.outputs:
-        # The means of an empty tensor do not exist: it keeps what it has for its rows and columns.
-        shape = shape_at(graph.rank(name), p.shape)
-        new[name] = evaluation.spread(values[root], name, shape) if p.numel() else columns[name]
+        if p.numel():
+            shape = shape_at(graph.rank(name), p.shape)
+            new[name] = evaluation.spread(values[root], name, shape)
+        else:
+            # An empty tensor has no means: it keeps what it has for its rows and columns.
+            new[name] = columns[name]
     return new, {name: values[root] for name, root in graph.scalars}
 
 
 class Evaluation:
-    """Nodes and their values, each computed when something needs it."""
+    """A graph's values for one parameter, each computed when something needs it.
+
+    `columns` are in the compute type, `dtype`; `p` is the parameter as it is stored.
+    """
 
     def __init__(self, columns: Mapping[str, Tensor], hypers: Mapping[str, Tensor | float]) -> None:
-        self.hypers, self.p = hypers, columns["p"]
+        """Take what `run` takes, and convert the columns."""
+        self.hypers = hypers
+        self.p = columns["p"]
         self.dtype = compute_dtype(*columns.values())
         self.columns = {
             name: t if t.dtype == self.dtype else t.to(self.dtype) for name, t in columns.items()
         }
 
     def evaluate(self, graph: Graph) -> dict[Node, Value]:
-        """The roots' values. Of a choice that does not depend on elements only what is chosen is
-        computed."""
+        """Return the roots' values.
+
+        If a choice does not depend on elements, only what is chosen is computed: with lr = 0.1,
+        `where(lr == 0, kept, new)` computes `lr == 0`, finds False, and then computes only `new`.
+
+        A value is dropped when its last user has been computed, so that its memory can be used
+        again. For `p - lr * g` the product lives until the difference is known.
+        """
         values: dict[Node, Value] = {}
         uses = dict(_uses(graph))
         stack = graph.roots[::-1]
         while stack:
             node = stack[-1]
-            wanted = () if node in values else [a for a in _chosen(node, values) if a not in values]
-            if wanted:
-                stack += reversed(wanted)
+            if node in values:
+                stack.pop()
+                continue
+            missing = [argument for argument in _needed(node, values) if argument not in values]
+            if missing:
+                stack += reversed(missing)
                 continue
             stack.pop()
-            if node not in values:
-                values[node] = self._value(node, values)
-                for a in node.args:
-                    uses[a] -= 1
-                    if not uses[a]:
-                        # Its memory serves the next values.
-                        values.pop(a, None)
+            values[node] = self._value(node, values)
+            for argument in node.args:
+                uses[argument] -= 1
+                if not uses[argument]:
+                    # Its memory serves the next values.
+                    values.pop(argument, None)
         return values
 
     def _value(self, node: Node, values: Mapping[Node, Value]) -> Value:
+        """Return a node's value, from those of its arguments."""
         if node.op in LOADS:
             return self.columns[str(node.attr)]
         if node.op == "hyper":
             value = self.hypers[str(node.attr)]
-            return (
-                value.reshape(()).to(_widest(value)) if isinstance(value, Tensor) else float(value)
-            )
+            if isinstance(value, Tensor):
+                return value.reshape(()).to(_widest(value))
+            return float(value)
         if node.op == "const":
             return node.attr  # type: ignore[return-value]
-        if node.op in FACTS:
-            return float(FACTS[node.op](self.p))
+        if node.op in PARAMETER_FACTS:
+            return float(PARAMETER_FACTS[node.op](self.p))
         if node.op == "where":
             condition = values[node.args[0]]
             if isinstance(condition, Tensor):
                 return choose(condition, values[node.args[1]], values[node.args[2]])
             # The other choice has not been computed.
             return values[node.args[1 if condition else 2]]
-        args = [values[a] for a in node.args]
+        args = [values[argument] for argument in node.args]
         if node.op == "call":
             return _call(node.attr, args)  # type: ignore[arg-type]
         if node.op in REDUCTIONS:
-            return _reduce(
-                node, self.spread(args[0], "", shape_at(node.args[0].rank, self.p.shape))
-            )
+            shape = shape_at(node.args[0].rank, self.p.shape)
+            return _reduce(node, self.spread(args[0], "", shape))
         return apply(node.op, args)
 
     def spread(self, value: Value, name: str, shape: Sequence[int]) -> Tensor:
-        """A value for each place of a column of this shape, in the compute type, which storing
-        other columns leaves."""
+        """Return a value for each place of a column of this shape, in the compute type.
+
+        Storing other columns than the one with this name does not change it.
+        """
         if not isinstance(value, Tensor):
             return torch.full(tuple(shape), value, dtype=self.dtype, device=self.p.device)
         if any(value is t for column, t in self.columns.items() if column != name):
@@ -182,14 +205,15 @@ class Evaluation:
 
 @remember(most=64)
 def _uses(graph: Graph) -> Mapping[Node, int]:
-    """How often each node's value is used."""
-    uses = Counter(a for node in topological(graph.roots) for a in node.args)
+    """Return how often each node's value is used."""
+    nodes = topological(graph.roots)
+    uses = Counter(argument for node in nodes for argument in node.args)
     uses.update(graph.roots)
     return uses
 
 
-def _chosen(node: Node, values: Mapping[Node, Value]) -> Sequence[Node]:
-    """The arguments that a node's value depends on, as far as that is known."""
+def _needed(node: Node, values: Mapping[Node, Value]) -> Sequence[Node]:
+    """Return the arguments that a node's value depends on, as far as that is known."""
     if node.op != "where":
         return node.args
     condition = values.get(node.args[0])
@@ -201,24 +225,29 @@ def _chosen(node: Node, values: Mapping[Node, Value]) -> Sequence[Node]:
 
 
 def apply(op: str, args: Sequence[Value]) -> Value:
-    """An operation on values. Numbers among themselves follow NumPy, where 0 / 0 is a number."""
-    if any(isinstance(a, Tensor) for a in args):
+    """Return what an operation makes of values: a tensor if one of them is a tensor.
+
+    Between numbers it follows NumPy, where 0 / 0 is NaN and not an error.
+    """
+    if any(isinstance(argument, Tensor) for argument in args):
         return ON_TENSORS[op](*args)
     with np.errstate(all="ignore"):
-        return ON_NUMBERS[op](*(np.asarray([a]) for a in args))[0].item()
+        arrays = (np.asarray([argument]) for argument in args)
+        return ON_NUMBERS[op](*arrays)[0].item()
 
 
 def _call(function: Callable[..., Tensor], args: Sequence[Value]) -> Tensor:
-    """A function of whole matrices, of one tensor's; numbers that are tensors stay tensors."""
+    """Return what a function makes of one tensor's matrices; numbers may be tensors."""
     x, *numbers = args
     assert isinstance(x, Tensor)
     if not x.numel():
         return x
-    return call_function(function, x.reshape(-1, *x.shape[-2:]), *numbers).reshape(x.shape)
+    matrices = x.reshape(-1, *x.shape[-2:])
+    return call_function(function, matrices, *numbers).reshape(x.shape)
 
 
 def choose(condition: Tensor, a: Value, b: Value) -> Tensor:
-    """Where a condition holds the first value, elsewhere the second."""
+    """Return the first value if the condition holds, else the second, for each element."""
     if not (isinstance(a, Tensor) or isinstance(b, Tensor)):
         # torch.where of two numbers has the default dtype, which may be too narrow for them.
         a = torch.full_like(condition, a, dtype=_widest(condition))
@@ -226,15 +255,24 @@ def choose(condition: Tensor, a: Value, b: Value) -> Tensor:
 
 
 def _reduce(node: Node, x: Tensor) -> Value:
+    """Return a sum or a largest value, over a tensor or along a dimension that becomes 1.
+
+    Of a tensor (2, 3, 5), `attr` "rows" makes (2, 3, 1), "columns" (2, 1, 5), and none ().
+    """
     if node.rank == Rank.TENSOR:
         if x.numel() == 0:
             return 0.0
         return x.sum(dtype=_widest(x)) if node.op == "sum" else torch.amax(x)
     dim = -1 if node.attr == "rows" else -2
     if node.op == "sum":
-        return x.sum(dim, keepdim=True, dtype=_widest(x)).to(x.dtype)
-    return torch.amax(x, dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
+        total = x.sum(dim, keepdim=True, dtype=_widest(x))
+        return total.to(x.dtype)
+    if not x.shape[dim]:
+        # Zeros: torch.amax of nothing raises.
+        return x.sum(dim, keepdim=True)
+    return torch.amax(x, dim, keepdim=True)
 
 
 def _widest(x: Tensor) -> torch.dtype:
+    """Return the widest type of a tensor's device; Apple's GPUs have no float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64

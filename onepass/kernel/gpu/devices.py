@@ -1,5 +1,7 @@
-"""Whether Triton can serve a device: found out by running a kernel of one line there, before
-anything depends on it."""
+"""Whether Triton can serve a device.
+
+It is found out by running a kernel of one line there, before anything depends on it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import torch
 from .jit import Function, Source, launch, load
 from .uploads import Device
 
-TYPES = ("cuda", "xpu")
+# The types of devices that have kernels, as torch calls them.
+DEVICE_TYPES = ("cuda", "xpu")
 # Older NVIDIA GPUs are not served by Triton.
 LEAST_CAPABILITY = (8, 0)
 # That of the oldest torch that is supported.
@@ -34,82 +37,86 @@ def probe(there):
 
 
 def why_not(device: torch.device) -> str:
-    """Why there are no kernels for a device that is no CPU; empty where there are.
+    """Return why there are no kernels for a device that is not a CPU; empty if there are.
 
     While a graph is captured nothing is tried out, which the capture would not survive, and nothing
-    remembered.
+    is remembered.
     """
-    if device.type not in TYPES:
+    if device.type not in DEVICE_TYPES:
         return f"there are no kernels for {device.type} devices"
-    return find_out(device) or ("" if is_capturing(device) else try_out(device))
+    reason = find_out(device)
+    if reason or is_capturing(device):
+        return reason
+    return try_out(device)
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether work on a device is recorded into a graph now."""
-    return device.type in TYPES and Device(device).is_capturing()
+    return device.type in DEVICE_TYPES and Device(device).is_capturing()
 
 
 @cache
 def find_out(device: torch.device) -> str:
-    """What can be said without trying, once a process."""
-    version = ".".join(map(str, LEAST_TRITON))
+    """Return what speaks against a device without trying it; asked once a process."""
+    needed = f"kernels for {device.type} devices need Triton {_dotted(LEAST_TRITON)} or newer"
     try:
         import triton
         from triton import knobs
     except ImportError:
-        return (
-            f"kernels for {device.type} devices need Triton {version} or newer; run pip install -U "
-            "triton"
-        )
-    if tuple(map(int, triton.__version__.split(".")[:2])) < LEAST_TRITON:
-        return (
-            f"kernels for {device.type} devices need Triton {version} or newer, and "
-            f"{triton.__version__} is installed; install a newer torch, which brings one"
-        )
+        return f"{needed}; run pip install -U triton"
+    version = triton.__version__
+    numbers = tuple(map(int, version.split(".")[:2]))
+    if numbers < LEAST_TRITON:
+        return f"{needed}, and {version} is installed; install a newer torch, which brings one"
     if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
-            needed = ".".join(map(str, LEAST_CAPABILITY))
+            least = _dotted(LEAST_CAPABILITY)
+            name = torch.cuda.get_device_name(device)
             return (
-                f"there are no kernels for GPUs of a compute capability below {needed}, and "
-                f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+                f"there are no kernels for GPUs of a compute capability below {least}, and "
+                f"{name} has {_dotted(capability)}"
             )
     return why_unsafe(Path(knobs.cache.dir))
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    """Return a version as text: 3.5 for (3, 5)."""
+    return ".".join(map(str, version))
+
+
 def why_unsafe(folder: Path) -> str:
-    """Why nothing may be run that Triton keeps in its cache, in this folder; empty where it may
-    be."""
-    existing = next(
-        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
-    )
+    """Return why nothing may be run that Triton keeps in its cache; empty if it may be.
+
+    `folder` is the cache, which need not exist yet.
+    """
+    folders = (folder.absolute(), *folder.absolute().parents)
+    existing = next(parent for parent in folders if parent.exists())
+    its_cache = f"Triton's cache, {folder},"
     advice = "set TRITON_CACHE_DIR to a folder of your own"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return f"Triton's cache, {folder}, cannot be written; {advice}"
+        return f"{its_cache} cannot be written; {advice}"
     if existing == folder.absolute() and os.name == "posix":
-        now = existing.stat()
-        if now.st_mode & stat.S_IWOTH:
-            return (
-                f"every user can write to Triton's cache, {folder}, and could put code there; "
-                f"{advice}"
-            )
-        if now.st_uid not in (0, os.geteuid()):
-            return (
-                f"Triton's cache, {folder}, belongs to another user, who could put code there; "
-                f"{advice}"
-            )
+        status = existing.stat()
+        if status.st_mode & stat.S_IWOTH:
+            return f"every user can write to {its_cache} and could put code there; {advice}"
+        if status.st_uid not in (0, os.geteuid()):
+            return f"{its_cache} belongs to another user, who could put code there; {advice}"
     return ""
 
 
 @cache
 def try_out(device: torch.device) -> str:
-    """What goes wrong when a kernel is compiled and launched: a missing C compiler, a driver that
-    is too old."""
+    """Return what goes wrong when a kernel is compiled and launched; empty if nothing does.
+
+    It may be a missing C compiler, or a driver that is too old.
+    """
     try:
         there = torch.ones(1, dtype=torch.float32, device=device)
         with Device(device).guard():
             launch(load(PROBE), PROBE.functions[0], 1, there)
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "no message")
+        lines = str(error).strip().splitlines()
+        first = lines[0] if lines else "no message"
         return f"Triton cannot run kernels on {device} ({type(error).__name__}: {first:.200})"
     return ""

@@ -1,5 +1,18 @@
-"""How a value of a program becomes a line of Triton: blocks of elements in kernels, numbers in
-float64 beside them."""
+"""How a value of a program becomes a line of Triton.
+
+In a pass a value is a block of elements, in the uniforms a number in float64. The update
+
+    where(lr == 0, p, p - lr * g)      of a pass with inputs (lr, lr == 0) and loads (p, g)
+
+becomes
+
+    @triton.jit
+    def values_0(u0, u1, x0, x1):
+        t4 = u0 * x1
+        t5 = x0 - t4
+        t6 = tl.where(u1, x0, t5)
+        return t6
+"""
 
 from __future__ import annotations
 
@@ -8,13 +21,33 @@ from collections.abc import Callable, Iterable
 from ..graph.ir import LOADS, Node
 from ..graph.passes import Pass, element_order
 
-# Integers are unsigned, so that shifts bring in zeros; comparisons and conversions to floats take
-# their signed view.
-TYPES = {"real": "tl.float64", "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16"}
-TYPES |= {"i32": "tl.uint32", "i16": "tl.uint16", "bool": "tl.int1"}
-SIGNED = {"i32": "tl.int32", "i16": "tl.int16"}
-INFIX = {"add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "eq": "=="}
-INFIX |= {"and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
+# Triton's type of a value, by the type of its node. Integers are unsigned, so that shifts bring in
+# zeros; comparisons and conversions to floats take their signed view.
+TRITON_TYPES = {
+    "real": "tl.float64",
+    "f64": "tl.float64",
+    "f32": "tl.float32",
+    "f16": "tl.float16",
+    "i32": "tl.uint32",
+    "i16": "tl.uint16",
+    "bool": "tl.int1",
+}
+SIGNED_TYPES = {"i32": "tl.int32", "i16": "tl.int16"}
+# A pointer to values of a type, in the notation of Triton's signatures.
+POINTER_TYPES = {"f64": "*fp64", "f32": "*fp32"}
+INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "lt": "<",
+    "le": "<=",
+    "eq": "==",
+    "and": "&",
+    "or": "|",
+    "xor": "^",
+    "shl": "<<",
+    "shr": ">>",
+}
 
 # What Triton does not have: rounding to whole numbers (its floor may flush small numbers to zero),
 # powers, and a maximum that lets no NaN vanish.
@@ -25,7 +58,7 @@ import triton.language as tl
 
 @triton.jit
 def round_to_even(x):
-    # Beyond 2**23, or 2**52, there are whole numbers alone.
+    # Beyond 2**23, or 2**52, there are only whole numbers.
     limit = tl.full((), 8388608.0 if x.dtype == tl.float32 else 4503599627370496.0, x.dtype)
     size = tl.abs(x)
     whole = (size + limit) - limit
@@ -63,51 +96,61 @@ def largest(x, axis: tl.constexpr):
 
 
 def literal(value: object, type: str) -> str:
-    """A constant of exactly this type."""
+    """Return a constant of exactly this type."""
     if type == "bool":
         return f"({int(bool(value))} != 0)"
     text = repr(value)
-    text = f'float("{text}")' if text in ("inf", "-inf", "nan") else text
-    return f"tl.full((), {text}, {TYPES[type]})"
+    if text in ("inf", "-inf", "nan"):
+        text = f'float("{text}")'
+    return f"tl.full((), {text}, {TRITON_TYPES[type]})"
 
 
 def spell(node: Node, args: list[str]) -> str:
-    """One operation on named operands, correctly rounded and contracted with no other."""
+    """Return one operation on named operands, correctly rounded and contracted with no other."""
     source = node.args[0].type
-    single = source == "f32"
-    if node.op == "div":
-        return f"tl.div_rn({args[0]}, {args[1]})" if single else f"{args[0]} / {args[1]}"
-    if node.op == "sqrt":
-        return f"tl.sqrt_rn({args[0]})" if single else f"tl.sqrt({args[0]})"
     if node.op in INFIX:
-        if source in SIGNED and node.op in ("lt", "le"):
-            args = [f"{a}.to({SIGNED[source]}, bitcast=True)" for a in args]
+        if source in SIGNED_TYPES and node.op in ("lt", "le"):
+            args = [_signed(arg, source) for arg in args]
         return f" {INFIX[node.op]} ".join(args)
+    if node.op == "cast":
+        # Between integers, bits go in from the right or are cut off; in a conversion to floats,
+        # integers have a sign.
+        is_to_float = source in SIGNED_TYPES and node.type not in SIGNED_TYPES
+        value = _signed(args[0], source) if is_to_float else args[0]
+        return f"{value}.to({TRITON_TYPES[node.type]})"
+    if node.op == "bitcast":
+        return f"{args[0]}.to({TRITON_TYPES[node.type]}, bitcast=True)"
+    if node.op == "spread":
+        return args[0]
     if node.op == "neg":
         # Triton's own minus subtracts from zero, which has no -0.0.
         return f"{args[0]} * -1.0"
-    if node.op in ("abs", "exp", "log"):
-        return f"tl.{node.op}({args[0]})"
-    if node.op in ("floor", "rint"):
-        return f"{'round_down' if node.op == 'floor' else 'round_to_even'}({args[0]})"
-    if node.op == "pow":
-        return f"power({args[0]}, {args[1]})"
     if node.op == "not":
         return f"{args[0]} == 0"
-    if node.op == "where":
-        return f"tl.where({', '.join(args)})"
-    if node.op == "spread":
-        return args[0]
-    if node.op == "bitcast":
-        return f"{args[0]}.to({TYPES[node.type]}, bitcast=True)"
-    assert node.op == "cast", node
-    # Between integers, bits go in from the right or are cut off; into floats, integers have a sign.
-    signed = (
-        f".to({SIGNED[source]}, bitcast=True)"
-        if source in SIGNED and node.type not in SIGNED
-        else ""
-    )
-    return f"{args[0]}{signed}.to({TYPES[node.type]})"
+    return _call(node.op, args, is_single=source == "f32")
+
+
+def _signed(value: str, type: str) -> str:
+    """Return the signed view of an integer."""
+    return f"{value}.to({SIGNED_TYPES[type]}, bitcast=True)"
+
+
+def _call(op: str, args: list[str], *, is_single: bool) -> str:
+    """Return the call of a function; divisions and roots in float32 have functions that round."""
+    if op == "div" and not is_single:
+        return f"{args[0]} / {args[1]}"
+    functions = {
+        "div": "tl.div_rn",
+        "sqrt": "tl.sqrt_rn" if is_single else "tl.sqrt",
+        "abs": "tl.abs",
+        "exp": "tl.exp",
+        "log": "tl.log",
+        "where": "tl.where",
+        "floor": "round_down",
+        "rint": "round_to_even",
+        "pow": "power",
+    }
+    return f"{functions[op]}({', '.join(args)})"
 
 
 def assign(
@@ -116,36 +159,43 @@ def assign(
     known: Callable[[Node], str | None],
     prefix: str = "t",
 ) -> list[str]:
-    """A line for each node, in order; those that `known` names need none. Enters all into
-    `names`."""
+    """Return a line for each node, in order, and enter what each is called into `names`.
+
+    A node for which `known` returns a name needs no line; others are called by `prefix` and a
+    number.
+    """
     lines = []
     for node in nodes:
         name = known(node)
         if name is None:
-            for a in node.args:
-                if a not in names:
-                    names[a] = literal(a.attr, a.type)
+            for arg in node.args:
+                if arg not in names:
+                    names[arg] = literal(arg.attr, arg.type)
             name = f"{prefix}{len(names)}"
-            text = spell(node, [names[a] for a in node.args])
+            text = spell(node, [names[arg] for arg in node.args])
             lines.append(f"{name} = {text}")
         names[node] = name
     return lines
 
 
-def values(one: Pass, k: int) -> str:
-    """`values_k`: a pass's mathematics, from its inputs and what it loads to what it stores or
-    reduces."""
-    names: dict[Node, str] = {node: f"u{i}" for i, node in enumerate(one.inputs)}
-    loads = {node: f"x{i}" for i, node in enumerate(one.loads)}
+def values(pass_: Pass, pass_index: int) -> str:
+    """Return `values_k`, a pass's mathematics.
+
+    It takes the pass's inputs and what it loads, and returns what it stores or reduces.
+    """
+    names: dict[Node, str] = {node: f"u{i}" for i, node in enumerate(pass_.inputs)}
+    loads = {node: f"x{i}" for i, node in enumerate(pass_.loads)}
     arguments = [*names.values(), *loads.values()]
-    lines = assign(
-        element_order(one.roots), names, lambda node: loads[node] if node.op in LOADS else None
-    )
-    results = [names.get(root) or literal(root.attr, root.type) for root in one.roots]
+
+    def known(node: Node) -> str | None:
+        return loads[node] if node.op in LOADS else None
+
+    lines = assign(element_order(pass_.roots), names, known)
+    results = [names.get(root) or literal(root.attr, root.type) for root in pass_.roots]
     return "\n".join(
         [
             "@triton.jit",
-            f"def values_{k}({', '.join(arguments)}):",
+            f"def values_{pass_index}({', '.join(arguments)}):",
             *(f"    {line}" for line in lines),
             f"    return {', '.join(results)}",
         ]

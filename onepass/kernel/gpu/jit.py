@@ -1,5 +1,4 @@
-"""Triton source: as data, which the compiler makes, and as functions, which Triton compiles when
-they are launched.
+"""Triton source, as data, and as functions that Triton compiles when they are launched.
 
 Triton reads a function's text where Python finds it. Here that is Python's own cache of lines, into
 which the text is put under a name of its own: no file is written, so nothing that runs has ever
@@ -23,8 +22,11 @@ from ..graph.caches import share
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel: its name, its arguments with their types in Triton's notation (`*fp32`, `i32`), its
-    compile-time constants, and how many warps run one program of it."""
+    """A kernel of a module, and how it is compiled.
+
+    Its arguments have their types in Triton's notation (`*fp32`, `i32`); `constants` are known when
+    it is compiled; `warps` run one program of it.
+    """
 
     name: str
     arguments: tuple[tuple[str, str], ...]
@@ -41,21 +43,21 @@ class Source:
 
 
 class Module(dict[str, Any]):
-    """The functions of a module, by their names; their text is there for Triton to read as long as
-    this lives."""
+    """The functions of a module, by their names.
+
+    Their text is there for Triton to read as long as this lives.
+    """
 
 
 @share
 def load(source: Source) -> Module:
-    """The module's functions, ready to be launched or compiled."""
-    name = f"<onepass {hashlib.sha256(source.text.encode()).hexdigest()[:16]}>"
+    """Return the module's functions, ready to be launched or compiled."""
+    digest = hashlib.sha256(source.text.encode()).hexdigest()
+    name = f"<onepass {digest[:16]}>"
+    text = source.text.splitlines(keepends=True)
     # An entry without a time is never looked for on disk.
-    linecache.cache[name] = lines = (
-        len(source.text),
-        None,
-        source.text.splitlines(keepends=True),
-        name,
-    )
+    lines = (len(source.text), None, text, name)
+    linecache.cache[name] = lines
     names: dict[str, Any] = {"__name__": "onepass.kernel.generated"}
     exec(compile(source.text, name, "exec"), names)
     module = Module(names)
@@ -70,24 +72,30 @@ def _forget(name: str, lines: object) -> None:
 
 
 def backend_of(there: Any) -> str:
-    """Triton's name for what compiles for a tensor's device."""
+    """Return Triton's name for what compiles for a tensor's device."""
     return "hip" if torch.version.hip else there.device.type
 
 
 def options(function: Function, backend: str = "cuda") -> dict[str, Any]:
-    """How a function is compiled: without contraction to fused multiply-add, so that it computes
-    bit for bit what the other backends do."""
-    how: dict[str, Any] = {"num_warps": function.warps, "enable_fp_fusion": False}
+    """Return Triton's options for a function.
+
+    There is no contraction to fused multiply-add, so that it computes bit for bit what the other
+    backends do.
+    """
+    chosen: dict[str, Any] = {"num_warps": function.warps, "enable_fp_fusion": False}
     if backend == "cuda":
         # Without a limit, ptxas would rather spill a number or two than run fewer warps at once.
-        how["maxnreg"] = 128
-    return how
+        chosen["maxnreg"] = 128
+    return chosen
 
 
 def launch(
     module: Mapping[str, Any], function: Function, grid: int, *arguments: Any, **constants: Any
 ) -> None:
-    """Queue so many programs of a function on the current device and stream; of none, nothing."""
+    """Queue `grid` programs of a function on the current device and stream; nothing for 0.
+
+    `arguments` are those of the function, tensors or numbers; `constants` replace its own.
+    """
     if grid > 0:
         given = dict(function.constants) | constants
         module[function.name][(grid,)](
@@ -98,9 +106,12 @@ def launch(
 def prepare(
     module: Mapping[str, Any], function: Function, *arguments: Any, **constants: Any
 ) -> None:
-    """Compile a function for a launch with these arguments, and bring it to the current device;
-    nothing is queued."""
-    given = dict(function.constants) | constants | options(function, backend_of(arguments[0]))
+    """Compile a function for a launch with these arguments, and bring it to the current device.
+
+    Nothing is queued.
+    """
+    given = dict(function.constants) | constants
+    given |= options(function, backend_of(arguments[0]))
     compiled = module[function.name].warmup(*arguments, **given, grid=(1,))
     if compiled is not None:
         # Looking for how to run it loads it; an interpreter has nothing to load.

@@ -18,6 +18,15 @@ A CUDA graph repeats what was queued while it was captured, the reading of pinne
 while a capture is under way, a changed table goes through one of a few pinned stretches that were
 taken before (an allocation might end the capture), and everything that the graph will read is
 handed to `captured`, where it must live as long as the graph.
+
+The leaves of five steps, the last of which is captured:
+
+    step  lr     sent  pinned memory      device memory
+       1  0.1    yes   A, let go          X
+       2  0.1    no                       X
+       3  0.2    yes   B, let go          Y; X is let go, and is given out again behind step 2
+       4  0.2    no                       Y
+       5  0.3    yes   R, one of SPARE    Z; R and Z are kept in `captured`
 """
 
 from __future__ import annotations
@@ -29,8 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How often a table can be sent during captures before a step outside of one takes new memory for
-# it.
+# How often a table can be sent during captures, until a step outside of one takes new memory.
 SPARE = 16
 
 
@@ -38,54 +46,55 @@ class Device:
     """What launches need of a device: its streams and its memory."""
 
     def __init__(self, device: torch.device) -> None:
+        """`device` is of a type that has kernels, see `devices.DEVICE_TYPES`."""
         self.device = device
         self._module: Any = torch.get_device_module(device.type)
         # The stream's own number, as Triton asks for it, takes a tenth of the time that the object
         # takes.
-        self._number = (
-            getattr(torch._C, "_cuda_getCurrentRawStream", None) if device.type == "cuda" else None
-        )
+        self._number: Any = None
+        if device.type == "cuda":
+            self._number = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def guard(self) -> AbstractContextManager[Any]:
-        """Make this the current device."""
-        if self.device.index is None or self._module.current_device() == self.device.index:
+        """Return a context in which this is the current device."""
+        index = self.device.index
+        if index is None or self._module.current_device() == index:
             return nullcontext()
         return self._module.device(self.device)
 
     def stream(self) -> Any:
-        """The stream on which torch queues work now; streams compare."""
-        return (
-            self._module.current_stream(self.device)
-            if self._number is None
-            else self._number(self.device.index)
-        )
+        """Return the stream on which torch queues work now; streams compare."""
+        if self._number is None:
+            return self._module.current_stream(self.device)
+        return self._number(self.device.index)
 
     def is_capturing(self) -> bool:
         """Whether work is recorded into a graph now."""
-        asks = getattr(self._module, "is_current_stream_capturing", None)
-        if asks is None:
+        is_capturing = getattr(self._module, "is_current_stream_capturing", None)
+        if is_capturing is None:
             return False
         with self.guard():
-            return asks()
+            return is_capturing()
 
     def announce(self, memory: Tensor) -> None:
         """Let torch's allocator know that memory of another stream is used on the current one."""
         memory.record_stream(self._module.current_stream(self.device))
 
     def pin(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Memory of the host from which the device copies without the processor."""
+        """Return memory of the host from which the device copies without the processor."""
         return torch.empty(count, dtype=dtype, device="cpu", pin_memory=True)
 
     def send(self, pinned: Tensor) -> Tensor:
-        """A copy on the device, queued on the current stream."""
+        """Return a copy on the device, queued on the current stream."""
         return pinned.to(self.device, non_blocking=True)
 
     def upload(self, array: np.ndarray) -> Tensor:
-        """A copy of an array, by way of pinned memory of its own."""
-        return self.send(fill(self.pin(max(array.size, 1), dtype_of(array)), array))
+        """Return a flat copy of an array on the device, by way of pinned memory of its own."""
+        pinned = self.pin(max(array.size, 1), dtype_of(array))
+        return self.send(fill(pinned, array))
 
     def empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Memory on the device."""
+        """Return memory on the device for this many values."""
         return torch.empty(count, dtype=dtype, device=self.device)
 
 
@@ -93,9 +102,14 @@ class Table:
     """An array of the host and its copy on the device."""
 
     def __init__(self, device: Device, captured: list[Tensor], spare: int = 0) -> None:
-        """`spare` is for how many captures memory is held ready; `captured` receives what a
-        captured graph reads."""
-        self.device, self.captured = device, captured
+        """Begin with nothing sent.
+
+        `captured` receives what a captured graph reads; memory is held ready to be sent `spare`
+        times in captures.
+        """
+        self.device = device
+        self.captured = captured
+        # How often it has been sent.
         self.uploads = 0
         self._known: object = None
         self._array: np.ndarray | None = None
@@ -105,8 +119,11 @@ class Table:
         self._ready: list[Tensor] = []
 
     def on_device(self, array: np.ndarray) -> Tensor:
-        """The array's copy, sent now if it differs from what was sent last; one that cannot be
-        written never does."""
+        """Return the array's flat copy, sent now if it differs from what was sent last.
+
+        Bits are compared; but an array that cannot be written never differs from itself. Raises
+        RuntimeError in a capture that was not prepared for.
+        """
         content = array.tobytes() if array.flags.writeable else id(array)
         capturing = self.device.is_capturing()
         if self._sent is None or content != self._known:
@@ -114,8 +131,10 @@ class Table:
                 return self._send_in_capture(array)
             self._sent = self.device.upload(array)
             self.uploads += 1
+            self._known = content
             # The array is kept, so that no other can be taken for it.
-            self._known, self._array, self._stream = content, array, self.device.stream()
+            self._array = array
+            self._stream = self.device.stream()
         elif capturing:
             self.captured.append(self._sent)
         elif self._stream != self.device.stream():
@@ -124,6 +143,7 @@ class Table:
         return self._sent
 
     def _send_in_capture(self, array: np.ndarray) -> Tensor:
+        """Return the array's copy, sent from memory that was held ready, and keep both."""
         if not self._ready or self._ready[-1].numel() < array.size:
             raise RuntimeError(
                 "a step cannot be captured in a graph before one like it has been taken: take a "
@@ -134,7 +154,7 @@ class Table:
         sent = self.device.send(fill(pinned, array))
         self.uploads += 1
         self.captured += [pinned, sent]
-        # It will be there when the graph runs, and not before.
+        # It will be there only when the graph runs.
         self._sent = None
         return sent
 
@@ -144,15 +164,16 @@ class Table:
             if self._ready and self._ready[-1].numel() < array.size:
                 self._ready.clear()
             while len(self._ready) < self._spare:
-                self._ready.append(self.device.pin(max(array.size, 1), dtype_of(array)))
+                pinned = self.device.pin(max(array.size, 1), dtype_of(array))
+                self._ready.append(pinned)
 
 
 def dtype_of(array: np.ndarray) -> torch.dtype:
-    """torch's name for an array's type."""
+    """Return torch's name for an array's type."""
     return torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def fill(memory: Tensor, array: np.ndarray) -> Tensor:
-    """Memory of the host, with an array at its beginning."""
+    """Copy an array to the beginning of memory of the host, and return that memory."""
     memory.numpy()[: array.size] = array.reshape(-1)
     return memory

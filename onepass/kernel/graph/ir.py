@@ -1,8 +1,14 @@
 """Expressions: hash-consed nodes of about thirty operations in six ranks. Standard library only.
 
-A rule is an ordinary Python function; called with nodes, it returns nodes. Two nodes with the same
-operation and arguments are the same object, so common subexpressions are computed once without a
-pass that looks for them.
+A rule is an ordinary Python function. Called with nodes, it returns nodes:
+
+    def rule(p, g, *, lr):
+        return {"p": p - lr * g}
+
+    sub(load('p'), mul(hyper('lr'), load('g')))
+
+Two nodes with the same operation and arguments are the same object. So common subexpressions are
+computed once, and no pass looks for them.
 
 Ranks say how often a value exists, and so where it is computed:
 
@@ -14,7 +20,8 @@ Ranks say how often a value exists, and so where it is computed:
   dimensions is a stack of matrices): in the kernel, in the compute type, float32 or float64;
 * `ELEMENT`, once an element: in the kernel, in the compute type.
 
-Host values are rounded once, to the compute type, where they meet one that is none.
+Here `lr` is a uniform, `g` is an element, and so is their product. A host value is rounded once, to
+the compute type, when it meets a value of the kernel.
 """
 
 from __future__ import annotations
@@ -28,8 +35,21 @@ from weakref import WeakValueDictionary
 
 
 class Rank(IntEnum):
-    """How often a value exists. What is computed from two values exists as often as the union of
-    their bits says."""
+    """How often a value exists.
+
+    A value that is computed from two others has the union of their bits as its rank:
+
+                  UNIFORM   TENSOR    MATRIX    ROW       COLUMN    ELEMENT
+        UNIFORM   UNIFORM   TENSOR    MATRIX    ROW       COLUMN    ELEMENT
+        TENSOR              TENSOR    MATRIX    ROW       COLUMN    ELEMENT
+        MATRIX                        MATRIX    ROW       COLUMN    ELEMENT
+        ROW                                     ROW       ELEMENT   ELEMENT
+        COLUMN                                            COLUMN    ELEMENT
+        ELEMENT                                                     ELEMENT
+
+    A matrix of 3 rows and 5 columns has 3 values of rank ROW and 5 of rank COLUMN. The product of
+    a row's and a column's value exists for each of the 15 elements: 7 | 11 == 15.
+    """
 
     UNIFORM = 0
     TENSOR = 1
@@ -40,8 +60,7 @@ class Rank(IntEnum):
 
     @property
     def on_host(self) -> bool:
-        """Whether such values are computed on the host, in float64, and not in a walk over
-        memory."""
+        """Whether such values are computed on the host, in float64, and not in a walk."""
         return self <= Rank.TENSOR
 
 
@@ -50,7 +69,7 @@ FLOATS = ("real", "f32", "f64")
 INTEGERS = ("i16", "i32")
 TYPES = (*FLOATS, "f16", *INTEGERS, "bool")
 
-# A column's element, and what a tensor has once for each row, column or matrix.
+# A column's value at an element, and what a tensor has once for each row, column or matrix.
 LOADS = {
     "load": Rank.ELEMENT,
     "load_row": Rank.ROW,
@@ -67,7 +86,7 @@ HOST_ONLY = frozenset({"pow", "exp", "log"})
 COMPARISONS = frozenset({"lt", "le", "eq"})
 BITWISE = frozenset({"and", "or", "xor", "shl", "shr"})
 REDUCTIONS = frozenset({"sum", "amax"})
-# Where a reduction leads from a rank: over all elements, along rows, or down columns.
+# The rank that a reduction leads to: over all elements, along the rows, or down the columns.
 OVER = {
     (Rank.ELEMENT, None): Rank.TENSOR,
     (Rank.ELEMENT, "rows"): Rank.ROW,
@@ -88,12 +107,16 @@ OPERATIONS = (
 
 
 class RuleError(TypeError):
-    """A rule does what no kernel can: the message says what, and what to write instead."""
+    """A rule does what no kernel can do: the message says what, and what to write instead."""
 
 
 class Node:
-    """One value: an operation, its arguments, and what follows from them, a type and a rank. Made
-    by `make` alone."""
+    """One value: an operation, its arguments, and what follows from them, a type and a rank.
+
+    Nodes are made only by `make`. `attr` is what an operation has beside its arguments: a number, a
+    column's or hyper-parameter's name, a reduction's direction, a function. Python's operators make
+    further nodes, also `==`; whether two nodes are the same is asked with `is`.
+    """
 
     __slots__ = ("__weakref__", "args", "attr", "op", "rank", "type")
     op: str
@@ -119,9 +142,15 @@ class Node:
         return self._text(3)
 
     def _text(self, depth: int) -> str:
-        # Not the whole expression: written out, shared parts would be repeated without bound.
-        args = [a._text(depth - 1) for a in self.args] if depth or not self.args else ["..."]
-        return f"{self.op}({', '.join([*args, *([] if self.attr is None else [repr(self.attr)])])})"
+        """Return the expression as text, this many operations deep."""
+        if self.args and not depth:
+            # Not the whole expression: written out, shared parts would be repeated without bound.
+            shown = ["..."]
+        else:
+            shown = [arg._text(depth - 1) for arg in self.args]
+        if self.attr is not None:
+            shown.append(repr(self.attr))
+        return f"{self.op}({', '.join(shown)})"
 
     __hash__ = object.__hash__
 
@@ -193,98 +222,116 @@ class Node:
 
 
 _interned: WeakValueDictionary[tuple[object, ...], Node] = WeakValueDictionary()
-# Not only one thread may look and, where nothing is found, put: there would be two nodes for one
-# expression.
+# Held from the look-up to the entry: else two threads could make two nodes for one expression.
 INTERNING = RLock()
 
 
 def make(op: str, *args: object, attr: object = None, type: str | None = None) -> Node:
-    """The one node for this operation and these arguments; numbers become constants of their
-    neighbour's type.
+    """Return the only node for this operation and these arguments.
 
-    Raises `RuleError` where the operation is not defined for the arguments' types or ranks.
+    Numbers among the arguments become constants of their neighbour's type. `type` is given for
+    operations whose type does not follow from the arguments: leaves, casts, reductions.
+
+    Raises `RuleError` if the operation is not defined for the arguments' types or ranks.
     """
-    near = next((a.type for a in args if isinstance(a, Node) and a.type != "bool"), "real")
-    nodes = tuple(a if isinstance(a, Node) else const(a, near) for a in args)
+    neighbours = (arg.type for arg in args if isinstance(arg, Node) and arg.type != "bool")
+    neighbour = next(neighbours, "real")
+    nodes = tuple(as_node(arg, neighbour) for arg in args)
     type, rank = _infer(op, nodes, attr, type)
     # A float's bits, not its value: 0.0 and -0.0 are equal and differ, nan differs from itself.
-    shape = attr.hex() if isinstance(attr, float) else attr
-    key = (op, tuple(map(id, nodes)), type, shape)
+    identity = attr.hex() if isinstance(attr, float) else attr
+    key = (op, tuple(map(id, nodes)), type, identity)
     with INTERNING:
         node = _interned.get(key)
         if node is None:
             node = Node()
-            node.op, node.args, node.attr, node.type, node.rank = op, nodes, attr, type, rank
+            node.op = op
+            node.args = nodes
+            node.attr = attr
+            node.type = type
+            node.rank = rank
             _interned[key] = node
     return node
 
 
 OF_ELEMENTS = (
     "{} of an element is not offered: it would cost a library call for each element; use products, "
-    "sqrt and where, or compute it from hyper-parameters alone"
+    "sqrt and where, or compute it only from hyper-parameters"
 )
 
 
 def _infer(op: str, args: tuple[Node, ...], attr: object, type: str | None) -> tuple[str, Rank]:
-    """The type and rank of a node, or the reason why there can be none. This is the operations'
-    specification."""
-    rank = Rank(reduce(or_, (a.rank for a in args), 0))
-    types = [a.type for a in args]
-    first = types[0] if types else "real"
-    pair = len(args) == 2 and types[1] == first
+    """Return a node's type and rank, or raise the reason why it cannot be.
 
-    def require(condition: bool, what: str) -> None:
-        if not condition:
-            raise RuleError(f"{op} takes {what}, got ({', '.join(types)})")
-
+    This is the operations' specification.
+    """
     if op in LEAVES:
-        require(not args, "no arguments")
+        _require(not args, op, args, "no arguments")
         return type or "real", (FACTS | LOADS).get(op, Rank.UNIFORM)
+    rank = Rank(reduce(or_, (arg.rank for arg in args), 0))
+    if op in REDUCTIONS or op in ("spread", "call"):
+        _require(bool(args) and _are_floats(args), op, args, "floating-point numbers")
+        derived = "real" if op in REDUCTIONS else args[0].type
+        return type or derived, _infer_rank(op, args, rank, attr)
+    if op in ("cast", "bitcast"):
+        _require(len(args) == 1 and type in TYPES, op, args, "one value and a type")
+        return type or "real", rank
+    return _infer_type(op, args, rank), rank
+
+
+def _infer_type(op: str, args: tuple[Node, ...], rank: Rank) -> str:
+    """Return the type of an operation that exists as often as its arguments."""
+    types = [arg.type for arg in args]
+    first = types[0] if types else "real"
+    is_pair = len(args) == 2 and types[1] == first
     if op in ARITHMETIC:
-        require(
-            pair and first in (*FLOATS, "i32" if op in ("add", "sub") else ""),
-            "two numbers of one type",
-        )
-        return first, rank
+        allowed = (*FLOATS, "i32") if op in ("add", "sub") else FLOATS
+        _require(is_pair and first in allowed, op, args, "two numbers of one type")
+        return first
     if op in ROUNDING:
-        require(len(args) == 1 and first in FLOATS, "one floating-point number")
-        return first, rank
+        _require(len(args) == 1 and first in FLOATS, op, args, "one floating-point number")
+        return first
     if op in HOST_ONLY:
-        require(all(t in FLOATS for t in types), "floating-point numbers")
+        _require(_are_floats(args), op, args, "floating-point numbers")
         if not rank.on_host:
             raise RuleError(OF_ELEMENTS.format(op))
-        return first, rank
+        return first
     if op in COMPARISONS:
-        require(pair and first != "bool", "two numbers of one type")
-        return "bool", rank
+        _require(is_pair and first != "bool", op, args, "two numbers of one type")
+        return "bool"
     if op in BITWISE:
-        logical = ("bool", *INTEGERS) if op in ("and", "or", "xor") else INTEGERS
-        require(pair and first in logical, "two conditions, or two integers of one type")
-        return first, rank
+        allowed = INTEGERS if op in ("shl", "shr") else ("bool", *INTEGERS)
+        expected = "two conditions, or two integers of one type"
+        _require(is_pair and first in allowed, op, args, expected)
+        return first
     if op == "not":
-        require(types == ["bool"], "one condition")
-        return "bool", rank
+        _require(types == ["bool"], op, args, "one condition")
+        return "bool"
     if op == "where":
-        require(
-            len(args) == 3 and first == "bool" and types[1] == types[2],
-            "a condition and two values of one type",
-        )
-        return types[1], rank
-    if op in ("cast", "bitcast"):
-        require(len(args) == 1 and type in TYPES, "one value and a type")
-        return type or "real", rank
-    if op in REDUCTIONS or op in ("spread", "call"):
-        require(bool(args) and all(t in FLOATS for t in types), "floating-point numbers")
-        return type or ("real" if op in REDUCTIONS else first), _infer_rank(op, args, rank, attr)
+        is_choice = len(args) == 3 and first == "bool" and types[1] == types[2]
+        _require(is_choice, op, args, "a condition and two values of one type")
+        return types[1]
     raise RuleError(f"no operation is called {op!r}; there are {', '.join(sorted(OPERATIONS))}")
 
 
+def _are_floats(args: tuple[Node, ...]) -> bool:
+    return all(arg.type in FLOATS for arg in args)
+
+
+def _require(condition: bool, op: str, args: tuple[Node, ...], expected: str) -> None:
+    """Raise `RuleError` if the arguments are not what the operation takes."""
+    if not condition:
+        types = ", ".join(arg.type for arg in args)
+        raise RuleError(f"{op} takes {expected}, got ({types})")
+
+
 def _infer_rank(op: str, args: tuple[Node, ...], rank: Rank, attr: object) -> Rank:
-    """The rank of what exists more often or more seldom than its arguments."""
+    """Return the rank of a value that exists more often, or less often, than its arguments."""
     if op == "spread" and len(args) == 1 and isinstance(attr, Rank):
         return attr
     if op == "call":
-        if args[0].rank != Rank.ELEMENT or any(not a.rank.on_host for a in args[1:]):
+        matrices, *numbers = args
+        if matrices.rank != Rank.ELEMENT or any(not number.rank.on_host for number in numbers):
             raise RuleError(
                 "a function of whole matrices takes one value with elements, and numbers beside it"
             )
@@ -293,66 +340,78 @@ def _infer_rank(op: str, args: tuple[Node, ...], rank: Rank, attr: object) -> Ra
         raise RuleError(f"{op} takes one floating-point number, got {len(args)}")
     if (rank, attr) not in OVER:
         over = "the elements of a tensor" if attr is None else f"a matrix's {attr}"
-        once = (
-            "is the same for all of them" if rank.on_host else f"exists once a {rank.name.lower()}"
-        )
-        further = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}.get(
-            rank, ""
-        )
-        raise RuleError(f"{op} runs over {over}, and this value {once}{further}")
+        once = "is the same for all of them"
+        if not rank.on_host:
+            once = f"exists once a {rank.name.lower()}"
+        advice = {Rank.ROW: "; column_mean reduces it", Rank.COLUMN: "; row_mean reduces it"}
+        raise RuleError(f"{op} runs over {over}, and this value {once}{advice.get(rank, '')}")
     return OVER[rank, attr]
 
 
 def const(value: object, type: str = "real") -> Node:
-    """A number known while tracing."""
+    """Return a number that is known while tracing.
+
+    Raises `RuleError` for anything else, also for True and False.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RuleError(
             f"a rule computes with numbers and columns, got {value!r} ({value.__class__.__name__})"
         )
-    return make("const", attr=int(value) if type in INTEGERS else float(value), type=type)
+    number = int(value) if type in INTEGERS else float(value)
+    return make("const", attr=number, type=type)
+
+
+def as_node(value: object, type: str = "real") -> Node:
+    """Return a node as it is, and a number as a constant of this type."""
+    return value if isinstance(value, Node) else const(value, type)
 
 
 def load(column: str, type: str = "real", rank: Rank = Rank.ELEMENT) -> Node:
-    """A column's element (or, for a column that has one for each row, column or matrix, that), as
-    it is stored."""
+    """Return a column's value as it is stored: at an element, or for a row, column or matrix."""
     return make(LOAD_OF[rank], attr=column, type=type)
 
 
 def hyper(name: str) -> Node:
-    """A hyper-parameter: a number of a row, known when the step begins."""
+    """Return a hyper-parameter: a number of the param group, known when the step begins."""
     return make("hyper", attr=name)
 
 
 def divide(a: object, b: object) -> Node:
-    """a / b. Elements are divided by a host value as a product with its reciprocal, taken in
-    float64."""
-    a, b = (x if isinstance(x, Node) else const(x) for x in (a, b))
+    """Return a / b.
+
+    Elements are divided by a host value as a product with its reciprocal, taken in float64.
+    """
+    a = as_node(a)
+    b = as_node(b)
     if not a.rank.on_host and b.rank.on_host and b.type in FLOATS:
         return make("mul", a, make("div", 1.0, b))
     return make("div", a, b)
 
 
 def power(a: object, b: object) -> Node:
-    """a ** b on the host; of an element, the square alone."""
+    """Return a ** b on the host; of an element only the square."""
     if isinstance(a, Node) and not a.rank.on_host and not isinstance(b, Node) and b == 2:
         return make("mul", a, a)
     return make("pow", a, b)
 
 
 def where(condition: Node | bool, a: object, b: object) -> Node:
-    """a where the condition holds, else b: a rule's `if`. Both are computed, unless the condition
-    is a flag."""
+    """Return a if the condition holds, else b: a rule's `if`.
+
+    Both are computed, unless the condition is a flag (a plain True or False).
+    """
     if isinstance(condition, bool):
-        chosen = a if condition else b
-        return chosen if isinstance(chosen, Node) else const(chosen)
+        return as_node(a if condition else b)
     return make("where", condition, a, b)
 
 
 def topological(
     roots: Iterable[Node], inside: Callable[[Node], bool] = lambda _: True
 ) -> list[Node]:
-    """Every node that the roots need, arguments before users, each once; no further than to nodes
-    not `inside`."""
+    """Return every node that the roots need, each once, arguments before users.
+
+    The arguments of nodes that are not `inside` are left out, unless another node needs them.
+    """
     order: list[Node] = []
     seen: set[int] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -363,7 +422,8 @@ def topological(
         elif id(node) not in seen:
             seen.add(id(node))
             stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args if inside(node) else ()))
+            if inside(node):
+                stack.extend((arg, False) for arg in reversed(node.args))
     return order
 
 
@@ -372,9 +432,10 @@ def verify(
 ) -> None:
     """Check a graph against the operations' specification, and against what a stage allows.
 
-    `types` are the value types that may occur at element rank, `columns` the columns that may be
-    loaded. A failure is a defect of the stage before, never of the user: it raises AssertionError
-    and names the node.
+    `types` are the types that values may have in a walk, `columns` the columns that may be loaded.
+
+    Raises `AssertionError` and names the node: that is a defect of the stage before, never of the
+    user.
     """
     known = None if columns is None else set(columns)
     for node in topological(roots):

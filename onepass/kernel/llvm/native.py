@@ -1,8 +1,10 @@
-"""Machine code: LLVM IR in, callable functions out, and the OpenMP runtime that torch itself runs
-on.
+"""Machine code: LLVM IR in, callable functions out; and the OpenMP runtime of torch itself.
 
-Nothing but llvmlite is needed on the user's machine. Code is compiled for the host's own
-instruction set, without fast-math: no reassociation, no contraction to fused multiply-add.
+    library = Library("define i32 @answer() { ret i32 42 }")
+    ctypes.CFUNCTYPE(ctypes.c_int32)(library.address("answer"))()    # 42
+
+Only llvmlite is needed on the user's machine. Code is compiled for the host's own instruction set,
+without fast-math: no reassociation, no contraction to fused multiply-add.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ hold_in_forks(llvm.ffi.lib._lock)
 
 @cache
 def _host() -> tuple[llvm.Target, str, str]:
+    """Return this machine's target, and the names of its processor and instruction sets."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_triple(llvm.get_process_triple())
@@ -33,20 +36,24 @@ def _host() -> tuple[llvm.Target, str, str]:
 
 
 def target_machine() -> llvm.TargetMachine:
-    """The host, with all instructions that it has; a new one at each call, because an engine takes
-    it and frees it."""
+    """Return the host with all instructions that it has.
+
+    It is a new one at each call, because an engine takes it and frees it.
+    """
     target, cpu, features = _host()
     return target.create_target_machine(cpu=cpu, features=features, opt=2, jit=True)
 
 
 def missing_instructions() -> str:
-    """The name of an instruction set that kernels need and this host lacks, or an empty string.
+    """Return the name of an instruction set that kernels need and this host lacks, or "".
 
-    Without them LLVM would call functions of a compiler's runtime library, which nobody has loaded.
+    Without it LLVM would call functions of a compiler's runtime library, which nobody has loaded.
     """
-    needed = ("sse4.1", "f16c") if platform.machine().lower() in ("x86_64", "amd64") else ()
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ""
     features = llvm.get_host_cpu_features()
-    return next((name for name in needed if not features.get(name)), "")
+    missing = [name for name in ("sse4.1", "f16c") if not features.get(name)]
+    return missing[0] if missing else ""
 
 
 def has_bfloat16_products() -> bool:
@@ -56,8 +63,11 @@ def has_bfloat16_products() -> bool:
 
 
 def optimize(source: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
-    """LLVM IR, parsed, verified and optimized for a machine."""
-    # Of its own: what a context has seen, types and constants, it never forgets.
+    """Return LLVM IR parsed, verified and optimized for a machine.
+
+    Raises `RuntimeError` with LLVM's words if the IR is malformed.
+    """
+    # In a context of its own: a context never forgets the types and constants that it has seen.
     module = llvm.parse_assembly(source, llvm.create_context())
     try:
         module.verify()
@@ -78,7 +88,7 @@ def optimize(source: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
 def _free(manager: llvm.ModulePassManager) -> None:
     """Free a pass manager and its passes, 90 kB.
 
-    From llvmlite 0.45 on an empty method of its first base class hides the one that does it.
+    From llvmlite 0.45 on, an empty method of its first base class hides the one that frees it.
     """
     for base in type(manager).__mro__:
         if base is not llvm.ffi.ObjectRef and "_dispose" in vars(base):
@@ -88,7 +98,7 @@ def _free(manager: llvm.ModulePassManager) -> None:
 
 
 def object_code(source: str) -> bytes:
-    """An object file for this host: the machine code of LLVM IR."""
+    """Return an object file for this host: the machine code of LLVM IR."""
     machine = target_machine()
     module = optimize(source, machine)
     try:
@@ -98,14 +108,19 @@ def object_code(source: str) -> bytes:
 
 
 class Library:
-    """Compiled functions, alive as long as this object: whoever keeps an address keeps the library
-    too."""
+    """Compiled functions, alive as long as this object.
+
+    Whoever keeps a function's address must keep the library, too.
+    """
 
     def __init__(self, source: str) -> None:
-        """Compile LLVM IR. Malformed IR raises RuntimeError with LLVM's words: a defect here, never
-        of the user."""
+        """Compile LLVM IR.
+
+        Raises `RuntimeError` with LLVM's words if the IR is malformed: a defect here, never of the
+        user.
+        """
         self.source = source
-        # The engine is given object code, and not IR: what compiles keeps a megabyte of tables.
+        # The engine gets object code, not IR: an engine that compiles keeps a megabyte of tables.
         code = llvm.ObjectFileRef.from_data(object_code(source))
         nothing = llvm.parse_assembly("")
         self._engine = llvm.create_mcjit_compiler(nothing, target_machine())
@@ -114,7 +129,7 @@ class Library:
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:
-        """The address of a function."""
+        """Return the address of a function."""
         return self._engine.get_function_address(name)
 
     @property
@@ -123,14 +138,13 @@ class Library:
         return str(optimize(self.source, target_machine()))
 
     def assembly(self) -> str:
-        """The host's assembly of the whole library."""
+        """Return the host's assembly of the whole library."""
         machine = target_machine()
         return machine.emit_assembly(optimize(self.source, machine))
 
 
 def openmp() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0 where there is
-    none.
+    """Return the address of GOMP_parallel in the OpenMP runtime of torch, or 0 if there is none.
 
     Running on that runtime means sharing torch's threads instead of adding as many again.
     """
@@ -140,43 +154,56 @@ def openmp() -> int:
 
 @cache
 def openmp_functions(*names: str) -> list[int] | None:
-    """The addresses of functions of the OpenMP runtime that torch has loaded, or of GOMP_parallel
-    if none is named."""
+    """Return the addresses of functions of the OpenMP runtime that torch has loaded.
+
+    If no function is named, that is the address of GOMP_parallel. None if there is no runtime.
+    """
     for path in _openmp_candidates():
         try:
             library = ctypes.CDLL(path)
-            # Where this one is, the others are those of the same runtime.
-            found = [getattr(library, name) for name in ("GOMP_parallel", *names)]
+            parallel = library.GOMP_parallel
+            # A library that has this function has the others of the same runtime.
+            functions = [getattr(library, name) for name in names]
         except (OSError, AttributeError):
             continue
-        return [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found][
-            bool(names) :
+        return [
+            ctypes.cast(function, ctypes.c_void_p).value or 0
+            for function in functions or [parallel]
         ]
     return None
 
 
 def _openmp_candidates() -> list[str]:
-    names = ("libgomp", "libiomp5", "libomp")
+    """Return the paths of libraries that may be the runtime; on Linux only loaded ones."""
     if sys.platform == "linux":
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-            paths = dict.fromkeys(
-                line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line
-            )
+        paths = _loaded_files()
     else:
-        paths = dict.fromkeys(str(p) for p in (Path(torch.__file__).parent / "lib").glob("*omp*"))
-    return [p for p in paths if os.path.basename(p).startswith(names)]
+        paths = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("*omp*")]
+    names = ("libgomp", "libiomp5", "libomp")
+    return [path for path in paths if os.path.basename(path).startswith(names)]
+
+
+def _loaded_files() -> list[str]:
+    """Return the files that are mapped into this process, each once."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        paths = [line.split(maxsplit=5)[-1].strip() for line in maps if "/" in line]
+    return list(dict.fromkeys(paths))
 
 
 @cache
 def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    """Return this process's pool of threads."""
     # Keyed by process: a forked child has none of its parent's threads.
     return ThreadPoolExecutor(threads, thread_name_prefix="onepass")
 
 
 def run_in_threads(worker: int, argument: int, threads: int) -> None:
-    """Call `void worker(void*)` once in each of so many threads; the fallback where no OpenMP
-    runtime is loaded."""
+    """Call `void worker(void*)` once in each of this many threads.
+
+    This is for processes in which no OpenMP runtime is loaded.
+    """
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(worker)
     pool = _pool(threads, os.getpid())
-    for future in [pool.submit(function, argument) for _ in range(threads)]:
+    futures = [pool.submit(function, argument) for _ in range(threads)]
+    for future in futures:
         future.result()

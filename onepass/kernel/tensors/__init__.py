@@ -1,5 +1,6 @@
-"""What tensors are at this moment: where they lie, whether they changed, and what passes leave to
-one another there.
+"""What tensors are at this moment: where they lie, whether they changed, what passes leave there.
 
-Nothing here knows a rule's mathematics or an optimizer.
+How a tensor lies (`memory`), whether tensors are as a plan expects them (`facts`, and the text of
+its compiled part in `comparison`), numbers by their addresses (`numbers`), and what one pass leaves
+to a later one (`temporaries`). Nothing here knows a rule's mathematics or an optimizer.
 """

@@ -1,4 +1,12 @@
-"""How a tensor lies in memory, and what functions of whole matrices make of one."""
+"""How a tensor lies in memory, and what functions of whole matrices make of one.
+
+For a transposed view of a (3, 4) float32 tensor, which has shape (4, 3) and strides (1, 4):
+
+    extent        48        bytes from the first element to the end of the last
+    is_dense      True      12 elements in 12 places
+    is_expanded   False     no two elements in one place
+    sizes         (1, 4, 3)
+"""
 
 from __future__ import annotations
 
@@ -15,18 +23,22 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def extent(t: Tensor) -> int:
-    """How many bytes lie between a strided tensor's first element and the end of its last one,
-    holes included."""
+    """Return the bytes from a strided tensor's first element to the end of its last one.
+
+    Holes are included: every second element of a float32 vector of 9 has an extent of 36.
+    """
     if t.is_contiguous() or not t.numel():
         return t.numel() * t.itemsize
-    return (
-        1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    ) * t.itemsize
+    steps = zip(t.shape, t.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return (last + 1) * t.itemsize
 
 
 def has_storage(t: Tensor) -> bool:
-    """Whether a strided tensor's storage holds all of its elements; false after
-    `untyped_storage().resize_(0)`."""
+    """Whether a strided tensor's storage holds all of its elements.
+
+    False after `untyped_storage().resize_(0)`; True for tensors that need no memory.
+    """
     if t.numel() == 0 or t.device.type == "meta":
         return True
     end = t.storage_offset() * t.itemsize + extent(t)
@@ -35,62 +47,70 @@ def has_storage(t: Tensor) -> bool:
 
 def is_expanded(t: Tensor) -> bool:
     """Whether elements of a strided tensor share memory with one another, as after `expand`."""
-    return any(stride == 0 and n > 1 for n, stride in zip(t.shape, t.stride(), strict=True))
+    steps = zip(t.shape, t.stride(), strict=True)
+    return any(stride == 0 and size > 1 for size, stride in steps)
 
 
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in any order of dimensions."""
     if t.is_contiguous():
         return True
+    steps = zip(t.stride(), t.shape, strict=True)
     expected = 1
-    for stride, n in sorted(
-        (stride, n) for n, stride in zip(t.shape, t.stride(), strict=True) if n != 1
-    ):
+    for stride, size in sorted(step for step in steps if step[1] != 1):
         if stride != expected:
             return t.numel() == 0
-        expected *= n
+        expected *= size
     return True
 
 
 def shape_at(rank: Rank, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a column with one value for each element, row or column of a tensor, or for the
-    tensor."""
+    """Return the shape of a column of this rank, beside a parameter of this shape.
+
+    Beside (2, 3, 5): ROW (2, 3, 1), COLUMN (2, 1, 5), MATRIX (2, 1, 1), ELEMENT (2, 3, 5), and ()
+    for one number.
+    """
     if rank.on_host:
         return ()
-    rows = (1,) if rank in (Rank.COLUMN, Rank.MATRIX) else tuple(shape[-2:-1])
-    columns = (1,) if rank in (Rank.ROW, Rank.MATRIX) else tuple(shape[-1:])
+    rows = shape[-2:-1]
+    columns = shape[-1:]
+    if rank in (Rank.COLUMN, Rank.MATRIX):
+        rows = (1,)
+    if rank in (Rank.ROW, Rank.MATRIX):
+        columns = (1,)
     return (*shape[:-2], *rows, *columns)
 
 
 def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
-    """A tensor as a stack of matrices: how many, their rows and their columns."""
+    """Return how many matrices a tensor has, their rows and their columns.
+
+    (2, 4, 3, 5) has 8 matrices of 3 rows and 5 columns. The shape has at least two sizes.
+    """
     matrices = 1
-    for n in shape[:-2]:
-        matrices *= n
+    for size in shape[:-2]:
+        matrices *= size
     return matrices, shape[-2], shape[-1]
 
 
 def call_function(
     function: Callable[..., object], matrices: Tensor, *numbers: float | Tensor
 ) -> Tensor:
-    """What a function of whole matrices returns, in full precision also under autocast.
+    """Return what a function of whole matrices returns, in full precision also under autocast.
 
-    Raises `RuleError` where that is no tensor of the shape, type and place of `matrices`.
+    `matrices` has shape (k, rows, columns).
+
+    Raises `RuleError` unless the result has the shape, type, device and layout of `matrices`.
     """
     device = matrices.device.type
-    with (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else nullcontext()
-    ):
+    has_autocast = torch.amp.is_autocast_available(device)
+    context = torch.autocast(device, enabled=False) if has_autocast else nullcontext()
+    with context:
         result = function(matrices, *numbers)
     facts = [getattr(result, name, None) for name in ("shape", "dtype", "device", "layout")]
     if facts != [matrices.shape, matrices.dtype, matrices.device, matrices.layout]:
-        shown = (
-            f"a tensor {tuple(result.shape)} of {result.dtype}"
-            if isinstance(result, Tensor)
-            else f"{result!r:.60}"
-        )
+        shown = f"{result!r:.60}"
+        if isinstance(result, Tensor):
+            shown = f"a tensor {tuple(result.shape)} of {result.dtype}"
         raise RuleError(
             f"{getattr(function, '__qualname__', function)} must return a strided tensor "
             f"{tuple(matrices.shape)} of {matrices.dtype} on {matrices.device}, as the matrices "

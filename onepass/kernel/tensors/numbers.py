@@ -1,7 +1,11 @@
-"""Numbers that lie each in a tensor of its own on the host, as step counts do: read and written by
-their addresses.
+"""Numbers of the parameters' states, as step counts: read and written by their addresses.
 
-The addresses are those that `facts.Expected` has read in the same step.
+Each of them lies in a tensor of its own, on the host. The addresses are those that `facts.Expected`
+has read in the same step:
+
+    addresses   [[0x55d0, 0x55e0, 0x55f0]]      one name, `step`, of three parameters
+    read()      [[ 7.,     7.,     2.    ]]     from float32 to float64
+    write()     stores `values`, as float32
 """
 
 from __future__ import annotations
@@ -52,40 +56,50 @@ WRITE = """\
 
 
 class Numbers:
-    """Numbers by their addresses: `values` (float64) is filled by `read`, and stored by `write`."""
+    """Numbers by their addresses: `values` (float64) is filled by `read`, stored by `write`.
+
+    `values` has the shape of the addresses and may be changed between the two.
+    """
 
     def __init__(self, addresses: np.ndarray, dtype: np.dtype) -> None:
-        """`addresses` (names, tensors; uint64) are looked at in each call; the numbers are of one
-        dtype."""
+        """`addresses` (names, tensors; uint64) are looked at in each call.
+
+        All numbers are of one dtype, float32 or float64.
+
+        Raises `ValueError` if the addresses are not contiguous.
+        """
         self.values = np.zeros(addresses.shape)
         self._addresses = np.ascontiguousarray(addresses)
         if self._addresses is not addresses and addresses.size:
             raise ValueError("addresses must be contiguous, since they are read where they are")
-        places = (a.__array_interface__["data"][0] for a in (self._addresses, self.values))
-        self._arguments = addresses.size, *places
+        arrays = (self._addresses, self.values)
+        starts = [array.__array_interface__["data"][0] for array in arrays]
+        self._arguments = (addresses.size, *starts)
         self._library, functions = _compiled()
-        self._read, self._write = functions["read", dtype], functions["write", dtype]
+        self._read = functions["read", dtype]
+        self._write = functions["write", dtype]
 
     def read(self) -> np.ndarray:
-        """Fill and return `values`."""
+        """Fill `values` with what is stored at the addresses, and return it: (names, tensors)."""
         self._read(*self._arguments)
         return self.values
 
     def write(self) -> None:
-        """Store `values`."""
+        """Store `values` at the addresses."""
         self._write(*self._arguments)
 
 
 @once
 def _compiled():
-    """The library, which must live as long as its functions, and these by name and dtype."""
-    source, names = "", {}
+    """Return the library, which must outlive its functions, and these by name and dtype."""
+    source = ""
+    names = {}
     for dtype, (type, widen, narrow) in STORED.items():
-        for name, body in (("read", READ), ("write", WRITE)):
-            names[name, dtype] = f"{name}_{type}"
-            source += FUNCTIONS.format(
-                name=names[name, dtype], body=body.format(type=type, widen=widen, narrow=narrow)
-            )
+        for operation, template in (("read", READ), ("write", WRITE)):
+            name = f"{operation}_{type}"
+            body = template.format(type=type, widen=widen, narrow=narrow)
+            source += FUNCTIONS.format(name=name, body=body)
+            names[operation, dtype] = name
     library = Library(source)
     # PYFUNCTYPE keeps the interpreter lock: no other thread may free a tensor meanwhile.
     signature = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
