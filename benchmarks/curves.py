@@ -28,7 +28,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from onepass.app.tasks import find_task
-from onepass.app.training.loop import Diverged, Run, fit, make_settings
+from onepass.app.training.loop import Diverged, fit
+from onepass.app.training.run import Run
+from onepass.app.training.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 RunResult = dict[str, Any]

@@ -249,7 +249,8 @@ def make_foreign_run() -> None:
 
 
 def make_run() -> None:
-    from onepass.app.training.loop import Run, make_settings
+    from onepass.app.training.run import Run
+    from onepass.app.training.settings import make_settings
 
     Path("run").mkdir()
     Run(make_settings(), Path("data")).save(Path("run/last.safetensors"))

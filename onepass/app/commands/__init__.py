@@ -18,7 +18,8 @@ from ..bench.suite import BenchError
 from ..catalog import UnknownName
 from ..explain.target import TargetError
 from ..tasks import TaskError
-from ..training.loop import Diverged, SettingsError
+from ..training.loop import Diverged
+from ..training.settings import SettingsError
 from .bench import time_steps
 from .checks import UsageError
 from .draw import draw_gallery, show_schedule

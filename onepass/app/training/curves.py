@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from ...pictures import BLUE, GREEN, RED, new_figure, save, tidy_frame
-from .loop import Run
+from .run import Run
 
 __all__ = ["plot_curves"]
 
