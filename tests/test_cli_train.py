@@ -277,9 +277,9 @@ def make_nothing() -> None:
         (make_nothing, "--schedule linear", "choose one of cosine, step, none"),
         (make_nothing, "--learning-rate 1", "No such option: --learning-rate"),
         (make_nothing, "more", "unexpected extra argument"),
-        (make_file, "--out file", "--out file is no folder"),
-        (make_file, "--out file/below", "--out file/below is no folder"),
-        (make_file, "--resume --out file", "--out file is no folder"),
+        (make_file, "--out file", "--out file is not a folder"),
+        (make_file, "--out file/below", "--out file/below is not a folder"),
+        (make_file, "--resume --out file", "--out file is not a folder"),
         (
             make_nothing,
             "--resume",

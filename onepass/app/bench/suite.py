@@ -92,9 +92,9 @@ def _is_elementwise(variant: Variant) -> bool:
     if variant.demand:
         return False
     program = program_of(variant)
-    if program.calls or len(program.passes) > 1:
+    if program.calls or len(program.passes) != 1:
         return False
-    pass_ = program.passes[0]
+    (pass_,) = program.passes
     return pass_.domain == Rank.ELEMENT and not (pass_.reductions or pass_.sums)
 
 
