@@ -264,19 +264,20 @@ def report(program: Program, kernels: Sequence[CompiledKernel]) -> str:
         lines.append(f"    {'  '.join(cells)}".rstrip())
     lines += ["", f"    {LEGEND}"]
     for kernel in kernels:
-        pass_ = pass_of(program, kernel.function)
-        if pass_ is not None and kernel.target in RESIDENT:
-            lines += ["", *(f"    {line}" for line in _limits(kernel, pass_))]
+        index = pass_index_of(program, kernel.function)
+        if index is not None and kernel.target in RESIDENT:
+            limits = _limits(kernel, program.passes[index])
+            lines += ["", *(f"    {line}" for line in limits)]
     return "\n".join(lines)
 
 
-def pass_of(program: Program, function: Function) -> Pass | None:
-    """Return the pass over elements that a kernel's function walks; None for other kernels."""
+def pass_index_of(program: Program, function: Function) -> int | None:
+    """Return the index of the pass over elements that a function is; None for other functions."""
     found = re.fullmatch(r"pass_(\d+)", function.name)
     if found is None:
         return None
-    pass_ = program.passes[int(found[1])]
-    return pass_ if pass_.domain == Rank.ELEMENT else None
+    index = int(found[1])
+    return index if program.passes[index].domain == Rank.ELEMENT else None
 
 
 def _row(kernel: CompiledKernel) -> tuple[str, ...]:
