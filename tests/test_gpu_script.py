@@ -1,4 +1,7 @@
-"""`benchmarks/gpu.py`: its whole course without a GPU, and what becomes of a stage that fails."""
+"""`benchmarks/gpu.py`: its whole course without a GPU, and what becomes of a stage that fails.
+
+And `benchmarks/curves_contenders.py`: no algorithm is forgotten.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,8 @@ if not SCRIPT.exists():
     pytest.skip("benchmarks are no part of a package", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -26,6 +28,16 @@ def script() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load(SCRIPT)
+
+
+def test_every_algorithm_has_a_curve() -> None:
+    path = SCRIPT.with_name("curves_contenders.py")
+    assert load(path).list_forgotten() == [], f"add a Contender for each to CONTENDERS in {path}"
 
 
 @pytest.mark.parametrize(
