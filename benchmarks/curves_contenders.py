@@ -43,7 +43,7 @@ class Contender:
 class Plan:
     """How a task is run: its settings are such that it takes minutes.
 
-    The training loss is averaged over each of so many `parts` of an epoch.
+    An epoch has this many `parts`, over each of which the training loss is averaged.
     """
 
     epochs: int

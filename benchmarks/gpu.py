@@ -72,9 +72,11 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage runs, how long it may take, where it leaves what it finds, and with how much
-    work."""
+class Context:
+    """Where a stage runs, how many seconds it may take, and the file that it leaves.
+
+    In a `dry` run it has little to do.
+    """
 
     gpu: Gpu
     seconds: float
@@ -110,18 +112,18 @@ class Place:
         return rows
 
 
-# Stages: functions of a place that return plain data.
+# Stages: functions of a context that return plain data.
 
 
-def describe(place: Place) -> Result:
+def describe(context: Context) -> Result:
     """Describe the machine, the GPU, and the speed of its memory."""
-    return {**describe_machine(), "gpu": place.gpu.describe(), "bandwidth": place.gpu.bandwidth}
+    return {**describe_machine(), "gpu": context.gpu.describe(), "bandwidth": context.gpu.bandwidth}
 
 
-def check_all(place: Place) -> Result:
+def check_all(context: Context) -> Result:
     """Run the checks of tests/test_cuda.py: by pytest, or without it."""
-    if importlib.util.find_spec("pytest") is None or place.dry:
-        return _run_checks(place)
+    if importlib.util.find_spec("pytest") is None or context.dry:
+        return _run_checks(context)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v"]
     command += ["--tb=short", "--durations=10", "-W", "default"]
     if importlib.util.find_spec("xdist") is not None:
@@ -134,7 +136,7 @@ def check_all(place: Place) -> Result:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:
-        late = threading.Timer(place.seconds - 8, process.kill)
+        late = threading.Timer(context.seconds - 8, process.kill)
         late.start()
         for line in process.stdout or ():
             log.append(line.rstrip())
@@ -169,18 +171,18 @@ def load_from_tests(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _run_checks(place: Place) -> Result:
+def _run_checks(context: Context) -> Result:
     """Run the checks in this process, until the time is over."""
     checks = load_from_tests("cuda_rig")
     for name in ("cuda_checks", "cuda_graphs", "cuda_streams"):
         load_from_tests(name)
     fates: dict[str, str] = {}
-    end = time.monotonic() + place.seconds - 5
-    for name in list(checks.CHECKS)[:: 12 if place.dry else 1]:
+    end = time.monotonic() + context.seconds - 5
+    for name in list(checks.CHECKS)[:: 12 if context.dry else 1]:
         if time.monotonic() > end:
             break
         try:
-            checks.run(name, place.gpu.device)
+            checks.run(name, context.gpu.device)
             fates[name] = "passed"
         except checks.Skip as reason:
             fates[name] = f"left out: {reason}"
@@ -192,34 +194,34 @@ def _run_checks(place: Place) -> Result:
     return {"passed": not failed, "said": said, "failed": failed}
 
 
-def measure_whole(place: Place) -> list[Result]:
+def measure_whole(context: Context) -> list[Result]:
     """Measure AdamW on whole models: the share of the limit, and torch's modes."""
-    return place.measure("gpt2,llama3-1b", ("adamw",), 4.0)
+    return context.measure("gpt2,llama3-1b", ("adamw",), 4.0)
 
 
-def measure_many(place: Place) -> list[Result]:
+def measure_many(context: Context) -> list[Result]:
     """Measure many small tensors, in one group and in a hundred: what the host needs."""
-    return place.measure(
+    return context.measure(
         "groups100,small", ("adamw", "adam", "sgd-momentum", "sgd", "adagrad", "nadam"), 1.0
     )
 
 
-def measure_every(place: Place) -> list[Result]:
+def measure_every(context: Context) -> list[Result]:
     """Measure every algorithm beside torch's foreach."""
-    return place.measure("gpt2", tuple(name for name in FIRST if name != "adamw"), 1.0)
+    return context.measure("gpt2", tuple(name for name in FIRST if name != "adamw"), 1.0)
 
 
-def measure_matrices(place: Place) -> list[Result]:
+def measure_matrices(context: Context) -> list[Result]:
     """Measure a step that products of matrices bound, and one on sparse gradients."""
-    rows = place.measure("matrices", ("muon",), 1.0)
-    if not place.dry:
-        rows += place.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
+    rows = context.measure("matrices", ("muon",), 1.0)
+    if not context.dry:
+        rows += context.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
     return rows
 
 
-def measure_first(place: Place) -> Result:
+def measure_first(context: Context) -> Result:
     """Measure first steps in fresh processes, with an empty cache and a warm one, and memory."""
-    if place.dry:
+    if context.dry:
         asked = [("tiny", "adamw", "onepass")]
     else:
         asked = [("gpt2", name, "onepass") for name in FIRST]
@@ -232,11 +234,11 @@ def measure_first(place: Place) -> Result:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures = {}
         for words in asked:
-            probe = partial(fresh.probe_fresh, *words, place.gpu)
+            probe = partial(fresh.probe_fresh, *words, context.gpu)
             futures[pool.submit(_try, probe)] = " ".join(words)
         for future in as_completed(futures):
             found[futures[future]] = future.result()
-            place.keep(found)
+            context.keep(found)
     return found
 
 
@@ -247,7 +249,7 @@ def _try(function: Callable[[], Result]) -> Result:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def count_uploads(place: Place) -> Result:
+def count_uploads(context: Context) -> Result:
     """Count the tables sent to the device in ten steps in which nothing moves.
 
     There are none if step counts are on the device.
@@ -256,7 +258,7 @@ def count_uploads(place: Place) -> Result:
     makers = {"default": make_ours, "capturable": make_capturable}
     for name in ("sgd-momentum", "adamw", "adafactor"):
         for mode, make in makers.items():
-            workload = Workload(place.model("gpt2"), place.gpu.device)
+            workload = Workload(context.model("gpt2"), context.gpu.device)
             optimizer = make(find_variant(name), workload.groups())
             for _ in range(3):
                 optimizer.step()
@@ -273,21 +275,21 @@ def _uploads_of(optimizer: Any) -> int:
     return sum(getattr(batch.launch, "uploads", 0) for batch in batches)
 
 
-def replay_graphs(place: Place) -> Result:
+def replay_graphs(context: Context) -> Result:
     """Measure a captured step of AdamW beside the same step without a graph."""
     found = {}
     variant = find_variant("adamw")
     for name in ("gpt2", "groups100"):
-        workload = Workload(place.model(name), place.gpu.device)
+        workload = Workload(context.model(name), context.gpu.device)
         ours = seat(workload, partial(make_capturable, variant))
         steps: dict[str, Callable[[], Any]] = {"onepass": ours.step}
-        if not place.dry:
+        if not context.dry:
             theirs = seat(workload, partial(make_torch, variant, mode="capturable"))
             steps["capturable"] = theirs.step
             for contender in list(steps):
                 steps[f"{contender}, captured"] = _capture(steps[contender])
-        timers = {contender: place.gpu.timer(step) for contender, step in steps.items()}
-        found[name] = take_turns(timers, 0.01 if place.dry else 1.0, condense)
+        timers = {contender: context.gpu.timer(step) for contender, step in steps.items()}
+        found[name] = take_turns(timers, 0.01 if context.dry else 1.0, condense)
     return found
 
 
@@ -305,32 +307,32 @@ def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def measure_others(place: Place) -> Result:
+def measure_others(context: Context) -> Result:
     """Measure AdamW of other libraries on GPT-2's shapes beside ours.
 
     Of a library that is missing, the result is what it says of itself.
     """
     found: Result = {}
-    workload = Workload(place.model("gpt2"), place.gpu.device)
+    workload = Workload(context.model("gpt2"), context.gpu.device)
     ours = seat(workload, partial(make_ours, find_variant("adamw")))
-    timers = {"onepass": place.gpu.timer(ours.step)}
+    timers = {"onepass": context.gpu.timer(ours.step)}
     for library, classes in OTHERS.items():
         for module, name, options in classes:
             try:
                 cls = getattr(importlib.import_module(module), name)
                 optimizer = cls(workload.groups(), lr=1e-3, weight_decay=0.01, **options)
                 optimizer.step()
-                timers[f"{library} {name}"] = place.gpu.timer(optimizer.step)
+                timers[f"{library} {name}"] = context.gpu.timer(optimizer.step)
             except Exception as error:
                 found[f"{library} {name}"] = {
                     "missing": f"{type(error).__name__}: {error}",
                     "says": PUBLISHED[library],
                 }
-    return found | take_turns(timers, 0.01 if place.dry else 4.0, condense)
+    return found | take_turns(timers, 0.01 if context.dry else 4.0, condense)
 
 
 # In this order, each with the seconds that it may take.
-STAGES: dict[str, tuple[Callable[[Place], Any], float]] = {
+STAGES: dict[str, tuple[Callable[[Context], Any], float]] = {
     "machine": (describe, 30),
     "checks": (check_all, 150),
     "whole": (measure_whole, 50),
@@ -349,8 +351,8 @@ def run_stage(name: str, path: Path, seconds: float, dry: bool, device: str) -> 
     """Run one stage in this process, and leave what it returns in a file."""
     gpu = load_from_tests("cuda_stand_in").stand_in() if dry else find_gpu(device)
     assert gpu is not None, "the CPU is measured by onepass bench"
-    place = Place(gpu, seconds, path, dry)
-    place.keep(STAGES[name][0](place))
+    context = Context(gpu, seconds, path, dry)
+    context.keep(STAGES[name][0](context))
 
 
 def start_stage(name: str, seconds: float, dry: bool, device: str, log: Path) -> Result:

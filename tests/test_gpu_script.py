@@ -47,13 +47,13 @@ def test_every_algorithm_has_a_curve() -> None:
 def test_every_stage_runs_dry(
     name: str, script: ModuleType, tmp_path: Path, one_thread: None
 ) -> None:
-    place = script.Place(stand_in(), 60.0, tmp_path / "result.json", dry=True)
-    result = script.STAGES[name][0](place)
+    context = script.Context(stand_in(), 60.0, tmp_path / "result.json", dry=True)
+    result = script.STAGES[name][0](context)
     assert json.loads(json.dumps(result)) == result
     if name == "checks":
         assert result["passed"], result
     if name in script.ROWS:
-        assert json.loads(place.path.read_text()) == result
+        assert json.loads(context.path.read_text()) == result
         assert all(row["contenders"]["onepass"]["steps"] > 0 for row in result)
 
 

@@ -89,6 +89,7 @@ def list_elementwise() -> tuple[str, ...]:
 
 
 def _is_elementwise(variant: Variant) -> bool:
+    """Whether the step is one pass that reduces nothing and calls no function of matrices."""
     if variant.demand:
         return False
     program = program_of(variant)
@@ -167,6 +168,7 @@ def _check_variants(names: list[str], variants: list[Variant], cells: list[Cell]
 
 
 def _find_model(name: str) -> Model:
+    """Return the model of this name, in any case; raises `UnknownName` if there is none."""
     if name.lower() not in MODELS:
         raise nearest("model", name, MODELS)
     return MODELS[name.lower()]

@@ -116,6 +116,7 @@ def _set_aside(path: Path, console: Console) -> None:
 
 
 def _run_to_end(run: Run, path: Path, console: Console) -> int:
+    """Train a run to its end, report it, and return the exit code."""
     if run.is_finished:
         say(
             console,
@@ -137,6 +138,7 @@ def _run_to_end(run: Run, path: Path, console: Console) -> int:
 
 
 def _last_metric(run: Run) -> str:
+    """Return the metric after the last epoch, as people see it."""
     return run.task.metric.show(run.history.held_out_metric[-1])
 
 

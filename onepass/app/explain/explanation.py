@@ -160,6 +160,7 @@ class Explanation:
         )
 
     def _describe_bytes(self) -> str:
+        """Return how many bytes a step reads and writes for each parameter."""
         read, written = self.program.bytes_per_parameter
         moved = (
             f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter "
@@ -170,6 +171,7 @@ class Explanation:
         return moved
 
     def _describe_work(self) -> str:
+        """Return the bytes of state, the type of the arithmetic, and the number of passes."""
         state = sum(
             column.format.itemsize
             for column in self.program.columns
@@ -203,6 +205,7 @@ class Explanation:
         return "\n\n".join(parts)
 
     def _list_pass(self, index: int) -> Listing:
+        """Return the listing of the pass of this index."""
         passes = self.program.passes
         return Listing(passes[index], index, len(passes))
 
@@ -226,6 +229,7 @@ class Explanation:
         return "\n\n".join(parts)
 
     def _describe_registers(self, lines: Sequence[str]) -> str:
+        """Return how wide the registers of these lines are, and how many numbers they hold."""
         bits = vector_bits(lines)
         if not bits:
             return "no vector registers"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["function_lines", "hot_loop", "vector_bits"]
 
-# Registers of x86 whose name alone says their width.
+# Registers of x86 whose name says their width.
 WIDE_REGISTERS = {"zmm": 512, "ymm": 256}
 # Instructions on packed numbers in registers of 128 bits, of x86 and of ARM.
 PACKED = re.compile(

@@ -39,7 +39,7 @@ class Listing:
     """
 
     def __init__(self, pass_: Pass, index: int, passes: int) -> None:
-        """List the pass of this `index` (from 0) of a program that has so many `passes`."""
+        """List the pass of this `index` (from 0) of a program with this many `passes`."""
         self.pass_ = pass_
         self.index = index
         self.passes = passes
@@ -115,6 +115,7 @@ class Listing:
 
 
 def _spell(op: str, args: list[str], bare: bool) -> str:
+    """Return an operation as Python would write it; a sum or the like in brackets unless `bare`."""
     if op not in INFIX:
         return f"{op}({', '.join(args)})"
     joined = f" {INFIX[op]} ".join(args)

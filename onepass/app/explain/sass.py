@@ -81,6 +81,7 @@ class Bound:
 
 
 def _count_bits(accesses: Mapping[int, int]) -> int:
+    """Return the bits of all accesses, from their number by width."""
     return sum(bits * count for bits, count in accesses.items())
 
 
@@ -293,6 +294,7 @@ def _best(
 
 
 def _make_way(path: Sequence[_Block], is_loop: bool) -> Way:
+    """Return what one thread executes on a path of blocks."""
     instructions: list[str] = []
     loads = Counter[int]()
     stores = Counter[int]()

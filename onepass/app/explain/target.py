@@ -105,6 +105,7 @@ def _triton() -> Any:
 
 
 def _compile(kernel: Any, function: Function, target: str) -> CompiledKernel:
+    """Compile one kernel, and read what came of it; raises `TargetError` if Triton fails."""
     triton = _triton()
     from triton import knobs
 
@@ -154,6 +155,7 @@ def _source_of(kernel: Any, function: Function) -> Any:
 
 
 def _triton_target(backend: str, target: str) -> Any:
+    """Return the target as Triton names it, with the width of its warps."""
     from triton.backends.compiler import GPUTarget
 
     lanes = 64 if target.startswith("gfx9") else 32
@@ -281,6 +283,7 @@ def pass_index_of(program: Program, function: Function) -> int | None:
 
 
 def _row(kernel: CompiledKernel) -> tuple[str, ...]:
+    """Return a kernel's cells in the table."""
     counts = kernel.counts
     accesses = (counts.loads, counts.masked_loads, counts.stores, counts.masked_stores)
     numbers = (

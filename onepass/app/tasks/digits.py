@@ -51,6 +51,7 @@ def _decode(images: Tensor) -> Tensor:
 
 
 def _make_model() -> nn.Module:
+    """Return three convolutions with batch norm and one layer, 58 thousand parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),

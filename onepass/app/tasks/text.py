@@ -164,10 +164,12 @@ class SmallGPT(nn.Module):
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy over all bytes, in nats."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _measure_bits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy over all bytes, in bits."""
     return _loss(logits, targets) / math.log(2)
 
 

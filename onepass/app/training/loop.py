@@ -57,12 +57,14 @@ def fit(run: Run, path: Path, observer: Observer) -> None:
 
 @contextmanager
 def _random_state_of(run: Run) -> Iterator[None]:
+    """Use the run's random state inside, and give the caller's back."""
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(run.rng_state)
         yield
 
 
 def _train_epoch(run: Run, observer: Observer) -> None:
+    """Make all steps of an epoch; raises `Diverged` if a loss is not finite."""
     run.model.train()
     settings = run.settings
     total = run.total_steps

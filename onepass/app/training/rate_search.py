@@ -52,6 +52,7 @@ def search_rate(run: Run, console: Console, lowest: float, highest: float, steps
     shown = bar.add_task("", total=steps)
 
     def observe(step: int, lr: float, loss: float) -> None:
+        """Move the bar."""
         bar.update(shown, completed=step + 1, description=f"lr {lr:.2e}  loss {loss:.4g}")
 
     bounds: dict[str, Any] = {"lowest": lowest, "highest": highest, "steps": steps}

@@ -240,4 +240,5 @@ def _refuse_other_data(run: Run, fingerprint: str, path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message without its full stop."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
