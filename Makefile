@@ -35,7 +35,7 @@ test-frameworks: .venv/.frameworks ## the tests which run accelerate, lightning,
 	@$(BIN)/python -m pytest -m frameworks $(ARGS)
 
 test-pytorch: .venv/.dev ## PyTorch's own optimizer tests: make test-pytorch FOLDER=the folder test of PyTorch's source code
-	@$(BIN)/python tests/pytorch_suite.py "$(FOLDER)" $(ARGS)
+	@$(BIN)/python tests/support/pytorch_suite.py "$(FOLDER)" $(ARGS)
 
 test-gpu: .venv/.dev ## the tests which need a GPU
 	@$(BIN)/python -m pytest -m gpu tests/test_cuda.py $(ARGS)

@@ -173,9 +173,9 @@ def load_from_tests(name: str) -> Any:
 
 def _run_checks(context: Context) -> Result:
     """Run the checks in this process, until the time is over."""
-    checks = load_from_tests("cuda_rig")
-    for name in ("cuda_checks", "cuda_graphs", "cuda_streams"):
-        load_from_tests(name)
+    checks = load_from_tests("support.gpu_cases")
+    for name in ("gpu_checks", "gpu_graph_checks", "gpu_stream_checks"):
+        load_from_tests(f"support.{name}")
     fates: dict[str, str] = {}
     end = time.monotonic() + context.seconds - 5
     for name in list(checks.CHECKS)[:: 12 if context.dry else 1]:
@@ -349,7 +349,7 @@ ROWS = ("whole", "many", "every", "matrices")
 
 def run_stage(name: str, path: Path, seconds: float, dry: bool, device: str) -> None:
     """Run one stage in this process, and leave what it returns in a file."""
-    gpu = load_from_tests("cuda_stand_in").stand_in() if dry else find_gpu(device)
+    gpu = load_from_tests("support.fake_cuda").stand_in() if dry else find_gpu(device)
     assert gpu is not None, "the CPU is measured by onepass bench"
     context = Context(gpu, seconds, path, dry)
     context.keep(STAGES[name][0](context))

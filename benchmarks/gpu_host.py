@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_host.py      # half a minute
 
-Triton binds, chooses and launches kernels as on an H200, through the driver of tests/launched.py,
-which only takes notes; tensors are in the host's memory. What is missing is the time of CUDA's
-driver: a launch, and a copy for a table.
+Triton binds, chooses and launches kernels as on an H200, through the driver of
+tests/support/triton_launches.py, which only takes notes; tensors are in the host's memory. What is
+missing is the time of CUDA's driver: a launch, and a copy for a table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-import launched  # of the tests
+from support import triton_launches  # of the tests
 
 import onepass
 from onepass.app.bench.goals import HOST_US
@@ -54,7 +54,7 @@ def time_steps(
 
 def main(models: Sequence[tuple[int, int]] = MODELS) -> None:
     """Print a Markdown table with a line for each model."""
-    launched.stand_in()
+    triton_launches.stand_in()
     headings = " | ".join(f"{mode}, us | tables sent" for mode in MODES)
     print(f"| tensors | groups | goal, us | {headings} |")
     print("|---|---|---|" + "---|---|" * len(MODES))

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer as TorchOptimizer
 
-from .contract.mistakes import refused_rate, watch_options
-from .contract.options import MODES, check_switches, switches_of
+from .contract.mistakes import arguments_of, refused_rate, watch_options
+from .contract.options import MODES, check_modes, check_switches, switches_of
 from .contract.param_groups import (
     UNORDERED,
     Taken,
@@ -28,6 +28,7 @@ from .contract.param_groups import (
     occur_twice,
     read_params,
 )
+from .contract.ranges import check_ranges
 from .contract.state_dict import Match, check_state_dict, match
 from .contract.steps import (
     OVERRIDES,
@@ -68,6 +69,21 @@ class Optimizer(TorchOptimizer):
     A class that sets `gradients = "any"` takes sparse gradients, too: its rule steps the rows,
     slices of p and of the states, for which they have values, and leaves all others as they are;
     `step` and `first` remain the parameter's. With "sparse" it refuses dense ones.
+
+    What `ranges` says of an option is checked in the constructor and in each group that is added.
+    ValueError is raised for an option outside its range, TypeError for one that is not a number, or
+    not several numbers in an order.
+
+    All algorithms of torch.optim are such classes, with the arguments of their namesakes in the
+    same order. These arguments mean the same in all of them:
+
+    - `lr` is a float, or a tensor of one element, and so is every other number.
+    - `maximize=True` steps up the gradient.
+    - `foreach` and `fused` change nothing, with two exceptions: if both are False, the step is made
+      of torch's own operations; `fused=True` lets GradScaler leave the unscaling to the step.
+    - `differentiable=True` makes a step through which autograd can go.
+    - `capturable=True` keeps step counts on the parameter's device, for steps in a CUDA graph. Some
+      classes have it here and not in torch. While it is off, their param groups have torch's keys.
     """
 
     rule: Rule
@@ -76,6 +92,8 @@ class Optimizer(TorchOptimizer):
     # torch's class in whose place this one stands; torch's base of all for a class of somebody's
     # own.
     _onepass_torch_class: Any = TorchOptimizer
+    # Whether torch's class has its modes, of which some exclude each other.
+    _onepass_has_modes = False
     # After it come torch's base of all and what others have put before that: their constructors are
     # called, not those of torch's classes.
     _onepass_last: Any
@@ -87,12 +105,17 @@ class Optimizer(TorchOptimizer):
         bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
         torchs = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
         cls._onepass_torch_class = torchs[0]
+        cls._onepass_has_modes = "foreach" in arguments_of(torchs[0])
         cls._onepass_last = [Optimizer, *(base for base in torchs if base is not TorchOptimizer)][
             -1
         ]
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
+
+    # What each option may be: an interval, as in `{"lr": "[0, inf]"}`, or a tuple of intervals for
+    # several numbers.
+    ranges: Mapping[str, Any] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         """Begin with param groups, each with `defaults` where it names no options of its own.
@@ -147,8 +170,16 @@ class Optimizer(TorchOptimizer):
         return True
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise where an option's value makes no sense, for the defaults and for each group, which
-        has `params` too."""
+        """Raise ValueError or TypeError for an option that is not what `ranges` says.
+
+        It is called with the defaults, and with the options of each group, which has `params` too.
+        Override it for what an interval cannot say, such as a limit that depends on another option,
+        and call `super().check_options(options)`.
+        """
+        owner = _name(self)
+        check_ranges(owner, type(self).ranges, options)
+        if self._onepass_has_modes:
+            check_modes(owner, options)
 
     # Stepping.
 

@@ -24,33 +24,45 @@ Reference = Callable[..., np.ndarray]
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer with options, all of which are constructor arguments of torch's class too."""
+    """One optimizer with options: `reference` computes the same in float64."""
 
-    name: str
+    cls: type[onepass.Optimizer]
     options: Mapping[str, Any]
     reference: Reference
     # What is compared: p, and the states that are results themselves, on which p does not depend.
     results: tuple[str, ...] = ("p",)
 
     def __str__(self) -> str:
-        return "-".join(
-            [self.name, *(f"{key}={value}" for key, value in self.options.items() if key != "lr")]
-        )
+        """The class and its options, as the id of a test: `SGD-momentum=0.9`."""
+        options = [f"{key}={value}" for key, value in self.options.items() if key != "lr"]
+        return "-".join([self.name, *options])
+
+    @property
+    def name(self) -> str:
+        """The name of the class."""
+        return self.cls.__name__
+
+    @property
+    def twin(self) -> type[torch.optim.Optimizer] | None:
+        """The class of torch that has this name and takes these options, or None: comparisons with
+        torch take only rows that have one."""
+        return vars(torch.optim).get(self.name)
 
     def make(self, params: Any, eager: bool = False, **further: Any) -> onepass.Optimizer:
-        """The optimizer of this package, on the eager backend where wanted."""
-        optimizer = getattr(onepass, self.name)(params, **{**self.options, **further})
+        """Return the optimizer of this package, on the eager backend if wanted."""
+        optimizer = self.cls(params, **{**self.options, **further})
         return on_eager_backend(optimizer) if eager else optimizer
 
     def make_torch(self, params: Any, **further: Any) -> torch.optim.Optimizer:
-        """The optimizer of torch."""
-        return getattr(torch.optim, self.name)(params, **{**self.options, **further})
+        """Return the optimizer of torch; only for rows with a twin."""
+        assert self.twin is not None, f"torch.optim has no {self.name}: ask for rows with a twin"
+        return self.twin(params, **{**self.options, **further})
 
     @property
     def has_scalars(self) -> bool:
         """Whether the rule keeps scalars beside its columns. They have torch's default dtype,
         whatever p has."""
-        return bool(signature(getattr(onepass, self.name).rule).scalars)
+        return bool(signature(self.cls.rule).scalars)
 
 
 def on_eager_backend(optimizer: onepass.Optimizer) -> onepass.Optimizer:
@@ -303,51 +315,65 @@ def rprop(
     return p - np.sign(g) * size
 
 
-def _row(reference: Reference, name: str, results: tuple[str, ...] = ("p",), **options: Any) -> Row:
-    return Row(name, {"lr": 0.01} | options, reference, results)
+def _row(
+    reference: Reference,
+    cls: type[onepass.Optimizer],
+    results: tuple[str, ...] = ("p",),
+    **options: Any,
+) -> Row:
+    """A row whose learning rate is 0.01 unless the options have another."""
+    return Row(cls, {"lr": 0.01} | options, reference, results)
 
 
 # Options are such that each has an effect far above rounding: an eps of 1e-8 could be forgotten
 # unnoticed.
 TABLE: tuple[Row, ...] = (
-    _row(sgd, "SGD"),
-    _row(sgd, "SGD", momentum=0.9),
-    _row(sgd, "SGD", momentum=0.9, dampening=0.3),
-    _row(sgd, "SGD", momentum=0.8, nesterov=True),
-    _row(sgd, "SGD", weight_decay=0.1),
-    _row(sgd, "SGD", maximize=True),
-    _row(sgd, "SGD", momentum=0.8, nesterov=True, weight_decay=0.1, maximize=True),
-    _row(adam, "Adam"),
-    _row(adam, "Adam", betas=(0.8, 0.95)),
-    _row(adam, "Adam", betas=(0.3, 0.7)),
-    _row(adam, "Adam", betas=(0.0, 0.99), eps=0.1),
-    _row(adam, "Adam", weight_decay=0.1),
-    _row(adam, "Adam", amsgrad=True, betas=(0.9, 0.7)),
-    _row(adam, "Adam", maximize=True),
-    _row(adam, "Adam", amsgrad=True, betas=(0.8, 0.7), eps=0.01, weight_decay=0.1, maximize=True),
-    _row(adamw, "AdamW"),
-    _row(adamw, "AdamW", weight_decay=0.3, betas=(0.8, 0.95), eps=0.1),
-    _row(adamw, "AdamW", weight_decay=0.0),
-    _row(adamw, "AdamW", amsgrad=True, betas=(0.9, 0.7), weight_decay=0.1),
-    _row(adamw, "AdamW", maximize=True, weight_decay=0.1),
-    _row(adagrad, "Adagrad"),
-    _row(adagrad, "Adagrad", lr_decay=0.3, initial_accumulator_value=0.5),
+    _row(sgd, onepass.SGD),
+    _row(sgd, onepass.SGD, momentum=0.9),
+    _row(sgd, onepass.SGD, momentum=0.9, dampening=0.3),
+    _row(sgd, onepass.SGD, momentum=0.8, nesterov=True),
+    _row(sgd, onepass.SGD, weight_decay=0.1),
+    _row(sgd, onepass.SGD, maximize=True),
+    _row(sgd, onepass.SGD, momentum=0.8, nesterov=True, weight_decay=0.1, maximize=True),
+    _row(adam, onepass.Adam),
+    _row(adam, onepass.Adam, betas=(0.8, 0.95)),
+    _row(adam, onepass.Adam, betas=(0.3, 0.7)),
+    _row(adam, onepass.Adam, betas=(0.0, 0.99), eps=0.1),
+    _row(adam, onepass.Adam, weight_decay=0.1),
+    _row(adam, onepass.Adam, amsgrad=True, betas=(0.9, 0.7)),
+    _row(adam, onepass.Adam, maximize=True),
+    _row(
+        adam,
+        onepass.Adam,
+        amsgrad=True,
+        betas=(0.8, 0.7),
+        eps=0.01,
+        weight_decay=0.1,
+        maximize=True,
+    ),
+    _row(adamw, onepass.AdamW),
+    _row(adamw, onepass.AdamW, weight_decay=0.3, betas=(0.8, 0.95), eps=0.1),
+    _row(adamw, onepass.AdamW, weight_decay=0.0),
+    _row(adamw, onepass.AdamW, amsgrad=True, betas=(0.9, 0.7), weight_decay=0.1),
+    _row(adamw, onepass.AdamW, maximize=True, weight_decay=0.1),
+    _row(adagrad, onepass.Adagrad),
+    _row(adagrad, onepass.Adagrad, lr_decay=0.3, initial_accumulator_value=0.5),
     _row(
         adagrad,
-        "Adagrad",
+        onepass.Adagrad,
         lr_decay=0.3,
         weight_decay=0.1,
         initial_accumulator_value=0.5,
         eps=0.2,
         maximize=True,
     ),
-    _row(rmsprop, "RMSprop"),
-    _row(rmsprop, "RMSprop", alpha=0.9, centered=True),
-    _row(rmsprop, "RMSprop", alpha=0.8, momentum=0.9, eps=0.1),
-    _row(rmsprop, "RMSprop", weight_decay=0.1, maximize=True),
+    _row(rmsprop, onepass.RMSprop),
+    _row(rmsprop, onepass.RMSprop, alpha=0.9, centered=True),
+    _row(rmsprop, onepass.RMSprop, alpha=0.8, momentum=0.9, eps=0.1),
+    _row(rmsprop, onepass.RMSprop, weight_decay=0.1, maximize=True),
     _row(
         rmsprop,
-        "RMSprop",
+        onepass.RMSprop,
         alpha=0.9,
         eps=0.1,
         weight_decay=0.1,
@@ -355,27 +381,27 @@ TABLE: tuple[Row, ...] = (
         centered=True,
         maximize=True,
     ),
-    _row(adadelta, "Adadelta"),
-    _row(adadelta, "Adadelta", rho=0.7, eps=0.1),
-    _row(adadelta, "Adadelta", rho=0.8, eps=0.01, weight_decay=0.1, maximize=True),
-    _row(adamax, "Adamax"),
-    _row(adamax, "Adamax", betas=(0.8, 0.7), eps=0.1),
-    _row(adamax, "Adamax", betas=(0.8, 0.7), weight_decay=0.1, maximize=True),
-    _row(nadam, "NAdam"),
-    _row(nadam, "NAdam", betas=(0.8, 0.95), eps=0.1, momentum_decay=0.5),
-    _row(nadam, "NAdam", weight_decay=0.1, maximize=True),
-    _row(nadam, "NAdam", weight_decay=0.1, decoupled_weight_decay=True),
+    _row(adadelta, onepass.Adadelta),
+    _row(adadelta, onepass.Adadelta, rho=0.7, eps=0.1),
+    _row(adadelta, onepass.Adadelta, rho=0.8, eps=0.01, weight_decay=0.1, maximize=True),
+    _row(adamax, onepass.Adamax),
+    _row(adamax, onepass.Adamax, betas=(0.8, 0.7), eps=0.1),
+    _row(adamax, onepass.Adamax, betas=(0.8, 0.7), weight_decay=0.1, maximize=True),
+    _row(nadam, onepass.NAdam),
+    _row(nadam, onepass.NAdam, betas=(0.8, 0.95), eps=0.1, momentum_decay=0.5),
+    _row(nadam, onepass.NAdam, weight_decay=0.1, maximize=True),
+    _row(nadam, onepass.NAdam, weight_decay=0.1, decoupled_weight_decay=True),
     # With betas[1] = 0.999 the first five steps are not rectified, with 0.5 none is.
-    _row(radam, "RAdam"),
-    _row(radam, "RAdam", betas=(0.8, 0.95), eps=0.1),
-    _row(radam, "RAdam", betas=(0.9, 0.5)),
-    _row(radam, "RAdam", weight_decay=0.1, maximize=True),
-    _row(radam, "RAdam", weight_decay=0.1, decoupled_weight_decay=True),
-    _row(asgd, "ASGD", results=("p", "ax")),
-    _row(asgd, "ASGD", lambd=3.0, t0=2, results=("p", "ax")),
+    _row(radam, onepass.RAdam),
+    _row(radam, onepass.RAdam, betas=(0.8, 0.95), eps=0.1),
+    _row(radam, onepass.RAdam, betas=(0.9, 0.5)),
+    _row(radam, onepass.RAdam, weight_decay=0.1, maximize=True),
+    _row(radam, onepass.RAdam, weight_decay=0.1, decoupled_weight_decay=True),
+    _row(asgd, onepass.ASGD, results=("p", "ax")),
+    _row(asgd, onepass.ASGD, lambd=3.0, t0=2, results=("p", "ax")),
     _row(
         asgd,
-        "ASGD",
+        onepass.ASGD,
         lambd=3.0,
         alpha=0.5,
         t0=0,
@@ -383,10 +409,23 @@ TABLE: tuple[Row, ...] = (
         maximize=True,
         results=("p", "ax"),
     ),
-    _row(rprop, "Rprop"),
-    _row(rprop, "Rprop", etas=(0.3, 1.5), step_sizes=(0.006, 0.012)),
-    _row(rprop, "Rprop", etas=(0.7, 1.4), maximize=True),
+    _row(rprop, onepass.Rprop),
+    _row(rprop, onepass.Rprop, etas=(0.3, 1.5), step_sizes=(0.006, 0.012)),
+    _row(rprop, onepass.Rprop, etas=(0.7, 1.4), maximize=True),
 )
+
+WITH_TWIN: tuple[Row, ...] = tuple(row for row in TABLE if row.twin is not None)
+
+
+def find_row(title: str) -> Row:
+    """Return the row whose title is this, as `"SGD-momentum=0.9"`."""
+    return next(row for row in TABLE if str(row) == title)
+
+
+# The widest rules of the table: every optional term is there.
+NESTEROV = find_row("SGD-momentum=0.8-nesterov=True-weight_decay=0.1-maximize=True")
+AMSGRAD = find_row("Adam-amsgrad=True-betas=(0.8, 0.7)-eps=0.01-weight_decay=0.1-maximize=True")
+DECOUPLED = find_row("AdamW-amsgrad=True-betas=(0.9, 0.7)-weight_decay=0.1")
 
 
 def walk(

@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from processes import run_script
-from rig import (
+from support.bare_kernels import (
     INF,
     NAN,
     SPECIAL,
@@ -25,7 +23,9 @@ from rig import (
     launch,
     random_columns,
 )
-from sides import refuses, snapshot
+from support.interpreter import interpret
+from support.side_by_side import refuses, snapshot
+from support.subprocess_cases import run_script
 from table import Row, on_eager_backend, tolerance, walk
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ def one_thread() -> None:
 
 
 def row(**options: Any) -> Row:
-    return Row("Adafactor", {"lr": 0.05} | options, adafactor)
+    return Row(onepass.Adafactor, {"lr": 0.05} | options, adafactor)
 
 
 # Each option far from where it has no effect.
@@ -278,7 +278,7 @@ def run(
 def path_of(
     one: Row, dtype: torch.dtype, start: np.ndarray, gradients: Sequence[Any]
 ) -> np.ndarray:
-    machine = Row(one.name, one.options | {"machine": torch.finfo(dtype).eps}, one.reference)
+    machine = Row(one.cls, one.options | {"machine": torch.finfo(dtype).eps}, one.reference)
     return walk(machine, start, gradients, learning_rates())[:, 0]
 
 

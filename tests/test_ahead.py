@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from devices import Interpreter
 from hypothesis import given
 from hypothesis import strategies as st
+from support.interpreted_gpu import Interpreter
 from torch import Tensor
 
 from onepass.kernel.gpu.foretold import ALIGNMENT, MOST, Rows

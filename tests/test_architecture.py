@@ -163,6 +163,16 @@ def test_every_room_is_there_and_says_what_it_knows() -> None:
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
 
 
+def test_contributing_draws_the_house_as_it_is() -> None:
+    """The tree there names every room and every loose file, and nothing else."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("    onepass/\n") : text.index("Imports run one way")]
+    drawn = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    rooms = {f"{path.parent.name}/" for path in ROOT.rglob("__init__.py")}
+    files = {path.name for path in ROOT.glob("[!_]*.py")}
+    assert drawn == rooms | files | {"functions.py"}
+
+
 def test_the_top_level_is_small() -> None:
     """Rooms, and the few files that are the contract with users."""
     rooms = [path for path in ROOT.iterdir() if (path / "__init__.py").exists()]
@@ -215,7 +225,8 @@ def test_code_is_made_without_a_tensor(name: str) -> None:
 def test_algorithms_know_mathematics_and_the_contract(name: str) -> None:
     # Muon calls a function of whole matrices, and gives what is not a matrix to AdamW.
     more = {"linalg", "algorithms.adam"} if name == "algorithms.muon" else set()
-    assert own(name) <= {"kernel.functions", "optimizer", "contract.options"} | more
+    contract = {f"contract.{file}" for file in ("options", "ranges", "values")}
+    assert own(name) <= {"kernel.functions", "optimizer"} | contract | more
 
 
 @pytest.mark.parametrize("name", MODULES)

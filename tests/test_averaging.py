@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 import torch.optim.swa_utils as theirs
-from interpreter import interpret
-from processes import fates, run_script
-from rig import assert_same_bits, flat
+from support.bare_kernels import assert_same_bits, flat
+from support.interpreter import interpret
+from support.subprocess_cases import fates, run_script
 from torch import Tensor, nn
 
 from onepass import kernel, swa_utils

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import refuses, snapshot
+from support.side_by_side import refuses, snapshot
 from torch import nn
 
 import onepass

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sides import bits, quietly
+from support.side_by_side import bits, quietly
 from torch import Tensor
 
 import onepass
@@ -205,7 +205,7 @@ class Option:
         return (self.algorithm, self.name) not in {
             ("Rprop", "lr"),  # how long the first step is
             ("Adagrad", "initial_accumulator_value"),
-            ("Muon", "betas"),  # what AdamW takes, for what is no matrix
+            ("Muon", "betas"),  # what AdamW takes, for what is not a matrix
             ("Muon", "adam_eps"),
         }
 
@@ -649,3 +649,79 @@ def test_torchs_words_about_parameters_of_sparse_adam(p: Tensor) -> None:
     ours, theirs = (attempt(lambda m=m: m.SparseAdam([p])) for m in (onepass, torch.optim))
     assert type(ours) is type(theirs) is ValueError
     assert str(theirs).rpartition(": ")[2] in str(ours)
+
+
+# What classes say of their options.
+
+
+@each_option
+def test_every_number_and_choice_has_a_range(option: Option) -> None:
+    has_range = option.name in getattr(onepass, option.algorithm).ranges
+    assert has_range == (option.kind not in ("flag", "mode"))
+
+
+class Ranged(onepass.Optimizer):
+    """A class of a user's own, with ranges and no `check_options`."""
+
+    ranges = {"lr": "(0, 1]", "weights": ("[0, 1)", "[-inf, 0]"), "decay": "[0, inf]"}
+
+    def __init__(self, params: Any, lr: Any = 0.1, weights: Any = (0.5, -1.0), decay: Any = 0.0):
+        super().__init__(params, {"lr": lr, "weights": weights, "decay": decay})
+
+    @staticmethod
+    def rule(p, g, *, lr, weights, decay):
+        return {"p": p - lr * (weights[0] * g + decay * p)}
+
+
+class Refined(Ranged):
+    """And one that checks further, as classes did before there were ranges."""
+
+    ranges = {**Ranged.ranges, "decay": "[0, 0.5]"}
+
+    def check_options(self, options: Any) -> None:
+        super().check_options(options)
+        if options["decay"] > options["lr"]:
+            raise ValueError("decay is above lr")
+
+
+@pytest.mark.parametrize("cls", [Ranged, Refined])
+def test_ranges_of_a_users_class(cls: type) -> None:
+    for options, error, words in (
+        ({"lr": 0.0}, ValueError, r"Invalid learning rate: 0\.0; lr must lie in \(0, 1\]"),
+        ({"lr": "x"}, TypeError, "lr must be a number, got 'x'"),
+        ({"weights": (1.0, 0.0)}, ValueError, r"weights\[0\] must lie in \[0, 1\)"),
+        ({"weights": (0.5, 0.1)}, ValueError, r"weights\[1\] must lie in \[-inf, 0\]"),
+        ({"weights": (0.5,)}, ValueError, "weights must be two numbers"),
+        ({"weights": 0.5}, TypeError, "weights must be two numbers"),
+        ({"decay": -1}, ValueError, r"Invalid decay value: -1; decay must lie in \[0, "),
+        ({"decay": np.nan}, ValueError, "decay must lie in"),
+    ):
+        with pytest.raises(error, match=rf"^{cls.__name__}: .*{words}"):
+            cls([parameter()], **options)
+    opt = cls([parameter()], lr=1.0, weights=(0, -np.inf), decay=0.5)
+    with pytest.raises(ValueError, match=r"lr must lie in \(0, 1\]"):
+        opt.add_param_group({"params": [parameter()], "lr": 1.5})
+    assert len(opt.param_groups) == 1
+    step(opt)
+
+
+def test_a_class_may_check_further() -> None:
+    with pytest.raises(ValueError, match="decay is above lr"):
+        Refined([parameter()], decay=0.2)
+    Ranged([parameter()], decay=0.2)
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 0\.5\]"):
+        Refined([parameter()], lr=0.9, decay=0.7)
+
+
+@pytest.mark.parametrize("allowed", ["0 to 1", "[0,1]", "[0, 1", "", "[a, b]", "> 0"])
+def test_what_is_not_an_interval(allowed: str) -> None:
+    cls = type("Own", (Ranged,), {"ranges": {"lr": allowed}})
+    with pytest.raises(ValueError, match="is not an interval; write one as"):
+        cls([parameter()])
+
+
+@pytest.mark.parametrize("allowed", [0, (0, 1), None, ["[0, 1]"]])
+def test_what_is_not_a_range(allowed: object) -> None:
+    cls = type("Own", (Ranged,), {"ranges": {"lr": allowed}})
+    with pytest.raises(TypeError, match=r"Own: ranges\['lr'\] must be an interval such as"):
+        cls([parameter()])

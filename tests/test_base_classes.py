@@ -441,7 +441,7 @@ def with_attribute(cls: type, name: str) -> type:
 
 # What a rule's author overrides, by these names; they are looked up on the class.
 DOORS = {"rule", "rule_of", "flags", "initial_state", "steps_rows", "check_options", "gradients"}
-DOORS |= {"make_state", "check_names"}
+DOORS |= {"make_state", "check_names", "ranges"}
 
 
 @EACH

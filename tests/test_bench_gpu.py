@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_stand_in import StandIn, stand_in
+from support.fake_cuda import StandIn, stand_in
 
 from onepass.app import catalog, cli
 from onepass.app.bench import contenders, descent, fresh, goals, gpu, measure, probe, report, suite

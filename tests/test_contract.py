@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_script
-from quick import slow_but
-from sides import ALGORITHMS, CLOSE, assert_same, both, make_side, on_both, snapshot
+from support.side_by_side import ALGORITHMS, CLOSE, assert_same, both, make_side, on_both, snapshot
+from support.slow_marks import slow_but
+from support.subprocess_cases import run_script
 from table import on_eager_backend
 from torch import nn
 from torch.optim import lr_scheduler

@@ -7,13 +7,11 @@ import math
 from types import MethodType
 from typing import Any
 
-import cuda_checks
-import cuda_graphs
-import cuda_rig
 import pytest
 import torch
-from cuda_rig import AWKWARD, Case, Side, same_bits
-from devices import interpreted
+from support import gpu_cases, gpu_checks, gpu_graph_checks
+from support.gpu_cases import AWKWARD, Case, Side, same_bits
+from support.interpreted_gpu import interpreted
 
 # Another object than the one by which checks name the other side.
 DEVICE = torch.device("cpu", 0)
@@ -48,7 +46,7 @@ NAMES = (
 def stepped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which classes have stepped as on a device; its sides do so, and the longest tensor is
     shorter."""
-    make_side, classes = cuda_rig.make_side, []
+    make_side, classes = gpu_cases.make_side, []
 
     def make(case: Case, device: torch.device, *arguments: Any, **more: Any) -> Side:
         side = make_side(case, device, *arguments, **more)
@@ -64,10 +62,10 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             side.opt.step = MethodType(step_on_device, side.opt)
         return side
 
-    for module in (cuda_checks, cuda_graphs):
+    for module in (gpu_checks, gpu_graph_checks):
         monkeypatch.setattr(module, "make_side", make)
     shorter = [(shape if math.prod(shape) < 10_000 else (2500,), how) for shape, how in AWKWARD]
-    monkeypatch.setattr(cuda_rig, "AWKWARD", shorter)
+    monkeypatch.setattr(gpu_cases, "AWKWARD", shorter)
     return classes
 
 
@@ -75,7 +73,7 @@ def stepped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_checks_pass_where_kernels_are_right(
     name: str, stepped: list[str], one_thread: None
 ) -> None:
-    cuda_rig.run(name, DEVICE)
+    gpu_cases.run(name, DEVICE)
     assert stepped
 
 
@@ -92,7 +90,7 @@ def test_checks_fail_where_one_bit_is_wrong(
 
     monkeypatch.setattr(Side, "step", wrong)
     with pytest.raises(AssertionError, match=r"parameter 3 .*: 1 of 4096 elements differ"):
-        cuda_rig.run("elementwise_algorithms_have_the_cpus_bits[SGD]", DEVICE)
+        gpu_cases.run("elementwise_algorithms_have_the_cpus_bits[SGD]", DEVICE)
 
 
 def test_bits_are_compared() -> None:

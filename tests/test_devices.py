@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import assert_same, both, refuses
+from support.side_by_side import assert_same, both, refuses
 
 import onepass
 from onepass import kernel

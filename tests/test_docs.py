@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ PAGES = {
     path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8")
     for path in DOCS.rglob("*.md")
 }
-NAV = re.findall(
+# What the site adds to the navigation and to tables: algorithms that these do not name yet.
+HOOKS = runpy.run_path(str(DOCS / "templates" / "algorithms.py"))
+PLACED_BY_HAND = re.findall(
     r"^ +- (?:[^:\n]+: )?(\S+\.md)$",
     (ROOT / "mkdocs.yml").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
+NAV = [*PLACED_BY_HAND]
+NAV += [page for page in HOOKS["find_pages"](DOCS).values() if page not in PLACED_BY_HAND]
+HEADINGS = ("## When to use it", "## Defaults that work", "## The rule")
 PUBLIC = {name: getattr(onepass, name) for name in onepass.__all__}
 OPTIMIZERS = [
     name
@@ -42,30 +48,67 @@ TABLE = re.findall(
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
+    """Those of algorithms are placed by the site where mkdocs.yml does not name them."""
+    for page in PAGES:
+        assert page in NAV, f"docs/{page} is on no menu: write it into `nav` in mkdocs.yml"
     assert sorted(NAV) == sorted(PAGES)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_a_page(name: str) -> None:
+    """A page is all that an algorithm needs; its places on the site follow from it."""
     pages = [page for page in NAV if f"::: onepass.{name}\n" in PAGES[page]]
-    assert len(pages) == 1, f"{name} is described on {pages or 'no page'}"
-    assert f"- {name}: {pages[0]}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    text = PAGES[pages[0]]
-    assert "## When to use it" in text
-    assert "## Defaults that work" in text
-    if hasattr(getattr(onepass, name), "rule"):
-        assert "## The rule" in text
-    assert f"]({Path(pages[0]).name})" in PAGES["algorithms/index.md"]
-    assert f"]({pages[0]})" in PAGES["how-to-choose.md"]
+    assert len(pages) == 1, (
+        f"onepass.{name} is described on {pages or 'no page'}: write "
+        f"docs/algorithms/{name.lower()}.md, whose first line is '::: onepass.{name}', with the "
+        f"headings of docs/algorithms/adam.md: {', '.join(HEADINGS)}"
+    )
+    (page,) = pages
+    needed = HEADINGS if hasattr(getattr(onepass, name), "rule") else HEADINGS[:2]
+    for heading in needed:
+        assert f"{heading}\n" in PAGES[page], (
+            f"docs/{page} has no {heading!r}: write this section as docs/algorithms/adam.md has it"
+        )
+    index = HOOKS["complete_index"](PAGES["algorithms/index.md"], DOCS)
+    assert f"]({Path(page).name})" in index
+    assert f"]({page})" in HOOKS["complete_choice"](PAGES["how-to-choose.md"], DOCS)
+
+
+def test_what_is_placed_by_hand_is_left_alone() -> None:
+    """And what is missing is added: here everything, to pages that name nothing."""
+    known = HOOKS["find_pages"](DOCS)
+    assert set(known) == set(OPTIMIZERS)
+    for page, complete in (
+        ("algorithms/index.md", "complete_index"),
+        ("how-to-choose.md", "complete_choice"),
+    ):
+        named = [name for name, path in known.items() if f"{Path(path).name})" in PAGES[page]]
+        assert (HOOKS[complete](PAGES[page], DOCS) == PAGES[page]) == (len(named) == len(known))
+        table = "above\n\n| a | b |\n|---|---|\n\nbelow\n"
+        completed = HOOKS[complete](table, DOCS)
+        assert completed.startswith(table.removesuffix("\nbelow\n"))
+        assert completed.endswith("\nbelow\n")
+        assert all(f"[{name}](" in completed for name in known)
+    nav = [{"Home": "index.md"}, {"Algorithms": ["algorithms/index.md", {"SGD": known["SGD"]}]}]
+    (home, section) = HOOKS["complete_nav"](nav, DOCS)
+    assert home == nav[0]
+    assert section["Algorithms"][:2] == nav[1]["Algorithms"]
+    added = {name for entry in section["Algorithms"][2:] for name in entry}
+    assert added == set(known) - {"SGD"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_docstring_has_its_mathematics_and_its_source(name: str) -> None:
     text = inspect.getdoc(PUBLIC[name]) or ""
-    assert text.count("$$") >= 2, f"{name}: no formula"
-    assert text.count("$$") % 2 == 0, f"{name}: a formula does not end"
-    assert text.replace("$$", "").count("$") % 2 == 0, f"{name}: a formula in a line does not end"
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}\b|\b(19|20)\d\d\b", text), f"{name}: no reference"
+    where = f"the docstring of onepass.{name}"
+    assert text.count("$$") >= 2, f"{where} has no formula: write its mathematics between $$ and $$"
+    assert text.count("$$") % 2 == 0, f"{where} has a formula that does not end: add $$"
+    assert text.replace("$$", "").count("$") % 2 == 0, (
+        f"{where} has a formula within a line that does not end: add $"
+    )
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}\b|\b(19|20)\d\d\b", text), (
+        f"{where} has no reference: name its authors and year, or arXiv:NUMBER"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in OPTIMIZERS])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rig import assert_same_bits, compiled, encode, flat, is_same, launch
+from support.bare_kernels import assert_same_bits, compiled, encode, flat, is_same, launch
 
 from onepass.kernel import bind, finish, trace
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from small_training import CLOSE, make_data, make_model, weights
+from support.small_training import CLOSE, make_data, make_model, weights
 from torch.utils.data import DataLoader
 
 import onepass

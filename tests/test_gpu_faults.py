@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from devices import Interpreter, interpreted
-from sides import make_side, snapshot
+from support.interpreted_gpu import Interpreter, interpreted
+from support.side_by_side import make_side, snapshot
 from test_gpu_steps import scaled_step
 
 import onepass

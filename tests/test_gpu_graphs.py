@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from devices import Interpreter, interpreted
-from sides import ALGORITHMS, make_side
+from support.interpreted_gpu import Interpreter, interpreted
+from support.side_by_side import ALGORITHMS, make_side
 from torch import Tensor
 
 import onepass

@@ -10,19 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import (
-    CPU,
-    Resident,
-    bounded,
-    check_resident,
-    compiled,
-    device_oracle,
-    interpreted,
-    sensible,
-)
-from interpreter import interpret
-from quick import slow_but
-from rig import (
+from support.bare_kernels import (
     NAN,
     Size,
     assert_same_bits,
@@ -33,7 +21,29 @@ from rig import (
     program_of,
     random_columns,
 )
-from rules import MATRIX_RULES, RULES, Rule, edges, everything, factored, lamb, program, turned
+from support.extra_rules import (
+    MATRIX_RULES,
+    RULES,
+    Rule,
+    edges,
+    everything,
+    factored,
+    lamb,
+    program,
+    turned,
+)
+from support.interpreted_gpu import (
+    CPU,
+    Resident,
+    bounded,
+    check_resident,
+    compiled,
+    device_oracle,
+    interpreted,
+    sensible,
+)
+from support.interpreter import interpret
+from support.slow_marks import slow_but
 from table import TABLE, UNIT, Row
 
 import onepass

@@ -26,7 +26,7 @@ def reports() -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")]
     )
-    command = [sys.executable, "-W", "error", str(HERE / "launched.py")]
+    command = [sys.executable, "-W", "error", str(HERE / "support" / "triton_launches.py")]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout)

@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import Resident, bounded, compiled, device_oracle, interpreted, sensible
-from interpreter import interpret
-from rig import graph_of, hypers_of, is_same, launch, program_of, random_columns
-from rules import ONE_NUMBER, Rule, everything, factored, lamb, largest, program
+from support.bare_kernels import graph_of, hypers_of, is_same, launch, program_of, random_columns
+from support.extra_rules import ONE_NUMBER, Rule, everything, factored, lamb, largest, program
+from support.interpreted_gpu import (
+    Resident,
+    bounded,
+    compiled,
+    device_oracle,
+    interpreted,
+    sensible,
+)
+from support.interpreter import interpret
 from table import TABLE
 
 from onepass.kernel import finish, trace

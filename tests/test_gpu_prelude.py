@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from devices import interpreted
-from rig import NAN, assert_same_bits
+from support.bare_kernels import NAN, assert_same_bits
+from support.interpreted_gpu import interpreted
 
 from onepass.kernel.gpu.expressions import PRELUDE
 from onepass.kernel.gpu.jit import Function, Source, load

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cuda_stand_in import stand_in
+from support.fake_cuda import stand_in
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 if not SCRIPT.exists():

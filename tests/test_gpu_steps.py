@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from devices import interpreted
-from rules import rolled
-from sides import ALGORITHMS, CLOSE, Side, assert_same, make_side, refuses, snapshot
+from support.extra_rules import rolled
+from support.interpreted_gpu import interpreted
+from support.side_by_side import ALGORITHMS, CLOSE, Side, assert_same, make_side, refuses, snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 

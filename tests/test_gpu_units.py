@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rules import MATRIX_RULES, RULES, Rule, program
+from support.extra_rules import MATRIX_RULES, RULES, Rule, program
 
 from onepass.kernel.gpu.tiles import BAND, BLOCK, SPAN, TILES, WIDTHS
 from onepass.kernel.gpu.units import Blocks, Tiles, Work

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from devices import Interpreter, compiled, interpreted
-from held_back import Graph, HeldBack, World, block_of
 from hypothesis import given
 from hypothesis import strategies as st
-from rules import factored, lamb, program
-from sides import make_side, refuses
+from support.delayed_streams import Graph, HeldBack, World, block_of
+from support.extra_rules import factored, lamb, program
+from support.interpreted_gpu import Interpreter, compiled, interpreted
+from support.side_by_side import make_side, refuses
 from table import TABLE
 from torch import Tensor
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT, run_script
+from support.subprocess_cases import ROOT, run_script
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="pages are protected by Linux's calls"
 )
-RUN = "import sys, guard_pages; guard_pages.main(sys.argv[1:])"
+RUN = "import sys; from support import guard_pages; guard_pages.main(sys.argv[1:])"
 
 
 def test_steps_keep_to_their_memory() -> None:
@@ -38,7 +38,7 @@ def test_random_rounds() -> None:
 )
 def test_a_byte_beside_ends_the_process(wrong: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", f"import guard_pages; guard_pages.{wrong}"]
+    command = [sys.executable, "-c", f"from support import guard_pages; guard_pages.{wrong}"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=100, check=False
     )

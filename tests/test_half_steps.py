@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.multiprocessing
-from sides import ALGORITHMS, Side, both, make_side, on_both, snapshot
+from support.side_by_side import ALGORITHMS, Side, both, make_side, on_both, snapshot
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import interpret
+from support.interpreter import interpret
 
 from onepass.kernel import Graph, functions
 from onepass.kernel.eager import single as eager

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from rig import compiled, graph_of, program_of
+from support.bare_kernels import compiled, graph_of, program_of
 from table import TABLE
 
 import onepass

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
-import interpreter
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
-from processes import fates
-from rig import Memory, is_same, launch, random_columns
-from rules import in_a_row, program, turned
+from support import interpreter
+from support.bare_kernels import Memory, is_same, launch, random_columns
+from support.extra_rules import in_a_row, program, turned
+from support.subprocess_cases import fates
 
 from onepass.kernel.cpu import chunks, walk
 from onepass.kernel.cpu import launch as cpu

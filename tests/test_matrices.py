@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from rig import assert_same_bits, check_oracle, compiled, flat, launch, random_columns
-from rules import (
+from support.bare_kernels import (
+    assert_same_bits,
+    check_oracle,
+    compiled,
+    flat,
+    launch,
+    random_columns,
+)
+from support.extra_rules import (
     MATRIX_RULES,
     ONE_NUMBER,
     Rule,
@@ -30,7 +36,8 @@ from rules import (
     rolled,
     turned,
 )
-from sides import refuses, snapshot
+from support.interpreter import interpret
+from support.side_by_side import refuses, snapshot
 from table import UNIT
 from torch import Tensor, nn
 

@@ -18,9 +18,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from processes import fates
-from quick import slow_but
-from sides import (
+from support.side_by_side import (
     ALGORITHMS,
     CLOSE,
     SHAPES,
@@ -33,6 +31,8 @@ from sides import (
     refuses,
     snapshot,
 )
+from support.slow_marks import slow_but
+from support.subprocess_cases import fates
 from torch import Tensor, nn
 
 import onepass

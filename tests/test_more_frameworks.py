@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import from_disk, loss_of, make_data, make_model, train, weights
+from support.small_training import from_disk, loss_of, make_data, make_model, train, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import onepass

@@ -1,5 +1,5 @@
 """Muon: momentum made orthogonal against the polynomial in float64 and torch.optim, and AdamW for
-what is no matrix."""
+what is not a matrix."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rig import assert_same_bits, flat
-from sides import refuses, snapshot
+from support.bare_kernels import assert_same_bits, flat
+from support.side_by_side import refuses, snapshot
 from table import UNIT, on_eager_backend
 from torch import Tensor, nn
 
@@ -402,7 +402,7 @@ def test_options_of_groups() -> None:
         torch.testing.assert_close(together[i], p, rtol=1e-12, atol=1e-12)
 
 
-# AdamW for what is no matrix.
+# AdamW for what is not a matrix.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
@@ -596,8 +596,8 @@ def test_muon_alone_takes_matrices_alone(shape: tuple[int, ...]) -> None:
     """As in torch, with the advice what to do; a later group as the first one, and a group that
     changes its mind."""
     advice = (
-        "only supports 2D parameters, and one has shape .*; pass use_muon=None to let what is no "
-        "matrix take AdamW"
+        "only supports 2D parameters, and one has shape .*; pass use_muon=None to let what is "
+        "not a matrix take AdamW"
     )
     for library in (onepass, torch.optim):
         with pytest.raises(ValueError, match="only supports 2D parameters"):

@@ -14,9 +14,17 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
-from rig import assert_same_bits, compiled, graph_of, hypers_of, launch, program_of, random_columns
-from rules import RULES, program
-from table import TABLE
+from support.bare_kernels import (
+    assert_same_bits,
+    compiled,
+    graph_of,
+    hypers_of,
+    launch,
+    program_of,
+    random_columns,
+)
+from support.extra_rules import RULES, program
+from table import AMSGRAD, DECOUPLED, NESTEROV
 from torch import Tensor
 
 import onepass
@@ -28,7 +36,6 @@ from onepass.kernel.tensors import facts
 from onepass.kernel.tensors.facts import Expected
 
 FORMATS = ("float32", "float64", "bfloat16", "float16")
-AMSGRAD = TABLE[14]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -117,7 +124,7 @@ def kernels() -> Iterator[cpu.Kernel]:
     """What is compiled for the table's widest rules and for those with every operation, in all
     formats."""
     for format in FORMATS:
-        for row in (TABLE[6], AMSGRAD):
+        for row in (NESTEROV, AMSGRAD):
             yield compiled(program_of(graph_of(row), format, format, format))
         for rule in RULES[1:5]:
             yield compiled(program(rule, format))
@@ -162,8 +169,8 @@ def test_other_hosts_need_no_calls_either(target: str) -> None:
     for row, format in (
         (AMSGRAD, "float32"),
         (AMSGRAD, "bfloat16"),
-        (TABLE[6], "float16"),
-        (TABLE[18], "float64"),
+        (NESTEROV, "float16"),
+        (DECOUPLED, "float64"),
     ):
         machine = backend.create_target_machine(cpu=name, opt=2)
         module = llvm.parse_assembly(

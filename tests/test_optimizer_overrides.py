@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import CLOSE, Side, assert_same, snapshot
+from support.side_by_side import CLOSE, Side, assert_same, snapshot
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interpreter import interpret
-from rig import (
+from support.bare_kernels import (
     INF,
     NAN,
     assert_same_bits,
@@ -21,7 +20,21 @@ from rig import (
     program_of,
     random_columns,
 )
-from rules import ONE_NUMBER, RULES, Rule, centred, evaluate, lamb, lars, program
+from support.extra_rules import (
+    ONE_NUMBER,
+    RULES,
+    Rule,
+    centred,
+    evaluate,
+    factored,
+    in_a_row,
+    lamb,
+    lars,
+    nested,
+    program,
+    turned,
+)
+from support.interpreter import interpret
 from table import TABLE, UNIT, Row
 
 import onepass
@@ -31,7 +44,8 @@ from onepass.kernel.cpu.elements import LANES
 from onepass.kernel.cpu.walk import CHUNK
 from onepass.kernel.functions import amax, mean, norm
 from onepass.kernel.functions import sum as total
-from onepass.kernel.graph.ir import RuleError, const
+from onepass.kernel.graph.ir import Rank, RuleError, const
+from onepass.kernel.graph.passes import lines_of
 
 # What a rule may say.
 
@@ -477,3 +491,46 @@ def test_rows_of_many_groups(rng: np.random.Generator) -> None:
         random_columns(rng, kernel.program, 5, 0.0) for _ in range(400)
     ]
     check_oracle(kernel, tensors, [{"lr": 0.001 * i} for i in range(400)], list(range(400)))
+
+
+# What a program says of itself.
+
+
+@pytest.mark.parametrize(("rule", "first"), [(lamb, 0), (in_a_row, 1), (turned, 7)])
+def test_nothing_is_stored_before_the_last_call(rule: Rule, first: int) -> None:
+    cut = program(rule)
+    assert cut.first_to_store == first
+    stored = {name for pass_ in cut.passes[:first] for name, _ in pass_.stores}
+    assert stored.isdisjoint(column.name for column in cut.columns)
+
+
+def test_sums_run_along_lines_or_down_the_columns() -> None:
+    # Row sums and column sums of the elements in one walk; then a sum over the values of rows.
+    elements, rows, *_ = program(factored).passes
+    assert [sum_.node.rank for sum_ in elements.along] == [Rank.ROW]
+    assert [sum_.node.rank for sum_ in elements.down] == [Rank.COLUMN]
+    assert [sum_.node.rank for sum_ in rows.along] == [Rank.MATRIX]
+    assert rows.down == ()
+
+
+@pytest.mark.parametrize("rule", [factored, nested, turned])
+def test_every_sum_runs_one_way(rule: Rule) -> None:
+    for pass_ in program(rule).passes:
+        assert len(pass_.along) + len(pass_.down) == len(pass_.sums)
+
+
+def test_the_lines_of_a_walk() -> None:
+    of_two_tensors = np.array([[2, 3, 5], [1, 4, 7]])
+    expected = {
+        Rank.ELEMENT: ([2, 1], [3, 4], [5, 7]),
+        Rank.ROW: ([2, 1], [1, 1], [3, 4]),
+        Rank.COLUMN: ([2, 1], [1, 1], [5, 7]),
+        Rank.MATRIX: ([1, 1], [1, 1], [2, 1]),
+    }
+    for domain, lines in expected.items():
+        arrays = lines_of(domain, *of_two_tensors.T, one=np.ones(2, int))
+        assert tuple(array.tolist() for array in arrays) == lines
+        assert lines_of(domain, 2, 3, 5, one=1) == tuple(numbers[0] for numbers in lines)
+    assert lines_of(Rank.ROW, "m", "r", "c", one="1") == ("m", "1", "r")
+    with pytest.raises(ValueError, match="no pass walks over values of rank TENSOR"):
+        lines_of(Rank.TENSOR, 2, 3, 5, one=1)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import pytorch_suite
+from support import pytorch_suite
 
 SCRIPT = Path(pytorch_suite.__file__)
 HEAD = """
@@ -68,7 +68,7 @@ class T(unittest.TestCase):
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    variables = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent), "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, env=variables)
 

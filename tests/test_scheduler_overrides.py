@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from quick import slow_but
+from support.slow_marks import slow_but
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.optim import swa_utils as torch_swa_utils
 

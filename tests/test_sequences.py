@@ -8,7 +8,7 @@ import test_memory_safety as operations
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from sides import ALGORITHMS, SHAPES, assert_same, both, on_both
+from support.side_by_side import ALGORITHMS, SHAPES, assert_same, both, on_both
 from torch import nn
 
 INDEX = st.integers(0, 5)

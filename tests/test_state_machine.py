@@ -1,5 +1,5 @@
 """Random actions on every optimizer, each step against float64; see `state_machine.py` and
-`actions.py`."""
+`user_actions.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from actions import ACTIONS
-from state_machine import KINDS, Fault, Machine, make_machine
+from support.state_machine import KINDS, Fault, Machine, make_machine
+from support.user_actions import ACTIONS
 
 import onepass
 from onepass import optimizer

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from sides import CLOSE
+from support.side_by_side import CLOSE
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -176,7 +176,12 @@ def test_docstrings_have_the_mathematics_the_reference_and_the_state(name: str) 
     assert text.count("$$") % 2 == 0
     assert any(str(year) in rest for year in range(1950, 2030)), "no reference"
     assert "State" in rest, "what a parameter's state is called"
-    assert "rror" in rest, "what it raises"
+
+
+def test_what_all_algorithms_share_is_said_once() -> None:
+    text = inspect.getdoc(onepass.Optimizer) or ""
+    for word in ("ValueError", "TypeError", "`foreach`", "`capturable=True`", "torch's keys"):
+        assert word in text, word
 
 
 # Options: what is refused, and what is not.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT
+from support.subprocess_cases import ROOT
 from table import TABLE
 
 import onepass

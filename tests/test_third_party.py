@@ -1989,7 +1989,7 @@ def registered_subclasses(optim: Any) -> Any:
     it."""
 
     class Registered(optim.SGD):
-        known: dict[str, Any] = {}  # noqa: RUF012
+        known: dict[str, Any] = {}
 
         def __init_subclass__(cls, key: str = "", **options: Any) -> None:
             super().__init_subclass__(**options)

@@ -1,7 +1,8 @@
 """Threads that use one optimizer, or one another's parameters and gradients: no crash, no lost
 step, no deadlock.
 
-Cases are functions `crash_*`, run in processes of their own with a time limit (`processes.py`).
+Cases are functions `crash_*`, run in processes of their own with a time limit
+(`subprocess_cases.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import fates, run_script
+from support.subprocess_cases import fates, run_script
 from torch import Tensor, nn
 
 import onepass

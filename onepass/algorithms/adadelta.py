@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..contract.options import check_modes, check_number
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params
 
 
 class Adadelta(Optimizer, torch.optim.Adadelta):
-    r"""Steps as large as recent steps were, along the gradient over its running root: it finds its
-    own scale.
+    r"""Steps as large as recent ones, along the gradient over its running root: it finds its scale.
 
     $$ v_t = \rho v_{t-1} + (1-\rho) g_t^2, \quad
        \Delta_t = \sqrt{\frac{u_{t-1} + \epsilon}{v_t + \epsilon}}\, g_t, \quad
        u_t = \rho u_{t-1} + (1-\rho) \Delta_t^2, \quad \theta_t = \theta_{t-1} - \gamma \Delta_t $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. The paper has no learning
-    rate: leave `lr` at 1. It begins slowly, as $u_0 = 0$ makes the first steps about
-    $\sqrt\epsilon$; a larger `eps` shortens this.
+    - `lr` ($\gamma$), at least 0: a factor without a unit. The paper has none: leave it at 1.
+    - `rho`, in [0, 1]: which part of $v$ and of $u$ stays in each step.
+    - `eps`, at least 0: as $u_0 = 0$, the first steps are about $\sqrt\epsilon$ long. It begins
+      slowly, and a larger `eps` shortens this.
+    - `weight_decay` ($\lambda$), at least 0: it adds $\lambda \theta_{t-1}$ to $g_t$.
 
     Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012, arXiv:1212.5701.
 
-    State per parameter: `step`, `square_avg`, `acc_delta`. Arguments are those of
-    `torch.optim.Adadelta`; `foreach` changes nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    State per parameter: `step`, `square_avg` ($v$), `acc_delta` ($u$). Arguments are those of
+    `torch.optim.Adadelta`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "rho": "[0, 1]",
+        "eps": "[0, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -57,12 +59,6 @@ class Adadelta(Optimizer, torch.optim.Adadelta):
             "differentiable": differentiable,
         }
         super().__init__(params, defaults)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(type(self).__name__, name, options[name])
-        check_number(type(self).__name__, "rho", options["rho"], up_to=1.0)
-        check_modes(type(self).__name__, options)
 
     @staticmethod
     def rule(p, g, square_avg, acc_delta, *, lr, rho, eps, weight_decay, step):

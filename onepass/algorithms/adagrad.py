@@ -8,38 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import check_modes, check_number, filled, is_off, is_zero, pick
+from ..contract.options import filled, is_zero, unless_off
+from ..contract.values import pick
 from ..kernel.functions import sqrt, where
 from ..optimizer import Optimizer, Params, StepError
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
-    r"""The gradient over the root of the sum of all its squares so far: large steps for what is
-    seldom seen.
+    r"""The gradient over the root of the sum of its squares so far: large steps for rare features.
 
     $$ G_t = G_{t-1} + g_t^2, \quad
        \theta_t = \theta_{t-1} - \frac{\gamma}{1 + (t-1)\eta} \frac{g_t}{\sqrt{G_t} + \epsilon} $$
 
-    with $G_0$ = `initial_accumulator_value`, $\eta$ = `lr_decay`, and $g_t$ increased by $\lambda
-    \theta_{t-1}$ for `weight_decay`. The sum only grows, so steps only shrink: for sparse features
-    and convex problems, not deep nets.
+    - `lr` ($\gamma$), at least 0: how far a weight moves in the first step, in the weight's own
+      unit. After $t$ gradients of one size it is $1 / \sqrt t$ of this.
+    - `lr_decay` ($\eta$), at least 0: how fast `lr` falls; it is half after $1 / \eta$ steps.
+    - `initial_accumulator_value` ($G_0$), at least 0: in the unit of the gradient's square.
+    - `eps`, at least 0: in the unit of the gradient.
+    - `weight_decay` ($\lambda$), at least 0: it adds $\lambda \theta_{t-1}$ to $g_t$.
+
+    The sum only grows, so steps only shrink: it is for sparse features and convex problems, not for
+    deep networks.
 
     Duchi, Hazan and Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic
     Optimization", JMLR 2011.
 
-    State per parameter: `step`, `sum`, from construction on, as in torch; in later groups too,
-    where torch has none. Arguments are those of `torch.optim.Adagrad`; `foreach` and `fused` change
-    nothing, but both False: eager backend. Ours is `capturable`, for steps in a CUDA graph.
+    State per parameter: `step` and `sum` ($G$). The constructor creates them, as in torch; for
+    groups that are added later, for which torch has none, the first step does. Arguments are those
+    of `torch.optim.Adagrad`, and `capturable`.
 
     A sparse gradient steps the rows that it has values for, which is what a dense one with zeros
-    elsewhere does; of complex parameters, too, the real and imaginary parts step as two numbers,
-    where torch's sparse form squares the complex ones.
+    elsewhere does. The real and the imaginary part of a complex parameter step as two numbers, with
+    sparse gradients, too, for which torch squares the complex numbers.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number; the step
-    raises `StepError` for a sparse gradient where `weight_decay` is not 0.
+    The step raises `StepError` for a sparse gradient if `weight_decay` is not 0.
     """
 
     gradients = "any"
+
+    ranges = {
+        "lr": "[0, inf]",
+        "lr_decay": "[0, inf]",
+        "weight_decay": "[0, inf]",
+        "initial_accumulator_value": "[0, inf]",
+        "eps": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -67,19 +80,12 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
             "differentiable": differentiable,
             "fused": fused,
         }
-        # Where it is off, param groups have torch's keys.
-        defaults |= {} if is_off(capturable) else {"capturable": capturable}
-        super().__init__(params, defaults)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
-            check_number(type(self).__name__, name, options[name])
-        check_modes(type(self).__name__, options)
+        super().__init__(params, defaults | unless_off(capturable=capturable))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if self._onepass.taken is not None:
-            # Those that are added later get theirs in their first step, as with torch.
+            # The constructor runs. Groups that are added later get state in their first step.
             type(self).make_state(self, self.param_groups[-1])
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract.options import as_tuple, check_betas, check_modes, check_number
+from ..contract.options import as_tuple
 from ..kernel.functions import lerp, maximum, sqrt, where
 from ..optimizer import Optimizer, Params
 
@@ -21,20 +20,27 @@ class Adam(Optimizer, torch.optim.Adam):
        \theta_t = \theta_{t-1} -
            \gamma \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ where `weight_decay` is coupled (L2), or
-    $\theta_{t-1}$ first shrunk by $1 - \gamma\lambda$ where it is decoupled. `amsgrad` divides by
-    the largest $v$ so far.
+    - `lr` ($\gamma$), at least 0: about how far a weight moves in a step, in the weight's own unit.
+    - `betas`, each in [0, 1): which part of $m$ and of $v$ stays. An average with $\beta$ reaches
+      back over about $1 / (1-\beta)$ steps: 10 and 1000 by default.
+    - `eps`, at least 0: a size of the gradient, below which steps shrink with it.
+    - `weight_decay` ($\lambda$), at least 0: it adds $\lambda \theta_{t-1}$ to $g_t$ (L2). With
+      `decoupled_weight_decay` it shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ first, as `AdamW`.
+    - `amsgrad` divides by the root of the largest $v$ so far.
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980; AMSGrad:
     Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond", 2018, arXiv:1904.09237.
 
     State per parameter: `step`, `exp_avg`, `exp_avg_sq` (and `max_exp_avg_sq`), under torch's
-    names. Arguments are those of `torch.optim.Adam`. `lr` and `betas` may be tensors of one
-    element. `foreach` and `fused` change nothing, except that both False select the eager backend
-    and `fused=True` lets GradScaler leave the unscaling to the step.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    names. Arguments are those of `torch.optim.Adam`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "[0, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -66,13 +72,6 @@ class Adam(Optimizer, torch.optim.Adam):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        owner = type(self).__name__
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(owner, name, options[name])
-        check_betas(owner, options["betas"])
-        check_modes(owner, options)
 
     @staticmethod
     def rule(
@@ -110,12 +109,13 @@ class AdamW(Adam, torch.optim.AdamW):
     $$ \theta_t = (1 - \gamma\lambda)\,\theta_{t-1}
            - \gamma \frac{\hat m_t}{\sqrt{\hat v_t} + \epsilon} $$
 
-    with $\hat m_t, \hat v_t$ as in `Adam`. The decay does not enter the moments, so that it acts on
-    all weights alike.
+    with $\hat m_t = m_t / (1-\beta_1^t)$ and $\hat v_t = v_t / (1-\beta_2^t)$ as in `Adam`. The
+    decay does not enter the moments, so it acts on all weights alike. In one step a weight loses
+    the part `lr * weight_decay` of itself: a hundred-thousandth with the defaults.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101.
 
-    State, further arguments and errors as for `Adam`.
+    State and further arguments are as for `Adam`.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # State dicts of Adam, and those from before the option existed, are AdamW's as soon as
-        # AdamW loads them.
+        # A state dict of Adam, or one from before the option existed, becomes AdamW's when AdamW
+        # loads it.
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..contract.options import check_betas, check_modes, check_number
 from ..kernel.functions import lerp, maximum, where
 from ..optimizer import Optimizer, Params
 
@@ -20,18 +16,26 @@ class Adamax(Optimizer, torch.optim.Adamax):
        u_t = \max(\beta_2 u_{t-1}, |g_t| + \epsilon), \quad
        \theta_t = \theta_{t-1} - \frac{\gamma}{1-\beta_1^t} \frac{m_t}{u_t} $$
 
-    with $g_t$ increased by $\lambda \theta_{t-1}$ for `weight_decay`. No step is larger than about
-    lr, and one huge gradient is forgotten at the rate of $\beta_2$: calm where gradients are rare
-    or noisy, as with embeddings.
+    - `lr` ($\gamma$), at least 0: about the largest step of a weight, in the weight's own unit.
+    - `betas`, each in [0, 1): which part of $m$ and of $u$ stays in each step.
+    - `eps`, at least 0: in the unit of the gradient.
+    - `weight_decay` ($\lambda$), at least 0: it adds $\lambda \theta_{t-1}$ to $g_t$.
+
+    One huge gradient is forgotten at the rate of $\beta_2$: steps stay calm where gradients are
+    rare or noisy, as with embeddings.
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980, section 7.1.
     As in torch, $\epsilon$ is added to the gradient's size; the paper has none.
 
-    State per parameter: `step`, `exp_avg`, `exp_inf`. Arguments are those of `torch.optim.Adamax`;
-    `foreach` changes nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    State per parameter: `step`, `exp_avg`, `exp_inf`. Arguments are those of `torch.optim.Adamax`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "[0, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -57,12 +61,6 @@ class Adamax(Optimizer, torch.optim.Adamax):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(type(self).__name__, name, options[name])
-        check_betas(type(self).__name__, options["betas"])
-        check_modes(type(self).__name__, options)
 
     @staticmethod
     def rule(p, g, exp_avg, exp_inf, *, lr, betas, eps, weight_decay, step):

@@ -8,34 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import check_modes, check_number, filled, pick
+from ..contract.options import filled
+from ..contract.values import pick
 from ..kernel.functions import Scalar, maximum, where
 from ..optimizer import Optimizer, Params
 
 
 class ASGD(Optimizer, torch.optim.ASGD):
-    r"""Gradient descent with shrinking steps, beside which the mean of the parameters from step
-    $t_0$ on is kept.
+    r"""Gradient descent with shrinking steps, and the mean of the parameters from step $t_0$ on.
 
     $$ \theta_t = (1 - \lambda \eta_t)\,\theta_{t-1} - \eta_t g_t, \quad
        \eta_{t+1} = \frac{\gamma}{(1 + \lambda\gamma t)^\alpha}, \quad
        \bar\theta_t = \bar\theta_{t-1} + \mu_t (\theta_t - \bar\theta_{t-1}), \quad
        \mu_{t+1} = \frac{1}{\max(1, t - t_0)} $$
 
-    with $\lambda$ = `lambd`, $\eta_1 = \gamma$, $\mu_1 = 1$, and $g_t$ increased by `weight_decay`
-    times $\theta_{t-1}$. The mean, `state[p]["ax"]`, is what the theory is about: copy it into the
-    model before evaluating. For convex problems; for networks prefer weights averaged with any
-    optimizer, as in `torch.optim.swa_utils`.
+    with $\eta_1 = \gamma$ and $\mu_1 = 1$.
+
+    - `lr` ($\gamma$), at least 0: the length of the first step, as a multiple of the gradient. A
+      change takes effect one step later, as in torch.
+    - `lambd` ($\lambda$), any number: weight decay, and how soon steps shrink: $\eta_t$ begins to
+      fall after about $1 / (\lambda\gamma)$ steps, a million by default.
+    - `alpha`, any number: the power of that fall.
+    - `t0`, in steps: the mean begins there. Before it, the mean is the parameter itself.
+    - `weight_decay`, at least 0: it adds `weight_decay` times $\theta_{t-1}$ to $g_t$.
+
+    The mean, `state[p]["ax"]`, is what the theory is about: copy it into the model before you
+    evaluate. It is for convex problems. For networks prefer weights averaged with any optimizer, as
+    in `torch.optim.swa_utils`.
 
     Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992; the
     schedule: Bottou, 2010.
 
-    State per parameter: `step`, `ax`, and the numbers `eta` and `mu`. A change of lr takes effect
-    one step later, as in torch. Arguments are those of `torch.optim.ASGD`; `foreach` changes
-    nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    State per parameter: `step`, `ax` ($\bar\theta$), and the numbers `eta` and `mu`. Arguments are
+    those of `torch.optim.ASGD`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "lambd": "[-inf, inf]",
+        "alpha": "[-inf, inf]",
+        "t0": "[-inf, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -62,13 +76,6 @@ class ASGD(Optimizer, torch.optim.ASGD):
             "capturable": capturable,
         }
         super().__init__(params, defaults)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "weight_decay"):
-            check_number(type(self).__name__, name, options[name])
-        for name in ("lambd", "alpha", "t0"):
-            check_number(type(self).__name__, name, options[name], low=float("-inf"))
-        check_modes(type(self).__name__, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         if name == "eta":

@@ -8,61 +8,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import (
-    AT_LEAST_0,
-    check_betas,
-    check_choice,
-    check_count,
-    check_number,
-    check_row,
-    flag,
-    is_off,
-    pick,
-)
+from ..contract.options import unless_off
+from ..contract.ranges import Choice, Number, Row, Whole
+from ..contract.values import flag, pick
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
 from ..optimizer import Optimizer, Params, Rule, StepError
 from .adam import Adam
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
+COEFFICIENTS = ("[-inf, inf]", "[-inf, inf]", "[-inf, inf]")
+STEPS = Whole("[0, 100)")
+# What a step raises, where the constructor raises as torch's does.
+COEFFICIENTS_IN_STEP = Row(*COEFFICIENTS)
+ADJUSTMENT_IN_STEP = Choice(*ADJUSTMENTS, error=StepError)
 
 
 class Muon(Optimizer, torch.optim.Muon):
-    r"""Momentum made orthogonal: a step moves all directions of a weight matrix by about the same
-    length.
+    r"""Momentum made orthogonal: a step moves all directions of a matrix by about the same length.
 
     $$ B_t = \mu B_{t-1} + (1-\mu) g_t, \quad
        O_t = \operatorname{NewtonSchulz}\left((1-\mu) g_t + \mu B_t\right), \quad
        \theta_t = (1-\gamma\lambda)\,\theta_{t-1} - \gamma r\, O_t $$
 
-    where $O_t$ is of $B_t$ itself without `nesterov`, and $r$ follows from the n x m matrix by
-    `adjust_lr_fn`: $\sqrt{\max(1, n/m)}$ for "original" (or None), $0.2\sqrt{\max(n, m)}$ for
-    "match_rms_adamw", with which lr and weight decay that are good for AdamW are good here. See
-    `onepass.linalg.newton_schulz` for the iteration.
+    Without `nesterov`, $O_t$ is made of $B_t$ itself. See `onepass.linalg.newton_schulz` for the
+    iteration.
 
-    For the hidden layers of a network. What is no matrix, and also embeddings and the last layer,
-    should take AdamW: give them in a group with `use_muon=False`; with `use_muon=None` every
-    parameter of a group that is no matrix takes AdamW and the others take Muon. AdamW has the
-    group's `lr` and `weight_decay`, `betas` and `adam_eps`; where both share a group, choose
-    "match_rms_adamw". `use_muon=True`, the default, is torch's: only matrices are allowed.
+    - `lr` ($\gamma$), at least 0: about the length of a step along each direction, before it is
+      multiplied by $r$.
+    - `weight_decay` ($\lambda$), at least 0: in a step a weight loses the part $\gamma\lambda$ of
+      itself.
+    - `momentum` ($\mu$), at least 0 and below 1 for an average: which part of $B$ stays.
+    - `ns_coefficients` (any three numbers), `eps` (at least 0, the smallest norm that a matrix is
+      divided by) and `ns_steps` (a whole number below 100) are those of the iteration.
+    - `adjust_lr_fn` chooses $r$ for an n x m matrix: $\sqrt{\max(1, n/m)}$ for "original" (or
+      None), $0.2\sqrt{\max(n, m)}$ for "match_rms_adamw", with which lr and weight decay that are
+      good for AdamW are good here.
+    - `use_muon` says what steps by this rule. True is torch's: all of a group, and only matrices
+      are allowed. False: nothing, the whole group takes AdamW. None: the matrices, and everything
+      else takes AdamW.
+    - `betas` (each in [0, 1)) and `adam_eps` (at least 0) are AdamW's. It has the group's `lr` and
+      `weight_decay`, too.
+
+    It is for the hidden layers of a network. Use AdamW for everything that is not a matrix, and for
+    embeddings and the last layer: put them into a group with `use_muon=False`. If both share a
+    group, choose "match_rms_adamw".
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
     https://kellerjordan.github.io/posts/muon; the second adjustment: Liu et al., "Muon is Scalable
     for LLM Training", 2025, arXiv:2502.16982.
 
-    All updates are computed before the first is applied: where a product fails, nothing has
-    changed, and a step takes memory for them, 4 bytes for each weight of a matrix. How matrices are
-    stacked for a product may change its rounding, so here alone bits may depend on which parameters
-    step together.
+    All updates are computed before the first one is applied: if a product fails, nothing has
+    changed. A step takes memory for them, 4 bytes for each weight of a matrix. Matrices are stacked
+    for a product, which may change its rounding: in this class only, bits may depend on which
+    parameters step together.
 
     State per parameter: `momentum_buffer`; with AdamW `step`, `exp_avg`, `exp_avg_sq`. Arguments
-    are those of `torch.optim.Muon`, and ours by keyword, of which `capturable` is for steps in a
-    CUDA graph. In torch 2.13 a bf16 parameter with `nesterov=False` has its own momentum normalised
-    in place; not here.
+    are those of `torch.optim.Muon`, and ours by keyword. In torch 2.13 a bf16 parameter with
+    `nesterov=False` has its own momentum normalised in place; not here.
 
-    Raises ValueError for an option outside its range or a parameter that is no matrix under
-    `use_muon=True`, TypeError for an option that is no number.
+    Raises ValueError for a parameter that is not a matrix if `use_muon` is True.
     """
+
+    ranges = {
+        "lr": Number("[0, inf]", words="Learning rate should be >= 0 but is"),
+        "weight_decay": Number("[0, inf]", words="weight decay should be >= 0 but is"),
+        "momentum": Number("[0, inf]", words="momentum should be >= 0 but is"),
+        "ns_coefficients": Row(*COEFFICIENTS, error=ValueError),
+        "eps": "[0, inf]",
+        "ns_steps": STEPS,
+        "adjust_lr_fn": Choice(
+            *ADJUSTMENTS, words="Adjust learning rate function {} is not supported"
+        ),
+        "betas": ("[0, 1)", "[0, 1)"),
+        "adam_eps": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -94,49 +114,37 @@ class Muon(Optimizer, torch.optim.Muon):
             "betas": betas,
             "adam_eps": adam_eps,
         }
-        # Where it is off, param groups have torch's keys.
-        defaults |= {} if is_off(capturable) else {"capturable": capturable}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | unless_off(capturable=capturable))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        owner = type(self).__name__
-        check_number(owner, "lr", options["lr"], words=AT_LEAST_0.format("Learning rate"))
-        check_number(
-            owner, "weight_decay", options["weight_decay"], words=AT_LEAST_0.format("weight decay")
-        )
-        check_number(owner, "momentum", options["momentum"], words=AT_LEAST_0.format("momentum"))
-        for name in ("eps", "adam_eps"):
-            check_number(owner, name, options[name])
-        check_count(owner, "ns_steps", options["ns_steps"], low=0, below=100)
-        check_betas(owner, options["betas"])
-        check_row(owner, "ns_coefficients", options["ns_coefficients"], 3, error=ValueError)
-        words = "Adjust learning rate function {} is not supported"
-        check_choice(owner, "adjust_lr_fn", options["adjust_lr_fn"], ADJUSTMENTS, words=words)
+        super().check_options(options)
         for p in options.get("params", ()):
             type(self).rule_of(self, p, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        # These change what is computed without a sign of it, where a value makes no sense.
-        owner, coefficients = type(self).__name__, pick(group, "ns_coefficients", None)
+        # With a senseless value of these a step would compute something else, without an error.
+        owner = type(self).__name__
+        coefficients = pick(group, "ns_coefficients", None)
         if type(coefficients) is not tuple or len(coefficients) != 3:
-            check_row(owner, "ns_coefficients", coefficients, 3)
-        check_choice(
-            owner, "adjust_lr_fn", pick(group, "adjust_lr_fn", None), ADJUSTMENTS, StepError
-        )
-        check_count(owner, "ns_steps", pick(group, "ns_steps", None), low=0, below=100)
+            COEFFICIENTS_IN_STEP.check(owner, "ns_coefficients", coefficients)
+        ADJUSTMENT_IN_STEP.check(owner, "adjust_lr_fn", pick(group, "adjust_lr_fn", None))
+        STEPS.check(owner, "ns_steps", pick(group, "ns_steps", None))
         return super().flags(group) | {"is_mixed": pick(group, "use_muon", None) is None}
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
-        wanted = (
-            None if pick(group, "use_muon", None) is None else flag(group["use_muon"], "use_muon")
-        )
-        if wanted and p.dim() != 2:
+        is_matrix = p.dim() == 2
+        takes_muon = pick(group, "use_muon", None)
+        if takes_muon is None:
+            return Muon.rule if is_matrix else Muon.adamw
+        if not flag(takes_muon, "use_muon"):
+            return Muon.adamw
+        if not is_matrix:
             raise ValueError(
                 f"{type(self).__name__} only supports 2D parameters, and one has shape "
-                f"{tuple(p.shape)}; pass use_muon=None to let what is no matrix take AdamW, or "
+                f"{tuple(p.shape)}; pass use_muon=None to let what is not a matrix take AdamW, or "
                 "put it into a group with use_muon=False"
             )
-        return Muon.rule if wanted or (wanted is None and p.dim() == 2) else Muon.adamw
+        return Muon.rule
 
     @staticmethod
     def rule(
@@ -154,16 +162,16 @@ class Muon(Optimizer, torch.optim.Muon):
         adjust_lr_fn,
     ):
         b = lerp(momentum_buffer, g, 1 - momentum)
-        u = orthogonalize(lerp(g, b, momentum) if nesterov else b, ns_coefficients, eps, ns_steps)
-        ratio = (
-            0.2 * sqrt(maximum(rows(), columns())) if adjust_lr_fn == "match_rms_adamw" else None
-        )
-        ratio = sqrt(maximum(1.0, rows() / columns())) if ratio is None else ratio
+        u = lerp(g, b, momentum) if nesterov else b
+        u = orthogonalize(u, ns_coefficients, eps, ns_steps)
+        if adjust_lr_fn == "match_rms_adamw":
+            ratio = 0.2 * sqrt(maximum(rows(), columns()))
+        else:
+            ratio = sqrt(maximum(1.0, rows() / columns()))
         return {"p": p * (1 - lr * weight_decay) - lr * ratio * u, "momentum_buffer": b}
 
     @staticmethod
     def adamw(p, g, exp_avg, exp_avg_sq, *, lr, weight_decay, betas, adam_eps, step):
-        common = {"amsgrad": False, "decoupled_weight_decay": True, "eps": adam_eps}
         return Adam.rule(
             p,
             g,
@@ -172,7 +180,9 @@ class Muon(Optimizer, torch.optim.Muon):
             None,
             lr=lr,
             betas=betas,
+            eps=adam_eps,
             weight_decay=weight_decay,
             step=step,
-            **common,
+            amsgrad=False,
+            decoupled_weight_decay=True,
         )

@@ -8,32 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import check_betas, check_modes, check_number
 from ..kernel.functions import Scalar, lerp, sqrt, where
 from ..optimizer import Optimizer, Params
 
 
 class NAdam(Optimizer, torch.optim.NAdam):
-    r"""Adam with Nesterov momentum: a step already looks along the momentum that the next one will
-    have.
+    r"""Adam with Nesterov momentum: a step looks along the momentum that the next one will have.
 
     $$ \mu_t = \beta_1 \left(1 - \tfrac12 \cdot 0.96^{t\psi}\right), \quad
        \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i=1}^{t+1}\mu_i}
                 + \frac{(1-\mu_t) g_t}{1 - \prod_{i=1}^{t}\mu_i}, \quad
        \theta_t = \theta_{t-1} - \gamma \frac{\hat m_t}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} $$
 
-    with $m_t, v_t$ as in `Adam` and $\psi$ = `momentum_decay`; `weight_decay` adds $\lambda
-    \theta_{t-1}$ to the gradient, or first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where
-    `decoupled_weight_decay`. Use it as Adam(W).
+    with $m_t, v_t$ as in `Adam`. Use it as you would use Adam or AdamW.
+
+    - `lr`, `betas`, `eps`, `weight_decay` and `decoupled_weight_decay` are those of `Adam`.
+    - `momentum_decay` ($\psi$), at least 0: how soon the momentum $\mu_t$ grows from half of
+      $\beta_1$ to all of it. With 0.004 half of the way is done after about 4200 steps.
 
     Dozat, "Incorporating Nesterov Momentum into Adam", ICLR 2016 workshop; there $m_t$ decays by
     $\mu_t$, in torch by $\beta_1$, and so here.
 
-    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `mu_product` (one number). `foreach`
-    changes nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    State per parameter: `step`, `exp_avg`, `exp_avg_sq`, `mu_product` (one number). Arguments are
+    those of `torch.optim.NAdam`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "[0, inf]",
+        "weight_decay": "[0, inf]",
+        "momentum_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -64,18 +70,10 @@ class NAdam(Optimizer, torch.optim.NAdam):
         }
         super().__init__(params, defaults)
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay", "momentum_decay"):
-            check_number(type(self).__name__, name, options[name])
-        check_betas(type(self).__name__, options["betas"])
-        check_modes(type(self).__name__, options)
-
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return (
-            torch.ones_like(like)
-            if name == "mu_product"
-            else super().initial_state(name, like, group)
-        )
+        if name == "mu_product":
+            return torch.ones_like(like)
+        return super().initial_state(name, like, group)
 
     @staticmethod
     def rule(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..contract.options import check_betas, check_modes, check_number
 from ..kernel.functions import lerp, sqrt, where
 from ..optimizer import Optimizer, Params
 
 
 class RAdam(Optimizer, torch.optim.RAdam):
-    r"""Adam that does not trust its running square before it has seen enough: a warm-up that needs
-    no tuning.
+    r"""Adam that trusts its running square only once it has seen enough: a warm-up without tuning.
 
     $$ \rho_\infty = \frac{2}{1-\beta_2} - 1, \quad
        \rho_t = \rho_\infty - \frac{2t\beta_2^t}{1-\beta_2^t}, \quad
@@ -26,18 +21,24 @@ class RAdam(Optimizer, torch.optim.RAdam):
            r_t \sqrt{1-\beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\
            1 & \text{else} \end{cases} $$
 
-    with $m_t, v_t$ as in `Adam`; `weight_decay` adds $\lambda \theta_{t-1}$ to the gradient, or
-    first shrinks $\theta_{t-1}$ by $1 - \gamma\lambda$ where `decoupled_weight_decay`. For $\beta_2
-    = 0.999$ the first five steps are those of momentum. Use it in the place of Adam with a warm-up.
+    with $m_t, v_t$ as in `Adam`. The first steps are those of momentum, five of them for
+    $\beta_2 = 0.999$. Use it instead of Adam with a warm-up.
+
+    - `lr`, `betas`, `eps`, `weight_decay` and `decoupled_weight_decay` are those of `Adam`.
 
     Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2019, arXiv:1908.03265.
     As in torch and in the authors' later code, the threshold is 5; in the paper it is 4.
 
     State per parameter: `step`, `exp_avg`, `exp_avg_sq`. Arguments are those of
-    `torch.optim.RAdam`; `foreach` changes nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    `torch.optim.RAdam`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "[0, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -66,12 +67,6 @@ class RAdam(Optimizer, torch.optim.RAdam):
         }
         super().__init__(params, defaults)
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            check_number(type(self).__name__, name, options[name])
-        check_betas(type(self).__name__, options["betas"])
-        check_modes(type(self).__name__, options)
-
     @staticmethod
     def rule(
         p, g, exp_avg, exp_avg_sq, *, lr, betas, eps, weight_decay, step, decoupled_weight_decay
@@ -88,4 +83,5 @@ class RAdam(Optimizer, torch.optim.RAdam):
         rho = limit - 2 * step * beta2**step / unbiased
         r = sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)) * sqrt(unbiased)
         u = lr / (1 - beta1**step) * m
-        return {"p": p - where(rho > 5, r * u / (sqrt(v) + eps), u), "exp_avg": m, "exp_avg_sq": v}
+        p = p - where(rho > 5, r * u / (sqrt(v) + eps), u)
+        return {"p": p, "exp_avg": m, "exp_avg_sq": v}

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import check_modes, check_number, check_row, filled, pick
+from ..contract.options import filled
+from ..contract.values import pick
 from ..kernel.functions import maximum, minimum, where
 from ..optimizer import Optimizer, Params
 
 
 class Rprop(Optimizer, torch.optim.Rprop):
-    r"""Steps by the gradient's sign alone; their sizes grow while a weight's sign stays and shrink
-    when it turns.
+    r"""Steps by the gradient's sign: they grow while the sign stays and shrink when it turns.
 
     $$ s_t = \operatorname{clip}\left(s_{t-1} \cdot
        \begin{cases}
@@ -23,19 +23,30 @@ class Rprop(Optimizer, torch.optim.Rprop):
        \ s_{\min},\ s_{\max}\right), \quad
        \theta_t = \theta_{t-1} - s_t \operatorname{sign}(g_t) $$
 
-    where the gradient counts as 0, in this step and as $g_{t-1}$ in the next, if its sign has
-    turned. `lr` is $s_0$ and nothing else: changing it later has no effect. For gradients of the
-    whole data set: with mini-batches the sign turns for other reasons, and steps collapse.
+    If a gradient's sign has turned, the gradient counts as 0: in this step, and as $g_{t-1}$ in the
+    next.
+
+    - `lr` ($s_0$), at least 0: the length of the first step, in the weight's own unit. A later
+      change has no effect.
+    - `etas`: the factors $\eta^-$, between 0 and 1, and $\eta^+$, above 1.
+    - `step_sizes`: the shortest and the longest step, in the weight's own unit.
+
+    It is for gradients of the whole data set: with mini-batches the sign turns for other reasons,
+    and steps collapse.
 
     Riedmiller and Braun, "A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
     Algorithm", 1993; in the variant without weight backtracking, iRprop-, of Igel and Hüsken, 2000.
     As in torch, a gradient that is NaN counts as 0.
 
-    State per parameter: `step`, `prev`, `step_size`. Arguments are those of `torch.optim.Rprop`;
-    `foreach` changes nothing.
-
-    Raises ValueError for an option outside its range, TypeError for one that is no number.
+    State per parameter: `step`, `prev` ($g_{t-1}$), `step_size` ($s$). Arguments are those of
+    `torch.optim.Rprop`.
     """
+
+    ranges = {
+        "lr": "[0, inf]",
+        "etas": ("[-inf, inf]", "[-inf, inf]"),
+        "step_sizes": ("[-inf, inf]", "[-inf, inf]"),
+    }
 
     def __init__(
         self,
@@ -61,16 +72,13 @@ class Rprop(Optimizer, torch.optim.Rprop):
         super().__init__(params, defaults)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        owner = type(self).__name__
-        check_number(owner, "lr", options["lr"])
-        for name in ("etas", "step_sizes"):
-            check_row(owner, name, options[name], 2)
+        super().check_options(options)
         shrink, grow = (float(options["etas"][i]) for i in range(2))
         if not 0 < shrink < 1 < grow:
             raise ValueError(
-                f"{owner}: Invalid eta values: {shrink}, {grow}; etas must be 0 < shrink < 1 < grow"
+                f"{type(self).__name__}: Invalid eta values: {shrink}, {grow}; etas must be "
+                "0 < shrink < 1 < grow"
             )
-        check_modes(owner, options)
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         if name != "step_size":
@@ -85,4 +93,5 @@ class Rprop(Optimizer, torch.optim.Rprop):
         size = step_size * where(turn > 0, grow, where(turn < 0, shrink, 1.0))
         size = minimum(maximum(size, smallest), largest)
         g = where(turn < 0, 0.0, g)
-        return {"p": p - where(g > 0, size, where(g < 0, -size, 0.0)), "prev": g, "step_size": size}
+        move = where(g > 0, size, where(g < 0, -size, 0.0))
+        return {"p": p - move, "prev": g, "step_size": size}

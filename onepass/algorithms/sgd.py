@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import check_modes, check_number, is_off, is_zero
+from ..contract.options import is_zero, unless_off
 from ..kernel.functions import where
 from ..optimizer import Optimizer, Params, StepError
 
@@ -18,28 +18,40 @@ class SGD(Optimizer, torch.optim.SGD):
 
     $$ b_t = \mu b_{t-1} + (1-\tau) g_t, \quad \theta_t = \theta_{t-1} - \gamma b_t $$
 
-    with $b_1 = g_1$, and $g_t + \mu b_t$ in the place of $b_t$ for `nesterov`; `weight_decay` adds
-    $\lambda \theta_{t-1}$ to the gradient.
+    with $b_1 = g_1$.
+
+    - `lr` ($\gamma$), at least 0: the length of a step, as a multiple of the gradient.
+    - `momentum` ($\mu$), at least 0 and below 1 for a sum that decays: in the long run steps are
+      $1 / (1-\mu)$ times as long as without it, ten times for 0.9.
+    - `dampening` ($\tau$), any number: 0 for the sum, $\mu$ for an average.
+    - `nesterov` steps along $g_t + \mu b_t$ instead of $b_t$. It needs a momentum, and a dampening
+      of 0.
+    - `weight_decay` ($\lambda$), at least 0: it adds $\lambda \theta_{t-1}$ to $g_t$.
 
     Robbins and Monro, "A Stochastic Approximation Method", 1951; Sutskever et al., "On the
     importance of initialization and momentum in deep learning", 2013. As in torch, lr multiplies
-    the whole sum, not each gradient as it enters: after a change of lr the two differ.
+    the whole sum. In the paper it multiplies each gradient when it enters: the two differ after a
+    change of lr.
 
-    State per parameter: `momentum_buffer` where momentum is not 0, else none. Arguments are those
-    of `torch.optim.SGD`; `foreach` and `fused` change nothing, except that both False select the
-    eager backend and `fused=True` lets GradScaler leave the unscaling to the step. Ours is
-    `capturable`, for steps in a CUDA graph.
+    State per parameter: `momentum_buffer` ($b$) if momentum is not 0, else none. Arguments are
+    those of `torch.optim.SGD`, and `capturable`.
 
-    A sparse gradient steps the rows that it has values for. With momentum every row moves, whether
-    it has a value now or had one before: the gradient is filled up with zeros, and a step costs
-    what a dense one does. The results are torch's, whose buffers are sparse then; here they are
-    dense, and sparse ones that are loaded become so.
+    A sparse gradient steps the rows that it has values for. With momentum every row moves, also one
+    that has no value in this step: the gradient is converted to a dense one, and a step costs what
+    a dense one does. The results are torch's. Buffers are dense here and sparse in torch; sparse
+    ones are converted when they are loaded.
 
-    Raises ValueError for an option outside its range, TypeError for one that is no number; the step
-    raises `StepError` for a sparse gradient where `weight_decay` is not 0.
+    The step raises `StepError` for a sparse gradient if `weight_decay` is not 0.
     """
 
     gradients = "any"
+
+    ranges = {
+        "lr": "[0, inf]",
+        "momentum": "[0, inf]",
+        "dampening": "[-inf, inf]",
+        "weight_decay": "[0, inf]",
+    }
 
     def __init__(
         self,
@@ -67,21 +79,17 @@ class SGD(Optimizer, torch.optim.SGD):
             "differentiable": differentiable,
             "fused": fused,
         }
-        # Where it is off, param groups have torch's keys.
-        defaults |= {} if is_off(capturable) else {"capturable": capturable}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | unless_off(capturable=capturable))
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        owner = type(self).__name__
-        for name in ("lr", "momentum", "weight_decay"):
-            check_number(owner, name, options[name])
-        check_number(owner, "dampening", options["dampening"], low=float("-inf"))
-        if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
+        super().check_options(options)
+        momentum = options["momentum"]
+        dampening = options["dampening"]
+        if options["nesterov"] and (momentum <= 0 or dampening != 0):
             raise ValueError(
-                f"{owner}: Nesterov momentum requires a momentum and zero dampening, got momentum="
-                f"{options['momentum']}, dampening={options['dampening']}"
+                f"{type(self).__name__}: Nesterov momentum requires a momentum and zero dampening, "
+                f"got momentum={momentum}, dampening={dampening}"
             )
-        check_modes(owner, options)
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         numbers = {"has_momentum": "momentum", "has_decay": "weight_decay"}

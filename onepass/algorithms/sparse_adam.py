@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import brief, check_betas, check_number
 from ..kernel.functions import lerp, sqrt
 from ..optimizer import Optimizer, Params
 
 
 class SparseAdam(Optimizer, torch.optim.SparseAdam):
-    r"""Adam for sparse gradients: a step moves the rows that they have values for, and touches no
-    others.
+    r"""Adam for sparse gradients: a step moves only the rows that the gradient has values for.
 
     $$ m_t = \beta_1 m_{t-1} + (1-\beta_1) g_t, \quad
        v_t = \beta_2 v_{t-1} + (1-\beta_2) g_t^2, \quad
@@ -23,10 +21,16 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
            \gamma \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} \frac{m_t}{\sqrt{v_t} + \epsilon} $$
 
     for the rows of $\theta$, $m$ and $v$ that $g_t$ has; all others stay as they are, moments
-    included. $t$ counts the parameter's steps, not a row's, so that a row that is seen late for the
-    first time makes a larger step. For embeddings with `sparse=True`: a step costs what its rows
-    cost, however many the table has. Where most rows occur in every batch, take `Adam` and dense
-    gradients, whose moments decay for all rows alike.
+    included. $t$ counts the parameter's steps, not a row's, so the first step of a row is larger if
+    it comes late.
+
+    - `lr` ($\gamma$), above 0: about how far a weight moves in a step, in the weight's own unit.
+    - `betas`, each in [0, 1): which part of a row's $m$ and $v$ stays when the row steps.
+    - `eps`, above 0: in the unit of the gradient.
+
+    It is for embeddings with `sparse=True`: a step costs what its rows cost, however many the table
+    has. If most rows occur in every batch, take `Adam` and dense gradients, whose moments decay for
+    all rows alike.
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980: the form at
     the end of its section 2, in which $\epsilon$ is added before the bias is corrected; `Adam` adds
@@ -36,11 +40,17 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
     there. Arguments are those of `torch.optim.SparseAdam`. Parameters may lie in memory in any
     order.
 
-    Raises ValueError for an option outside its range and for parameters that are sparse or complex,
-    TypeError for an option that is no number; the step raises `StepError` for dense gradients.
+    Raises ValueError for a parameter that is sparse or complex; the step raises `StepError` for a
+    dense gradient.
     """
 
     gradients = "sparse"
+
+    ranges = {
+        "lr": "(0, inf]",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "(0, inf]",
+    }
 
     def __init__(
         self,
@@ -53,14 +63,8 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "maximize": maximize})
 
     def check_options(self, options: Mapping[str, Any]) -> None:
+        super().check_options(options)
         owner = type(self).__name__
-        for name, what in (("lr", "learning rate"), ("eps", "epsilon value")):
-            check_number(owner, name, options[name])
-            if float(options[name]) == 0:
-                raise ValueError(
-                    f"{owner}: Invalid {what}: {brief(options[name])}; {name} must be positive"
-                )
-        check_betas(owner, options["betas"])
         for p in options.get("params", ()):
             if p.is_sparse:
                 raise ValueError(

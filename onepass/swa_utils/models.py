@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..contract.options import check_number
+from ..contract.ranges import check_ranges
 from ..kernel import PLAIN
 from ..lr_scheduler.factors import SWALR
 from .averages import Average, Checked, Equal, Exponential, Number, check_pairs
@@ -118,7 +118,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Exponential:
     Its attribute `decay` may be changed between calls. Raises ValueError unless decay lies in [0,
     1].
     """
-    check_number("get_ema_multi_avg_fn", "decay", decay, up_to=1.0)
+    check_ranges("get_ema_multi_avg_fn", {"decay": "[0, 1]"}, {"decay": decay})
     return Exponential(decay)
 
 
@@ -130,7 +130,7 @@ def get_swa_multi_avg_fn() -> Equal:
 
 def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
     """As `get_ema_multi_avg_fn`, for one tensor: it returns the average's new value."""
-    check_number("get_ema_avg_fn", "decay", decay, up_to=1.0)
+    check_ranges("get_ema_avg_fn", {"decay": "[0, 1]"}, {"decay": decay})
     return Exponential(decay).one
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...contract.options import check_choice, check_count, check_number
 from ...contract.param_groups import occur_twice
+from ...contract.ranges import Choice, Whole
 from ...contract.state_dict import Match
 from ...contract.steps import OVERRIDES, REPEATS, step_as_torch
 from ...contract.values import StepError, as_number, brief, pick
@@ -30,6 +30,7 @@ ONE_GROUP = (
     "{} doesn't support per-parameter options (parameter groups); pass all parameters in one group"
 )
 REMEDY = "load a state that fits, or clear the optimizer's state to begin again"
+AT_LEAST_1 = Whole("[1, inf]")
 # Pairs of less curvature than this are left out: they would spoil the inverse Hessian's positive
 # definiteness.
 LEAST_CURVATURE = 1e-10
@@ -94,6 +95,16 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
     for an option that is no number, RuntimeError for an unknown `line_search_fn`.
     """
 
+    ranges = {
+        "lr": "[0, inf]",
+        "max_iter": AT_LEAST_1,
+        "max_eval": AT_LEAST_1,
+        "history_size": AT_LEAST_1,
+        "tolerance_grad": "[-inf, inf]",
+        "tolerance_change": "[-inf, inf]",
+        "line_search_fn": Choice("strong_wolfe", error=RuntimeError),
+    }
+
     def __init__(
         self,
         params: Params,
@@ -105,7 +116,8 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         history_size: int = 100,
         line_search_fn: str | None = None,
     ) -> None:
-        check_count(type(self).__name__, "max_iter", max_iter)
+        # `max_eval` follows from it.
+        AT_LEAST_1.check(type(self).__name__, "max_iter", max_iter)
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -123,17 +135,6 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _know_params(self)
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        owner = type(self).__name__
-        check_number(owner, "lr", options["lr"])
-        for name in ("max_iter", "max_eval", "history_size"):
-            check_count(owner, name, options[name])
-        for name in ("tolerance_grad", "tolerance_change"):
-            check_number(owner, name, options[name], low=float("-inf"))
-        check_choice(
-            owner, "line_search_fn", options["line_search_fn"], ("strong_wolfe",), RuntimeError
-        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the constructor: there is one group, as all parameters share one history. Raises

@@ -35,10 +35,10 @@ class FlatBody(Body):
     """`body_k`: one pass over the elements [begin, end) of one tensor."""
 
     def text(self) -> str:
-        head = body_head(self.one, self.k, by_lines=False)
+        head = body_head(self.pass_, self.pass_index, by_lines=False)
         self.lines = [head, "entry:"]
         self._enter_inputs()
-        if self.one.reductions:
+        if self.pass_.reductions:
             self._reduce()
         else:
             self._walk()
@@ -64,7 +64,7 @@ class FlatBody(Body):
         without what happens seldom (a number is 0; a state is new) and without optional terms (a
         number is not 0), one without what happens seldom, and one for everything.
         """
-        conditions = [node for node in self.one.inputs if node.type == "bool"]
+        conditions = [node for node in self.pass_.inputs if node.type == "bool"]
         seldom = [node for node in conditions if is_zero_test(node) or node is FIRST]
         optional = [node for node in conditions if node.op == "not" and is_zero_test(node.args[0])]
         return [*([[*seldom, *optional]] if optional else []), *([seldom] if seldom else []), []]
@@ -73,7 +73,7 @@ class FlatBody(Body):
         known = self.inputs
         self.inputs = {**known, **dict.fromkeys(absent, "false")}
         values = self._elements(f"%loop{k}_i", width=0)
-        for name, root in self.one.stores:
+        for name, root in self.pass_.stores:
             self._store(name, root.type, f"%loop{k}_i", values(root), 0)
         self.inputs = known
 
@@ -101,7 +101,7 @@ class FlatBody(Body):
 
     def _accumulate_at(self, index: str, width: int) -> None:
         values = self._elements(index, width)
-        for r, reduction in enumerate(self.one.reductions):
+        for r, reduction in enumerate(self.pass_.reductions):
             place = f"%acc{r}"
             if not width:
                 lane = self._value(f"sub i64 {index}, %middle")

@@ -21,13 +21,13 @@ class LinesBody(Body):
     """`body_k`: one pass over the lines [begin, end) of one tensor."""
 
     def text(self) -> str:
-        self.lines = [body_head(self.one, self.k, by_lines=True), "entry:"]
+        self.lines = [body_head(self.pass_, self.pass_index, by_lines=True), "entry:"]
         self._enter_inputs()
         self._begin_reductions()
         # What is reduced along a line, and what is reduced down the columns.
-        down = self.one.domain == Rank.ELEMENT
-        self.along = [s for s in self.one.sums if not (down and s.node.rank == Rank.COLUMN)]
-        self.down = [s for s in self.one.sums if down and s.node.rank == Rank.COLUMN]
+        down = self.pass_.domain == Rank.ELEMENT
+        self.along = [s for s in self.pass_.sums if not (down and s.node.rank == Rank.COLUMN)]
+        self.down = [s for s in self.pass_.sums if down and s.node.rank == Rank.COLUMN]
         for i in range(len(self.along)):
             self._line(f"%line_acc{i} = alloca <{LANES} x double>, align 128")
         self._line(f"%rest = urem i64 %length, {LANES}")
@@ -73,7 +73,7 @@ class LinesBody(Body):
         ]
         self.once = {
             n: super(LinesBody, self)._load(n, self._once_at(n), 0)
-            for n in self.one.loads
+            for n in self.pass_.loads
             if self._is_once(n)
         }
         for i in range(len(self.along)):
@@ -101,7 +101,7 @@ class LinesBody(Body):
 
     def _is_once(self, node: Node) -> bool:
         """Whether a line has this value once."""
-        return node.rank != self.one.domain and node.rank != Rank.COLUMN
+        return node.rank != self.pass_.domain and node.rank != Rank.COLUMN
 
     def _once_at(self, node: Node) -> str:
         return "%line" if node.rank == Rank.ROW else "%group"
@@ -109,14 +109,14 @@ class LinesBody(Body):
     def _load(self, node: Node, index: str, width: int) -> str:
         if node in self.once:
             return self._splat(self.once[node], node.type, width)
-        base = "%base" if node.rank == self.one.domain else "%group_base"
+        base = "%base" if node.rank == self.pass_.domain else "%group_base"
         return super()._load(node, self._value(f"add i64 {base}, {index}"), width)
 
     def _at(self, index: str, width: int) -> None:
         """All values of a line at an index, or at LANES of them: reductions take them in, stores
         write them."""
         values = self._elements(index, width)
-        for r, reduction in enumerate(self.one.reductions):
+        for r, reduction in enumerate(self.pass_.reductions):
             self._accumulate(
                 self._lane(f"%acc{r}", index, width), reduction, values(reduction.args[0]), width
             )
@@ -128,9 +128,9 @@ class LinesBody(Body):
             place = self._value(f"add i64 %sums_base, {index}")
             place = self._value(f"getelementptr double, ptr {local(one.into)}, i64 {place}")
             self._accumulate(place, one.node, values(one.node.args[0]), width)
-        if self.one.stores:
+        if self.pass_.stores:
             place = self._value(f"add i64 %base, {index}")
-            for name, root in self.one.stores:
+            for name, root in self.pass_.stores:
                 self._store(name, root.type, place, values(root), width)
 
     def _lane(self, accumulator: str, index: str, width: int) -> str:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from .caches import computed
 from .formats import Format
 from .ir import LOADS, REDUCTIONS, Node, Rank, const, load, make, topological
+
+T = TypeVar("T")
 
 ITEMSIZE = {"f64": 8, "f32": 4, "f16": 2, "i16": 2}
 
@@ -72,6 +75,22 @@ class Pass:
             + [n for _, n in self.stores]
         )
 
+    @computed
+    def down(self) -> tuple[Reduction, ...]:
+        """The sums down the columns: of elements, one value a column, from all lines of a matrix.
+
+        Several chunks of one matrix each have a share in such a sum.
+        """
+        return tuple(sum_ for sum_ in self.sums if self._is_down(sum_))
+
+    @computed
+    def along(self) -> tuple[Reduction, ...]:
+        """The sums along a line: all others, each complete when its line has been walked."""
+        return tuple(sum_ for sum_ in self.sums if not self._is_down(sum_))
+
+    def _is_down(self, sum_: Reduction) -> bool:
+        return self.domain == Rank.ELEMENT and sum_.node.rank == Rank.COLUMN
+
 
 @dataclass(frozen=True)
 class Call:
@@ -114,6 +133,15 @@ class Program:
         return any(one.domain != Rank.ELEMENT or one.sums for one in self.passes) or any(
             node.rank != Rank.ELEMENT for one in self.passes for node in one.loads
         )
+
+    @computed
+    def first_to_store(self) -> int:
+        """The index of the first pass that may store columns: the one after the last call.
+
+        A function of whole matrices may fail (memory), so nothing is stored before it. 0 if there
+        are no calls.
+        """
+        return max((call.after + 1 for call in self.calls), default=0)
 
     @property
     def bytes_per_parameter(self) -> tuple[int, int]:
@@ -311,6 +339,31 @@ def _pass(
     inputs |= dict.fromkeys(r for r in roots if r.rank.on_host and r.op != "const")
     loads = dict.fromkeys(n for n in elements if n.op in LOADS)
     return Pass(rank, tuple(inputs), tuple(loads), reductions, sums, stores)
+
+
+def lines_of(domain: Rank, matrices: T, rows: T, columns: T, one: T) -> tuple[T, T, T]:
+    """Return the groups of lines, the lines of a group and the length of a line in a walk.
+
+    `domain` is the rank of the values that the pass walks over, in a stack of matrices.
+    The sizes may be numbers, arrays with a number for each tensor, or text that stands for them;
+    `one` is 1 in the same kind. For a tensor of 2 matrices with 3 rows and 5 columns:
+
+        ELEMENT   (2, 3, 5)   2 groups of 3 lines with 5 elements: the rows
+        ROW       (2, 1, 3)   2 groups of 1 line with the 3 values that a matrix's rows have
+        COLUMN    (2, 1, 5)   2 groups of 1 line with the 5 values that a matrix's columns have
+        MATRIX    (1, 1, 2)   1 line with the 2 values that the matrices have
+
+    The product of the three is the number of values.
+    """
+    if domain == Rank.ELEMENT:
+        return matrices, rows, columns
+    if domain == Rank.ROW:
+        return matrices, one, rows
+    if domain == Rank.COLUMN:
+        return matrices, one, columns
+    if domain == Rank.MATRIX:
+        return one, one, matrices
+    raise ValueError(f"no pass walks over values of rank {domain.name}, which are on the host")
 
 
 def hyper_names(roots: Iterable[Node]) -> tuple[str, ...]:

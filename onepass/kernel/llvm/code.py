@@ -70,8 +70,10 @@ def literal(value: object, type: str) -> str:
 class Code:
     """A function under construction: its lines, and how a node becomes one of them."""
 
-    def __init__(self, program: Program, one: Pass, k: int) -> None:
-        self.program, self.one, self.k = program, one, k
+    def __init__(self, program: Program, pass_: Pass, pass_index: int) -> None:
+        self.program = program
+        self.pass_ = pass_
+        self.pass_index = pass_index
         self.lines: list[str] = []
         self.declared: set[str] = set()
         self.count = 0
@@ -126,7 +128,7 @@ class Body(Code):
         """Host values, loaded before the loop; conditions are numbers in the table."""
         compute = TYPES[self.program.compute]
         self.inputs: dict[Node, str] = {}
-        for i, node in enumerate(self.one.inputs):
+        for i, node in enumerate(self.pass_.inputs):
             self._line(f"%input{i}_at = getelementptr {compute}, ptr %row, i64 {i}")
             self._line(f"%input{i} = load {compute}, ptr %input{i}_at")
             if node.type == "bool":
@@ -151,7 +153,7 @@ class Body(Code):
             names[node] = self._splat(self.inputs[node], node.type, width)
             return names[node]
 
-        for node in element_order(self.one.roots):
+        for node in element_order(self.pass_.roots):
             names[node] = self._node(node, index, width, value)
         return value
 
@@ -195,13 +197,13 @@ class Body(Code):
 
     def _begin_reductions(self) -> None:
         """LANES running values in float64 for each reduction to the host."""
-        for r in range(len(self.one.reductions)):
+        for r in range(len(self.pass_.reductions)):
             self._line(f"%acc{r} = alloca <{LANES} x double>, align 128")
             self._line(f"store <{LANES} x double> zeroinitializer, ptr %acc{r}")
 
     def _finish_reductions(self) -> None:
         """What this range adds to each reduction: its lanes, one after another."""
-        for r, reduction in enumerate(self.one.reductions):
+        for r, reduction in enumerate(self.pass_.reductions):
             self._line(f"%sums{r} = load <{LANES} x double>, ptr %acc{r}")
             total = literal(0.0, "f64")
             for lane in range(LANES):

@@ -25,7 +25,7 @@ class Host(Code):
     def text(self) -> str:
         self.lines = [
             (
-                f"define void @host_{self.k}"
+                f"define void @host_{self.pass_index}"
                 "(ptr noalias %leaves, i64 %settings, ptr noalias %table) nounwind {"
             ),
             "entry:",
@@ -36,8 +36,8 @@ class Host(Code):
         ]
         names = self._emit()
         compute = TYPES[self.program.compute]
-        self._line(f"%row = mul i64 %i, {len(self.one.inputs)}")
-        for column, node in enumerate(self.one.inputs):
+        self._line(f"%row = mul i64 %i, {len(self.pass_.inputs)}")
+        for column, node in enumerate(self.pass_.inputs):
             value = names[node]
             if node.type == "bool":
                 value = self._value(f"uitofp i1 {value} to {compute}")
@@ -54,7 +54,7 @@ class Host(Code):
         reductions = [r for one in self.program.passes for r in one.reductions]
         leaf_of = {r: leaves[f"reduction {i}"] for i, r in enumerate(reductions)}
         names: dict[Node, str] = {}
-        for node in host_order(self.one.inputs):
+        for node in host_order(self.pass_.inputs):
             if node.op == "const":
                 names[node] = literal(node.attr, "f64")
             elif node.args and node not in leaf_of:

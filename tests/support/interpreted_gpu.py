@@ -13,11 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import interpreter
 import numpy as np
 import pytest
 import torch
-from rig import Memory, Size, assert_same_bits
 from torch import Tensor
 
 from onepass import kernel
@@ -27,6 +25,8 @@ from onepass.kernel.gpu.tiles import BLOCK, SPAN
 from onepass.kernel.gpu.uploads import Device
 from onepass.kernel.graph.trace import Program
 from onepass.stepping.gradient_factor import Unscale
+from support import interpreter
+from support.bare_kernels import Memory, Size, assert_same_bits
 
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")

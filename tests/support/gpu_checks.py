@@ -10,7 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cuda_rig import (
+from torch import Tensor, nn
+
+import onepass
+from onepass import swa_utils
+from support.gpu_cases import (
     AWKWARD,
     CASES,
     CLASSES,
@@ -32,10 +36,6 @@ from cuda_rig import (
     need_gpu,
     same_bits,
 )
-from torch import Tensor, nn
-
-import onepass
-from onepass import swa_utils
 
 ADAMW = Case("AdamW", {"lr": 0.01, "weight_decay": 0.1})
 MODES = {"fused": "fused", "capturable": "capturable"}

@@ -1,9 +1,9 @@
 """Tensors that border on memory nobody may touch: a read or write beside them ends the process by
 SIGSEGV.
 
-`python tests/guard_pages.py SEED ROUNDS` runs so many random rounds. A round steps an optimizer
-whose parameters, gradients and state all lie so, and once more on ordinary memory; both must end
-with the same bits.
+`python tests/support/guard_pages.py SEED ROUNDS` runs this many random rounds. A round steps an
+optimizer whose parameters, gradients and state all lie so, and once more on ordinary memory; both
+must end with the same bits.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # a program has no pytest that says where tests are
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from state_machine import KINDS, Kind
 from torch import Tensor
 
 import onepass
 from onepass.kernel.cpu import launch as cpu
 from onepass.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from support.state_machine import KINDS, Kind
 
 PAGE = mmap.PAGESIZE
 NO_ACCESS, READ_AND_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE

@@ -1,12 +1,12 @@
 """One optimizer under random sequences of what a user may do, beside an oracle in float64.
 
-`python tests/state_machine.py ALGORITHM SEED ACTIONS` runs one sequence again; the same three words
-give the same run.
+`python tests/support/state_machine.py ALGORITHM SEED ACTIONS` runs one sequence again; the same
+three words give the same run.
 
 Each step is held against the papers' rules (`table.py`), computed in float64 from what parameters,
-gradients, state and options were just before it; `roundings.py` says for each element how far
+gradients, state and options were just before it; `error_bounds.py` says for each element how far
 arithmetic of the kernels' precision may be off. A step that raises must have changed nothing at
-all. What there is to do is in `actions.py`.
+all. What there is to do is in `user_actions.py`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # a program has no pytest that says where tests are
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import table
 import torch
-from roundings import Rounded
 from test_adafactor import adafactor
 from test_muon import polynomial, spread
 from torch import Tensor, nn
 
 import onepass
 from onepass import linalg
+from support.error_bounds import Rounded
 
 # What a rewriting of the references' operations may add to their roundings.
 REWRITTEN = 4.0
@@ -879,7 +883,7 @@ class Machine:
     def run(self, actions: int) -> Counter[str]:
         """Do so many actions, most of them followed by a step; raises `Fault` with the seed and the
         last actions."""
-        from actions import ACTIONS
+        from support.user_actions import ACTIONS
 
         usable = [action for action in ACTIONS if action.fits(self)]
         weights = [action.weight for action in usable]
@@ -902,8 +906,8 @@ class Machine:
                     words = f"{self.algorithm} {self.seed} {self.counts['actions'] + 1}"
                     tail = ", ".join(self.log[-12:])
                     raise Fault(
-                        f"{type(error).__name__}: {error}\nagain: python tests/state_machine.py "
-                        f"{words}\nlast: {tail}"
+                        f"{type(error).__name__}: {error}\nagain: python "
+                        f"tests/support/state_machine.py {words}\nlast: {tail}"
                     ) from error
         return self.counts
 
@@ -924,7 +928,7 @@ def _products(quick: bool) -> Any:
 
 def make_machine(algorithm: str, seed: int) -> Machine:
     """The machine of an algorithm."""
-    from actions import DescentMachine
+    from support.user_actions import DescentMachine
 
     return DescentMachine(algorithm, seed) if algorithm == "lbfgs" else Machine(algorithm, seed)
 
@@ -939,5 +943,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Under its own name, so that the actions meet the same module.
-    sys.modules["state_machine"] = sys.modules[__name__]
+    sys.modules["support.state_machine"] = sys.modules[__name__]
     main()

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from state_machine import UNIT, Fault, Machine, Snapshot, is_used, numbers, plain
 from torch import Tensor, nn
 
 import onepass
+from support.state_machine import UNIT, Fault, Machine, Snapshot, is_used, numbers, plain
 
 SKIP = int(os.environ.get("SKIP", 0))
 Mend = Callable[[], Any]

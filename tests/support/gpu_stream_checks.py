@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cuda_rig import (
+
+from support.gpu_cases import (
     AWKWARD,
     CLASSES,
     CLOSE,

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cuda_rig import (
+from torch import Tensor, nn
+
+import onepass
+from support.gpu_cases import (
     CLASSES,
     CLOSE,
     CPU,
@@ -25,10 +28,7 @@ from cuda_rig import (
     need_gpu,
     same_bits,
 )
-from cuda_streams import ADAMW, MODES, nobody_waits, places_of
-from torch import Tensor, nn
-
-import onepass
+from support.gpu_stream_checks import ADAMW, MODES, nobody_waits, places_of
 
 # With an eps that makes steps proportional to gradients: what differs in their last bits stays as
 # small.

@@ -1,7 +1,7 @@
 """PyTorch's own tests of optimizers, schedulers and averages, run with onepass in the place of
 torch.optim.
 
-    python tests/pytorch_suite.py FOLDER
+    python tests/support/pytorch_suite.py FOLDER
 
 FOLDER is the folder `test` of PyTorch's source code, as of https://github.com/pytorch/pytorch at
 v2.6.0; its files are run as they are. They run twice: with torch.optim, which says which of them

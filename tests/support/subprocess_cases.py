@@ -1,5 +1,5 @@
-"""Run cases that might crash, each in a process of its own: `python processes.py MODULE CASE...`
-prints their fates.
+"""Run cases that might crash, each in a process of its own: `python subprocess_cases.py MODULE
+CASE...` prints their fates.
 
 One interpreter loads torch and the module once and forks for every case, so that a case costs
 milliseconds and a crash takes nobody along. A case is a function of the module without arguments;
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 60
 
 
@@ -89,6 +89,7 @@ def _run(function) -> str:
 
 def main() -> None:
     module, *cases = sys.argv[1:]
+    sys.path.append(str(ROOT / "tests"))
     loaded = _load(module)
     gc.freeze()
     for case in cases:

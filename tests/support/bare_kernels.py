@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from interpreter import interpret
 from table import Row
 
 from onepass.app.explain import explanation as explain
@@ -18,6 +17,7 @@ from onepass.kernel import Graph, bind, shape_at
 from onepass.kernel.cpu import launch as cpu
 from onepass.kernel.cpu.launch import Kernel
 from onepass.kernel.graph.trace import Program
+from support.interpreter import interpret
 
 # How NumPy sees what is stored: bfloat16 as its bits.
 STORED = {

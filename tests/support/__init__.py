@@ -1,0 +1,1 @@
+"""Helpers of the tests; files here hold no tests themselves."""
