@@ -1,5 +1,4 @@
-"""The time of one update of averaged weights: onepass beside torch, on the same tensors, in turns
-within one process.
+"""The time of one update of averaged weights: onepass beside torch, on the same tensors, in turns.
 
 python benchmarks/averaging.py [--seconds 4] [--threads 2] [--model small,tiny]
 """
@@ -29,41 +28,44 @@ class Pair(nn.Module):
 
     def __init__(self, shapes: list[tuple[int, ...]]) -> None:
         super().__init__()
-        for i, shape in enumerate(shapes):
-            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape)))
+        for index, shape in enumerate(shapes):
+            self.register_parameter(f"p{index}", nn.Parameter(torch.randn(shape)))
 
 
 def make_model(name: str) -> nn.Module:
-    """A benchmark's shapes, two in a module, ten modules in a block."""
+    """Return a model with a benchmark's shapes: two in a module, ten modules in a block."""
     shapes = MODELS[name].shapes
-    pairs = [Pair(shapes[i : i + 2]) for i in range(0, len(shapes), 2)]
-    return nn.Sequential(*(nn.Sequential(*pairs[i : i + 10]) for i in range(0, len(pairs), 10)))
+    pairs = [Pair(shapes[begin : begin + 2]) for begin in range(0, len(shapes), 2)]
+    blocks = [nn.Sequential(*pairs[begin : begin + 10]) for begin in range(0, len(pairs), 10)]
+    return nn.Sequential(*blocks)
 
 
 def race(timers: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Each contender's median, in ms."""
-    times = take_turns({name: partial(time_of, f) for name, f in timers.items()}, seconds)
+    """Return each contender's median, in ms."""
+    timed = {name: partial(time_of, timer) for name, timer in timers.items()}
+    times = take_turns(timed, seconds)
     return {name: found["median_ms"] for name, found in times.items()}
 
 
 def race_updates(model: nn.Module, seconds: float) -> dict[str, dict[str, float]]:
-    """`update_parameters`, of one and the same average."""
-    average, found = ours.AveragedModel(model), {}
-    average.update_parameters(model)
+    """Return the times of `update_parameters`, all on the tensors of one average."""
+    shared = ours.AveragedModel(model)
+    shared.update_parameters(model)
+    found = {}
     for title, name in {**FUNCTIONS, "default (SWA)": None}.items():
         timers = {}
-        for who, library in LIBRARIES.items():
-            one = library.AveragedModel(
-                nn.Identity(), multi_avg_fn=getattr(library, name)() if name else None
-            )
-            one.module, one.n_averaged = average.module, torch.tensor(1)
-            timers[who] = partial(one.update_parameters, model)
+        for contender, library in LIBRARIES.items():
+            function = getattr(library, name)() if name else None
+            average = library.AveragedModel(nn.Identity(), multi_avg_fn=function)
+            average.module = shared.module
+            average.n_averaged = torch.tensor(1)
+            timers[contender] = partial(average.update_parameters, model)
         found[f"update_parameters, {title}"] = race(timers, seconds)
     return found
 
 
 def race_functions(model: nn.Module, seconds: float) -> dict[str, dict[str, float]]:
-    """The functions alone, of two lists, and the launch that is left without Python."""
+    """Return the times of the functions of two lists, and of their launch without Python."""
     values = [p.detach() for p in model.parameters()]
     averages = [v.clone() for v in values]
     plan = Plan(averages, values)
@@ -74,28 +76,28 @@ def race_functions(model: nn.Module, seconds: float) -> dict[str, dict[str, floa
         timers: dict[str, Callable[[], object]] = {
             "limit": partial(launch.run, torch.get_num_threads())
         }
-        for who, library in LIBRARIES.items():
-            timers[who] = partial(getattr(library, name)(), averages, values, 1)
+        for contender, library in LIBRARIES.items():
+            timers[contender] = partial(getattr(library, name)(), averages, values, 1)
         found[f"the function alone, {title}"] = race(timers, seconds)
     return found
 
 
 def main() -> None:
+    """Print a Markdown table of all times on each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row of the table")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--model", default="small,tiny,gpt2", help=f"of {', '.join(MODELS)}")
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
     machine = describe_machine()
-    print(f"{machine['cpu']}, {chosen.threads} threads, torch {torch.__version__}; medians in ms\n")
+    print(f"{machine['cpu']}, {asked.threads} threads, torch {torch.__version__}; medians in ms\n")
     print("| model | what | torch | onepass | times faster | launch alone |")
     print("|---|---|---|---|---|---|")
-    for name in chosen.model.split(","):
+    for name in asked.model.split(","):
         model = make_model(name)
-        for what, ms in (
-            race_updates(model, chosen.seconds) | race_functions(model, chosen.seconds)
-        ).items():
+        times = race_updates(model, asked.seconds) | race_functions(model, asked.seconds)
+        for what, ms in times.items():
             limit = f"{ms['limit']:.3f}" if "limit" in ms else ""
             ratio = ms["torch"] / ms["onepass"]
             print(

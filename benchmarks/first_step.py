@@ -1,5 +1,4 @@
-"""Many parameters in many groups, each with its own learning rate: making the optimizer, its first
-step, later ones.
+"""Many parameters in many groups of different lr: making an optimizer, its first and later steps.
 
 python benchmarks/first_step.py [--groups 1000] [--params 10]
 """
@@ -9,20 +8,41 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import onepass
 
+SIZE = 16
+LATER_STEPS = 20
 
-def seconds(function: object, *arguments: object) -> tuple[float, object]:
-    """How long a call takes, and what it returns."""
-    begin = time.perf_counter()
-    result = function(*arguments)  # type: ignore[operator]
-    return time.perf_counter() - begin, result
+
+def time_call(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Return the milliseconds that a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return 1e3 * (time.perf_counter() - start), result
+
+
+def make_parameter() -> torch.nn.Parameter:
+    """Return a parameter of 16 numbers with a gradient."""
+    p = torch.nn.Parameter(torch.randn(SIZE))
+    p.grad = torch.randn(SIZE)
+    return p
+
+
+def make_groups(groups: int, params: int) -> list[dict[str, Any]]:
+    """Return param groups, each with its own lr."""
+    return [
+        {"params": [make_parameter() for _ in range(params)], "lr": 1e-3 * (index + 1)}
+        for index in range(groups)
+    ]
 
 
 def main() -> None:
+    """Print a line of times for ours and one for torch's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,24 +50,16 @@ def main() -> None:
     parser.add_argument(
         "--params", type=int, default=10, help="parameters of 16 numbers in each group"
     )
-    arguments = parser.parse_args()
-    print(f"AdamW, {arguments.groups} groups of {arguments.params} parameters of 16; milliseconds")
+    asked = parser.parse_args()
+    print(f"AdamW, {asked.groups} groups of {asked.params} parameters of {SIZE}; milliseconds")
     for name, library in (("onepass", onepass), ("torch", torch.optim)):
-        warm = torch.nn.Parameter(torch.ones(16))
-        warm.grad = torch.ones(16)
-        library.AdamW([warm]).step()
-        groups = []
-        for i in range(arguments.groups):
-            params = [torch.nn.Parameter(torch.randn(16)) for _ in range(arguments.params)]
-            for p in params:
-                p.grad = torch.randn(16)
-            groups.append({"params": params, "lr": 1e-3 * (i + 1)})
-        made, optimizer = seconds(library.AdamW, groups)
-        first, _ = seconds(optimizer.step)
-        later = statistics.median(seconds(optimizer.step)[0] for _ in range(20))
+        # What is compiled once for a process is not timed.
+        library.AdamW([make_parameter()]).step()
+        made, optimizer = time_call(library.AdamW, make_groups(asked.groups, asked.params))
+        first, _ = time_call(optimizer.step)
+        later = statistics.median(time_call(optimizer.step)[0] for _ in range(LATER_STEPS))
         print(
-            f"{name:8} constructor {1e3 * made:7.1f}   first step {1e3 * first:7.1f}   later steps "
-            f"{1e3 * later:7.1f}"
+            f"{name:8} constructor {made:7.1f}   first step {first:7.1f}   later steps {later:7.1f}"
         )
 
 

@@ -1,11 +1,10 @@
-"""Everything that is promised on a GPU, in one call of under 8 minutes: first whether it is right,
-then how fast it is.
+"""Everything that is promised on a GPU, in one call of under 8 minutes: is it right, is it fast.
 
     PYTHONPATH=. python benchmarks/gpu.py --out FOLDER # gpu.json and log
     PYTHONPATH=. python benchmarks/gpu.py --dry-run    # the same course on the CPU, very small
 
 Each stage is a process of its own with a budget of time: one that crashes or hangs costs nothing
-but itself, and what is known is written after each, what such a one had found included.
+but itself. What is known is written after each, with what a stage that failed had found.
 """
 
 from __future__ import annotations
@@ -33,26 +32,27 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from onepass.app.bench import measure, suite
+from onepass.app.bench import fresh, measure, suite
 from onepass.app.bench.contenders import Workload, make_capturable, make_ours, make_torch, seat
-from onepass.app.bench.goals import GPU_GOALS, judge
+from onepass.app.bench.goals import gpu_goals, judge
 from onepass.app.bench.gpu import Gpu, condense, find_gpu
 from onepass.app.bench.machine import describe_machine
 from onepass.app.bench.report import WIDTH, list_goals, make_device_table, make_step_table
 from onepass.app.bench.shapes import MODELS, Model
+from onepass.app.bench.turns import take_turns
 from onepass.app.catalog import find_variant
 
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
-FIRST = (*suite.ELEMENTWISE, "adafactor")
+# Their first steps are measured, and their steps on GPT-2.
+FIRST = tuple(cell.variant.name for cell in suite.choose("gpt2", None, every_one=True, gpu=True))
 # Processes at a time that take first steps: they wait for the disk and for compilers on one core
 # each.
 AT_ONCE = 4
 
 # A stage is not begun with less.
 LEAST_SECONDS = 5
-# What others say of themselves, for where they cannot be installed; benchmarks/README.md names the
-# sources.
+# What others say of themselves, if they cannot be installed; benchmarks/README.md has the sources.
 PUBLISHED = {
     "bitsandbytes": "training of ViT-H takes 0.85 of the time with Adam8bit, "
     "on an RTX 4070 Ti SUPER (pytorch/ao#478)",
@@ -72,9 +72,11 @@ OTHERS = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage runs, how long it may take, where it leaves what it finds, and with how much
-    work."""
+class Context:
+    """Where a stage runs, how many seconds it may take, and the file that it leaves.
+
+    In a `dry` run it has little to do.
+    """
 
     gpu: Gpu
     seconds: float
@@ -86,53 +88,44 @@ class Place:
         measure.save(result, self.path)
 
     def model(self, name: str) -> Model:
-        """One of the benchmark's models; in a dry run, a few small tensors by its name."""
+        """Return one of the benchmark's models; in a dry run, a few small tensors by its name."""
+        if not self.dry:
+            return MODELS[name]
         shapes = [(8, 4), (4, 8)] if name == "matrices" else [(8, 4), (3,), (4, 8)]
-        return (
-            replace(MODELS[name], list_shapes=lambda: shapes, groups=1)
-            if self.dry
-            else MODELS[name]
-        )
+        return replace(MODELS[name], list_shapes=lambda: shapes, groups=1)
 
     def measure(self, models: str, optimizers: tuple[str, ...], seconds: float) -> list[Result]:
-        """The report's rows of these optimizers on these models, so many seconds each."""
+        """Return the report's rows of these optimizers on these models, each for `seconds`."""
         cells = [
-            suite.Cell(self.model(m), find_variant(o), fresh=False)
-            for m in models.split(",")
-            for o in optimizers
+            suite.Cell(self.model(model), find_variant(optimizer), fresh=False)
+            for model in models.split(",")
+            for optimizer in optimizers
         ]
+        if self.dry:
+            cells = cells[:2]
+            seconds = 0.01
         rows: list[Result] = []
-        for cell in cells[: 2 if self.dry else None]:
-            rows += measure.run(
-                [cell], seconds=0.01 if self.dry else seconds, fresh=False, gpu=self.gpu
-            )["results"]
+        for cell in cells:
+            report = measure.run([cell], seconds=seconds, fresh=False, gpu=self.gpu)
+            rows += report["results"]
             self.keep(rows)
         return rows
 
 
-# Stages: functions of a place that return plain data.
+# Stages: functions of a context that return plain data.
 
 
-def describe(place: Place) -> Result:
-    return {**describe_machine(), "gpu": place.gpu.describe(), "bandwidth": place.gpu.bandwidth}
+def describe(context: Context) -> Result:
+    """Describe the machine, the GPU, and the speed of its memory."""
+    return {**describe_machine(), "gpu": context.gpu.describe(), "bandwidth": context.gpu.bandwidth}
 
 
-def check_all(place: Place) -> Result:
-    """The checks of tests/test_cuda.py: by pytest, or without it."""
-    if importlib.util.find_spec("pytest") is None or place.dry:
-        return _run_checks(place)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-v",
-        "--tb=short",
-        "--durations=10",
-        "-W",
-        "default",
-    ]
+def check_all(context: Context) -> Result:
+    """Run the checks of tests/test_cuda.py: by pytest, or without it."""
+    if importlib.util.find_spec("pytest") is None or context.dry:
+        return _run_checks(context)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v"]
+    command += ["--tb=short", "--durations=10", "-W", "default"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
     log: list[str] = []
@@ -143,7 +136,7 @@ def check_all(place: Place) -> Result:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:
-        late = threading.Timer(place.seconds - 8, process.kill)
+        late = threading.Timer(context.seconds - 8, process.kill)
         late.start()
         for line in process.stdout or ():
             log.append(line.rstrip())
@@ -159,7 +152,7 @@ LINE = re.compile(rf"(?:({FATES}) )?\S+::(\w+(?:\[.*?\])?)(?:\s*$| - | ({FATES})
 
 
 def read_log(log: list[str], code: int) -> Result:
-    """What pytest's lines say of each test, also where it was stopped before its summary."""
+    """Return what pytest's lines say of each test, also if it was stopped before its summary."""
     seen: dict[str | None, set[str]] = {fate: set() for fate in FATES.split("|")}
     for found in filter(None, map(LINE.search, log)):
         seen.setdefault(found[1] or found[3], set()).add(found[2])
@@ -172,26 +165,27 @@ def read_log(log: list[str], code: int) -> Result:
 
 
 def load_from_tests(name: str) -> Any:
-    """A module of the folder of tests."""
+    """Return a module of the folder of tests."""
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
     return importlib.import_module(name)
 
 
-def _run_checks(place: Place) -> Result:
+def _run_checks(context: Context) -> Result:
+    """Run the checks in this process, until the time is over."""
     checks = load_from_tests("support.gpu_cases")
     for name in ("gpu_checks", "gpu_graph_checks", "gpu_stream_checks"):
         load_from_tests(f"support.{name}")
     fates: dict[str, str] = {}
-    end = time.monotonic() + place.seconds - 5
-    for name in list(checks.CHECKS)[:: 12 if place.dry else 1]:
+    end = time.monotonic() + context.seconds - 5
+    for name in list(checks.CHECKS)[:: 12 if context.dry else 1]:
         if time.monotonic() > end:
             break
         try:
-            checks.run(name, place.gpu.device)
+            checks.run(name, context.gpu.device)
             fates[name] = "passed"
-        except checks.Skip as why:
-            fates[name] = f"left out: {why}"
+        except checks.Skip as reason:
+            fates[name] = f"left out: {reason}"
         except Exception:
             fates[name] = traceback.format_exc()[-2000:]
             print(f"{name}\n{fates[name]}", flush=True)
@@ -200,42 +194,37 @@ def _run_checks(place: Place) -> Result:
     return {"passed": not failed, "said": said, "failed": failed}
 
 
-def measure_whole(place: Place) -> list[Result]:
-    """AdamW on whole models: the share of the limit, and torch's modes."""
-    return place.measure("gpt2,llama3-1b", ("adamw",), 4.0)
+def measure_whole(context: Context) -> list[Result]:
+    """Measure AdamW on whole models: the share of the limit, and torch's modes."""
+    return context.measure("gpt2,llama3-1b", ("adamw",), 4.0)
 
 
-def measure_many(place: Place) -> list[Result]:
-    """Many small tensors, in one group and in a hundred: what the host needs."""
-    return place.measure(
+def measure_many(context: Context) -> list[Result]:
+    """Measure many small tensors, in one group and in a hundred: what the host needs."""
+    return context.measure(
         "groups100,small", ("adamw", "adam", "sgd-momentum", "sgd", "adagrad", "nadam"), 1.0
     )
 
 
-def measure_every(place: Place) -> list[Result]:
-    """Every algorithm beside torch's foreach."""
-    return place.measure("gpt2", tuple(name for name in FIRST if name != "adamw"), 1.0)
+def measure_every(context: Context) -> list[Result]:
+    """Measure every algorithm beside torch's foreach."""
+    return context.measure("gpt2", tuple(name for name in FIRST if name != "adamw"), 1.0)
 
 
-def measure_matrices(place: Place) -> list[Result]:
-    """What is bound by products of matrices, and sparse gradients."""
-    rows = place.measure("matrices", ("muon",), 1.0)
-    return (
-        rows
-        if place.dry
-        else rows + place.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
-    )
+def measure_matrices(context: Context) -> list[Result]:
+    """Measure a step that products of matrices bound, and one on sparse gradients."""
+    rows = context.measure("matrices", ("muon",), 1.0)
+    if not context.dry:
+        rows += context.measure("embedding-1m,embedding-10k", ("sparseadam",), 0.5)
+    return rows
 
 
-def measure_first(place: Place) -> Result:
-    """First steps in fresh processes, with an empty cache and with a warm one, and the memory
-    beside the state."""
-    asked = (
-        [("tiny", "adamw", "onepass")]
-        if place.dry
-        else [("gpt2", name, "onepass") for name in FIRST]
-    )
-    if not place.dry:
+def measure_first(context: Context) -> Result:
+    """Measure first steps in fresh processes, with an empty cache and a warm one, and memory."""
+    if context.dry:
+        asked = [("tiny", "adamw", "onepass")]
+    else:
+        asked = [("gpt2", name, "onepass") for name in FIRST]
         asked += [
             ("llama3-1b", "adamw", "onepass"),
             ("gpt2", "adamw", "default"),
@@ -243,13 +232,13 @@ def measure_first(place: Place) -> Result:
         ]
     found: Result = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = {
-            pool.submit(_try, partial(measure.probe_fresh, *one, place.gpu)): " ".join(one)
-            for one in asked
-        }
+        futures = {}
+        for words in asked:
+            probe = partial(fresh.probe_fresh, *words, context.gpu)
+            futures[pool.submit(_try, probe)] = " ".join(words)
         for future in as_completed(futures):
             found[futures[future]] = future.result()
-            place.keep(found)
+            context.keep(found)
     return found
 
 
@@ -260,51 +249,52 @@ def _try(function: Callable[[], Result]) -> Result:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def count_uploads(place: Place) -> Result:
-    """Tables sent to the device in ten steps in which nothing moves: none, where step counts are
-    there."""
+def count_uploads(context: Context) -> Result:
+    """Count the tables sent to the device in ten steps in which nothing moves.
+
+    There are none if step counts are on the device.
+    """
     found = {}
+    makers = {"default": make_ours, "capturable": make_capturable}
     for name in ("sgd-momentum", "adamw", "adafactor"):
-        for mode in ("default", "capturable"):
-            workload, variant = Workload(place.model("gpt2"), place.gpu.device), find_variant(name)
-            make = make_capturable if mode == "capturable" else make_ours
-            optimizer = make(variant, workload.groups())
+        for mode, make in makers.items():
+            workload = Workload(context.model("gpt2"), context.gpu.device)
+            optimizer = make(find_variant(name), workload.groups())
             for _ in range(3):
                 optimizer.step()
-            launches = (
-                [batch.launch for batch in optimizer._onepass.plan.kernels]
-                if optimizer._onepass.plan
-                else []
-            )
-            before = sum(getattr(launch, "uploads", 0) for launch in launches)
+            before = _uploads_of(optimizer)
             for _ in range(10):
                 optimizer.step()
-            found[f"{name} {mode}"] = (
-                sum(getattr(launch, "uploads", 0) for launch in launches) - before
-            )
+            found[f"{name} {mode}"] = _uploads_of(optimizer) - before
     return found
 
 
-def replay_graphs(place: Place) -> Result:
-    """A captured step of AdamW beside the same step without a graph."""
+def _uploads_of(optimizer: Any) -> int:
+    plan = optimizer._onepass.plan
+    batches = plan.kernels if plan else []
+    return sum(getattr(batch.launch, "uploads", 0) for batch in batches)
+
+
+def replay_graphs(context: Context) -> Result:
+    """Measure a captured step of AdamW beside the same step without a graph."""
     found = {}
+    variant = find_variant("adamw")
     for name in ("gpt2", "groups100"):
-        workload, variant = Workload(place.model(name), place.gpu.device), find_variant("adamw")
-        steps: dict[str, Callable[[], Any]] = {
-            "onepass": seat(workload, partial(make_capturable, variant)).step
-        }
-        if not place.dry:
-            steps["capturable"] = seat(
-                workload, partial(make_torch, variant, mode="capturable")
-            ).step
-            for who in list(steps):
-                steps[f"{who}, captured"] = _capture(steps[who])
-        timers = {who: place.gpu.timer(step) for who, step in steps.items()}
-        found[name] = measure.take_turns(timers, 0.01 if place.dry else 1.0, condense)
+        workload = Workload(context.model(name), context.gpu.device)
+        ours = seat(workload, partial(make_capturable, variant))
+        steps: dict[str, Callable[[], Any]] = {"onepass": ours.step}
+        if not context.dry:
+            theirs = seat(workload, partial(make_torch, variant, mode="capturable"))
+            steps["capturable"] = theirs.step
+            for contender in list(steps):
+                steps[f"{contender}, captured"] = _capture(steps[contender])
+        timers = {contender: context.gpu.timer(step) for contender, step in steps.items()}
+        found[name] = take_turns(timers, 0.01 if context.dry else 1.0, condense)
     return found
 
 
 def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a function that replays a step that was captured in a graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -317,29 +307,32 @@ def _capture(step: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def measure_others(place: Place) -> Result:
-    """AdamW of other libraries on GPT-2's shapes beside ours; where one is missing, what it says of
-    itself."""
+def measure_others(context: Context) -> Result:
+    """Measure AdamW of other libraries on GPT-2's shapes beside ours.
+
+    Of a library that is missing, the result is what it says of itself.
+    """
     found: Result = {}
-    workload, variant = Workload(place.model("gpt2"), place.gpu.device), find_variant("adamw")
-    timers = {"onepass": place.gpu.timer(seat(workload, partial(make_ours, variant)).step)}
+    workload = Workload(context.model("gpt2"), context.gpu.device)
+    ours = seat(workload, partial(make_ours, find_variant("adamw")))
+    timers = {"onepass": context.gpu.timer(ours.step)}
     for library, classes in OTHERS.items():
         for module, name, options in classes:
             try:
                 cls = getattr(importlib.import_module(module), name)
                 optimizer = cls(workload.groups(), lr=1e-3, weight_decay=0.01, **options)
                 optimizer.step()
-                timers[f"{library} {name}"] = place.gpu.timer(optimizer.step)
+                timers[f"{library} {name}"] = context.gpu.timer(optimizer.step)
             except Exception as error:
                 found[f"{library} {name}"] = {
                     "missing": f"{type(error).__name__}: {error}",
                     "says": PUBLISHED[library],
                 }
-    return found | measure.take_turns(timers, 0.01 if place.dry else 4.0, condense)
+    return found | take_turns(timers, 0.01 if context.dry else 4.0, condense)
 
 
 # In this order, each with the seconds that it may take.
-STAGES: dict[str, tuple[Callable[[Place], Any], float]] = {
+STAGES: dict[str, tuple[Callable[[Context], Any], float]] = {
     "machine": (describe, 30),
     "checks": (check_all, 150),
     "whole": (measure_whole, 50),
@@ -358,29 +351,22 @@ def run_stage(name: str, path: Path, seconds: float, dry: bool, device: str) -> 
     """Run one stage in this process, and leave what it returns in a file."""
     gpu = load_from_tests("support.fake_cuda").stand_in() if dry else find_gpu(device)
     assert gpu is not None, "the CPU is measured by onepass bench"
-    place = Place(gpu, seconds, path, dry)
-    place.keep(STAGES[name][0](place))
+    context = Context(gpu, seconds, path, dry)
+    context.keep(STAGES[name][0](context))
 
 
 def start_stage(name: str, seconds: float, dry: bool, device: str, log: Path) -> Result:
-    """Run one stage in a process of its own: what it returned, or what became of it."""
-    begin = time.monotonic()
+    """Run one stage in a process of its own; return what it returned, or what became of it."""
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, log.open("a", encoding="utf-8") as said:
         said.write(f"--- {name}\n")
         said.flush()
-        at = said.tell()
+        log_begin = said.tell()
         path = Path(folder, "result.json")
-        command = [
-            sys.executable,
-            __file__,
-            "--stage",
-            name,
-            "--out",
-            str(path),
-            "--seconds",
-            str(seconds),
-        ]
-        command += ["--device", device, *(["--dry-run"] if dry else [])]
+        command = [sys.executable, __file__, "--stage", name, "--out", str(path)]
+        command += ["--seconds", str(seconds), "--device", device]
+        if dry:
+            command.append("--dry-run")
         process = subprocess.Popen(
             command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -393,26 +379,27 @@ def start_stage(name: str, seconds: float, dry: bool, device: str, log: Path) ->
             process.wait()
             status = f"stopped after {seconds:.0f} s"
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    found = {"status": status, "seconds": round(time.monotonic() - begin, 1), "result": result}
+    found = {"status": status, "seconds": round(time.monotonic() - start, 1), "result": result}
     if status != "done":
-        found["last"] = log.read_text(encoding="utf-8", errors="replace")[at:].splitlines()[-12:]
+        text = log.read_text(encoding="utf-8", errors="replace")
+        found["last"] = text[log_begin:].splitlines()[-12:]
     return found
 
 
 def summarize(stages: dict[str, Result]) -> list[Result]:
-    """The rows of all stages, with first steps and peaks where they belong, judged."""
+    """Return the rows of all stages, with first steps and peaks where they belong, judged."""
     rows = [row for name in ROWS for row in stages.get(name, {}).get("result") or []]
     first = stages.get("first", {}).get("result") or {}
     for row in rows:
         probe = first.get(f"{row['model']} {row['optimizer']} onepass", {})
         if "warm_ms" in probe:
-            row["summary"] |= {"first_s": probe["first_ms"] / 1e3, "warm_s": probe["warm_ms"] / 1e3}
-            row["summary"]["peak_share"] = probe["peak_mb"] * 1e6 / (4 * row["parameters"])
-    judge(rows, GPU_GOALS)
+            row["summary"] |= fresh.summarize_fresh(probe, row["parameters"])
+    judge(rows, gpu_goals())
     return rows
 
 
 def list_judged(rows: list[Result]) -> list[Result]:
+    """Return all goals of all rows, with the model and the optimizer of each."""
     return [
         {"model": row["model"], "optimizer": row["optimizer"], **goal}
         for row in rows
@@ -421,7 +408,7 @@ def list_judged(rows: list[Result]) -> list[Result]:
 
 
 def show(stages: dict[str, Result], rows: list[Result], console: Console) -> None:
-    """Tables, and last what matters most."""
+    """Print the tables, and last what matters most."""
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     if rows:
         console.print(make_step_table(rows))
@@ -439,13 +426,39 @@ def show(stages: dict[str, Result], rows: list[Result], console: Console) -> Non
 
 
 def _shorten(value: Any) -> Any:
-    """Numbers with as many digits as anybody reads."""
+    """Return numbers with as many digits as anybody reads."""
     if isinstance(value, dict):
-        return {key: _shorten(one) for key, one in value.items()}
+        return {key: _shorten(entry) for key, entry in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def run_stages(
+    names: list[str], asked: argparse.Namespace
+) -> tuple[dict[str, Result], list[Result]]:
+    """Run stages one after the other, and write gpu.json after each.
+
+    Returns what each of them found, by name, and the rows of all of them.
+    """
+    end = time.monotonic() + 60 * asked.minutes
+    log = Path(asked.out, "log")
+    log.unlink(missing_ok=True)
+    stages: dict[str, Result] = {}
+    rows: list[Result] = []
+    for name in names:
+        seconds = min(STAGES[name][1], end - time.monotonic())
+        if seconds < LEAST_SECONDS:
+            stages[name] = {"status": "left out: no time", "seconds": 0.0, "result": None}
+        else:
+            stages[name] = start_stage(name, seconds, asked.dry_run, asked.device, log)
+        rows = summarize(stages)
+        report = {"schema": measure.SCHEMA, "stages": stages, "goals": list_judged(rows)}
+        measure.save(report, Path(asked.out, "gpu.json"))
+        print(f"{name}: {stages[name]['status']}, {stages[name]['seconds']} s", flush=True)
+    return stages, rows
+
+
 def main() -> int:
+    """Run the stages that are asked for; return 0 if all were done and all checks passed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -458,38 +471,25 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="the same course on the CPU")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.stage:
-        run_stage(chosen.stage, chosen.out, chosen.seconds, chosen.dry_run, chosen.device)
+    asked = parser.parse_args()
+    if asked.stage:
+        run_stage(asked.stage, asked.out, asked.seconds, asked.dry_run, asked.device)
         return 0
-    if not chosen.dry_run and not torch.cuda.is_available():
+    if not asked.dry_run and not torch.cuda.is_available():
         print(
             "gpu.py needs a GPU, and torch sees none: its course can be tried with --dry-run.",
             file=sys.stderr,
         )
         return 2
-    if unknown := set(chosen.stages.split(",")) - set(STAGES):
+    names = asked.stages.split(",")
+    if unknown := set(names) - set(STAGES):
         parser.error(f"there is no stage {min(unknown)!r}: choose among {', '.join(STAGES)}")
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    Path(chosen.out, "log").unlink(missing_ok=True)
-    end = time.monotonic() + 60 * chosen.minutes
-    stages: dict[str, Result] = {}
-    rows: list[Result] = []
-    for name in chosen.stages.split(","):
-        left = min(STAGES[name][1], end - time.monotonic())
-        if left < LEAST_SECONDS:
-            stages[name] = {"status": "left out: no time", "seconds": 0.0, "result": None}
-        else:
-            stages[name] = start_stage(
-                name, left, chosen.dry_run, chosen.device, Path(chosen.out, "log")
-            )
-        rows = summarize(stages)
-        report = {"schema": measure.SCHEMA, "stages": stages, "goals": list_judged(rows)}
-        measure.save(report, Path(chosen.out, "gpu.json"))
-        print(f"{name}: {stages[name]['status']}, {stages[name]['seconds']} s", flush=True)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    stages, rows = run_stages(names, asked)
     show(stages, rows, Console(width=WIDTH + 20))
-    wrong = not ((stages.get("checks") or {}).get("result") or {"passed": True})["passed"]
-    return int(wrong or any(stage["status"] != "done" for stage in stages.values()))
+    checks = (stages.get("checks") or {}).get("result") or {"passed": True}
+    all_done = all(stage["status"] == "done" for stage in stages.values())
+    return 0 if all_done and checks["passed"] else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""What a scheduler's step costs on an optimizer of many param groups: torch's classes and ours,
-step by step in turn.
+"""What a scheduler's step costs on an optimizer of many param groups: torch's and ours, in turn.
 
     python benchmarks/schedulers.py
 
@@ -34,19 +33,19 @@ Make = Callable[[Any, torch.optim.Optimizer], Any]
 
 
 def keep(step: int) -> float:
-    """A function of the user's, as cheap as one can be."""
+    """Return 1: a function of the user's, as cheap as it can be."""
     return 1.0
 
 
 def chain(library: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """A warm-up times a decay."""
+    """Return a scheduler: a warm-up times a decay."""
     return library.ChainedScheduler(
         [library.LinearLR(optimizer, 0.1), library.ExponentialLR(optimizer, 0.999)]
     )
 
 
 def sequence(library: Any, optimizer: torch.optim.Optimizer) -> Any:
-    """A warm-up, then a cosine."""
+    """Return a scheduler: a warm-up, then a cosine."""
     return library.SequentialLR(
         optimizer,
         [library.LinearLR(optimizer, 0.1), library.CosineAnnealingLR(optimizer, 10**6)],
@@ -91,8 +90,7 @@ OURS_ALONE: dict[str, tuple[str, Make]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over the rounds: microseconds a step, and the ratio of ours to torch's in the same
-    round."""
+    """Medians over the rounds: microseconds a step, and the ratio of ours to torch's in a round."""
 
     torchs: float
     ours: float
@@ -100,20 +98,17 @@ class Result:
 
 
 def make_optimizer(groups: int, *, equal: bool, tensor: bool) -> torch.optim.Optimizer:
-    """SGD, whose param groups have the same rate or each its own, as floats or as tensors."""
-    rates = [0.1 if equal else 0.1 + index / groups for index in range(groups)]
-    listed = [
-        {
-            "params": [torch.nn.Parameter(torch.ones(1))],
-            "lr": torch.tensor(rate) if tensor else rate,
-        }
-        for rate in rates
-    ]
-    return torch.optim.SGD(listed, lr=0.1, momentum=0.9)
+    """Return SGD whose groups have equal rates or each its own, as floats or as tensors."""
+    param_groups = []
+    for index in range(groups):
+        rate = 0.1 if equal else 0.1 + index / groups
+        p = torch.nn.Parameter(torch.ones(1))
+        param_groups.append({"params": [p], "lr": torch.tensor(rate) if tensor else rate})
+    return torch.optim.SGD(param_groups, lr=0.1, momentum=0.9)
 
 
 def time_steps(step: Callable[..., None], arguments: tuple[float, ...], count: int) -> float:
-    """Microseconds a step."""
+    """Return the microseconds of a step."""
     start = time.perf_counter()
     for _ in range(count):
         step(*arguments)
@@ -123,32 +118,62 @@ def time_steps(step: Callable[..., None], arguments: tuple[float, ...], count: i
 def compare(
     make: tuple[Make, Make], optimizers: tuple[Any, Any], rounds: int, count: int
 ) -> Result:
-    """Torch's and ours in turn, round by round."""
-    steps, arguments = [], ()
-    for which, library, optimizer in zip(make, (TORCHS, OURS), optimizers, strict=True):
-        scheduler = which(library, optimizer)
-        arguments = (1.0,) if isinstance(scheduler, torch_schedulers.ReduceLROnPlateau) else ()
+    """Time `count` steps of torch's and of ours in each round; pairs have torch's first."""
+    steps = []
+    arguments: tuple[float, ...] = ()
+    for make_scheduler, library, optimizer in zip(make, (TORCHS, OURS), optimizers, strict=True):
+        scheduler = make_scheduler(library, optimizer)
+        # It takes a loss.
+        is_plateau = isinstance(scheduler, torch_schedulers.ReduceLROnPlateau)
+        arguments = (1.0,) if is_plateau else ()
         optimizer.step()
-        for _ in range(10):  # past the warm-up of a sequence
+        # Past the warm-up of a sequence.
+        for _ in range(10):
             scheduler.step(*arguments)
         steps.append(scheduler.step)
     gc.collect()
-    times = [[time_steps(step, arguments, count) for step in steps] for _ in range(rounds)]
-    torchs, ours = (statistics.median(column) for column in zip(*times, strict=True))
-    return Result(torchs, ours, statistics.median(mine / its for its, mine in times))
+    torchs = []
+    ours = []
+    for _ in range(rounds):
+        torchs.append(time_steps(steps[0], arguments, count))
+        ours.append(time_steps(steps[1], arguments, count))
+    ratios = [our_time / torch_time for torch_time, our_time in zip(torchs, ours, strict=True)]
+    return Result(statistics.median(torchs), statistics.median(ours), statistics.median(ratios))
 
 
 def measure(
     groups: int, rounds: int, count: int, *, equal: bool, tensor: bool
 ) -> dict[str, Result]:
-    """All classes on one kind of optimizer."""
+    """Return the results of all classes on one kind of optimizer."""
     pairs = {name: (make, make) for name, make in SCHEDULERS.items()}
     pairs |= {name: (SCHEDULERS[other], make) for name, (other, make) in OURS_ALONE.items()}
     results = {}
     for name, pair in pairs.items():
-        optimizers = tuple(make_optimizer(groups, equal=equal, tensor=tensor) for _ in range(2))
-        results[name] = compare(pair, (optimizers[0], optimizers[1]), rounds, count)
+        torchs = make_optimizer(groups, equal=equal, tensor=tensor)
+        ours = make_optimizer(groups, equal=equal, tensor=tensor)
+        results[name] = compare(pair, (torchs, ours), rounds, count)
     return results
+
+
+KINDS = {"each its own rate": False, "all the same rate": True}
+
+
+def make_table(measured: dict[str, dict[str, Result]], groups: int) -> Table:
+    """Return a table with a line for each class, from the results of each of `KINDS`."""
+    table = Table(
+        title=f"A step on {groups} groups of one rate each, and of the same: "
+        "torch's us, ours, the ratio"
+    )
+    table.add_column("scheduler", no_wrap=True)
+    for heading in ("torch", "ours", "ratio") * len(KINDS):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in measured[next(iter(KINDS))]:
+        cells = []
+        for results in measured.values():
+            result = results[name]
+            cells += [f"{result.torchs:.1f}", f"{result.ours:.1f}", f"{result.ratio:.3f}"]
+        table.add_row(name, *cells)
+    return table
 
 
 def main() -> None:
@@ -160,32 +185,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20, help="steps of each in a round")
     parser.add_argument("--tensor", action="store_true", help="the rates are tensors")
-    given = parser.parse_args()
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = {"each its own rate": False, "all the same rate": True}
     measured = {
-        kind: measure(given.groups, given.rounds, given.steps, equal=equal, tensor=given.tensor)
-        for kind, equal in kinds.items()
+        kind: measure(asked.groups, asked.rounds, asked.steps, equal=equal, tensor=asked.tensor)
+        for kind, equal in KINDS.items()
     }
-    table = Table(
-        title=f"A step on {given.groups} groups of one rate each, and of the same: "
-        "torch's us, ours, the ratio"
-    )
-    table.add_column("scheduler", no_wrap=True)
-    for column in ("torch", "ours", "ratio") * len(kinds):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name in measured["each its own rate"]:
-        row = [measured[kind][name] for kind in kinds]
-        table.add_row(
-            name,
-            *(f"{x:.{n}f}" for r in row for x, n in ((r.torchs, 1), (r.ours, 1), (r.ratio, 3))),
-        )
     console = Console(width=100)
-    console.print(table)
-    worst = max(((r.ratio, name, kind) for kind in kinds for name, r in measured[kind].items()))
-    console.print(
-        f"The worst ratio is {worst[0]:.3f}: {worst[1]}, {worst[2]}. The goal: at most {GOAL}."
-    )
+    console.print(make_table(measured, asked.groups))
+    ratios = [
+        (result.ratio, name, kind)
+        for kind, results in measured.items()
+        for name, result in results.items()
+    ]
+    ratio, name, kind = max(ratios)
+    console.print(f"The worst ratio is {ratio:.3f}: {name}, {kind}. The goal: at most {GOAL}.")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ assert "Nemo" in optimizers()
 assert find_variant("nemo").cls is find_trainable("NEMO").cls
 assert "nemo" in suite.every() and "nemo" in suite.list_elementwise()
 assert onepass.Nemo in [contender.cls for contender in paths.CONTENDERS]
-curves = runpy.run_path("benchmarks/curves.py")
+curves = runpy.run_path("benchmarks/curves_contenders.py")
 assert "nemo" in [contender.optimizer for contender in curves["CONTENDERS"]]
 options = sys.argv[1:]
 sys.argv = ["onepass", "explain", "nemo"]
@@ -183,7 +183,7 @@ def copy(tmp_path: Path) -> Path:
         # With what Python has compiled: it holds for the copy, too.
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
     (tmp_path / "benchmarks").mkdir()
-    for name in ("pyproject.toml", "mkdocs.yml", "benchmarks/curves.py"):
+    for name in ("pyproject.toml", "mkdocs.yml", "benchmarks/curves_contenders.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "onepass/algorithms/nemo.py").write_text(CLASS, encoding="utf-8")
     names = tmp_path / "onepass/__init__.py"

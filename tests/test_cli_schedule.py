@@ -126,7 +126,7 @@ def test_a_picture_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["__import__('os').getcwd()"], "is no part of a schedule"),
         (
             ["exponential(1.0, gamma=10)"],
-            "is beyond all numbers within 1,000 steps: show fewer with --steps.",
+            "has a value that is too large for a number within 1,000 steps: show fewer with",
         ),
         ([TEXT, "--steps", "0"], "--steps"),
         ([TEXT, "--steps", "many"], "--steps"),

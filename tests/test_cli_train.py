@@ -249,7 +249,8 @@ def make_foreign_run() -> None:
 
 
 def make_run() -> None:
-    from onepass.app.training.loop import Run, make_settings
+    from onepass.app.training.run import Run
+    from onepass.app.training.settings import make_settings
 
     Path("run").mkdir()
     Run(make_settings(), Path("data")).save(Path("run/last.safetensors"))
@@ -276,9 +277,9 @@ def make_nothing() -> None:
         (make_nothing, "--schedule linear", "choose one of cosine, step, none"),
         (make_nothing, "--learning-rate 1", "No such option: --learning-rate"),
         (make_nothing, "more", "unexpected extra argument"),
-        (make_file, "--out file", "--out file is no folder"),
-        (make_file, "--out file/below", "--out file/below is no folder"),
-        (make_file, "--resume --out file", "--out file is no folder"),
+        (make_file, "--out file", "--out file is not a folder"),
+        (make_file, "--out file/below", "--out file/below is not a folder"),
+        (make_file, "--resume --out file", "--out file is not a folder"),
         (
             make_nothing,
             "--resume",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_several_passes_over_matrices() -> None:
     text = explain("adafactor").text(llvm=True, assembly=True)
     assert "4 bytes for each row, read and written" in text
     assert "0 bytes of state per parameter, arithmetic in f32, 3 passes over memory" in text
-    assert "row_var: PerRow" in text
+    assert re.search(r"def rule\(\s*p,\s*g,\s*row_var", text)
     assert "over matrices: reads" in text
     assert text.count("Assembly of pass") == text.count("\nPass ") > 3
     text = explain("muon", ["--no-nesterov"]).text()
@@ -175,7 +176,7 @@ def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "float32",
             "there is no option of AdamW 'amsgard': did you mean amsgrad",
         ),
-        ("adamw", ["amsgrad"], "float32", "'amsgrad' is no option"),
+        ("adamw", ["amsgrad"], "float32", "'amsgrad' is not an option"),
         ("adamw", [], "bfloat61", "there is no storage format 'bfloat61': did you mean bfloat16"),
         ("onepass:lerp", [], "float32", "'onepass:lerp' is"),
     ],

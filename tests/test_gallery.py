@@ -417,5 +417,5 @@ def test_a_folder_that_is_a_file_is_refused(
     assert cli.main(["gallery", "--out", str(tmp_path / "file")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"onepass: --out {tmp_path / 'file'} is no folder")
+    assert err.startswith(f"onepass: --out {tmp_path / 'file'} is not a folder")
     assert err.count("\n") == 1

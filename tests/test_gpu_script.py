@@ -16,9 +16,8 @@ if not SCRIPT.exists():
     pytest.skip("benchmarks are no part of a package", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,6 +27,11 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load(SCRIPT)
+
+
 @pytest.mark.parametrize(
     "name",
     ["machine", "checks", "whole", "many", "every", "uploads", "graphs", "matrices", "others"],
@@ -35,13 +39,13 @@ def script() -> ModuleType:
 def test_every_stage_runs_dry(
     name: str, script: ModuleType, tmp_path: Path, one_thread: None
 ) -> None:
-    place = script.Place(stand_in(), 60.0, tmp_path / "result.json", dry=True)
-    result = script.STAGES[name][0](place)
+    context = script.Context(stand_in(), 60.0, tmp_path / "result.json", dry=True)
+    result = script.STAGES[name][0](context)
     assert json.loads(json.dumps(result)) == result
     if name == "checks":
         assert result["passed"], result
     if name in script.ROWS:
-        assert json.loads(place.path.read_text()) == result
+        assert json.loads(context.path.read_text()) == result
         assert all(row["contenders"]["onepass"]["steps"] > 0 for row in result)
 
 

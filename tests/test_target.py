@@ -24,7 +24,7 @@ from table import TABLE
 import onepass
 from onepass.app import cli
 from onepass.app.explain.explanation import explain, graph_of
-from onepass.app.explain.target import TARGETS, Compiled, TargetError, compile_for
+from onepass.app.explain.target import TARGETS, CompiledKernel, TargetError, compile_for
 from onepass.kernel.gpu.jit import Source
 from onepass.kernel.gpu.source import triton_source
 from onepass.kernel.graph.ir import Rank
@@ -65,7 +65,7 @@ def run(text: str, *arguments: str, **environment: str) -> subprocess.CompletedP
     )
 
 
-def compiled(sources: Sequence[Source], target: str, folder: Path) -> list[list[Compiled]]:
+def compiled(sources: Sequence[Source], target: str, folder: Path) -> list[list[CompiledKernel]]:
     """The kernels of each source."""
     file = folder / "sources.pickle"
     file.write_bytes(pickle.dumps((sources, target)))
@@ -95,12 +95,12 @@ def programs(p: str, state: str, names: Iterable[str] = ()) -> dict[str, Program
     return dict(found.values())
 
 
-def complaints(program: Program, kernels: Iterable[Compiled], source: Source) -> list[str]:
+def complaints(program: Program, kernels: Iterable[CompiledKernel], source: Source) -> list[str]:
     """What is wrong with a program's kernels."""
     found = []
     for one in kernels:
         walk = re.fullmatch(r"pass_(\d+)", one.function.name)
-        code, name = one.listing, one.function.name
+        code, name = one.counts, one.function.name
         if one.spill_stores or one.spill_loads or one.stack or code.local:
             found.append(f"{name} spills")
         # A power in float64 is made of fused operations in every library; it is a uniform value,
@@ -123,7 +123,7 @@ def body_of(source: Source, name: str) -> str:
     return source.text.split(f"def {name}(")[1].split("@triton.jit")[0]
 
 
-def narrow_accesses(program: Program, k: int, one: Compiled) -> list[str]:
+def narrow_accesses(program: Program, k: int, one: CompiledKernel) -> list[str]:
     """Which accesses of whole blocks are narrower than a thread's elements allow, and which masked
     ones are wider."""
     walk = program.passes[k]
@@ -135,8 +135,8 @@ def narrow_accesses(program: Program, k: int, one: Compiled) -> list[str]:
     reduces = bool(walk.reductions or walk.sums)
     found = []
     for which, masked in (
-        ("loads", one.listing.masked_loads),
-        ("stores", one.listing.masked_stores),
+        ("loads", one.counts.masked_loads),
+        ("stores", one.counts.masked_stores),
     ):
         # Sums are float64, whatever is summed up.
         if any(bits > (64 if reduces else 8 * largest) for bits in masked):
@@ -146,7 +146,7 @@ def narrow_accesses(program: Program, k: int, one: Compiled) -> list[str]:
     constants = dict(one.function.constants)
     tile = constants.get("BLOCK") or constants["LINES"] * constants["COLUMNS"]
     elements = tile // (32 * one.function.warps)
-    for which, accesses in (("loads", one.listing.loads), ("stores", one.listing.stores)):
+    for which, accesses in (("loads", one.counts.loads), ("stores", one.counts.stores)):
         wanted: dict[int, int] = {}
         for node in columns[which]:
             bits = min(128, 8 * elements * ITEMSIZE[node.type])

@@ -19,14 +19,13 @@ import onepass
 from onepass import checkpoint
 from onepass.app import tasks
 from onepass.app.tasks import Data, Examples, TaskError, text
-from onepass.app.training import loop
 from onepass.app.training.comparison import compare_steps
-from onepass.app.training.loop import (
-    Diverged,
-    Run,
+from onepass.app.training.loop import Diverged, fit
+from onepass.app.training.run import Run
+from onepass.app.training.settings import (
     Settings,
     SettingsError,
-    fit,
+    find_optimizer,
     make_schedule,
     make_settings,
 )
@@ -459,7 +458,7 @@ def test_impossible_settings(changes: dict, sentence: str) -> None:
 def test_optimizers_are_found_in_any_case() -> None:
     for name in ("SGD", "Adam", "AdamW"):
         for spelling in (name, name.lower(), name.upper()):
-            assert loop.find_optimizer(spelling) is getattr(onepass, name)
+            assert find_optimizer(spelling) is getattr(onepass, name)
     assert make_settings(optimizer="adamw") == make_settings(optimizer="AdamW")
     momentum = make_settings(optimizer="SGD-Momentum", lr=0.1)
     assert momentum == make_settings(optimizer="sgd-momentum", lr=0.1)
@@ -519,7 +518,7 @@ def test_the_comparison_leaves_the_run_alone() -> None:
     for p in parameters[:2]:
         p.grad = torch.randn_like(p)
     before = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in parameters]
-    optimizer = loop.find_optimizer("adamw")(parameters, lr=0.01)
+    optimizer = find_optimizer("adamw")(parameters, lr=0.01)
     times = compare_steps(optimizer, parameters, budget=0.02)
     assert [entry.name for entry in times] == ["onepass AdamW", "torch AdamW", "torch AdamW fused"]
     assert all(entry.milliseconds > 0 for entry in times)

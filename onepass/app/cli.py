@@ -1,5 +1,7 @@
-"""The `onepass` program: what it says when something is wrong. Its commands are in
-`onepass.app.commands`."""
+"""The `onepass` program, and what it says if something is wrong.
+
+Its commands are in `onepass.app.commands`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program with `arguments` (default: those of the process) and return its exit code.
 
-    0 when all went well, 2 with one sentence on standard error when it did not, 130 after Ctrl-C.
+    The code is 0 when all went well, 2 with one sentence on standard error when it did not, and 130
+    after Ctrl-C.
     """
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
@@ -33,5 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(sentence: str) -> int:
+    """Print a sentence as the program's, and return the exit code for a mistake of the user."""
     print(f"onepass: {sentence}", file=sys.stderr)
     return 2

@@ -66,6 +66,7 @@ class Workload:
         self.columns: dict[str, list[Tensor]] = {}
 
     def _add_gradients(self, params: list[nn.Parameter]) -> None:
+        """Give parameters gradients, dense or sparse as the model says; always the same."""
         generator = torch.Generator(self.device).manual_seed(0)
         for p in params:
             p.grad = (
@@ -75,6 +76,7 @@ class Workload:
             )
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return small random numbers of this shape."""
         return torch.empty(shape, device=self.device).normal_(std=1e-2, generator=generator)
 
     def _draw_sparse(self, p: nn.Parameter, generator: torch.Generator) -> Tensor:

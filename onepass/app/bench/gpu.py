@@ -132,6 +132,7 @@ class Gpu:
         """Return a function that takes two steps: one to time the host, one to time the device."""
 
         def take() -> Sample:
+            """Time a step with an empty queue, then one that is held back."""
             self.synchronize()
             start = time.perf_counter()
             step()
@@ -190,6 +191,7 @@ class Gpu:
         b = torch.ones(count, device=self.device)
 
         def rate(step: Callable[[], Any]) -> float:
+            """Return GB/s of a step that reads and writes one of the tensors."""
             for _ in range(3):
                 step()
             best = min(self.time_on_device(step) for _ in range(10))
@@ -240,6 +242,7 @@ def _driver() -> str | None:
 
 
 def _driver_from_tool() -> str | None:
+    """Return what nvidia-smi says; None if it is not installed or fails."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -250,6 +253,7 @@ def _driver_from_tool() -> str | None:
 
 
 def _driver_from_kernel() -> str | None:
+    """Return what Linux's kernel says; None if it does not know the driver."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
     except OSError:
@@ -259,6 +263,7 @@ def _driver_from_kernel() -> str | None:
 
 
 def _version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

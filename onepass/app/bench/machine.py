@@ -37,6 +37,7 @@ def measure_bandwidth(megabytes: int = 256, repeat: int = 7) -> dict[str, float]
     b = torch.ones(megabytes * 2**18)
 
     def rate(step: Callable[[], Any]) -> float:
+        """Return GB/s of a step that reads and writes one of the tensors."""
         step()
         best = min(time_of(step) for _ in range(repeat))
         return 2 * a.nbytes / best / 1e9
@@ -77,12 +78,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _memory_gib() -> float | None:
+    """Return the memory of the machine; None if the system does not say it."""
     if not hasattr(os, "sysconf"):
         return None
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _cpu_model() -> str:
+    """Return the name of the processor, as Linux or Python knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

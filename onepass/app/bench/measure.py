@@ -133,6 +133,7 @@ def summarize(result: Result) -> dict[str, Any]:
     best = min(theirs, key=lambda mode: theirs[mode], default=None)
 
     def times(mode: str | None) -> float | None:
+        """Return how many times as long as ours a mode of torch takes; None if unknown."""
         return theirs[mode] / ours if mode in theirs else None
 
     summary = {

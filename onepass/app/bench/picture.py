@@ -65,6 +65,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def _title(machine: dict[str, Any]) -> str:
+    """Return what was measured, and on what device."""
     if "gpu" in machine:
         device = machine["gpu"]["name"]
     else:
@@ -90,6 +91,7 @@ def _choose_panels(results: Sequence[Result]) -> list[list[Result]]:
         by_model.setdefault(result["model"], []).append(result)
 
     def priority(model: str) -> tuple[bool, int]:
+        """Return a key to sort models by: the smallest comes first."""
         limits = [result["contenders"][LIMIT] for result in by_model[model]]
         is_limited = any("missing" not in limit for limit in limits)
         position = PANELS.index(model) if model in PANELS else len(PANELS)

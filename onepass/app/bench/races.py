@@ -58,13 +58,14 @@ def race(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None =
 
 
 def _race_steps(workload: Workload, variant: Variant, seconds: float, gpu: Gpu | None) -> Result:
+    """Time those that step on the gradients of the workload, and the memory limit."""
     ours = seat(workload, partial(make_ours, variant))
     steps, missing = _seat_others(workload, variant, gpu)
     timers = {name: _make_timer(step, gpu) for name, step in {OURS: ours.step, **steps}.items()}
     ours.step()
 
     moved = None
-    contenders: dict[str, Result] = {name: {"missing": why} for name, why in missing.items()}
+    contenders: dict[str, Result] = {name: {"missing": reason} for name, reason in missing.items()}
     try:
         program = _program_of(workload.model, variant)
         if gpu is None:
@@ -86,6 +87,7 @@ def _race_steps(workload: Workload, variant: Variant, seconds: float, gpu: Gpu |
 
 
 def _make_timer(step: Callable[[], Any], gpu: Gpu | None) -> Callable[[], Any]:
+    """Return a function that takes a step and returns its time, on the CPU or on a GPU."""
     return partial(time_of, step) if gpu is None else gpu.timer(step)
 
 

@@ -79,6 +79,7 @@ def list_facts(report: Report) -> list[str]:
 
 
 def _describe_gpu(gpu: dict[str, Any]) -> list[str]:
+    """Return what a GPU is, and how its times are to be read."""
     platform = f"ROCm {gpu['hip']}" if gpu["hip"] else f"CUDA {gpu['cuda']}"
     device = (
         f"{gpu['name']}, {gpu['memory_gib']:g} GiB, driver {gpu['driver']}, {platform}, "
@@ -202,6 +203,7 @@ def make_fresh_table(results: Sequence[Result]) -> Table:
 
 
 def _new_table(title: str, headings: Iterable[str]) -> Table:
+    """Return an empty table whose first columns are the model and these headings."""
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True
     )
@@ -215,6 +217,7 @@ def _new_table(title: str, headings: Iterable[str]) -> Table:
 
 
 def _show(what: str, value: float) -> str:
+    """Return a value as the tables show it: a share in percent, a ratio with two digits or more."""
     if what in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -261,4 +264,5 @@ def _microseconds(contender: Result) -> list[str]:
 
 
 def _number(value: float | None, form: str) -> str:
+    """Return a number in this form, or `-` if there is none."""
     return "-" if value is None else form.format(value)

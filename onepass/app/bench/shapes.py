@@ -36,6 +36,7 @@ class Model:
 
 
 def _gpt2_matrices(layers: int) -> list[Shape]:
+    """Return the matrices of this many of GPT-2's blocks."""
     width, hidden = 768, 3072
     return [(width, 3 * width), (width, width), (width, hidden), (hidden, width)] * layers
 
@@ -51,6 +52,7 @@ def _gpt2() -> list[Shape]:
 
 def _resnet50() -> list[Shape]:
     def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
+        """Return the weight, and the weight and bias of the batch norm that follows."""
         weight = (outputs, inputs, size, size)
         norm = [(outputs,), (outputs,)]
         return [weight, *norm]

@@ -89,12 +89,13 @@ def list_elementwise() -> tuple[str, ...]:
 
 
 def _is_elementwise(variant: Variant) -> bool:
+    """Whether the step is one pass that reduces nothing and calls no function of matrices."""
     if variant.demand:
         return False
     program = program_of(variant)
     if program.calls or len(program.passes) != 1:
         return False
-    pass_ = program.passes[0]
+    (pass_,) = program.passes
     return pass_.domain == Rank.ELEMENT and not (pass_.reductions or pass_.sums)
 
 
@@ -167,6 +168,7 @@ def _check_variants(names: list[str], variants: list[Variant], cells: list[Cell]
 
 
 def _find_model(name: str) -> Model:
+    """Return the model of this name, in any case; raises `UnknownName` if there is none."""
     if name.lower() not in MODELS:
         raise nearest("model", name, MODELS)
     return MODELS[name.lower()]

@@ -1,8 +1,9 @@
-"""The commands of the `onepass` program, one file each: it reads its arguments, calls the library
-and prints.
+"""The commands of the `onepass` program, one file each.
 
-A new command is a function in a file of its own, a line in `COMMANDS`, and its errors in
-`USER_ERRORS`.
+A command is a function that reads its arguments, calls the library and prints. A new one is a file
+here, its import and a line in `COMMANDS`. If it has errors of its own for the user, they stand in
+`USER_ERRORS` too. What only one command needs and takes long to import is imported in its function,
+and named in `LAZY` in tests/test_architecture.py.
 """
 
 from __future__ import annotations
@@ -18,23 +19,20 @@ from ..bench.suite import BenchError
 from ..catalog import UnknownName
 from ..explain.target import TargetError
 from ..tasks import TaskError
-from ..training.loop import Diverged, SettingsError
-from .bench import time_steps
+from ..training.loop import Diverged
+from ..training.settings import SettingsError
+from . import bench, explain, gallery, lr_find, schedule, train
 from .checks import UsageError
-from .draw import draw_gallery, show_schedule
-from .explain import show_rule
-from .lr_find import find_lr
-from .train import train_task
 
 __all__ = ["USER_ERRORS", "app", "run"]
 
 COMMANDS: dict[str, Callable[..., int | None]] = {
-    "train": train_task,
-    "bench": time_steps,
-    "explain": show_rule,
-    "schedule": show_schedule,
-    "gallery": draw_gallery,
-    "lr-find": find_lr,
+    "train": train.train_task,
+    "bench": bench.time_steps,
+    "explain": explain.show_rule,
+    "schedule": schedule.show_schedule,
+    "gallery": gallery.draw_gallery,
+    "lr-find": lr_find.find_lr,
 }
 # Their messages are complete sentences for the user; anything else is a defect and shows its
 # traceback.
@@ -53,11 +51,8 @@ USER_ERRORS = (
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
-    # Options that are not this program's are those of the optimizer that is explained.
-    foreign = (
-        {"allow_extra_args": True, "ignore_unknown_options": True} if command is show_rule else {}
-    )
-    app.command(name, context_settings=foreign)(command)
+    settings = explain.FOREIGN_OPTIONS if name == "explain" else {}
+    app.command(name, context_settings=settings)(command)
 
 
 @app.callback()
@@ -66,12 +61,14 @@ def introduce() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command that `arguments` name and return the exit code; what it foresees is raised as
-    `USER_ERRORS`."""
+    """Run the command that `arguments` name, and return the exit code.
+
+    Raises one of `USER_ERRORS` for a mistake of the user.
+    """
     try:
         code = app(list(arguments) or ["--help"], prog_name="onepass", standalone_mode=False)
     except Exception as error:
-        # typer's errors have had several base classes, of which this method is the common mark.
+        # typer's errors have had several base classes; all have this method.
         format_message = getattr(error, "format_message", None)
         if format_message is None:
             raise

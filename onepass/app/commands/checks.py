@@ -1,4 +1,4 @@
-"""What every command checks before it works: packages, folders and files."""
+"""What commands check before they work: packages, folders and files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import importlib.util
 import os
 from pathlib import Path
 
+__all__ = ["UsageError", "check_files", "check_folder", "require"]
+
 
 class UsageError(ValueError):
-    """The command line is not one of this program's."""
+    """The command line is not one of this program's; the message is a sentence for the user."""
 
 
 def require(*modules: str) -> None:
+    """Raise `UsageError` unless these modules are installed."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -20,13 +23,12 @@ def require(*modules: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, before the work and without making it."""
-    existing = next(
-        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
-    )
+    """Raise `UsageError` for a folder that cannot be made or written to; it is not made."""
+    absolute = folder.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     if not existing.is_dir():
         raise UsageError(
-            f"--out {folder} is no folder: {existing} is a file; choose another folder."
+            f"--out {folder} is not a folder: {existing} is a file; choose another folder."
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(
@@ -35,12 +37,15 @@ def check_folder(folder: Path) -> None:
 
 
 def check_files(*paths: Path | None) -> None:
-    """Refuse a file in a folder that does not exist, and a folder."""
+    """Raise `UsageError` for a file that is a folder, or in a folder that does not exist."""
     for path in paths:
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file in it, as {path / 'picture.png'}.")
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is None:
+            continue
+        if path.is_dir():
+            example = path / "picture.png"
+            raise UsageError(f"{path} is a folder: name a file in it, such as {example}.")
+        parent = path.absolute().parent
+        if not parent.is_dir():
             raise UsageError(
-                f"{path} cannot be written: there is no folder {path.absolute().parent}; make it "
-                "first."
+                f"{path} cannot be written: there is no folder {parent}; make it first."
             )

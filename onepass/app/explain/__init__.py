@@ -1,5 +1,5 @@
-"""What `onepass explain` shows: an optimizer's columns, its program, and its machine code, for this
-CPU or any GPU.
+"""What `onepass explain` shows: an optimizer's columns, its program, and its machine code.
 
-These are instruments: nothing that steps imports them.
+The code is for this CPU (`host_assembly`) or any GPU: `target` compiles it, `gpu_assembly` and
+`sass` read it. These are instruments: nothing that steps imports them.
 """

@@ -1,5 +1,4 @@
-"""What becomes of a rule: its columns, the bytes that it moves, its program, and the machine
-code."""
+"""What becomes of a rule: its columns, the bytes that it moves, its program, and machine code."""
 
 from __future__ import annotations
 
@@ -29,27 +28,34 @@ from .target import compile_for, report
 __all__ = ["Explanation", "explain", "graph_of", "parse_options"]
 
 
+# What a paragraph of a docstring has that names a paper.
+REFERENCE = re.compile(r"arXiv:|\b(19|20)\d\d\.")
+
+
 def graph_of(optimizer: Optimizer) -> kernel.Graph:
-    """The finished graph of an optimizer's first parameter: what its steps compute, in real
-    numbers."""
+    """Return the finished graph of an optimizer's first parameter.
+
+    It is what a step of this parameter computes, in real numbers.
+    """
     group = optimizer.param_groups[0]
     return recipe_of(algorithm_of(optimizer), group["params"][0], group).graph
 
 
 def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
-    """`--amsgrad --weight-decay 0.1` as arguments of the class; a name alone means True,
-    `--no-name` False.
+    """Return the words of a command line as arguments of a class.
 
-    Raises `UnknownName` for an option that the class does not have, or a word that is none.
+    `--amsgrad --weight-decay 0.1` becomes `{"amsgrad": True, "weight_decay": 0.1}`: a name without
+    a value means True, `--no-name` means False. Raises `UnknownName` for an option that the class
+    does not have, or a word that is not an option.
     """
-    known = [q.name for q in list(inspect.signature(cls).parameters.values())[1:]]
+    known = list(inspect.signature(cls).parameters)[1:]
     options: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
             raise UnknownName(
-                f"{word!r} is no option: write --name or --name VALUE; {cls.__name__} has "
+                f"{word!r} is not an option: write --name or --name VALUE; {cls.__name__} has "
                 f"{', '.join(known)}."
             )
         name, has_value, value = word[2:].partition("=")
@@ -59,13 +65,17 @@ def parse_options(cls: type[Optimizer], words: Sequence[str]) -> dict[str, Any]:
             continue
         if name not in known:
             raise nearest(f"option of {cls.__name__}", name, known)
-        if not has_value and rest and not rest[0].startswith("--"):
-            has_value, value = "=", rest.pop(0)
-        options[name] = _read(value) if has_value else True
+        if has_value:
+            options[name] = _read(value)
+        elif rest and not rest[0].startswith("--"):
+            options[name] = _read(rest.pop(0))
+        else:
+            options[name] = True
     return options
 
 
 def _read(value: str) -> Any:
+    """Return a number, a tuple or the like from its text; any other text as it is."""
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -74,7 +84,10 @@ def _read(value: str) -> Any:
 
 @dataclass(frozen=True)
 class Explanation:
-    """All there is to say about one optimizer with these options and this storage format."""
+    """All there is to say about one optimizer with these options and this storage format.
+
+    `source` is the rule as a function, `kernel` the kernel that it became.
+    """
 
     cls: type[Optimizer]
     options: dict[str, Any]
@@ -84,40 +97,42 @@ class Explanation:
 
     @property
     def program(self) -> Program:
+        """The passes and calls that a step runs."""
         return self.kernel.program
 
     def text(self, llvm: bool = False, assembly: bool = False, target: str | None = None) -> str:
-        """Everything, in sections; the generated code where asked for, and for a GPU of kind
-        `target`."""
+        """Return everything in sections.
+
+        With `llvm` and `assembly` they have the generated code for this CPU, with a `target` that
+        for a GPU of this kind.
+        """
         sections = [self.head(), self.rule(), self.columns(), self.listing()]
         if llvm:
-            sections += [f"LLVM IR as emitted\n\n{self.kernel.source.strip()}"]
-            sections += [f"LLVM IR after optimization\n\n{self.kernel.library.optimized.strip()}"]
+            optimized = self.kernel.library.optimized
+            sections.append(f"LLVM IR as emitted\n\n{self.kernel.source.strip()}")
+            sections.append(f"LLVM IR after optimization\n\n{optimized.strip()}")
         if assembly:
             sections.append(self.assembly())
         if target is not None:
             source = triton_source(self.program)
             compiled = compile_for(source, target)
-            sections += [f"Triton source\n\n{source.text.strip()}", report(self.program, compiled)]
+            sections.append(f"Triton source\n\n{source.text.strip()}")
+            sections.append(report(self.program, compiled))
         return "\n\n".join(sections) + "\n"
 
     def head(self) -> str:
-        """The class's first line, its options, and the paper."""
-        lines = inspect.getdoc(self.cls) or "(no docstring)"
-        reference = next(
-            (
-                " ".join(part.split())
-                for part in lines.split("\n\n")
-                if re.search(r"arXiv:|\b(19|20)\d\d\.", part)
-            ),
-            "",
-        )
+        """Return the class and its options, the first paragraph of its docstring, and the paper."""
+        docstring = inspect.getdoc(self.cls) or "(no docstring)"
+        paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.split("\n\n")]
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        title = f"{self.cls.__name__}({options}): {lines.splitlines()[0]}"
-        return f"{title}\n{reference}" if reference else title
+        title = f"{self.cls.__name__}({options}): {paragraphs[0]}"
+        for paragraph in paragraphs:
+            if REFERENCE.search(paragraph):
+                return f"{title}\n{paragraph}"
+        return title
 
     def rule(self) -> str:
-        """The rule as it is written."""
+        """Return the rule as it is written."""
         try:
             source = inspect.getsource(self.source)
         except (OSError, TypeError):
@@ -125,91 +140,108 @@ class Explanation:
         return f"Rule\n\n{textwrap.indent(textwrap.dedent(source).strip(), '    ')}"
 
     def columns(self) -> str:
-        """The columns with their formats, and the bytes that a step moves."""
+        """Return the columns with their formats, and the bytes that a step moves."""
+        columns = self.program.columns
+        width = max(len(column.name) for column in columns)
         lines = ["Columns", ""]
-        width = max(len(c.name) for c in self.program.columns)
-        for c in self.program.columns:
-            access = " and ".join(
-                word for word, on in (("read", c.read), ("written", c.written)) if on
-            )
-            often = "" if c.rank == Rank.ELEMENT else f" for each {c.rank.name.lower()}"
+        for column in columns:
+            accesses = []
+            if column.read:
+                accesses.append("read")
+            if column.written:
+                accesses.append("written")
+            each = "" if column.rank == Rank.ELEMENT else f" for each {column.rank.name.lower()}"
             lines.append(
-                f"    {c.name:<{width}}  {c.format.name}, {c.format.itemsize} bytes{often}, "
-                f"{access}"
+                f"    {column.name:<{width}}  {column.format.name}, {column.format.itemsize} "
+                f"bytes{each}, {' and '.join(accesses)}"
             )
+        return "\n".join(
+            [*lines, "", f"    {self._describe_bytes()}", f"    {self._describe_work()}"]
+        )
+
+    def _describe_bytes(self) -> str:
+        """Return how many bytes a step reads and writes for each parameter."""
         read, written = self.program.bytes_per_parameter
-        kept = [
-            c for c in self.program.columns if c.name not in ("p", "g") and c.rank == Rank.ELEMENT
-        ]
-        state = sum(c.format.itemsize for c in kept)
-        count = sum(one.domain == Rank.ELEMENT for one in self.program.passes)
-        walks = f"{count} pass{'es' if count > 1 else ''} over memory"
         moved = (
             f"{read} bytes read + {written} bytes written = {read + written} bytes per parameter "
             "and step"
         )
-        moved += ", in the rows that the gradient has" if self.cls.gradients == "sparse" else ""
-        kept = (
-            f"{state} bytes of state per parameter, arithmetic in {self.program.compute}, {walks}"
+        if self.cls.gradients == "sparse":
+            moved += ", in the rows that the gradient has"
+        return moved
+
+    def _describe_work(self) -> str:
+        """Return the bytes of state, the type of the arithmetic, and the number of passes."""
+        state = sum(
+            column.format.itemsize
+            for column in self.program.columns
+            if column.name not in ("p", "g") and column.rank == Rank.ELEMENT
         )
-        lines += ["", f"    {moved}", f"    {kept}"]
-        return "\n".join(lines)
+        count = sum(pass_.domain == Rank.ELEMENT for pass_ in self.program.passes)
+        passes = "1 pass" if count == 1 else f"{count} passes"
+        arithmetic = f"arithmetic in {self.program.compute}"
+        return f"{state} bytes of state per parameter, {arithmetic}, {passes} over memory"
 
     def listing(self) -> str:
-        """The program: what the host computes once a step, and what each pass computes for each
-        element."""
+        """Return the program: what the host computes once a step, and what each pass computes."""
+        program = self.program
         parts = []
-        for k, one in enumerate(self.program.passes):
-            listing = Listing(one, k, len(self.program.passes))
+        for index in range(len(program.passes)):
+            listing = self._list_pass(index)
             parts.append(listing.text())
-            for call in self.program.calls:
-                if call.after == k:
-                    given = ", ".join([call.source, *(listing.host(node) for node in call.numbers)])
+            for call in program.calls:
+                if call.after == index:
+                    numbers = [listing.host(node) for node in call.numbers]
+                    name = getattr(call.function, "__name__", call.function)
                     parts.append(
-                        f"Then {call.target} = "
-                        f"{getattr(call.function, '__name__', call.function)}({given})"
+                        f"Then {call.target} = {name}({', '.join([call.source, *numbers])})"
                     )
-        if self.program.scalars:
-            listing = Listing(
-                self.program.passes[-1], len(self.program.passes) - 1, len(self.program.passes)
-            )
-            numbers = [
-                f"    {name} <- {listing.host(node, top=True)}"
-                for name, node in self.program.scalars
-            ]
-            parts.append("\n".join(["Numbers, once a step for each parameter", "", *numbers]))
+        if program.scalars:
+            listing = self._list_pass(len(program.passes) - 1)
+            lines = ["Numbers, once a step for each parameter", ""]
+            for name, node in program.scalars:
+                lines.append(f"    {name} <- {listing.host(node, top=True)}")
+            parts.append("\n".join(lines))
         return "\n\n".join(parts)
 
+    def _list_pass(self, index: int) -> Listing:
+        """Return the listing of the pass of this index."""
+        passes = self.program.passes
+        return Listing(passes[index], index, len(passes))
+
     def assembly(self) -> str:
-        """The machine code of each pass, its hot loop marked."""
+        """Return the machine code of each pass, its hot loop marked with a bar."""
         whole = self.kernel.library.assembly()
         parts = []
-        for k, one in enumerate(self.program.passes):
-            lines = function_lines(whole, f"body_{k}")
+        for index, pass_ in enumerate(self.program.passes):
+            lines = function_lines(whole, f"body_{index}")
             begin, end = hot_loop(lines)
-            bits = vector_bits(lines[begin:end])
-            size = 64 if self.program.compute == "f64" else 32
-            note = (
-                f"{bits}-bit registers, {bits // size} lanes of {self.program.compute}"
-                if bits
-                else "no vector registers"
-            )
+            registers = self._describe_registers(lines[begin:end])
             title = (
-                f"Assembly of pass {k + 1} ({len(one.roots)} results), the hot loop marked with |: "
-                f"{note}"
+                f"Assembly of pass {index + 1} ({len(pass_.roots)} results), the hot loop marked "
+                f"with |: {registers}"
             )
-            body = [
-                f"{'  | ' if begin <= i < end else '    '}{line.expandtabs(8)}"
-                for i, line in enumerate(lines)
-            ]
-            parts.append("\n".join([title, "", *body]))
+            marked = []
+            for position, line in enumerate(lines):
+                margin = "  | " if begin <= position < end else "    "
+                marked.append(f"{margin}{line.expandtabs(8)}")
+            parts.append("\n".join([title, "", *marked]))
         return "\n\n".join(parts)
+
+    def _describe_registers(self, lines: Sequence[str]) -> str:
+        """Return how wide the registers of these lines are, and how many numbers they hold."""
+        bits = vector_bits(lines)
+        if not bits:
+            return "no vector registers"
+        compute = self.program.compute
+        lanes = bits // (64 if compute == "f64" else 32)
+        return f"{bits}-bit registers, {lanes} lanes of {compute}"
 
 
 def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Explanation:
-    """Explain an optimizer (a name or `module:Class`) with options as on the command line, columns
-    stored as `dtype`.
+    """Return the explanation of an optimizer: a name, or `module:Class`.
 
+    `words` are its options as on the command line, `dtype` is the storage format of all columns.
     Raises `UnknownName` for names that mean nothing and for a class without a rule, and what the
     class raises for impossible options.
     """
@@ -217,7 +249,7 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     if not hasattr(cls, "rule"):
         raise UnknownName(
             f"{cls.__name__} has no rule to explain: it sees all parameters as one vector, and "
-            "its docstring has the mathematics; choose another, as AdamW or SGD."
+            "its docstring has the mathematics; choose another, such as AdamW or SGD."
         )
     if dtype not in kernel.FORMATS:
         raise nearest("storage format", dtype, kernel.FORMATS)
@@ -228,5 +260,6 @@ def explain(name: str, words: Sequence[str] = (), dtype: str = "float32") -> Exp
     formats = tuple((column, dtype) for column in ("g", "p", *graph.state))
     rule = optimizer.rule_of(p, optimizer.param_groups[0])
     compiled = kernel.compile(graph, formats)
-    assert isinstance(compiled, Kernel)  # columns without a device are the host's
+    # Columns without a device are the host's.
+    assert isinstance(compiled, Kernel)
     return Explanation(cls, options, dtype, compiled, rule)

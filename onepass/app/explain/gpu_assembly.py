@@ -1,5 +1,4 @@
-"""What the assembly of a GPU says about a kernel: how wide it reads and writes, and whether its
-arithmetic is exact."""
+"""What a GPU's assembly says about a kernel: how wide it reads and writes, and how exact it is."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Listing", "read_amdgcn", "read_ptx"]
+__all__ = ["AssemblyCounts", "read_amdgcn", "read_ptx"]
 
 # `ld.global.v4.b32`, `st.global.L1::evict_last.b64`; in Triton's PTX each access to memory is one
 # of these.
@@ -26,6 +25,10 @@ PTX_LOCAL = re.compile(r"\b(?:ld|st)\.local\b|\.local\s+\.align")
 AMD_ACCESS = re.compile(
     r"\b(?:global|buffer|flat)_(load|store)_(?:([su]?)(byte|short|i8|u8|b16|b8|u16|i16)|(?:dword|b)(\w*))"
 )
+AMD_BYTES = ("byte", "i8", "u8", "b8")
+# Mode 3 keeps subnormal numbers, as operands and as results.
+AMD_FLUSH = re.compile(r"\.amdhsa_float_denorm_mode_\w+ [012]\b")
+AMD_LOCAL = re.compile(r"\bscratch_(?:load|store)_")
 AMD_WORDS = {"": 32, "x2": 64, "x3": 96, "x4": 128, "32": 32, "64": 64, "96": 96, "128": 128}
 # Of LLVM's IR, because divisions that round correctly are made of fused operations.
 LLVM_FUSED = re.compile(r"@llvm\.(?:fma|fmuladd)\b|= f(?:add|sub|mul)(?: \w+)* (?:contract|fast)\b")
@@ -35,12 +38,12 @@ LLVM_APPROXIMATE = re.compile(
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Loads and stores by their width in bits, and how often the code does what an exact kernel
-    does not.
+class AssemblyCounts:
+    """Loads and stores by their width in bits, and how often the code does what is not exact.
 
-    An access under a mask must not be wider than one element: where the mask ends, it would reach
-    beyond.
+    An access under a mask must not be wider than one element, because it would reach beyond the end
+    of the mask. `fused` counts products and sums in one operation, `approximate` operations of less
+    precision, `flushing` those that set subnormal numbers to zero, `local` accesses to the stack.
     """
 
     loads: Mapping[int, int]
@@ -53,33 +56,46 @@ class Listing:
     local: int
 
 
-def read_ptx(text: str) -> Listing:
-    """The PTX of one kernel."""
-    accesses = {(kind, masked): Counter[int]() for masked in (False, True) for kind in ("ld", "st")}
+def read_ptx(text: str) -> AssemblyCounts:
+    """Return the counts of the PTX of one kernel."""
     code = "\n".join(line.split("//")[0] for line in text.splitlines())
+    plain = {"ld": Counter[int](), "st": Counter[int]()}
+    masked = {"ld": Counter[int](), "st": Counter[int]()}
     for guard, kind, lanes, bits in PTX_ACCESS.findall(code):
-        accesses[kind, bool(guard)][int(lanes or 1) * int(bits)] += 1
-    loads, stores, masked_loads, masked_stores = map(dict, accesses.values())
-    counts = (len(one.findall(code)) for one in (PTX_FUSED, PTX_APPROXIMATE, PTX_FLUSH, PTX_LOCAL))
-    return Listing(loads, stores, masked_loads, masked_stores, *counts)
+        accesses = masked if guard else plain
+        accesses[kind][int(lanes or 1) * int(bits)] += 1
+    return AssemblyCounts(
+        loads=dict(plain["ld"]),
+        stores=dict(plain["st"]),
+        masked_loads=dict(masked["ld"]),
+        masked_stores=dict(masked["st"]),
+        fused=len(PTX_FUSED.findall(code)),
+        approximate=len(PTX_APPROXIMATE.findall(code)),
+        flushing=len(PTX_FLUSH.findall(code)),
+        local=len(PTX_LOCAL.findall(code)),
+    )
 
 
-def read_amdgcn(text: str, llvm: str) -> Listing:
-    """The assembly of one kernel for AMD's GPUs, whose masks it does not show, and the LLVM IR that
-    it was made of."""
+def read_amdgcn(text: str, llvm: str) -> AssemblyCounts:
+    """Return the counts of one kernel for AMD's GPUs, from its assembly and its LLVM IR.
+
+    The assembly does not show masks, so that all accesses count as unmasked ones.
+    """
     accesses = {"load": Counter[int](), "store": Counter[int]()}
     code = "\n".join(line.split(";")[0] for line in text.splitlines())
     for kind, _, narrow, wide in AMD_ACCESS.findall(code):
-        bits = (
-            (8 if narrow in ("byte", "i8", "u8", "b8") else 16)
-            if narrow
-            else AMD_WORDS.get(wide, 32)
-        )
+        if narrow:
+            bits = 8 if narrow in AMD_BYTES else 16
+        else:
+            bits = AMD_WORDS.get(wide, 32)
         accesses[kind][bits] += 1
-    fused, approximate = len(LLVM_FUSED.findall(llvm)), len(LLVM_APPROXIMATE.findall(llvm))
-    # Mode 3 keeps subnormal numbers, as operands and as results.
-    flushing = len(re.findall(r"\.amdhsa_float_denorm_mode_\w+ [012]\b", code))
-    local = len(re.findall(r"\bscratch_(?:load|store)_", code))
-    return Listing(
-        dict(accesses["load"]), dict(accesses["store"]), {}, {}, fused, approximate, flushing, local
+    return AssemblyCounts(
+        loads=dict(accesses["load"]),
+        stores=dict(accesses["store"]),
+        masked_loads={},
+        masked_stores={},
+        fused=len(LLVM_FUSED.findall(llvm)),
+        approximate=len(LLVM_APPROXIMATE.findall(llvm)),
+        flushing=len(AMD_FLUSH.findall(code)),
+        local=len(AMD_LOCAL.findall(code)),
     )

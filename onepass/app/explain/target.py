@@ -1,6 +1,6 @@
-"""What a kernel becomes on a GPU, without one: compiled by Triton for a target, and read.
+"""What a kernel becomes on a GPU, without one: Triton compiles it for a target, and it is read.
 
-Triton brings NVIDIA's assembler and disassembler and AMD's compiler; nothing else is needed, and
+Triton brings NVIDIA's assembler and disassembler and AMD's compiler. Nothing else is needed, and
 nothing is launched.
 """
 
@@ -19,13 +19,13 @@ from typing import Any
 from ...kernel.gpu.jit import Function, Source, load, options
 from ...kernel.graph.ir import Rank
 from ...kernel.graph.passes import ITEMSIZE, Pass, Program
-from .gpu_assembly import Listing, read_amdgcn, read_ptx
-from .sass import Chip, Way, bound, fast_path
+from .gpu_assembly import AssemblyCounts, read_amdgcn, read_ptx
+from .sass import Bound, Chip, Way, bound, fast_path
 
-__all__ = ["TARGETS", "Compiled", "TargetError", "compile_for", "disassemble", "report"]
+__all__ = ["TARGETS", "CompiledKernel", "TargetError", "compile_for", "disassemble", "report"]
 
-# What runs at once on a multiprocessor, by NVIDIA's table of compute capabilities: warps and
-# blocks.
+# How many warps and how many blocks run at once on a multiprocessor, by NVIDIA's table of compute
+# capabilities.
 RESIDENT = {
     "sm_80": (64, 32),
     "sm_86": (48, 16),
@@ -36,8 +36,8 @@ RESIDENT = {
     "sm_120": (48, 24),
 }
 TARGETS = (*RESIDENT, "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1200", "gfx1201")
-# The GPU that a target's times are estimated for: its clock under load, and its bandwidth as a copy
-# measures it.
+# The GPU for which a target's times are estimated: its clock under load, and the bandwidth that a
+# copy measures.
 CHIPS = {"sm_90": Chip("H200", multiprocessors=132, clock=1.75e9, bandwidth=4.3e12)}
 
 
@@ -46,16 +46,19 @@ class TargetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel for one target: what it was made of and became, and what its compiler says about
-    it."""
+class CompiledKernel:
+    """One kernel for one target: what it was made of, what it became, what its compiler reports.
+
+    `registers` is the number that a thread has. `stack`, `spill_stores`, `spill_loads` and `shared`
+    are bytes.
+    """
 
     function: Function
     target: str
     ttir: str
     assembly: str
     binary: bytes
-    listing: Listing
+    counts: AssemblyCounts
     registers: int
     stack: int
     spill_stores: int
@@ -64,20 +67,23 @@ class Compiled:
 
     @property
     def occupancy(self) -> tuple[int, int]:
-        """Warps that a multiprocessor runs at once with so many registers, and those that it could;
-        NVIDIA's alone."""
-        most, blocks = RESIDENT[self.target]
+        """Warps that a multiprocessor runs at once with these registers, and those that it could.
+
+        Only for NVIDIA's targets. Example: 40 registers a thread are 1,280 a warp, so that 12 warps
+        fit each scheduler. Of at most 64, 48 run.
+        """
+        most_warps, most_blocks = RESIDENT[self.target]
         # Each of four schedulers has 16,384 registers, of which a warp takes multiples of 256.
-        a_warp = -(-max(self.registers, 1) * 32 // 256) * 256
-        warps = min(most, 4 * (16384 // a_warp))
-        return min(warps // self.function.warps, blocks) * self.function.warps, most
+        registers_of_warp = -(-max(self.registers, 1) * 32 // 256) * 256
+        warps = min(most_warps, 4 * (16384 // registers_of_warp))
+        blocks = min(warps // self.function.warps, most_blocks)
+        return blocks * self.function.warps, most_warps
 
 
-def compile_for(source: Source, target: str) -> list[Compiled]:
-    """Compile every kernel of a module for a target, as `sm_90` or `gfx942`, past all caches.
+def compile_for(source: Source, target: str) -> list[CompiledKernel]:
+    """Compile every kernel of a module for a target such as `sm_90` or `gfx942`, past all caches.
 
-    Raises `TargetError` for a target that is unknown, and where Triton is missing, interpreting, or
-    fails.
+    Raises `TargetError` for an unknown target, and if Triton is missing, interpreting, or fails.
     """
     if target not in TARGETS:
         raise TargetError(f"there is no target {target!r}: choose one of {', '.join(TARGETS)}.")
@@ -87,6 +93,7 @@ def compile_for(source: Source, target: str) -> list[Compiled]:
 
 
 def _triton() -> Any:
+    """Return the module; raises `TargetError` if it is not installed."""
     try:
         import triton
     except ImportError as error:
@@ -97,85 +104,116 @@ def _triton() -> Any:
     return triton
 
 
-def _compile(kernel: Any, function: Function, target: str) -> Compiled:
+def _compile(kernel: Any, function: Function, target: str) -> CompiledKernel:
+    """Compile one kernel, and read what came of it; raises `TargetError` if Triton fails."""
     triton = _triton()
     from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if not isinstance(kernel, triton.JITFunction):
         raise TargetError(
             "Triton is interpreting kernels in this process, not compiling: unset TRITON_INTERPRET."
         )
-    types = dict(function.arguments) | dict.fromkeys(
-        (name for name, _ in function.constants), "constexpr"
-    )
-    # As at a launch: torch's memory begins at multiples of 16 bytes, and Triton knows.
-    aligned: dict[Any, Any] = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (_, type) in enumerate(function.arguments)
-        if type.startswith("*")
-    }
-    code = ASTSource(kernel, signature=types, constexprs=dict(function.constants), attrs=aligned)
     backend = "cuda" if target.startswith("sm_") else "hip"
-    lanes = 64 if target.startswith("gfx9") else 32
-    place = GPUTarget(backend, int(target[3:]) if backend == "cuda" else target, lanes)
     log = io.StringIO()
-    # What ptxas says is not cached: the kernel is compiled anew, and leaves nothing behind.
+    # What ptxas reports is not cached: the kernel is compiled again, and leaves nothing behind.
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir = folder
         knobs.nvidia.dump_ptxas_log = True
         try:
             with contextlib.redirect_stdout(log):
-                made = triton.compile(code, target=place, options=options(function, backend))
+                made = triton.compile(
+                    _source_of(kernel, function),
+                    target=_triton_target(backend, target),
+                    options=options(function, backend),
+                )
         except (RuntimeError, triton.TritonError) as error:
-            said = next((line for line in str(error).splitlines() if line), type(error).__name__)
+            lines = str(error).splitlines()
+            first_line = next((line for line in lines if line), type(error).__name__)
             raise TargetError(
                 f"Triton {triton.__version__} cannot compile {function.name} for {target} "
-                f"({said}): choose another target, or another version of Triton."
+                f"({first_line}): choose another target, or another version of Triton."
             ) from error
-        asm = {
-            name: made.asm[name]
-            for name in ("ttir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
-            if name in made.asm
-        }
-    return _read(function, target, asm, log.getvalue(), made.metadata.shared)
+        if backend == "hip":
+            return _read_amd(function, target, made)
+        return _read_nvidia(function, target, made, log.getvalue())
 
 
-def _read(function: Function, target: str, asm: dict[str, Any], log: str, shared: int) -> Compiled:
-    """What Triton has made, and what its assembler has said about it."""
-    if "amdgcn" in asm:
-        text = asm["amdgcn"]
-        found = {k: int(n) for k, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
-        spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
-        numbers = (
-            found["vgpr_count"],
-            found["private_segment_fixed_size"],
-            4 * spilled,
-            4 * spilled,
-        )
-        listing, binary = read_amdgcn(text, asm["llir"]), asm["hsaco"]
-        return Compiled(function, target, asm["ttir"], text, binary, listing, *numbers, shared)
+def _source_of(kernel: Any, function: Function) -> Any:
+    """Return a kernel with the types of its arguments, as Triton compiles it."""
+    from triton.compiler import ASTSource
+
+    types = dict(function.arguments)
+    types |= dict.fromkeys((name for name, _ in function.constants), "constexpr")
+    # As at a launch: torch's memory begins at multiples of 16 bytes, and Triton knows.
+    aligned: dict[Any, Any] = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (_, type_) in enumerate(function.arguments)
+        if type_.startswith("*")
+    }
+    constants = dict(function.constants)
+    return ASTSource(kernel, signature=types, constexprs=constants, attrs=aligned)
+
+
+def _triton_target(backend: str, target: str) -> Any:
+    """Return the target as Triton names it, with the width of its warps."""
+    from triton.backends.compiler import GPUTarget
+
+    lanes = 64 if target.startswith("gfx9") else 32
+    return GPUTarget(backend, int(target[3:]) if backend == "cuda" else target, lanes)
+
+
+def _read_amd(function: Function, target: str, made: Any) -> CompiledKernel:
+    """Return what Triton has made for AMD; the assembly itself has the numbers."""
+    text = made.asm["amdgcn"]
+    fields = re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)
+    numbers = {name: int(number) for name, number in fields}
+    spilled = 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+    return CompiledKernel(
+        function=function,
+        target=target,
+        ttir=made.asm["ttir"],
+        assembly=text,
+        binary=made.asm["hsaco"],
+        counts=read_amdgcn(text, made.asm["llir"]),
+        registers=numbers["vgpr_count"],
+        stack=numbers["private_segment_fixed_size"],
+        spill_stores=spilled,
+        spill_loads=spilled,
+        shared=made.metadata.shared,
+    )
+
+
+def _read_nvidia(function: Function, target: str, made: Any, log: str) -> CompiledKernel:
+    """Return what Triton has made for NVIDIA, with the numbers that ptxas has logged."""
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
-    used = re.search(r"Used (\d+) registers", log)
-    if not frames or used is None:
+    registers = re.search(r"Used (\d+) registers", log)
+    if not frames or registers is None:
         raise TargetError(
             "this version of Triton does not show what ptxas says: install triton 3.5 or newer."
         )
-    stack, stores, loads = (sum(int(frame[i]) for frame in frames) for i in range(3))
-    static = sum(int(n) for n in re.findall(r"(\d+) bytes smem", log))
-    numbers = (int(used[1]), stack, stores, loads, shared + static)
-    return Compiled(
-        function, target, asm["ttir"], asm["ptx"], asm["cubin"], read_ptx(asm["ptx"]), *numbers
+    stack, stores, loads = (sum(map(int, numbers)) for numbers in zip(*frames, strict=True))
+    static = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
+    return CompiledKernel(
+        function=function,
+        target=target,
+        ttir=made.asm["ttir"],
+        assembly=made.asm["ptx"],
+        binary=made.asm["cubin"],
+        counts=read_ptx(made.asm["ptx"]),
+        registers=int(registers[1]),
+        stack=stack,
+        spill_stores=stores,
+        spill_loads=loads,
+        shared=made.metadata.shared + static,
     )
 
 
-def disassemble(compiled: Compiled) -> str:
-    """The machine code as nvdisasm lists it.
+def disassemble(compiled: CompiledKernel) -> str:
+    """Return the machine code as nvdisasm lists it.
 
-    Raises `TargetError` where Triton has no nvdisasm, or one that does not know this code.
+    Raises `TargetError` if Triton has no nvdisasm, or one that does not know this code.
     """
     from triton import knobs
 
@@ -191,102 +229,138 @@ def disassemble(compiled: Compiled) -> str:
             ) from error
 
 
-def report(program: Program, kernels: Sequence[Compiled]) -> str:
-    """All kernels in a table, then what limits each walk over elements."""
+# --- the report -----------------------------------------------------------------------------------
+
+HEADINGS = (
+    "",
+    "loads",
+    "masked",
+    "stores",
+    "masked",
+    "registers",
+    "stack",
+    "spills",
+    "local",
+    "shared",
+    "fused",
+    "approximate",
+    "ftz",
+)
+# The name and the accesses stand on the left of their columns, numbers on the right.
+LEFT_COLUMNS = 5
+LEGEND = (
+    "loads, stores: how many x of how many bits; stack, spills, shared: bytes; the rest are counts"
+)
+
+
+def report(program: Program, kernels: Sequence[CompiledKernel]) -> str:
+    """Return a table of all kernels, then what limits each pass over elements."""
     target = kernels[0].target
     lines = [f"Compiled for {target} by Triton {_triton().__version__}, without a device", ""]
-    head = (
-        "",
-        "loads",
-        "masked",
-        "stores",
-        "masked",
-        "registers",
-        "stack",
-        "spills",
-        "local",
-        "shared",
-    )
-    rows = [(*head, "fused", "approximate", "ftz"), *map(_row, kernels)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [HEADINGS, *map(_row, kernels)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
-        cells = (
-            cell.ljust(w) if i < 5 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
+        cells = []
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            cells.append(cell.ljust(width) if index < LEFT_COLUMNS else cell.rjust(width))
         lines.append(f"    {'  '.join(cells)}".rstrip())
-    lines += [
-        "",
-        (
-            "    loads, stores: how many x of how many bits; stack, spills, shared: bytes; the "
-            "rest are counts"
-        ),
-    ]
-    for one in kernels:
-        found = re.fullmatch(r"pass_(\d+)", one.function.name)
-        if (
-            found
-            and program.passes[int(found[1])].domain == Rank.ELEMENT
-            and one.target in RESIDENT
-        ):
-            lines += ["", *(f"    {line}" for line in _limits(one, program.passes[int(found[1])]))]
+    lines += ["", f"    {LEGEND}"]
+    for kernel in kernels:
+        index = pass_index_of(program, kernel.function)
+        if index is not None and kernel.target in RESIDENT:
+            limits = _limits(kernel, program.passes[index])
+            lines += ["", *(f"    {line}" for line in limits)]
     return "\n".join(lines)
 
 
-def _row(one: Compiled) -> tuple[str, ...]:
-    code = one.listing
-    accesses = (
-        _widths(which) for which in (code.loads, code.masked_loads, code.stores, code.masked_stores)
+def pass_index_of(program: Program, function: Function) -> int | None:
+    """Return the index of the pass over elements that a function is; None for other functions."""
+    found = re.fullmatch(r"pass_(\d+)", function.name)
+    if found is None:
+        return None
+    index = int(found[1])
+    return index if program.passes[index].domain == Rank.ELEMENT else None
+
+
+def _row(kernel: CompiledKernel) -> tuple[str, ...]:
+    """Return a kernel's cells in the table."""
+    counts = kernel.counts
+    accesses = (counts.loads, counts.masked_loads, counts.stores, counts.masked_stores)
+    numbers = (
+        kernel.registers,
+        kernel.stack,
+        kernel.spill_stores + kernel.spill_loads,
+        counts.local,
+        kernel.shared,
+        counts.fused,
+        counts.approximate,
+        counts.flushing,
     )
-    counts = (one.registers, one.stack, one.spill_stores + one.spill_loads, code.local, one.shared)
-    return (
-        one.function.name,
-        *accesses,
-        *map(str, (*counts, code.fused, code.approximate, code.flushing)),
-    )
+    return (kernel.function.name, *map(_widths, accesses), *map(str, numbers))
 
 
 def _widths(accesses: Mapping[int, int]) -> str:
+    """Return accesses such as `4x128 1x32`: four of 128 bits, and one of 32."""
     return " ".join(f"{accesses[bits]}x{bits}" for bits in sorted(accesses, reverse=True)) or "-"
 
 
-def _limits(one: Compiled, walk: Pass) -> list[str]:
-    """What a pass does for each element, and whether memory or arithmetic is its limit."""
-    warps, most = one.occupancy
-    lines = [
-        f"{one.function.name}: with {one.registers} registers {warps} of {most} warps run at once"
-    ]
+def _limits(kernel: CompiledKernel, pass_: Pass) -> list[str]:
+    """Return what a pass does for each element, and whether memory or arithmetic is its limit."""
+    name = kernel.function.name
+    warps, most = kernel.occupancy
+    first = f"{name}: with {kernel.registers} registers {warps} of {most} warps run at once"
     try:
-        way = fast_path(disassemble(one), one.function.name)
+        way = fast_path(disassemble(kernel), name)
     except TargetError as error:
-        return [*lines, f"    instructions are not counted: {error}"]
-    elements, moved = elements_of(one.function, walk, way), bytes_of(walk)
-    wide = f"loads {_widths(way.loads)}, stores {_widths(way.stores)}"
-    count = f"{len(way.instructions) / elements:.1f} instructions an element"
-    lines.append(f"    whole aligned blocks: {count}, {elements} elements a thread, {wide}")
-    if chip := CHIPS.get(one.target):
-        least = bound(way, elements, moved, chip)
-        memory, arithmetic = (f"{time * 1e12:.2f} ps" for time in (least.memory, least.arithmetic))
-        lines.append(
-            f"    {chip.name}, an element: {memory} for {moved} bytes at "
-            f"{chip.bandwidth / 1e12:g} TB/s, at least {arithmetic} for instructions ({least.by})"
-        )
-        ratio = least.memory / least.arithmetic
-        limit = f"memory, {ratio:.1f} times" if ratio >= 1 else f"arithmetic, {1 / ratio:.1f} times"
-        lines.append(f"    the limit is {limit} the other")
+        return [first, f"    instructions are not counted: {error}"]
+    elements = elements_of(kernel.function, pass_, way)
+    instructions = f"{len(way.instructions) / elements:.1f} instructions an element"
+    accesses = f"loads {_widths(way.loads)}, stores {_widths(way.stores)}"
+    lines = [
+        first,
+        f"    whole aligned blocks: {instructions}, {elements} elements a thread, {accesses}",
+    ]
+    chip = CHIPS.get(kernel.target)
+    if chip is not None:
+        lines += _compare_limits(bound(way, elements, bytes_of(pass_), chip), bytes_of(pass_), chip)
     return lines
 
 
-def bytes_of(walk: Pass) -> int:
-    """Bytes that a pass over elements reads and writes for each."""
-    read = sum(ITEMSIZE[node.type] for node in walk.loads if node.rank == Rank.ELEMENT)
-    return read + sum(ITEMSIZE[node.type] for _, node in walk.stores)
+def _compare_limits(least: Bound, moved: int, chip: Chip) -> list[str]:
+    """Return the least times of an element for memory and for arithmetic, and which is longer."""
+    memory = f"{least.memory * 1e12:.2f} ps"
+    arithmetic = f"{least.arithmetic * 1e12:.2f} ps"
+    times = (
+        f"    {chip.name}, an element: {memory} for {moved} bytes at {chip.bandwidth / 1e12:g} "
+        f"TB/s, at least {arithmetic} for instructions ({least.by})"
+    )
+    ratio = least.memory / least.arithmetic
+    limit = f"memory, {ratio:.1f} times" if ratio >= 1 else f"arithmetic, {1 / ratio:.1f} times"
+    return [times, f"    the limit is {limit} the other"]
 
 
-def elements_of(function: Function, walk: Pass, way: Way) -> int:
-    """How many elements one thread computes on a way through a kernel; of a loop, in one round as
-    it was unrolled."""
+def bytes_of(pass_: Pass) -> int:
+    """Return the bytes that a pass over elements reads and writes for each."""
+    read = sum(ITEMSIZE[node.type] for node in pass_.loads if node.rank == Rank.ELEMENT)
+    written = sum(ITEMSIZE[node.type] for _, node in pass_.stores)
+    return read + written
+
+
+def elements_of(function: Function, pass_: Pass, way: Way) -> int:
+    """Return how many elements one thread computes on a way through a kernel.
+
+    If the way is a loop, these are the elements of one round, which may be unrolled.
+
+    Example: a block of 1,024 elements and 4 warps of 32 threads are 8 elements a thread. If a round
+    moves twice the bytes of 8 elements, it was unrolled twice, and computes 16.
+    """
     constants = dict(function.constants)
-    tile = constants["BLOCK"] if "BLOCK" in constants else constants["LINES"] * constants["COLUMNS"]
-    one = max(1, tile // (32 * function.warps))
-    return one * max(1, round(way.moved / (one * bytes_of(walk)))) if way.is_loop else one
+    if "BLOCK" in constants:
+        tile = constants["BLOCK"]
+    else:
+        tile = constants["LINES"] * constants["COLUMNS"]
+    elements = max(1, tile // (32 * function.warps))
+    if not way.is_loop:
+        return elements
+    unrolled = round(way.moved / (elements * bytes_of(pass_)))
+    return elements * max(1, unrolled)

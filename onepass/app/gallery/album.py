@@ -72,7 +72,7 @@ PICTURES = (
     ),
     Picture(
         "ReduceLROnPlateau",
-        "the rate falls where the loss stops falling, and the loss falls on",
+        "the rate falls when the loss stops falling, and then the loss falls again",
         draw_plateau,
     ),
 )

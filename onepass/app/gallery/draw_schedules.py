@@ -94,6 +94,7 @@ def plot_schedule(schedule: Schedule, steps: int, path: Path) -> None:
 
 
 def _draw_schedule(axes: Axes, schedule: Schedule, steps: int) -> None:
+    """Draw a schedule at a thousand points from step 0 to `steps`."""
     points = [steps * index / _POINTS for index in range(_POINTS + 1)]
     axes.plot(points, [schedule(step) for step in points], color=BLUE, linewidth=1.6)
 

@@ -1,5 +1,4 @@
-"""CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes, and the three-convolution network of
-many tutorials."""
+"""CIFAR-10: 60,000 photographs of 32x32 pixels in ten classes, and a network of 3 convolutions."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ _ADVICE = (
 
 
 def _load(folder: Path) -> Data:
-    """The 50,000 training and 10,000 test images, downloaded to `folder` when they are not
-    there."""
+    """Return the 50,000 training and 10,000 test images, from `folder` or downloaded to it."""
     datasets = _import_datasets()
-    return Data(*(_make_examples(_open(datasets, folder, train=train)) for train in (True, False)))
+    train = _make_examples(_open(datasets, folder, train=True))
+    held_out = _make_examples(_open(datasets, folder, train=False))
+    return Data(train, held_out)
 
 
 def _import_datasets() -> Any:
+    """Return torchvision's module; raises `TaskError` if it cannot be imported."""
     try:
         from torchvision import datasets  # pyright: ignore[reportMissingImports]
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision built for another torch
+    # RuntimeError: a torchvision built for another torch.
+    except (ImportError, RuntimeError) as error:
         raise TaskError(
             "task cifar10: its images are read by torchvision, which cannot be imported "
             f"({_first_line(error)}); install the torchvision that fits your torch, and {_ADVICE}."
@@ -42,12 +41,11 @@ def _import_datasets() -> Any:
 
 
 def _open(datasets: Any, folder: Path, *, train: bool) -> Any:
+    """Return torchvision's dataset, downloaded if it is not in `folder`."""
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=False)
-    except (
-        OSError,
-        RuntimeError,
-    ):  # RuntimeError is torchvision's answer to missing or damaged files
+    # RuntimeError is torchvision's answer to missing or damaged files.
+    except (OSError, RuntimeError):
         pass
     try:
         return datasets.CIFAR10(root=str(folder), train=train, download=True)
@@ -63,18 +61,19 @@ def _first_line(error: Exception) -> str:
 
 
 def _make_examples(dataset: Any) -> Examples:
-    images = (
-        torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()
-    )  # stored as (n, height, width, channels)
+    """Return torchvision's dataset as examples, in bytes."""
+    # Stored as (n, height, width, channels).
+    images = torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Examples(images, torch.tensor(dataset.targets, dtype=torch.uint8), _decode)
 
 
 def _decode(images: Tensor) -> Tensor:
-    """Bytes as numbers of about zero mean and unit variance."""
+    """Return bytes as numbers of about zero mean and unit variance."""
     return (images.to(torch.float32) - 121.0) / 64.0
 
 
 def _make_model() -> nn.Module:
+    """Return three convolutions and two layers, 146 thousand parameters."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 5, padding=2),
         nn.ReLU(),

@@ -19,8 +19,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Examples:
-    """`n` examples: `inputs` (n, ...) and `targets` (n, ...), kept in a compact dtype and decoded
-    batch by batch."""
+    """Inputs and targets of shape (n, ...), in a compact dtype; `decode` makes a batch's inputs."""
 
     inputs: Tensor
     targets: Tensor
@@ -30,7 +29,7 @@ class Examples:
         return len(self.inputs)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples at `indices` (int64): inputs as the model takes them, targets as int64."""
+        """Return the examples at `indices` (int64): inputs for the model, and targets as int64."""
         return self.decode(self.inputs[indices]), self.targets[indices].long()
 
 
@@ -42,25 +41,21 @@ class Data:
     held_out: Examples
 
     def fingerprint(self) -> str:
-        """A checksum of all examples, equal only for equal data."""
+        """Return a checksum of all examples as eight hexadecimal digits."""
         code = 0
-        for tensor in (
-            self.train.inputs,
-            self.train.targets,
-            self.held_out.inputs,
-            self.held_out.targets,
-        ):
-            code = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), code)
-            code = zlib.crc32(tensor.contiguous().numpy().data, code)
+        for examples in (self.train, self.held_out):
+            for tensor in (examples.inputs, examples.targets):
+                code = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), code)
+                code = zlib.crc32(tensor.contiguous().numpy().data, code)
         return f"{code:08x}"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for people: `measure(outputs, targets)` is the mean over all targets, as a 0-dim
-    tensor.
+    """A number for people.
 
-    People see it multiplied by `scale`, with that many decimals and the unit.
+    `measure(outputs, targets)` returns its mean over all targets, as a 0-dim tensor. People see it
+    multiplied by `scale`, with this many `decimals`, and the `unit`.
     """
 
     name: str
@@ -70,17 +65,19 @@ class Metric:
     unit: str = ""
 
     def show(self, value: float) -> str:
-        return f"{self.scale * value:.{self.decimals}f}{self.unit and ' ' + self.unit}"
+        """Return a measured value as people see it, such as `98.89 %`."""
+        number = f"{self.scale * value:.{self.decimals}f}"
+        return f"{number} {self.unit}" if self.unit else number
 
 
 @dataclass(frozen=True)
 class Task:
     """One thing to train.
 
-    `load` takes the folder for data on disk; `loss(outputs, targets)` is a mean over all targets.
-    `lr` names the learning rates that suit an optimizer of that name. `examples_per_epoch` cuts an
-    epoch short of the whole training data (None: all of it); `warmup` is the share of all steps
-    over which a schedule first rises.
+    `load` takes the folder for data on disk. `loss(outputs, targets)` is a mean over all targets.
+    `lr` has the learning rate that suits an optimizer, by its name. An epoch takes
+    `examples_per_epoch` of the training examples, or all of them (None). A schedule first rises
+    over `warmup`, a share of all steps.
     """
 
     name: str

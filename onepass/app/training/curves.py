@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from ...pictures import BLUE, GREEN, RED, new_figure, save, tidy_frame
-from .loop import Run
+from .run import Run
 
 __all__ = ["plot_curves"]
 
@@ -42,6 +42,7 @@ def plot_curves(run: Run, path: Path) -> None:
 
 
 def _draw_loss(axes: Axes, run: Run, epoch_ends: Sequence[int]) -> None:
+    """Draw the losses, on a logarithmic axis if they fall to less than a twentieth."""
     train = run.history.train_loss
     held_out = run.history.held_out_loss
     _draw(axes, train, epoch_ends, held_out)
@@ -53,6 +54,7 @@ def _draw_loss(axes: Axes, run: Run, epoch_ends: Sequence[int]) -> None:
 
 
 def _draw_metric(axes: Axes, run: Run, epoch_ends: Sequence[int]) -> None:
+    """Draw the metric as people see it, and write its last value."""
     metric = run.task.metric
     train = [metric.scale * value for value in run.history.train_metric]
     held_out = [metric.scale * value for value in run.history.held_out_metric]

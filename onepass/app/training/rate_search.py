@@ -15,30 +15,32 @@ from torch import Tensor, nn
 
 from ...range_test.search import RangeTest, lr_find
 from ..tasks import find_task
-from .loop import Run, Settings, SettingsError
+from .run import Run
+from .settings import Settings, SettingsError
 
 __all__ = ["make_rate_table", "search_rate", "training_command"]
 
+# Lines of the table.
 _ROWS = 12
 
 
 class _Batches:
-    """A run's training examples, shuffled anew at each iteration as in its epochs."""
+    """A run's batches, shuffled again at each iteration, as in each of its epochs."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         run = self._run
-        order = torch.randperm(len(run.data.train), generator=run.shuffle)[: run.examples_per_epoch]
-        return map(run.data.train.batch, order.split(run.settings.batch_size))
+        batches = run.draw_order().split(run.settings.batch_size)
+        return map(run.data.train.batch, batches)
 
 
 def search_rate(run: Run, console: Console, lowest: float, highest: float, steps: int) -> RangeTest:
-    """Find a learning rate for a run that has not begun, with a bar in a terminal; the same seed
-    finds the same.
+    """Find a learning rate for a run that has not begun, between `lowest` and `highest`.
 
-    Raises `SettingsError` for bounds that make no sense, and where the run cannot be tried at all.
+    In a terminal it shows a bar. The same seed finds the same rate. Raises `SettingsError` for
+    bounds that make no sense, and if the run cannot be tried at all.
     """
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -50,12 +52,14 @@ def search_rate(run: Run, console: Console, lowest: float, highest: float, steps
     shown = bar.add_task("", total=steps)
 
     def observe(step: int, lr: float, loss: float) -> None:
+        """Move the bar."""
         bar.update(shown, completed=step + 1, description=f"lr {lr:.2e}  loss {loss:.4g}")
 
     bounds: dict[str, Any] = {"lowest": lowest, "highest": highest, "steps": steps}
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), bar:
-            warnings.filterwarnings("ignore", "lr_find: ")  # the note says the same
+            # The note in the result says the same.
+            warnings.filterwarnings("ignore", "lr_find: ")
             torch.set_rng_state(run.rng_state)
             return lr_find(run.model, loss, _Batches(run), run.optimizer, observe=observe, **bounds)
     except ValueError as error:
@@ -63,17 +67,10 @@ def search_rate(run: Run, console: Console, lowest: float, highest: float, steps
 
 
 def training_command(settings: Settings, lr: float) -> str:
-    """The command line that trains with this rate, and with the batch size for which it was
-    found."""
+    """Return the command that trains with this rate, and with the batch size that it is for."""
     name = settings.optimizer
-    words = [
-        "onepass",
-        "train",
-        "--task",
-        settings.task,
-        "--optimizer",
-        name if ":" in name else name.lower(),
-    ]
+    words = ["onepass", "train", "--task", settings.task]
+    words += ["--optimizer", name if ":" in name else name.lower()]
     words += ["--lr", f"{lr:g}"]
     if settings.batch_size != find_task(settings.task).batch_size:
         words += ["--batch-size", str(settings.batch_size)]
@@ -81,11 +78,14 @@ def training_command(settings: Settings, lr: float) -> str:
 
 
 def make_rate_table(found: RangeTest) -> Table:
-    """The losses at some of the rates, evenly spaced in their logarithm."""
+    """Return a table of the losses at some of the rates, evenly spaced in their logarithm."""
     table = Table(title="Loss by learning rate", title_justify="left")
     for heading in ("learning rate", "loss", "smoothed"):
         table.add_column(heading, justify="right")
     last = len(found.lrs) - 1
-    for i in sorted({round(last * row / (_ROWS - 1)) for row in range(_ROWS)}):
-        table.add_row(f"{found.lrs[i]:.1e}", f"{found.losses[i]:.4g}", f"{found.smoothed[i]:.4g}")
+    steps = {round(last * line / (_ROWS - 1)) for line in range(_ROWS)}
+    for step in sorted(steps):
+        loss = f"{found.losses[step]:.4g}"
+        smoothed = f"{found.smoothed[step]:.4g}"
+        table.add_row(f"{found.lrs[step]:.1e}", loss, smoothed)
     return table

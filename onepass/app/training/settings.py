@@ -31,14 +31,15 @@ _MOST = 10**9  # epochs, and examples a step
 
 
 class SettingsError(ValueError):
-    """What to train is not well described; the message says what was passed, what is allowed and
-    what to do."""
+    """What to train is not well described.
+
+    The message says what was passed, what is allowed and what to do.
+    """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run's result depends on, besides the data, the machine and the versions of the
-    software."""
+    """All that a run's result depends on, besides the data, the machine and the software."""
 
     task: str
     optimizer: str
@@ -58,11 +59,11 @@ def make_settings(
     schedule: str = "cosine",
     seed: int = 0,
 ) -> Settings:
-    """Settings with the task's own values where None is given; `SettingsError` or `TaskError` for
-    impossible ones."""
-    for key, value in (("task", task), ("optimizer", optimizer), ("schedule", schedule)):
-        if not isinstance(value, str) and (value is not None or key != "optimizer"):
-            raise SettingsError(f"{key} must be a name, got {brief(value)}.")
+    """Return settings; what is None is the task's own.
+
+    Raises `SettingsError` or `TaskError` for impossible ones.
+    """
+    _check_names(task, optimizer, schedule)
     found = find_task(task)
     name = spell(found.optimizer if optimizer is None else optimizer)
     settings = Settings(
@@ -82,7 +83,16 @@ def make_settings(
     return settings
 
 
+def _check_names(task: Any, optimizer: Any, schedule: Any) -> None:
+    """Raise `SettingsError` unless these are texts; a file may hold anything."""
+    for key, value in (("task", task), ("optimizer", optimizer), ("schedule", schedule)):
+        is_left_out = key == "optimizer" and value is None
+        if not isinstance(value, str) and not is_left_out:
+            raise SettingsError(f"{key} must be a name, got {brief(value)}.")
+
+
 def _check_numbers(settings: Settings) -> None:
+    """Raise `SettingsError` unless all numbers are in their ranges."""
     rate = None if isinstance(settings.lr, (bool, torch.Tensor)) else as_number(settings.lr)
     if rate is None or not (math.isfinite(rate) and rate > 0):
         raise SettingsError(f"lr must be a positive finite number, got {brief(settings.lr)}.")
@@ -101,8 +111,11 @@ def _check_numbers(settings: Settings) -> None:
 
 
 def find_optimizer(name: str) -> Callable[..., Any]:
-    """The class of that name, in any case, a variant (`sgd-momentum`) or `module:Class`; else
-    `SettingsError`."""
+    """Return what makes the optimizer of this name: a class, or one with the variant's options.
+
+    The name is that of a class in any case, of a variant (`sgd-momentum`), or `module:Class`.
+    Raises `SettingsError` for any other.
+    """
     try:
         found = find_trainable(name)
     except UnknownName as error:
@@ -111,35 +124,44 @@ def find_optimizer(name: str) -> Callable[..., Any]:
 
 
 def spell(name: str) -> str:
-    """An optimizer's name as a run remembers it."""
+    """Return an optimizer's name as a run remembers it: `AdamW`, `sgd-momentum`, `mine:Lion`."""
     found = find_optimizer(name)
     return name if ":" in name else getattr(found, "__name__", name.lower())
 
 
 def _default_lr(task: Task, optimizer: str) -> float:
-    """The task's rate for this optimizer, else the optimizer's own default, else that of the task's
-    own optimizer."""
+    """Return the task's rate for this optimizer, or the class's default, or the task's usual one.
+
+    The last is the rate of the task's own optimizer: it stands in if a class has no default.
+    """
     if optimizer in task.lr:
         return task.lr[optimizer]
-    probe = find_optimizer(optimizer)
+    make = find_optimizer(optimizer)
     try:
-        own = probe([nn.Parameter(torch.zeros(1, 1))]).defaults.get("lr")
+        default = make([nn.Parameter(torch.zeros(1, 1))]).defaults.get("lr")
     except (TypeError, ValueError):
-        own = None
-    return own if isinstance(own, float) and own > 0 else task.lr[task.optimizer]
+        default = None
+    if isinstance(default, float) and default > 0:
+        return default
+    return task.lr[task.optimizer]
 
 
 def make_schedule(name: str, lr: float, total: int, warmup: int = 0) -> Schedule:
-    """The learning rate as a function of the step, counted from 0.
+    """Return the learning rate as a function of the step, counted from 0.
 
-    `none` is `lr` throughout. `cosine` falls along half a cosine to about zero; `step` falls to a
+    `none` is `lr` in all steps. `cosine` falls along half a cosine to about zero; `step` falls to a
     tenth after half of the steps and to a hundredth after three quarters. Both first rise in a line
-    over `warmup` of the `total` steps.
+    over the first `warmup` of the `total` steps.
     """
     if name == "none":
         return constant(lr)
-    falls = {
-        max(0, share * total - warmup): lr * factor for share, factor in ((0.5, 0.1), (0.75, 0.01))
-    }
-    after = piecewise(lr, falls) if name == "step" else cosine(lr, steps=max(1, total - warmup))
-    return linear(lr / warmup, lr / warmup + lr, steps=warmup).then(after) if warmup else after
+    if name == "step":
+        # Counted from the end of the warm-up.
+        half = max(0, 0.5 * total - warmup)
+        three_quarters = max(0, 0.75 * total - warmup)
+        main = piecewise(lr, {half: lr * 0.1, three_quarters: lr * 0.01})
+    else:
+        main = cosine(lr, steps=max(1, total - warmup))
+    if not warmup:
+        return main
+    return linear(lr / warmup, lr / warmup + lr, steps=warmup).then(main)
