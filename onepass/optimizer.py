@@ -42,7 +42,7 @@ from .contract.steps import (
 )
 from .contract.values import StepError, flag
 from .kernel import Rank, Rule, shape_at, signature
-from .stepping.gradient_factor import Unscale
+from .stepping.gradient_factor import GradientFactor
 from .stepping.plan import Plan
 from .stepping.private import Lazy, Private
 from .stepping.reading import Reading, drop_gradients
@@ -387,8 +387,9 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = closure()
     # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
-    unscale = Unscale(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-    if not unscale.waits and unscale.read():
+    scale = getattr(optimizer, "grad_scale", None)
+    gradient_factor = GradientFactor(scale, getattr(optimizer, "found_inf", None))
+    if not gradient_factor.waits and gradient_factor.read():
         return loss
     private = optimizer._onepass
     # Outside of it other threads may step: a closure may wait for one that does.
@@ -400,7 +401,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         if has_own_group_reader(optimizer):
             step_as_torch(optimizer, OVERRIDES.format("_init_group"))
             return loss
-        ready = _make_ready(optimizer, unscale.scale is not None)
+        ready = _make_ready(optimizer, gradient_factor.scale is not None)
         if ready is None:
             step_as_torch(optimizer, REPEATS)
             return loss
@@ -409,7 +410,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
             private.idle.look(
                 optimizer, reading.params, reading.grads, closure is not None, private.warn_once
             )
-        plan.run(reading, gathered, unscale)
+        plan.run(reading, gathered, gradient_factor)
     if plan.refused_rate is not None:
         index, rate = plan.refused_rate
         private.warn_once(refused_rate(_name(optimizer), index, rate), f"lr of {index}")

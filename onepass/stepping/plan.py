@@ -33,7 +33,7 @@ from .checks import Member, sparse_kind
 from .columns import find_clusters, format_name
 from .device_batch import DeviceBatch
 from .eager_batch import EagerBatch
-from .gradient_factor import Unscale
+from .gradient_factor import GradientFactor
 from .group_recipes import GroupRecipes
 from .ledger import Ledger
 from .numbers import Numbers
@@ -172,7 +172,7 @@ class Plan:
         for name in recipe.graph.state:
             entry = state[name]
             if why is not None:
-                lies_well = type(entry) not in kernel.PLAIN or not kernel.is_expanded(entry)
+                lies_well = not kernel.is_plain(entry) or not kernel.is_expanded(entry)
             elif entry.shape == p.shape and recipe.fits(p):
                 lies_well = entry.stride() == p.stride()
             else:
@@ -198,7 +198,7 @@ class Plan:
         if member.sparse == "rows" and not kernel.on_host(p.device):
             return f"there are no kernels for sparse gradients on {p.device.type} devices"
         for t in (*columns, *(() if grad is None else (grad,))):
-            if type(t) not in kernel.PLAIN:
+            if not kernel.is_plain(t):
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
@@ -395,15 +395,18 @@ class Plan:
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
     def run(
-        self, reading: Reading, gathered: tuple[list[Gathered], list[Any]], unscale: Unscale
+        self,
+        reading: Reading,
+        gathered: tuple[list[Gathered], list[Any]],
+        gradient_factor: GradientFactor,
     ) -> None:
         """Step with what `ready` returned."""
         of_kernels, of_others = gathered
         try:
-            if self.waits and unscale.read():
+            if self.waits and gradient_factor.read():
                 self.undo()
                 return
-            self._begin(reading, of_others, unscale)
+            self._begin(reading, of_others, gradient_factor)
             if of_others:
                 self._check_again(reading, of_kernels, of_others)
                 refusing = [batch.store_refusing(self._ledger) for batch in self.eager]
@@ -426,24 +429,26 @@ class Plan:
                 active = zip(batch.positions.tolist(), batch.active, strict=True)
                 self.fresh.difference_update(position for position, on in active if on)
 
-    def _begin(self, reading: Reading, of_others: list[Any], unscale: Unscale) -> None:
+    def _begin(
+        self, reading: Reading, of_others: list[Any], gradient_factor: GradientFactor
+    ) -> None:
         """Do what may fail, which changes nothing: functions of matrices, those that take the most
         memory first, while there are no others' results; a device's memory; compiling for it;
         torch's operations."""
         for batch in sorted(self.kernels, key=_demand, reverse=True):
-            batch.begin(self.fresh, unscale)
+            batch.begin(self.fresh, gradient_factor)
         if not of_others:
             return
         scratch = Scratch(chain.from_iterable(batch.tensors_apart(reading) for batch in self.eager))
         later = [
             delayed
             for batch, stepping in zip(self.eager, of_others, strict=False)
-            for delayed in batch.begin(stepping, self.fresh, unscale, scratch)
+            for delayed in batch.begin(stepping, self.fresh, gradient_factor, scratch)
         ]
         for _, compute in sorted(later, key=itemgetter(0)):
             compute()
         for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
-            batch.begin(stepping, self.fresh, unscale)
+            batch.begin(stepping, self.fresh, gradient_factor)
 
     def _check_again(
         self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]
