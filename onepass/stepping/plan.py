@@ -16,7 +16,7 @@ plan's tables are in use by one step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import kernel
-from ..contract.values import StepError
+from ..contract.values import Group, StepError
 from .batch import Gathered, KernelBatch, check
 from .checks import Member, sparse_kind
 from .columns import find_clusters, format_name
@@ -70,6 +70,8 @@ class Plan:
         self._options, self.recipes, self.modes = found, found.recipes, found.modes
         self.kind_of, self.graph_of = found.kind_of, found.graph_of
         self.dormant: list[int] = []
+        # What `steps_rows` said of the groups that have met sparse gradients.
+        self.slice_answers: dict[int, bool] = {}
         self.members = self._find_members(algorithm, reading)
         # Positions of the parameters whose state is made now, and what to take back if a step does
         # not come of it.
@@ -108,6 +110,8 @@ class Plan:
                 label = repr(names[i]) if names and i < len(names) else str(position)
                 grad = reading.grads[position]
                 sparse = sparse_kind(owner, label, grad, algorithm.gradients, steps_rows)
+                if sparse:
+                    self.slice_answers[g] = sparse == "rows"
                 member = Member(position, g, self.kind_of[position], label, sparse)
                 if self._is_awake(owner, member, reading):
                     members.append(member)
@@ -326,7 +330,11 @@ class Plan:
         return batches
 
     def ready(
-        self, reading: Reading, scaled: bool, flags: Sequence[Mapping[str, bool]]
+        self,
+        reading: Reading,
+        scaled: bool,
+        flags: Sequence[Mapping[str, bool]],
+        steps_slices: Callable[[Group], bool] | None,
     ) -> tuple[list[Gathered], list[Any]] | None:
         """Look at all that a step depends on; None where the plan must be built again. Nothing
         changes."""
@@ -339,6 +347,8 @@ class Plan:
             return None
         if not self._options.are_as_before(groups, flags):
             return None
+        if steps_slices is not None and not self._steps_slices_as_before(groups, steps_slices):
+            return None
         if any(reading.grads[i] is not None for i in self.dormant):
             return None
         gathered: list[list[Any]] = []
@@ -347,6 +357,19 @@ class Plan:
             if any(found is None for found in gathered[-1]):
                 return None
         return (gathered[0], gathered[1]) if self._is_shared_as_before() else None
+
+    def _steps_slices_as_before(
+        self, groups: Sequence[Group], steps_slices: Callable[[Group], bool]
+    ) -> bool:
+        """Whether the class says of its groups what it said when the plan was built."""
+        try:
+            return all(
+                bool(steps_slices(groups[index])) == answer
+                for index, answer in self.slice_answers.items()
+            )
+        except StepError:
+            # A new plan raises it, if there still is a sparse gradient.
+            return False
 
     def _is_shared_as_before(self) -> bool:
         """Whether the same parameters share memory with one another as when the plan was built."""
