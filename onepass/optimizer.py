@@ -1,11 +1,11 @@
-"""`Optimizer`: parameter groups, state, step, hooks and checkpoints; all of torch's contract, and
-no mathematics."""
+"""`Optimizer`: param groups, state, step, hooks and checkpoints. All of torch's contract is here.
+
+The mathematics is in `algorithms/`; how a step is made is in `stepping/`.
+"""
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import partial
 from itertools import chain
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer as TorchOptimizer
 
 from .contract.mistakes import arguments_of, refused_rate, watch_options
@@ -25,39 +24,33 @@ from .contract.param_groups import (
     check_required,
     check_spelling,
     is_iterable,
-    occur_twice,
     read_params,
 )
 from .contract.ranges import check_ranges
-from .contract.state_dict import Match, check_state_dict, match
+from .contract.state_dict import Match, check_state_dict, match, pack, states_of
 from .contract.steps import (
     OVERRIDES,
     REPEATS,
     has_own_group_reader,
     has_torchs_step,
-    refuse_repeats,
+    is_asked_by_grad_scaler,
     step_as_torch,
     steps_as_torch,
     steps_by_rule,
 )
-from .contract.values import StepError, flag
-from .kernel import Rank, Rule, shape_at, signature
-from .stepping.gradient_factor import Unscale
-from .stepping.plan import Plan
+from .contract.values import flag
+from .kernel import Rule
+from .stepping.gradient_factor import GradientFactor
 from .stepping.private import Lazy, Private
-from .stepping.reading import Reading, drop_gradients
-from .stepping.recipe import Algorithm, fill_state, recipe_of
-
-# How often a plan is made again when what it is made for changes meanwhile, as another thread may
-# change it.
-MOST_PLANS = 8
+from .stepping.reading import drop_gradients, fill_gradients_with_zeros
+from .stepping.ready import make_ready
+from .stepping.recipe import algorithm_of, expected_state, fill_state, recipe_of
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
 class Optimizer(TorchOptimizer):
-    """The base of every optimizer here, and of yours: subclass it, write `__init__` and a static
-    `rule`.
+    """The base of every optimizer here, and of yours: write `__init__` and a static `rule`.
 
     The rule's positional arguments name the columns (p, g and the states, under torch's state-dict
     names), its keyword-only arguments the param-group options; it returns the new value of each
@@ -89,13 +82,12 @@ class Optimizer(TorchOptimizer):
     rule: Rule
     _onepass = Lazy()
     _onepass_switches: tuple[str, ...] = ()
-    # torch's class in whose place this one stands; torch's base of all for a class of somebody's
-    # own.
+    # The class of torch that this one replaces; torch's base class for a class that torch lacks.
     _onepass_torch_class: Any = TorchOptimizer
-    # Whether torch's class has its modes, of which some exclude each other.
+    # Whether torch's class has torch's modes (foreach, fused, ...), some of which exclude others.
     _onepass_has_modes = False
-    # After it come torch's base of all and what others have put before that: their constructors are
-    # called, not those of torch's classes.
+    # The last class whose constructor is not called: those that follow it in the order of bases are
+    # torch's base class and what others have put before that.
     _onepass_last: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -103,12 +95,11 @@ class Optimizer(TorchOptimizer):
         watch_options(cls)
         cls._onepass_switches = switches_of(cls)
         bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
-        torchs = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
-        cls._onepass_torch_class = torchs[0]
-        cls._onepass_has_modes = "foreach" in arguments_of(torchs[0])
-        cls._onepass_last = [Optimizer, *(base for base in torchs if base is not TorchOptimizer)][
-            -1
-        ]
+        of_torch = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
+        cls._onepass_torch_class = of_torch[0]
+        cls._onepass_has_modes = "foreach" in arguments_of(of_torch[0])
+        skipped = [Optimizer, *(base for base in of_torch if base is not TorchOptimizer)]
+        cls._onepass_last = skipped[-1]
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -118,7 +109,7 @@ class Optimizer(TorchOptimizer):
     ranges: Mapping[str, Any] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        """Begin with param groups, each with `defaults` where it names no options of its own.
+        """Begin with param groups; `defaults` are the options that a group does not set itself.
 
         Raises TypeError for parameters that are not tensors, ValueError for an empty list, tensors
         that are not leaves, or that occur in two groups.
@@ -143,29 +134,30 @@ class Optimizer(TorchOptimizer):
     # What a subclass may refine.
 
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
-        """The rule by which a parameter steps, where one class has several; it depends on p's shape
-        and on flags."""
+        """Return the rule by which a parameter steps, if the class has several.
+
+        The choice may depend on p's shape and on flags.
+        """
         return type(self).rule
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        """The rule's flags in a group: the options that are True or False by default, so that 0 and
-        1 will do too.
+        """Return the rule's flags in a group: the options whose defaults are True or False.
 
-        Override it, and add to what it returns, where a flag follows from a number.
+        0 and 1 will do for these, too. If a flag follows from a number, override this method and
+        add the flag to what it returns.
         """
         return {name: flag(group[name], name) for name in self._onepass_switches if name in group}
 
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """A state before a parameter's first step: zeros, of the shape, type and place of
-        `like`."""
+        """Return a state before a parameter's first step: zeros, shaped and placed as `like`."""
         return torch.zeros_like(like, memory_format=torch.preserve_format)
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
-        """Whether a group's rule, given a sparse gradient, steps the rows that it has values for,
-        and those alone.
+        """Whether a sparse gradient steps only the rows for which it has values.
 
-        Else the gradient is filled up with zeros. It is asked where a class whose `gradients` are
-        "any" or "sparse" meets a sparse one, depends on flags, and may raise `StepError`.
+        If False, sparse gradients are converted to dense ones. Called only for sparse gradients, of
+        classes whose `gradients` are "any" or "sparse". It may depend on every option of the group,
+        and may raise `StepError`.
         """
         return True
 
@@ -184,12 +176,11 @@ class Optimizer(TorchOptimizer):
     # Stepping.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient, and return what `closure`, if given,
-        returned.
+        """Update every parameter that has a gradient; return what `closure` returned, if given.
 
-        Raises `StepError` (a RuntimeError) where a step cannot be taken: sparse gradients that the
+        Raises `StepError` (a RuntimeError) if a step cannot be taken: sparse gradients that the
         class does not take, state that does not fit, memory that is gone. The optimizer is
-        unchanged then.
+        unchanged when this is raised.
         """
         if torch.compiler.is_compiling():
             return _step_outside_graphs(self, closure)
@@ -236,27 +227,22 @@ class Optimizer(TorchOptimizer):
         """Create the state of a group's parameters now, and not in their first step."""
         algorithm = algorithm_of(self)
         for p in group["params"]:
+            state = self.state[p]
             fill_state(
-                algorithm,
-                recipe_of(algorithm, p, group),
-                p,
-                group,
-                self.state[p].__setitem__,
-                self.state[p],
+                algorithm, recipe_of(algorithm, p, group), p, group, state.__setitem__, state
             )
 
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the param groups, with positions instead of parameters; torch.optim can
-        load it.
+        """Return the state and the param groups, with positions instead of parameters.
 
-        Tensors are the optimizer's own, not copies, as in torch.
+        torch.optim can load it. Tensors are the optimizer's own, not copies, as in torch.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         with self._onepass.turn:
-            state, groups = _pack(self)
+            state, groups = pack(self.state, self.param_groups)
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
@@ -266,13 +252,13 @@ class Optimizer(TorchOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
 
-        Parameters are matched by name where both sides have the same names, else by position, with
-        a warning where names differ; see `check_names`. State keeps its own dtype (fp32 moments of
-        a bf16 parameter stay fp32) and moves to the parameter's device. State that does not belong
-        to the rule is kept. Options, the learning rate included, are the saved ones.
+        Parameters are matched by name if both sides have the same names, else by position, with a
+        warning if names differ; see `check_names`. State keeps its own dtype (fp32 moments of a
+        bf16 parameter stay fp32) and moves to the parameter's device. State that does not belong to
+        the rule is kept. Options, the learning rate included, are the saved ones.
 
-        Raises ValueError, with the parameter's name and both shapes, where the dict does not fit;
-        nothing has been changed then.
+        Raises ValueError, with the parameter's name and both shapes, if the dict does not fit.
+        Nothing is changed then.
         """
         if not isinstance(state_dict, Mapping):
             check_state_dict(_name(self), state_dict)
@@ -282,19 +268,17 @@ class Optimizer(TorchOptimizer):
             state_dict = state_dict if changed is None else changed
         check_state_dict(_name(self), state_dict)
         with self._onepass.turn:
-            state, groups = self._onepass_load(
-                match(_name(self), self.param_groups, state_dict, _states_of(Optimizer))
-            )
+            matched = match(_name(self), self.param_groups, state_dict, states_of(Optimizer))
+            state, groups = self._onepass_load(matched)
             self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def check_names(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise ValueError where a state dict's parameters have other names than these, or in other
-        groups.
+        """Raise ValueError if a state dict's parameters have other names, or are in other groups.
 
-        `load_state_dict` warns of it, and matches by position. What wrappers put into names does
-        not count, as `module.` and `_orig_mod.`.
+        `load_state_dict` warns of it, and matches by position. What wrappers put into names, such
+        as `module.` and `_orig_mod.`, does not count.
         """
         check_state_dict(_name(self), state_dict)
         difference = match(_name(self), self.param_groups, state_dict).difference
@@ -302,33 +286,28 @@ class Optimizer(TorchOptimizer):
             raise ValueError(f"{difference}; load a checkpoint of this model")
 
     def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-        """The state and groups that a state dict holds for this optimizer, everything verified
-        first.
+        """Return the state and groups of a state dict, after everything has been verified.
 
-        Override it where state does not lie beside each parameter.
+        A class overrides it if its state does not lie beside each parameter.
         """
-        return matched.load(
-            partial(_state_of, self), self.defaults, checks_options=steps_by_rule(type(self))
-        )
+        by_rule = steps_by_rule(type(self))
+        return matched.load(partial(expected_state, self), self.defaults, checks_options=by_rule)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves to the step what it would have to wait for: to unscale, and to
-        skip the step.
+        """Whether GradScaler leaves the unscaling, and the skipping, to the step.
 
-        So it is where a group is fused, as in torch, or capturable; and only GradScaler is told. To
-        others it would mean that gradients must not be unscaled before a step, for which Lightning
-        refuses to clip them; but a step takes them either way, as GradScaler knows which it is.
+        It does if a group is fused, as in torch, or capturable. Only GradScaler is told so, see
+        `is_asked_by_grad_scaler`.
         """
         if self._onepass.supports_scaling is not None:
             return self._onepass.supports_scaling
-        asks = sys._getframe(1).f_globals.get("__name__")
-        if asks != GradScaler.__module__:
+        if not is_asked_by_grad_scaler():
             return False
-        capturable = any(g.get("capturable") for g in self.param_groups) and not steps_as_torch(
-            self
-        )
-        return capturable or any(g.get("fused") for g in self.param_groups)
+        if any(group.get("fused") for group in self.param_groups):
+            return True
+        capturable = any(group.get("capturable") for group in self.param_groups)
+        return capturable and not steps_as_torch(self)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, supports: bool) -> None:
@@ -343,9 +322,9 @@ class Optimizer(TorchOptimizer):
             if self._onepass.is_shared:
                 return super(self._onepass_last, self).__getstate__()
             state = copy(self.state)
-            state.update(
-                (p, dict(entries)) for p, entries in self.state.items() if type(entries) is dict
-            )
+            for p, entries in self.state.items():
+                if type(entries) is dict:
+                    state[p] = dict(entries)
             return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
     def __copy__(self) -> Any:
@@ -387,8 +366,9 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = closure()
     # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
-    unscale = Unscale(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-    if not unscale.waits and unscale.read():
+    scale = getattr(optimizer, "grad_scale", None)
+    gradient_factor = GradientFactor(scale, getattr(optimizer, "found_inf", None))
+    if not gradient_factor.waits and gradient_factor.read():
         return loss
     private = optimizer._onepass
     # Outside of it other threads may step: a closure may wait for one that does.
@@ -400,7 +380,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         if has_own_group_reader(optimizer):
             step_as_torch(optimizer, OVERRIDES.format("_init_group"))
             return loss
-        ready = _make_ready(optimizer, unscale.scale is not None)
+        ready = make_ready(optimizer, gradient_factor.scale is not None)
         if ready is None:
             step_as_torch(optimizer, REPEATS)
             return loss
@@ -409,88 +389,22 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
             private.idle.look(
                 optimizer, reading.params, reading.grads, closure is not None, private.warn_once
             )
-        plan.run(reading, gathered, unscale)
+        plan.run(reading, gathered, gradient_factor)
     if plan.refused_rate is not None:
         index, rate = plan.refused_rate
         private.warn_once(refused_rate(_name(optimizer), index, rate), f"lr of {index}")
     return loss
 
 
-def _make_ready(optimizer: Optimizer, scaled: bool) -> tuple[Plan, Reading, Any] | None:
-    """The plan that fits what is there now, and what it has read for this step.
-
-    None where a parameter is there twice, for torch's code to step it twice.
-    """
-    private, flags = optimizer._onepass, type(optimizer).flags
-    private.follow(type(optimizer))
-    former = private.plan
-    for known in (former, *[None] * MOST_PLANS):
-        private.plan = None
-        plan = known
-        reading = Reading(optimizer.param_groups, optimizer.state)
-        try:
-            if plan is None and occur_twice(reading.params):
-                private.let_go(former)
-                return refuse_repeats(optimizer)
-            if plan is None:
-                plan = Plan(algorithm_of(optimizer), reading, scaled, former)
-            now = [flags(optimizer, g) for g in optimizer.param_groups]
-            gathered = plan.ready(reading, scaled, now)
-        except BaseException as error:
-            private.let_go(plan)
-            # It may know of first steps that were skipped.
-            private.plan = former
-            if isinstance(error, KeyError) and threading.active_count() > 1:
-                continue  # another thread may have cleared the state
-            raise
-        if gathered is not None:
-            private.plan = plan
-            return plan, reading, gathered
-        private.let_go(plan)
-    raise StepError(
-        f"{_name(optimizer)}: parameters or state changed while a step was being prepared; step "
-        "again"
-    )
-
-
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
     optimizer._onepass.idle.expects_gradients = True
-    with torch.autograd.profiler.record_function(
-        f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"
-    ):
+    name = f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"
+    with torch.autograd.profiler.record_function(name):
         params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         if set_to_none:
             drop_gradients(params)
-            return
-        for p in params:
-            if p.grad is None:
-                continue
-            if p.grad.grad_fn is not None:
-                p.grad.detach_()
-            else:
-                p.grad.requires_grad_(False)
-            p.grad.zero_()
-
-
-def algorithm_of(optimizer: Optimizer) -> Algorithm:
-    """What an optimizer's class says of how its parameters step; TypeError where it has no rule."""
-    # Looked up on the class: on an optimizer itself people keep notes under common words.
-    cls = type(optimizer)
-    if not hasattr(cls, "rule"):
-        raise TypeError(
-            f"{_name(optimizer)} has no rule; write a static method `rule(p, g, *states, *, "
-            "options)`"
-        )
-    return Algorithm(
-        _name(optimizer),
-        partial(cls.rule_of, optimizer),
-        partial(cls.flags, optimizer),
-        partial(cls.initial_state, optimizer),
-        optimizer._onepass.warn_once,
-        cls.gradients,
-        partial(cls.steps_rows, optimizer),
-        optimizer.defaults,
-    )
+        else:
+            fill_gradients_with_zeros(params)
 
 
 def _check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
@@ -498,53 +412,6 @@ def _check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
     if hasattr(type(optimizer), "rule"):
         check_switches(_name(optimizer), options, {*MODES, *optimizer._onepass_switches})
     type(optimizer).check_options(optimizer, options)
-
-
-def _pack(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """State and groups, with positions in the place of parameters."""
-    position: dict[int, int] = {}
-    groups, start = [], 0
-    for group in optimizer.param_groups:
-        params = group["params"]
-        # One that is there twice has its last place, as in torch.
-        position.update({id(p): i for i, p in enumerate(params, start) if id(p) not in position})
-        start += len(params)
-        packed = {key: value for key, value in group.items() if key != "params"}
-        groups.append(packed | {"params": [position[id(p)] for p in params]})
-    state = {
-        (position[id(p)] if isinstance(p, Tensor) else p): value
-        for p, value in optimizer.state.items()
-    }
-    return state, groups
-
-
-def _state_of(
-    optimizer: Optimizer, p: Tensor, group: Mapping[str, Any]
-) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
-    """The state that a parameter must have once it has stepped, and the shapes of all that it may
-    have."""
-    if not steps_by_rule(type(optimizer)):
-        # It has a step of its own, which knows.
-        return (), None
-    algorithm = algorithm_of(optimizer)
-    recipe = recipe_of(algorithm, p, dict(group))
-    said = signature(algorithm.rule_of(p, dict(group)))
-    shapes = {
-        name: shape_at(said.ranks.get(name, Rank.ELEMENT), p.shape) for name in said.columns[2:]
-    }
-    required = [
-        name for name in (*recipe.numbers, *recipe.required) if name in (*recipe.entries, "step")
-    ]
-    return required, dict.fromkeys(recipe.numbers) | shapes
-
-
-def _states_of(cls: Any) -> set[str]:
-    """The names of the states of a class of this package, and of those derived from it here."""
-    if cls.__module__.partition(".")[0] != __package__:
-        return set()
-    rules = (value.__func__ for value in vars(cls).values() if isinstance(value, staticmethod))
-    names = (signature(rule).columns[2:] for rule in rules)
-    return set(chain.from_iterable(names)).union(*map(_states_of, cls.__subclasses__()))
 
 
 def _name(optimizer: TorchOptimizer) -> str:

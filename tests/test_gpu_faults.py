@@ -15,7 +15,7 @@ from test_gpu_steps import scaled_step
 import onepass
 from onepass.kernel.gpu import devices
 from onepass.kernel.gpu import launch as gpu
-from onepass.stepping.gradient_factor import Unscale
+from onepass.stepping.gradient_factor import GradientFactor
 
 
 class Capturing(Interpreter):
@@ -139,7 +139,7 @@ def test_the_probe_does_not_depend_on_default_types() -> None:
 
 def test_what_is_sent_does_not_depend_on_the_default_device() -> None:
     with torch.device("meta"):
-        factor, guard = Unscale(4.0, torch.tensor(1.0, device="cpu")).on(torch.device("cpu"))
+        factor, guard = GradientFactor(4.0, torch.tensor(1.0, device="cpu")).on(torch.device("cpu"))
     assert factor is not None
     assert guard is not None
     assert (factor.item(), guard.item()) == (0.25, 1.0)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import onepass
-from onepass.optimizer import StepError
+from onepass import StepError
 from onepass.stepping import eager_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slower eager backend.*")

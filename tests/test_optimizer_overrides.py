@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import onepass
-from onepass.optimizer import StepError
+from onepass import StepError
 from onepass.stepping.turn import Turn
 
 pytestmark = [

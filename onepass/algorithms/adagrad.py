@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract.options import filled, is_zero, unless_off
-from ..contract.values import pick
+from ..contract.options import filled, unless_off
+from ..contract.values import StepError, pick
 from ..kernel.functions import sqrt, where
-from ..optimizer import Optimizer, Params, StepError
+from ..optimizer import Optimizer, Params
 
 
 class Adagrad(Optimizer, torch.optim.Adagrad):
@@ -91,9 +91,6 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     def initial_state(self, name: str, like: Tensor, group: Mapping[str, Any]) -> Tensor:
         name = "initial_accumulator_value"
         return filled(like, pick(group, name, None), name)
-
-    def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        return super().flags(group) | {"has_decay": not is_zero(group.get("weight_decay", 0))}
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..contract.options import unless_off
 from ..contract.ranges import Choice, Number, Row, Whole
-from ..contract.values import flag, pick
+from ..contract.values import StepError, flag, pick
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
-from ..optimizer import Optimizer, Params, Rule, StepError
+from ..optimizer import Optimizer, Params, Rule
 from .adam import Adam
 
 ADJUSTMENTS = ("original", "match_rms_adamw")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..contract.options import is_zero, unless_off
+from ..contract.values import StepError
 from ..kernel.functions import where
-from ..optimizer import Optimizer, Params, StepError
+from ..optimizer import Optimizer, Params
 
 
 class SGD(Optimizer, torch.optim.SGD):
@@ -92,10 +93,7 @@ class SGD(Optimizer, torch.optim.SGD):
             )
 
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
-        numbers = {"has_momentum": "momentum", "has_decay": "weight_decay"}
-        return super().flags(group) | {
-            flag: not is_zero(group.get(name, 0)) for flag, name in numbers.items()
-        }
+        return super().flags(group) | {"has_momentum": not is_zero(group.get("momentum", 0))}
 
     def steps_rows(self, group: Mapping[str, Any]) -> bool:
         if group["weight_decay"] != 0:

@@ -130,7 +130,7 @@ def filled(like: Tensor, value: Any, name: str) -> Tensor:
     """
     is_there = (
         isinstance(value, Tensor)
-        and type(like) in kernel.PLAIN
+        and kernel.is_plain(like)
         and value.device == like.device
         and value.numel() == 1
     )

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .mistakes import tell
+from ..kernel import signature
+from .mistakes import PACKAGE, tell
 from .options import has_numbers_on_device
 from .values import as_number, brief, check_kinds
 
@@ -215,6 +216,41 @@ def match(
     return Match(
         owner, groups, saved_groups, state_dict["state"], parameters, labels, states, difference
     )
+
+
+def pack(
+    state: Mapping[Any, Any], param_groups: Sequence[Group]
+) -> tuple[dict[Any, Any], list[Group]]:
+    """Return state and groups as a state dict has them: positions instead of parameters.
+
+    Groups of 2 and 1 parameters have the positions [0, 1] and [2].
+    """
+    position: dict[int, int] = {}
+    groups: list[Group] = []
+    start = 0
+    for group in param_groups:
+        params = group["params"]
+        # One that is there twice has its last position, as in torch.
+        new = {id(p): i for i, p in enumerate(params, start) if id(p) not in position}
+        position.update(new)
+        start += len(params)
+        packed = {key: value for key, value in group.items() if key != "params"}
+        groups.append(packed | {"params": [position[id(p)] for p in params]})
+    packed_state = {}
+    for p, entries in state.items():
+        packed_state[position[id(p)] if isinstance(p, Tensor) else p] = entries
+    return packed_state, groups
+
+
+def states_of(cls: Any) -> set[str]:
+    """Return the names of the states of a class of this package, and of its subclasses here."""
+    if cls.__module__.partition(".")[0] != PACKAGE:
+        return set()
+    names: set[str] = set()
+    for value in vars(cls).values():
+        if isinstance(value, staticmethod):
+            names.update(signature(value.__func__).columns[2:])
+    return names.union(*map(states_of, cls.__subclasses__()))
 
 
 def _unwrapped(name: str) -> str:

@@ -4,9 +4,11 @@ can do."""
 from __future__ import annotations
 
 import inspect
+import sys
 from itertools import chain
 from typing import Any
 
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer as TorchOptimizer
 
 from .mistakes import PACKAGE
@@ -44,6 +46,17 @@ def steps_as_torch(optimizer: Any) -> bool:
     return occur_twice(
         list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     )
+
+
+def is_asked_by_grad_scaler() -> bool:
+    """Whether the code that reads the caller's property is that of `torch.amp.GradScaler`.
+
+    Lightning reads `_step_supports_amp_scaling`, too. True tells it that gradients must not be
+    unscaled before a step, so it refuses to clip them. But our steps take gradients either way, as
+    GradScaler knows which it is: so only GradScaler gets the answer.
+    """
+    reader = sys._getframe(2)
+    return reader.f_globals.get("__name__") == GradScaler.__module__
 
 
 def has_torchs_step(optimizer: Any) -> bool:

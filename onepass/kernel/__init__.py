@@ -29,7 +29,16 @@ from .graph.formats import FORMATS
 from .graph.ir import Rank, RuleError
 from .graph.passes import Program
 from .graph.trace import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
-from .tensors.memory import PLAIN, extent, has_storage, is_dense, is_expanded, shape_at, sizes
+from .tensors.memory import (
+    PLAIN,
+    extent,
+    has_storage,
+    is_dense,
+    is_expanded,
+    is_plain,
+    shape_at,
+    sizes,
+)
 
 if TYPE_CHECKING:
     from .tensors.facts import Expected
@@ -60,6 +69,7 @@ __all__ = [
     "is_capturing",
     "is_dense",
     "is_expanded",
+    "is_plain",
     "numbers_at",
     "on_host",
     "shape_at",

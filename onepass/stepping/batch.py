@@ -15,7 +15,7 @@ from ..contract.mistakes import are_learning_rates, find_refused
 from ..contract.values import Group, StepError
 from .checks import Member, check_gradient, check_matrix, check_member, check_state
 from .columns import Columns, picker
-from .gradient_factor import Unscale
+from .gradient_factor import GradientFactor
 from .reading import Reading
 from .recipe import Recipe
 
@@ -213,7 +213,7 @@ class KernelBatch(Columns):
             if not self.members[i].takes(g):
                 return False
             check_gradient(self.owner, self.members[i], p, g)
-            if type(g) not in kernel.PLAIN or g.dtype != self.expected.facts[i][0]:
+            if not kernel.is_plain(g) or g.dtype != self.expected.facts[i][0]:
                 return False
             filled, like = as_filled(g.detach()), self.recipe.as_dense(p)
             fits = g.layout != torch.strided and filled.stride() == like.stride()
@@ -231,7 +231,7 @@ class KernelBatch(Columns):
             and self._changed() == self.inactive
         )
 
-    def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
+    def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
         """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or
         cancelled.
 
@@ -252,7 +252,7 @@ class KernelBatch(Columns):
             **dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)),
             "first": self.setting_first,
         }
-        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, unscale.factor)):
+        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, gradient_factor.factor)):
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
         self.launch_up_to_stores()

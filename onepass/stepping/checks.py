@@ -95,7 +95,7 @@ def check_member(
 
 
 def _check_parameter(owner: str, member: Member, p: Tensor) -> None:
-    if type(p) in kernel.PLAIN:
+    if kernel.is_plain(p):
         if p.layout != torch.strided:
             raise StepError(
                 f"{owner}: parameter {member.label} has the layout {p.layout}; make it dense"
@@ -130,7 +130,7 @@ def _check_number(owner: str, member: Member, name: str, value: object) -> None:
             f"{owner}: state {name!r} of parameter {member.label} must be one number, got "
             f"{brief(value)}"
         )
-    if isinstance(value, Tensor) and type(value) in kernel.PLAIN and not kernel.has_storage(value):
+    if isinstance(value, Tensor) and kernel.is_plain(value) and not kernel.has_storage(value):
         raise StepError(
             f"{owner}: state {name!r} of parameter {member.label} has lost its storage; load it "
             "again"
@@ -171,7 +171,7 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
         )
     sparse = g.layout == torch.sparse_coo
     parts = (g._indices(), g._values()) if sparse else (g,)
-    if type(g) in kernel.PLAIN and not all(map(kernel.has_storage, parts)):
+    if kernel.is_plain(g) and not all(map(kernel.has_storage, parts)):
         raise StepError(
             f"{owner}: the gradient of parameter {member.label} has lost its storage; run "
             "backward() again"
@@ -234,6 +234,6 @@ def check_state(
             f"{owner}: {what} is {s.dtype} ({s.layout}), the parameter {p.dtype}; load one that "
             "fits"
         )
-    if type(s) in kernel.PLAIN and not kernel.has_storage(s):
+    if kernel.is_plain(s) and not kernel.has_storage(s):
         raise StepError(f"{owner}: {what} has lost its storage; load it again")
     _check_writable(owner, what, s)

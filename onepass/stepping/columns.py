@@ -95,14 +95,11 @@ def find_clusters(starts: np.ndarray, sizes: np.ndarray, owners: np.ndarray) -> 
     return tuple(sorted(cluster for cluster in clusters if len(cluster) > 1))
 
 
-def is_plain(t: object) -> bool:
-    """Whether this is a tensor whose elements lie in memory, where its strides say."""
-    return (
-        isinstance(t, Tensor)
-        and type(t) in kernel.PLAIN
-        and t.layout == torch.strided
-        and not t.is_meta
-    )
+def lies_in_memory(t: object) -> bool:
+    """Whether this is a plain tensor whose elements lie in memory, where its strides say."""
+    if not isinstance(t, Tensor) or not kernel.is_plain(t):
+        return False
+    return t.layout == torch.strided and not t.is_meta
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:

@@ -16,7 +16,7 @@ from .. import kernel
 from ..contract.values import Group, StepError
 from .batch import KernelBatch
 from .checks import Member
-from .gradient_factor import Unscale
+from .gradient_factor import GradientFactor
 from .reading import Reading
 from .recipe import Recipe
 
@@ -98,14 +98,14 @@ class DeviceBatch(KernelBatch):
             )
         self.launch = self._launches[key]
 
-    def begin(self, fresh: Collection[int], unscale: Unscale) -> None:
+    def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
         self.choose_launch()
         launch = self.launch
         first = self.find_first(fresh)
         self._make_fresh(np.zeros(self.count) if first is None else first)
         launch.fresh = self.fresh
         launch.active[:] = self.active
-        factor, launch.guard = unscale.on(self._device)
+        factor, launch.guard = gradient_factor.on(self._device)
         self.skipped |= launch.guard is not None
         launch.device_leaves = []
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):

@@ -22,8 +22,8 @@ from ..contract.mistakes import are_learning_rates
 from ..contract.values import Group, State, StepError, number, pick
 from .batch import CAPTURE, as_filled, check
 from .checks import Member
-from .columns import is_plain, picker
-from .gradient_factor import Unscale
+from .columns import lies_in_memory, picker
+from .gradient_factor import GradientFactor
 from .ledger import Ledger
 from .reading import Reading
 from .recipe import Recipe
@@ -116,13 +116,13 @@ class EagerBatch:
         for i, p in enumerate(self.pick(reading.params)):
             state = reading.state_of(p)
             tensors = [p, *(state[name] for name in self.recipe.graph.state)]
-            if all(map(is_plain, tensors)):
+            if all(map(lies_in_memory, tensors)):
                 self.known.append(i)
                 like.append([_as_gradient(p, reading.grads[self.members[i].position]), *tensors])
                 numbers.append([state[name] for name in self.recipe.numbers])
         # Numbers of Python, or of other classes, are looked at one by one.
         self._compared = list(self.recipe.graph.state)
-        if all(is_plain(value) for values in numbers for value in values):
+        if all(lies_in_memory(value) for values in numbers for value in values):
             self._compared += self.recipe.numbers
             like = [[*tensors, *values] for tensors, values in zip(like, numbers, strict=True)]
         self._pick_known = picker(self.known)
@@ -178,7 +178,7 @@ class EagerBatch:
                 return None
             check(self.owner, member, p, g, state, self.recipe)
             if any(
-                is_plain(t) and kernel.is_expanded(t)
+                lies_in_memory(t) and kernel.is_expanded(t)
                 for t in map(state.get, self.recipe.graph.state)
             ):
                 # A new plan makes it dense; it could not be written.
@@ -212,7 +212,7 @@ class EagerBatch:
         found: list[int] = []
         for i in self._unknown:
             for t in filter(
-                is_plain, (params[i], *(states[i][name] for name in self.recipe.graph.state))
+                lies_in_memory, (params[i], *(states[i][name] for name in self.recipe.graph.state))
             ):
                 found += t.data_ptr(), kernel.extent(t), self.members[i].position
         self._found = np.array(found, np.uint64).reshape(-1, 3)
@@ -308,10 +308,14 @@ class EagerBatch:
             p = reading.params[position]
             if reading.grads[position] is not None:
                 tensors += [p, *(reading.state_of(p)[name] for name in self.recipe.graph.state)]
-        return [t for t in tensors if is_plain(t)]
+        return [t for t in tensors if lies_in_memory(t)]
 
     def begin(
-        self, stepping: list[Stepping], fresh: Collection[int], unscale: Unscale, scratch: Scratch
+        self,
+        stepping: list[Stepping],
+        fresh: Collection[int],
+        gradient_factor: GradientFactor,
+        scratch: Scratch,
     ) -> list[tuple[int, Callable[[], None]]]:
         """Compute new values, and store nothing.
 
@@ -322,7 +326,7 @@ class EagerBatch:
         self._stepping = stepping
         later: list[tuple[int, Callable[[], None]]] = []
         for s in stepping:
-            hypers = self._hypers(s, fresh, unscale)
+            hypers = self._hypers(s, fresh, gradient_factor)
             if s.together:
                 self._compute_together(s, hypers)
             elif s.members[0].position in self.apart:
@@ -332,7 +336,7 @@ class EagerBatch:
         return later
 
     def _hypers(
-        self, stepping: Stepping, fresh: Collection[int], unscale: Unscale
+        self, stepping: Stepping, fresh: Collection[int], gradient_factor: GradientFactor
     ) -> dict[str, Any]:
         """The rule's numbers: one for all, or a list with one for each parameter."""
         hypers = dict(stepping.options)
@@ -345,7 +349,7 @@ class EagerBatch:
                 )
                 hypers[name] = [value + 1 for value in values] if name == "step" else values
         hypers["first"] = [float(m.position in fresh) for m in stepping.members] if fresh else 0.0
-        hypers[kernel.GRADIENT_FACTOR] = unscale.factor
+        hypers[kernel.GRADIENT_FACTOR] = gradient_factor.factor
         return hypers
 
     def _compute_together(self, stepping: Stepping, hypers: dict[str, Any]) -> None:
@@ -401,19 +405,17 @@ class EagerBatch:
     def store_refusing(self, ledger: Ledger) -> bool:
         """Store what may refuse to be stored, as tensors of other classes may; returns whether
         there was any."""
-        refusing = [pair for pair in self._targets_alone if type(pair[0]) not in kernel.PLAIN]
+        refusing = [pair for pair in self._targets_alone if not kernel.is_plain(pair[0])]
         for target, value in refusing:
             ledger.copy(target, value)
-        self._targets_alone = [
-            pair for pair in self._targets_alone if type(pair[0]) in kernel.PLAIN
-        ]
+        self._targets_alone = [pair for pair in self._targets_alone if kernel.is_plain(pair[0])]
         return self._store_refusing_numbers(ledger) or bool(refusing)
 
     def _store_refusing_numbers(self, ledger: Ledger) -> bool:
         """The same for numbers; steps are counted here, too."""
         kept: list[tuple[State, str, Any]] = []
         for state, name, value in self._numbers:
-            if not isinstance(state[name], Tensor) or type(state[name]) in kernel.PLAIN:
+            if not isinstance(state[name], Tensor) or kernel.is_plain(state[name]):
                 kept.append((state, name, value))
                 continue
             ledger.copy(
@@ -426,7 +428,7 @@ class EagerBatch:
         for stepping in self._stepping if self.recipe.counts_steps else ():
             for state in stepping.states:
                 step = state["step"]
-                if isinstance(step, Tensor) and type(step) not in kernel.PLAIN:
+                if isinstance(step, Tensor) and not kernel.is_plain(step):
                     ledger.copy(step, step.detach() + 1)
                     stored = True
                 else:
@@ -452,7 +454,7 @@ class EagerBatch:
 
 def _as_gradient(p: Tensor, g: Tensor | None) -> Tensor:
     """A tensor as the gradient of a parameter mostly is; another one is checked."""
-    usual = g is not None and is_plain(g) and g.shape == p.shape and g.device == p.device
+    usual = g is not None and lies_in_memory(g) and g.shape == p.shape and g.device == p.device
     return g if g is not None and usual and g.is_complex() == p.is_complex() else p
 
 

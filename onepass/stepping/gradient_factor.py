@@ -1,5 +1,8 @@
-"""What `torch.amp.GradScaler` leaves to a step: a scale to divide gradients by, and whether to
-change anything."""
+"""The factor on all gradients of a step, and the guard that may skip the step.
+
+`torch.amp.GradScaler` leaves both to an optimizer that asks for it. A scale of 1024 becomes the
+factor 1 / 1024. If one gradient is infinite, `found_inf` is 1, and the step changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,18 @@ import torch
 from torch import Tensor
 
 
-class Unscale:
-    """The scale of this step's gradients, and what is not 0 where one of them is not finite; None
-    means 1, and 0.
+class GradientFactor:
+    """The scale of this step's gradients, and `found_inf`, which is not 0 if one is not finite.
 
-    To `read` them on the host is to wait for their device; a step that only asks for what is `on`
-    its device does not.
+    None stands for a scale of 1, and for 0. To `read` them on the host is to wait for their device.
+    A step on the same device asks only for what is `on` it, and does not wait.
     """
 
     def __init__(
         self, scale: Tensor | float | None = None, found_inf: Tensor | float | None = None
     ) -> None:
         self.scale, self.found_inf = scale, found_inf
-        # What gradients are multiplied by, once it has been read.
+        # Gradients are multiplied by it; known after `read`.
         self.factor = 1.0
         self._on: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
 
@@ -29,27 +31,33 @@ class Unscale:
         return any(isinstance(x, Tensor) and not x.is_cpu for x in (self.scale, self.found_inf))
 
     def read(self) -> bool:
-        """Read them on the host; returns whether nothing may change. Raises ZeroDivisionError for a
-        scale of 0."""
+        """Read both on the host, and return whether nothing may change.
+
+        Raises ZeroDivisionError for a scale of 0.
+        """
         if self.found_inf is not None and bool(self.found_inf):
             return True
         self.factor = 1.0 if self.scale is None else 1.0 / float(self.scale)
         return False
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """The factor, in float64, and the guard, in float32 and not 0 where nothing may change, as
-        tensors there."""
+        """Return the factor and the guard as tensors of shape (1,) on a device, or None for each.
+
+        The factor is in float64, the guard in float32; a guard other than 0 forbids all changes.
+        """
         if device not in self._on:
-            factor, guard = (
-                None
-                if x is None
-                else _as_tensor(x).detach().to(device, dtype, non_blocking=True).reshape(1)
-                for x, dtype in ((self.scale, torch.float64), (self.found_inf, torch.float32))
-            )
-            self._on[device] = None if factor is None else factor.reciprocal(), guard
+            scale = _tensor_on(device, self.scale, torch.float64)
+            guard = _tensor_on(device, self.found_inf, torch.float32)
+            factor = None if scale is None else scale.reciprocal()
+            self._on[device] = factor, guard
         return self._on[device]
 
 
-def _as_tensor(x: Tensor | float) -> Tensor:
-    # Whatever the default device is, a tensor stays where it is.
-    return x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")
+def _tensor_on(
+    device: torch.device, value: Tensor | float | None, dtype: torch.dtype
+) -> Tensor | None:
+    if value is None:
+        return None
+    # Without a device named, a number would become a tensor of the user's default device.
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+    return tensor.detach().to(device, dtype, non_blocking=True).reshape(1)

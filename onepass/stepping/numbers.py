@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..contract.values import State
-from .columns import is_plain
+from .columns import lies_in_memory
 from .ledger import Ledger
 from .recipe import Recipe, counter_dtype, new_counter
 
@@ -46,7 +46,7 @@ class Numbers:
 
     def _is_new(self, number: Tensor) -> bool:
         """Whether no parameter so far has this number, or its memory."""
-        key = number.data_ptr() if is_plain(number) else -id(number)
+        key = number.data_ptr() if lies_in_memory(number) else -id(number)
         known = key in self._known
         self._known.add(key)
         return not known

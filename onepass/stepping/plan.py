@@ -16,7 +16,7 @@ plan's tables are in use by one step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import itemgetter
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from .. import kernel
-from ..contract.values import StepError
+from ..contract.values import Group, StepError
 from .batch import Gathered, KernelBatch, check
 from .checks import Member, sparse_kind
 from .columns import find_clusters, format_name
 from .device_batch import DeviceBatch
 from .eager_batch import EagerBatch
-from .gradient_factor import Unscale
+from .gradient_factor import GradientFactor
 from .group_recipes import GroupRecipes
 from .ledger import Ledger
 from .numbers import Numbers
@@ -70,6 +70,8 @@ class Plan:
         self._options, self.recipes, self.modes = found, found.recipes, found.modes
         self.kind_of, self.graph_of = found.kind_of, found.graph_of
         self.dormant: list[int] = []
+        # What `steps_rows` said of the groups that have met sparse gradients.
+        self.slice_answers: dict[int, bool] = {}
         self.members = self._find_members(algorithm, reading)
         # Positions of the parameters whose state is made now, and what to take back if a step does
         # not come of it.
@@ -108,6 +110,8 @@ class Plan:
                 label = repr(names[i]) if names and i < len(names) else str(position)
                 grad = reading.grads[position]
                 sparse = sparse_kind(owner, label, grad, algorithm.gradients, steps_rows)
+                if sparse:
+                    self.slice_answers[g] = sparse == "rows"
                 member = Member(position, g, self.kind_of[position], label, sparse)
                 if self._is_awake(owner, member, reading):
                     members.append(member)
@@ -172,7 +176,7 @@ class Plan:
         for name in recipe.graph.state:
             entry = state[name]
             if why is not None:
-                lies_well = type(entry) not in kernel.PLAIN or not kernel.is_expanded(entry)
+                lies_well = not kernel.is_plain(entry) or not kernel.is_expanded(entry)
             elif entry.shape == p.shape and recipe.fits(p):
                 lies_well = entry.stride() == p.stride()
             else:
@@ -198,7 +202,7 @@ class Plan:
         if member.sparse == "rows" and not kernel.on_host(p.device):
             return f"there are no kernels for sparse gradients on {p.device.type} devices"
         for t in (*columns, *(() if grad is None else (grad,))):
-            if type(t) not in kernel.PLAIN:
+            if not kernel.is_plain(t):
                 return f"there are no kernels for tensors of class {type(t).__name__}"
             if format_name(t.dtype) not in kernel.FORMATS:
                 return f"there are no kernels for {t.dtype}"
@@ -326,7 +330,11 @@ class Plan:
         return batches
 
     def ready(
-        self, reading: Reading, scaled: bool, flags: Sequence[Mapping[str, bool]]
+        self,
+        reading: Reading,
+        scaled: bool,
+        flags: Sequence[Mapping[str, bool]],
+        steps_slices: Callable[[Group], bool] | None,
     ) -> tuple[list[Gathered], list[Any]] | None:
         """Look at all that a step depends on; None where the plan must be built again. Nothing
         changes."""
@@ -339,6 +347,8 @@ class Plan:
             return None
         if not self._options.are_as_before(groups, flags):
             return None
+        if steps_slices is not None and not self._steps_slices_as_before(groups, steps_slices):
+            return None
         if any(reading.grads[i] is not None for i in self.dormant):
             return None
         gathered: list[list[Any]] = []
@@ -347,6 +357,19 @@ class Plan:
             if any(found is None for found in gathered[-1]):
                 return None
         return (gathered[0], gathered[1]) if self._is_shared_as_before() else None
+
+    def _steps_slices_as_before(
+        self, groups: Sequence[Group], steps_slices: Callable[[Group], bool]
+    ) -> bool:
+        """Whether the class says of its groups what it said when the plan was built."""
+        try:
+            return all(
+                bool(steps_slices(groups[index])) == answer
+                for index, answer in self.slice_answers.items()
+            )
+        except StepError:
+            # A new plan raises it, if there still is a sparse gradient.
+            return False
 
     def _is_shared_as_before(self) -> bool:
         """Whether the same parameters share memory with one another as when the plan was built."""
@@ -395,15 +418,18 @@ class Plan:
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
     def run(
-        self, reading: Reading, gathered: tuple[list[Gathered], list[Any]], unscale: Unscale
+        self,
+        reading: Reading,
+        gathered: tuple[list[Gathered], list[Any]],
+        gradient_factor: GradientFactor,
     ) -> None:
         """Step with what `ready` returned."""
         of_kernels, of_others = gathered
         try:
-            if self.waits and unscale.read():
+            if self.waits and gradient_factor.read():
                 self.undo()
                 return
-            self._begin(reading, of_others, unscale)
+            self._begin(reading, of_others, gradient_factor)
             if of_others:
                 self._check_again(reading, of_kernels, of_others)
                 refusing = [batch.store_refusing(self._ledger) for batch in self.eager]
@@ -426,24 +452,26 @@ class Plan:
                 active = zip(batch.positions.tolist(), batch.active, strict=True)
                 self.fresh.difference_update(position for position, on in active if on)
 
-    def _begin(self, reading: Reading, of_others: list[Any], unscale: Unscale) -> None:
+    def _begin(
+        self, reading: Reading, of_others: list[Any], gradient_factor: GradientFactor
+    ) -> None:
         """Do what may fail, which changes nothing: functions of matrices, those that take the most
         memory first, while there are no others' results; a device's memory; compiling for it;
         torch's operations."""
         for batch in sorted(self.kernels, key=_demand, reverse=True):
-            batch.begin(self.fresh, unscale)
+            batch.begin(self.fresh, gradient_factor)
         if not of_others:
             return
         scratch = Scratch(chain.from_iterable(batch.tensors_apart(reading) for batch in self.eager))
         later = [
             delayed
             for batch, stepping in zip(self.eager, of_others, strict=False)
-            for delayed in batch.begin(stepping, self.fresh, unscale, scratch)
+            for delayed in batch.begin(stepping, self.fresh, gradient_factor, scratch)
         ]
         for _, compute in sorted(later, key=itemgetter(0)):
             compute()
         for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
-            batch.begin(stepping, self.fresh, unscale)
+            batch.begin(stepping, self.fresh, gradient_factor)
 
     def _check_again(
         self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]

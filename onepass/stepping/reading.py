@@ -45,6 +45,18 @@ class Reading:
         return {id(p): i for i, p in enumerate(self.keys)}
 
 
+def fill_gradients_with_zeros(params: Sequence[Tensor]) -> None:
+    """Set each parameter's gradient to zeros, detached from the graph that has computed it."""
+    for p in params:
+        if p.grad is None:
+            continue
+        if p.grad.grad_fn is not None:
+            p.grad.detach_()
+        else:
+            p.grad.requires_grad_(False)
+        p.grad.zero_()
+
+
 def drop_gradients(params: Sequence[Tensor]) -> None:
     """Set each parameter's gradient to None, while other threads may read it or set another.
 

@@ -3,8 +3,9 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import kernel
 from ..contract.options import MODES, has_numbers_on_device
+from ..contract.steps import steps_by_rule
 from ..contract.values import Group, State, StepError, flag, is_row, number, pick
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was
@@ -104,6 +106,54 @@ class Algorithm(NamedTuple):
     defaults: Mapping[str, Any]
 
 
+def algorithm_of(optimizer: Any) -> Algorithm:
+    """Return what an optimizer's class says of how its parameters step.
+
+    Raises TypeError if it has no rule.
+    """
+    # Looked up on the class: on an optimizer itself people keep notes under common words.
+    cls = type(optimizer)
+    if not hasattr(cls, "rule"):
+        raise TypeError(
+            f"{cls.__name__} has no rule; write a static method `rule(p, g, *states, *, options)`"
+        )
+    return Algorithm(
+        cls.__name__,
+        partial(cls.rule_of, optimizer),
+        partial(cls.flags, optimizer),
+        partial(cls.initial_state, optimizer),
+        optimizer._onepass.warn_once,
+        cls.gradients,
+        partial(cls.steps_rows, optimizer),
+        optimizer.defaults,
+    )
+
+
+def expected_state(
+    optimizer: Any, p: Tensor, group: Mapping[str, Any]
+) -> tuple[Sequence[str], dict[str, tuple[int, ...] | None] | None]:
+    """Return the state that a parameter must have once it has stepped, and all that it may have.
+
+    All that it may have: the shape of each entry by its name, None for an entry that is one number.
+    A class with a step of its own may keep anything: then this is None.
+
+    Example: for AdamW and a parameter of shape (5, 4), `(["step", "exp_avg", "exp_avg_sq"],
+    {"step": None, "exp_avg": (5, 4), "exp_avg_sq": (5, 4), "max_exp_avg_sq": (5, 4)})`.
+    """
+    if not steps_by_rule(type(optimizer)):
+        return (), None
+    algorithm = algorithm_of(optimizer)
+    recipe = recipe_of(algorithm, p, dict(group))
+    said = kernel.signature(algorithm.rule_of(p, dict(group)))
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(recipe.numbers)
+    for name in said.columns[2:]:
+        rank = said.ranks.get(name, kernel.Rank.ELEMENT)
+        shapes[name] = kernel.shape_at(rank, p.shape)
+    kept = (*recipe.entries, "step")
+    required = [name for name in (*recipe.numbers, *recipe.required) if name in kept]
+    return required, shapes
+
+
 Arguments = tuple[tuple[str, kernel.Argument], ...]
 
 
@@ -169,14 +219,24 @@ def make_recipe(
         key, _, index = name.partition(".")
         if key not in (*SPECIAL, *scalars, kernel.GRADIENT_FACTOR):
             sources.append((name, key, int(index) if index else None))
-    # State that a flag adds may begin in the middle of a run, when the flag is switched on.
-    off = kernel.trace(
-        rule, tuple((name, ("flag", False) if a == ("flag", True) else a) for name, a in arguments)
-    )
     counts = ("step",) if any(name == "step" for name, _ in arguments) else ()
-    return Recipe(
-        graph, sources, (*scalars, *counts), (*off.state, *(name for name, _ in off.scalars))
-    )
+    required = _state_without_flags(rule, arguments, traced)
+    return Recipe(graph, sources, (*scalars, *counts), required)
+
+
+def _state_without_flags(
+    rule: kernel.Rule, arguments: Arguments, traced: kernel.Graph
+) -> tuple[str, ...]:
+    """Return the state that a rule has with all its flags off.
+
+    State that a flag adds may begin in the middle of a run, when the flag is switched on: Adam's
+    `max_exp_avg_sq` may be missing beside `exp_avg`. A rule with a flag that is on is traced again.
+    """
+    off: list[tuple[str, kernel.Argument]] = []
+    for name, argument in arguments:
+        off.append((name, ("flag", False) if argument == ("flag", True) else argument))
+    graph = traced if tuple(off) == arguments else kernel.trace(rule, tuple(off))
+    return (*graph.state, *(name for name, _ in graph.scalars))
 
 
 def recipe_of(algorithm: Algorithm, p: Tensor, group: Group) -> Recipe:

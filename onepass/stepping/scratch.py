@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernel
-from .columns import is_plain
+from .columns import lies_in_memory
 
 # The alignment of a copy, in bytes: at least that of every dtype.
 ALIGNMENT = 16
@@ -64,7 +64,7 @@ class Scratch:
         return torch._neg_view(view) if t.is_neg() else view
 
     def _find(self, t: Tensor) -> tuple[torch.device, int, int, Tensor] | None:
-        if not self._copies or not is_plain(t) or not t.numel():
+        if not self._copies or not lies_in_memory(t) or not t.numel():
             return None
         start, end = t.data_ptr(), t.data_ptr() + kernel.extent(t)
         return next(

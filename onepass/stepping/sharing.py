@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import kernel
 from .checks import Member
-from .columns import Clusters, find_clusters, is_plain
+from .columns import Clusters, find_clusters, lies_in_memory
 from .reading import Reading
 from .recipe import Recipe
 
@@ -24,7 +24,7 @@ def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: R
         p = reading.params[member.position]
         state = reading.state_of(p)
         tensors = [p, *(state[name] for name in recipes[member.kind].graph.state)]
-        for t in filter(is_plain, tensors):
+        for t in filter(lies_in_memory, tensors):
             found += t.data_ptr(), kernel.extent(t), member.position
     starts, sizes, positions = np.array(found, np.uint64).reshape(-1, 3).T
     return find_clusters(starts, sizes, positions.astype(np.int64))

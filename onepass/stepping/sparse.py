@@ -26,7 +26,7 @@ from .batch import Gathered
 from .checks import Member
 from .columns import format_name, picker
 from .eager_batch import EagerBatch, Stepping, count_steps
-from .gradient_factor import Unscale
+from .gradient_factor import GradientFactor
 from .ledger import Ledger
 from .reading import Reading
 from .recipe import Recipe
@@ -231,7 +231,7 @@ class RowsBatch:
         """A parameter's gradient, see `read`, where it is of the kind that the kernel was compiled
         for."""
         if (
-            type(g) not in kernel.PLAIN
+            not kernel.is_plain(g)
             or not member.takes(g)
             or g.dtype != self.dtypes[0]
             or g.shape != p.shape
@@ -239,11 +239,11 @@ class RowsBatch:
             return None
         return read(g, p.shape)
 
-    def begin(self, gathered: Gathered, fresh: set[int], unscale: Unscale) -> None:
+    def begin(self, gathered: Gathered, fresh: set[int], gradient_factor: GradientFactor) -> None:
         """Do what may fail, and store nothing; `fresh` are the positions of those whose state is
         new."""
         stepping, self._options = gathered
-        self._fresh, self._factor = fresh, unscale.factor
+        self._fresh, self._factor = fresh, gradient_factor.factor
         self._rounds = [stepping]
         if _overlap(stepping):
             # One after the other and in one thread, as torch would.
@@ -405,7 +405,7 @@ class EagerRows(EagerBatch):
     def store_refusing(self, ledger: Ledger) -> bool:
         kept, refusing = [], False
         for target, rows, value in self._rows:
-            if type(target) in kernel.PLAIN:
+            if kernel.is_plain(target):
                 kept.append((target, rows, value))
                 continue
             refusing = True

@@ -25,7 +25,7 @@ from onepass.kernel.gpu.launch import Kernel
 from onepass.kernel.gpu.uploads import Device
 from onepass.kernel.gpu.walk import BLOCK
 from onepass.kernel.graph.trace import Program
-from onepass.stepping.gradient_factor import Unscale
+from onepass.stepping.gradient_factor import GradientFactor
 from support import interpreter
 from support.bare_kernels import Memory, Size, assert_same_bits
 
@@ -65,7 +65,9 @@ def interpreted(device: type[Device] = Interpreter) -> Iterator[None]:
         patch.setattr(gpu, "Device", device)
         patch.setattr(kernel, "on_host", lambda device: False)
         patch.setattr(kernel, "why_no_kernels", lambda device: "")
-        patch.setattr(Unscale, "waits", property(lambda self: isinstance(self.found_inf, Tensor)))
+        patch.setattr(
+            GradientFactor, "waits", property(lambda self: isinstance(self.found_inf, Tensor))
+        )
         kernel.compile.cache_clear()
         gpu.make_kernel.cache_clear()
         yield

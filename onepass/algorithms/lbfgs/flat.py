@@ -153,7 +153,7 @@ def why_no_vector(entry: object, size: int) -> str:
         return f"has {brief(entry)}"
     if not entry.is_floating_point() or entry.shape != (size,) or entry.layout != torch.strided:
         return f"has {brief(entry)} of layout {entry.layout}"
-    if type(entry) in kernel.PLAIN and (entry.is_meta or not kernel.has_storage(entry)):
+    if kernel.is_plain(entry) and (entry.is_meta or not kernel.has_storage(entry)):
         return "has one without memory"
     if entry.is_inference() and not torch.is_inference_mode_enabled():
         return "has one made in inference mode, which cannot be written outside of it"

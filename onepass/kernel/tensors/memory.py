@@ -22,6 +22,15 @@ from ..graph.ir import Rank, RuleError
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+def is_plain(t: object) -> bool:
+    """Whether this is a tensor of torch's own classes, whose memory means what it says.
+
+    A subclass may mean something else by its memory: a `DTensor` is a shard of a whole. Such
+    tensors step by torch's operations. Kernels for a class of them begin here.
+    """
+    return type(t) in PLAIN
+
+
 def extent(t: Tensor) -> int:
     """Return the bytes from a strided tensor's first element to the end of its last one.
 
