@@ -35,7 +35,7 @@ from onepass.app.explain import explanation as explain
 from onepass.kernel import Graph, bind
 from onepass.kernel.graph.ir import Rank
 from onepass.kernel.graph.trace import Program
-from onepass.optimizer import _state_of
+from onepass.stepping.recipe import expected_state
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 UNIFORM = tuple((f, f, f) for f in ("float32", "float64", "bfloat16", "float16"))
@@ -226,7 +226,7 @@ def test_step_is_the_oracle(one: Row, dtype: torch.dtype) -> None:
             columns |= {"p": flat(p.contiguous()), "g": flat(p.grad.contiguous())}
             for name in graph.state:
                 if step == 1:
-                    shape = _state_of(optimizer, p, optimizer.param_groups[0])[1][name]
+                    shape = expected_state(optimizer, p, optimizer.param_groups[0])[1][name]
                     columns[name] = np.zeros(int(np.prod(shape)), columns["p"].dtype)
             state |= interpret(program, columns, hypers_of(one, graph, step, lr=lr), sizes_of(p))
         optimizer.step()
