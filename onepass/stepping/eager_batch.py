@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import kernel
 from ..contract.mistakes import are_learning_rates
 from ..contract.values import Group, State, StepError, number, pick
-from .batch import CAPTURE, as_filled, check
+from .batch import CAPTURE, as_dense_gradient, check
 from .checks import Member
 from .columns import lies_in_memory, picker
 from .gradient_factor import GradientFactor
@@ -372,7 +372,8 @@ class EagerBatch:
         (state,) = stepping.states
         targets = {name: stepping.columns[name][0] for name in self.recipe.columns}
         given = {
-            name: scratch.view(as_filled(t) if name == "g" else t) for name, t in targets.items()
+            name: scratch.view(as_dense_gradient(t) if name == "g" else t)
+            for name, t in targets.items()
         }
         is_complex = targets["p"].is_complex()
         if is_complex:

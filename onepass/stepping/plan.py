@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .. import kernel
 from ..contract.values import Group, StepError
-from .batch import Gathered, KernelBatch, check
+from .batch import Gathered, KernelBatch, check, dense_columns
 from .checks import Member, sparse_kind
-from .columns import find_clusters, format_name
+from .columns import compile_for, find_clusters, format_name
 from .device_batch import DeviceBatch
 from .eager_batch import EagerBatch
 from .gradient_factor import GradientFactor
@@ -304,9 +304,22 @@ class Plan:
             device = first.device if resident else kernel.HOST
             for member in members:
                 numbers.place(reading.state_of(reading.params[member.position]), recipe, device)
-            batch = (DeviceBatch if resident else KernelBatch)(members, reading, recipe, self.owner)
+            batch = self._compile(members, reading, DeviceBatch if resident else KernelBatch)
             batch.find_entries(places, reading)
             self.kernels.append(batch)
+
+    def _compile(
+        self, members: list[Member], reading: Reading, kind: type[KernelBatch]
+    ) -> KernelBatch:
+        """Compile for the memory of these members, and lay out their batch."""
+        recipe = self.recipes[members[0].kind]
+        resident = kind.resident(recipe)
+        number = None
+        if resident:
+            number = reading.state_of(reading.params[members[0].position])[resident[0]]
+        columns = dense_columns(members, reading, recipe)
+        compiled = compile_for(recipe.graph, recipe.columns, columns, resident, number)
+        return kind(compiled, columns, members, reading, recipe, self.owner)
 
     def _is_resident(self, member: Member, p: Tensor) -> bool:
         """Whether a parameter's numbers lie on its device, where the kernel keeps them."""
