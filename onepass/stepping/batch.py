@@ -367,11 +367,16 @@ class KernelBatch(Columns):
         """A launch for the parameters that are active now, with this many settings."""
         key = tuple(self.inactive)
         launch = self._launches.get(key)
-        has_room = launch is not None and launch.leaves.shape[1] == settings
-        if not has_room or not np.array_equal(launch.setting_index, self._setting_index):
+        if launch is None or not self._has_settings(launch, settings):
             launch = self.kernel.prepare(self.addressed, self.work, self._setting_index, settings)
             self._launches[key] = launch
         return launch
+
+    def _has_settings(self, launch: Any, settings: int) -> bool:
+        """Whether a launch has room for this many settings, and knows which tensor has which."""
+        if launch.leaves.shape[1] != settings:
+            return False
+        return np.array_equal(launch.setting_index, self._setting_index)
 
 
 def _as_gradient(like: Tensor, g: Tensor | None) -> Tensor:

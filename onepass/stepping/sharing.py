@@ -13,8 +13,6 @@ from .columns import Clusters, find_clusters, lies_in_memory
 from .reading import Reading
 from .recipe import Recipe
 
-SHARING = "parameters share memory, and their rule needs several walks over them or copies"
-
 
 def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: Reading) -> Clusters:
     """The positions of parameters that share memory with others, or whose states do; `recipes` has
