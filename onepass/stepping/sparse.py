@@ -25,12 +25,14 @@ from ..kernel.graph.ir import Rank, RuleError, topological
 from .batch import Gathered
 from .checks import Member
 from .columns import format_name, picker
-from .eager_batch import EagerBatch, Stepping, count_steps
+from .eager_batch import EagerBatch
 from .gradient_factor import GradientFactor
 from .ledger import Ledger
+from .parts import Stepping
 from .reading import Reading
 from .recipe import Recipe
 from .scratch import Scratch
+from .stored_numbers import count_steps
 
 # A launch is laid out for somewhat more rows than there are, so that it serves steps with more or
 # fewer of them; rows of more elements than these take longer to step than a launch to lay out.
