@@ -18,7 +18,7 @@ from .numbers import Numbers
 from .reading import Reading
 from .recipe import Mode, Recipe
 from .sharing import out_of_order
-from .sparse import EagerRows, RowsBatch
+from .sparse import EagerSlices, SlicesBatch
 
 # Functions of whole matrices take this many elements at a time (or one parameter), to bound the
 # memory that they need.
@@ -64,7 +64,7 @@ class Batching:
         state = self.reading.state_of(p)
         kept = [state[name] for name in self.recipe_of(member).graph.state]
         dtypes = tuple(t.dtype for t in (p, p if grad is None else grad, *kept))
-        is_sparse = member.sparse == "rows"
+        is_sparse = member.sparse == "slices"
         return self._graph_of[member.kind], dtypes, p.device, self._is_resident(member), is_sparse
 
     def why_shared(self, clusters: Clusters, kinds: Mapping[int, object]) -> dict[int, str]:
@@ -78,7 +78,7 @@ class Batching:
         """Make the batches of members that kernels serve, those of each kind together."""
         by_kind: dict[object, list[Member]] = defaultdict(list)
         for member in self.members:
-            if member.position in kinds and member.sparse != "rows":
+            if member.position in kinds and member.sparse != "slices":
                 by_kind[kinds[member.position]].append(member)
         places = self.reading.places()
         batches: list[KernelBatch] = []
@@ -122,14 +122,14 @@ class Batching:
             taken += p.numel()
         return batches
 
-    def make_slices(self, kinds: Mapping[int, object]) -> list[RowsBatch]:
+    def make_slices(self, kinds: Mapping[int, object]) -> list[SlicesBatch]:
         """Make the batches of members whose sparse gradients kernels step slice by slice."""
         by_kind: dict[object, list[Member]] = defaultdict(list)
         for member in self.members:
-            if member.position in kinds and member.sparse == "rows":
+            if member.position in kinds and member.sparse == "slices":
                 by_kind[kinds[member.position]].append(member)
         return [
-            RowsBatch(members, self.reading, self.recipe_of(members[0]), self.owner)
+            SlicesBatch(members, self.reading, self.recipe_of(members[0]), self.owner)
             for members in by_kind.values()
         ]
 
@@ -140,7 +140,7 @@ class Batching:
         alike: dict[tuple[int, Mode, bool], list[Member]] = defaultdict(list)
         for member in self.members:
             if member.position not in kinds:
-                mode, is_sparse = self._modes[member.kind], member.sparse == "rows"
+                mode, is_sparse = self._modes[member.kind], member.sparse == "slices"
                 alike[self._graph_of[member.kind], mode, is_sparse].append(member)
         batches: list[EagerBatch] = []
         for (_, mode, is_sparse), members in alike.items():
@@ -148,7 +148,7 @@ class Batching:
             for member in members:
                 numbers.part(self.reading.state_of(self._param(member)), recipe)
             capturable = mode.capturable or self._is_resident(members[0])
-            kind = EagerRows if is_sparse else EagerBatch
+            kind = EagerSlices if is_sparse else EagerBatch
             modes = mode.differentiable, capturable
             batch = kind(members, self.reading, recipe, self.owner, *modes)
             batch.find_entries(self.reading.places(), self.reading)

@@ -18,11 +18,12 @@ SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A parameter's place in the list of all parameters and in a group, how it steps, and its name
-    in a message.
+    """A parameter that takes part in steps.
 
-    `sparse` says what becomes of sparse gradients: the rule steps their "rows" alone, or they are
-    "filled" up with zeros; nothing where the gradient has not been sparse.
+    `position` is its place in the list of all parameters, `group` the index of its group, `kind`
+    the index of its recipe, `label` its name in a message. `sparse` says what becomes of a sparse
+    gradient: "slices" if the rule steps only the slices that have values, "filled" if it is
+    converted to dense, empty if the gradient has not been sparse.
     """
 
     position: int
@@ -33,16 +34,16 @@ class Member:
 
     def takes(self, g: Tensor) -> bool:
         """Whether a gradient has the layout that the parameter's batch was made for."""
-        return self.sparse != "rows" if g.layout == torch.strided else self.sparse != ""
+        return self.sparse != "slices" if g.layout == torch.strided else self.sparse != ""
 
 
 def sparse_kind(
-    owner: str, label: str, g: Tensor | None, gradients: str, steps_rows: Callable[[], bool]
+    owner: str, label: str, g: Tensor | None, gradients: str, steps_slices: Callable[[], bool]
 ) -> str:
     """What becomes of a parameter's sparse gradients, see `Member`; raises where a class refuses
     the layout of `g`.
 
-    `gradients` and `steps_rows` are those of `Optimizer`.
+    `gradients` and `steps_slices` are `gradients` and `steps_rows` of `Optimizer`.
     """
     if g is None or g.layout == torch.strided:
         if g is not None and gradients == "sparse":
@@ -50,7 +51,7 @@ def sparse_kind(
                 f"{owner} does not support dense gradients, please consider Adam instead, or make "
                 f"the embedding with sparse=True (parameter {label})"
             )
-        return "rows" if gradients == "sparse" else ""
+        return "slices" if gradients == "sparse" else ""
     if g.layout in SPARSE and gradients == "dense":
         raise StepError(
             f"{owner} does not support sparse gradients, please consider SparseAdam instead, or "
@@ -62,7 +63,7 @@ def sparse_kind(
             f"{owner}: the gradient of parameter {label} has the layout {g.layout}; convert it "
             f"with .{remedy}()"
         )
-    return "rows" if steps_rows() else "filled"
+    return "slices" if steps_slices() else "filled"
 
 
 def check_member(

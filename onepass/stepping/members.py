@@ -56,7 +56,7 @@ class Members:
                 grad = self._reading.grads[position]
                 sparse = sparse_kind(owner, label, grad, gradients, steps_slices)
                 if sparse:
-                    self.slice_answers[group_index] = sparse == "rows"
+                    self.slice_answers[group_index] = sparse == "slices"
                 kind = self._options.kind_of[position]
                 member = Member(position, group_index, kind, label, sparse)
                 if self._is_awake(member):
@@ -155,7 +155,7 @@ class Members:
             return ""
         if kernel.why_no_kernels(p.device):
             return kernel.why_no_kernels(p.device)
-        if member.sparse == "rows" and not kernel.on_host(p.device):
+        if member.sparse == "slices" and not kernel.on_host(p.device):
             return f"there are no kernels for sparse gradients on {p.device.type} devices"
         written = [p, *(state[name] for name in self._options.recipes[member.kind].graph.state)]
         for t in written if grad is None else [*written, grad]:

@@ -43,7 +43,7 @@ from .reading import Reading
 from .recipe import Algorithm
 from .scratch import Scratch
 from .sharing import find_shared
-from .sparse import RowsBatch
+from .sparse import SlicesBatch
 
 
 class Plan:
@@ -112,7 +112,7 @@ class Plan:
         numbers = Numbers(self._ledger)
         self.kernels = batching.make_kernels(kinds, numbers, shared)
         self.eager = batching.make_eager(kinds, numbers, shared)
-        self.rows = batching.make_slices(kinds)
+        self.slices = batching.make_slices(kinds)
         self._compared_starts: list[bytes] | None = None
 
     def ready(
@@ -174,14 +174,14 @@ class Plan:
         return False
 
     @property
-    def others(self) -> list[EagerBatch | RowsBatch]:
+    def others(self) -> list[EagerBatch | SlicesBatch]:
         """The batches that are not launches over whole tensors."""
-        return [*self.eager, *self.rows]
+        return [*self.eager, *self.slices]
 
     @property
     def waits(self) -> bool:
         """Whether some of the parameters need numbers that the host computes with."""
-        return bool(self.eager or self.rows) or not all(
+        return bool(self.eager or self.slices) or not all(
             isinstance(batch, DeviceBatch) for batch in self.kernels
         )
 
@@ -231,7 +231,7 @@ class Plan:
             batch.finish(tensors, reading)
         for batch in self.eager:
             batch.finish(self.fresh)
-        for batch in self.rows:
+        for batch in self.slices:
             batch.finish()
         if self.fresh:
             for batch in self.kernels:
@@ -258,7 +258,7 @@ class Plan:
         ]
         for _, compute in sorted(later, key=itemgetter(0)):
             compute()
-        for batch, stepping in zip(self.rows, of_others[len(self.eager) :], strict=True):
+        for batch, stepping in zip(self.slices, of_others[len(self.eager) :], strict=True):
             batch.begin(stepping, self.fresh, gradient_factor)
 
     def _check_again(
@@ -268,8 +268,11 @@ class Plan:
 
         These may be operations of a user's class, which may do anything.
         """
-        of_rows = of_others[len(self.eager) :]
-        pairs = [*zip(self.kernels, of_kernels, strict=True), *zip(self.rows, of_rows, strict=True)]
+        of_slices = of_others[len(self.eager) :]
+        pairs = [
+            *zip(self.kernels, of_kernels, strict=True),
+            *zip(self.slices, of_slices, strict=True),
+        ]
         if not all(batch.is_as_read(tensors, reading) for batch, tensors in pairs):
             raise StepError(
                 f"{self.owner}: parameters or state changed while others stepped; keep their "

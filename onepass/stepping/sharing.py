@@ -56,6 +56,6 @@ def _is_in_order(together: Sequence[Member], recipe: Recipe, reading: Reading) -
     before another one stores, or where copies stand for them.
     """
     params = [reading.params[member.position] for member in together]
-    if together[0].sparse == "rows":
+    if together[0].sparse == "slices":
         return all(map(kernel.is_dense, params))
     return recipe.graph.is_elementwise and all(map(recipe.fits, params))
