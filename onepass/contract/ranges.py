@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .values import as_number, brief, entries_of, is_row, number_for
+from .values import as_number, brief, entries_of, has_entries, number_for
 
-__all__ = ["Choice", "Number", "Row", "Whole", "check_ranges"]
+__all__ = ["Choice", "Number", "Entries", "Whole", "check_ranges"]
 
 # How torch begins its messages about a number; people match on it.
 TORCHS_WORDS = {
@@ -91,7 +91,7 @@ class Whole(Number):
             raise ValueError(f"{owner}: {name} must be a whole number, got {brief(value)}")
 
 
-class Row:
+class Entries:
     """Several numbers in an order: a tuple, a list, or what has entries as these do.
 
     Each entry is an interval or a `Number`. `error` is raised for a value that has no entries in an
@@ -107,7 +107,7 @@ class Row:
         what `Number` raises for an entry."""
         count = len(self._entries)
         message = f"{owner}: {name} must be {COUNTS.get(count, count)} numbers, got {brief(value)}"
-        if not is_row(value):
+        if not has_entries(value):
             raise self._error(message)
         found = entries_of(value, count)
         if found is None:
@@ -147,13 +147,13 @@ def check_ranges(owner: str, ranges: Mapping[str, Any], options: Mapping[str, An
         _requirement(owner, name, allowed).check(owner, name, options[name])
 
 
-def _requirement(owner: str, name: str, allowed: Any) -> Number | Row | Choice:
+def _requirement(owner: str, name: str, allowed: Any) -> Number | Entries | Choice:
     """What an entry of `ranges` says, which may be written as an interval or a tuple of them."""
     if isinstance(allowed, str):
         return Number(allowed)
     if isinstance(allowed, tuple) and all(isinstance(entry, str) for entry in allowed):
-        return Row(*allowed)
-    if isinstance(allowed, (Number, Row, Choice)):
+        return Entries(*allowed)
+    if isinstance(allowed, (Number, Entries, Choice)):
         return allowed
     raise TypeError(
         f"{owner}: ranges[{name!r}] must be an interval such as '[0, 1)', or a tuple of these, got "

@@ -48,7 +48,7 @@ def as_flag(value: object) -> bool | None:
     return None
 
 
-def is_row(value: object) -> bool:
+def has_entries(value: object) -> bool:
     """Whether an option is several values in an order: a tuple, a list, or what has entries as
     these do."""
     if isinstance(value, (tuple, list)):
@@ -65,7 +65,9 @@ def is_row(value: object) -> bool:
 def entries_of(value: Any, count: int) -> list[Any] | None:
     """The entries of an option that is so many values in an order; None where it is not."""
     try:
-        return [value[i] for i in range(count)] if is_row(value) and len(value) == count else None
+        return (
+            [value[i] for i in range(count)] if has_entries(value) and len(value) == count else None
+        )
     except Exception:
         return None
 
@@ -107,7 +109,7 @@ def check_kinds(
     example of it is."""
     for name, example in like.items():
         value, wanted = group.get(name, example), ""
-        if is_row(example):
+        if has_entries(example):
             pairs = zip(entries_of(value, len(example)) or (), example, strict=False)
             fits = [
                 as_number(entry) is not None or (entry is None and e is None) for entry, e in pairs
