@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract.options import unless_off
-from ..contract.ranges import Number, Entries
+from ..contract.ranges import Entries, Number
 from ..contract.values import pick
 from ..kernel.functions import (
     PerColumn,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract.options import unless_off
-from ..contract.ranges import Choice, Number, Entries, Whole
+from ..contract.ranges import Choice, Entries, Number, Whole
 from ..contract.values import StepError, flag, pick
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .values import as_number, brief, entries_of, has_entries, number_for
 
-__all__ = ["Choice", "Number", "Entries", "Whole", "check_ranges"]
+__all__ = ["Choice", "Entries", "Number", "Whole", "check_ranges"]
 
 # How torch begins its messages about a number; people match on it.
 TORCHS_WORDS = {
