@@ -154,11 +154,10 @@ def check_matrix(owner: str, member: Member, p: Tensor) -> None:
 
 def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
     """Raise for a gradient that no step can use."""
-    what = f"{owner}: the gradient of parameter {member.label}"
     if g.shape != p.shape:
         raise StepError(
-            f"{what} has shape {tuple(g.shape)}, the parameter has {tuple(p.shape)}; set it by "
-            "p.grad = ... or run backward() again"
+            f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, the "
+            f"parameter has {tuple(p.shape)}; set it by p.grad = ... or run backward() again"
         )
     if g.device != p.device:
         raise StepError(
@@ -175,7 +174,10 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
     is_sparse = g.layout == torch.sparse_coo
     parts = (g._indices(), g._values()) if is_sparse else (g,)
     if kernel.is_plain(g) and not all(map(kernel.has_storage, parts)):
-        raise StepError(f"{what} has lost its storage; run backward() again")
+        raise StepError(
+            f"{owner}: the gradient of parameter {member.label} has lost its storage; run "
+            "backward() again"
+        )
     if is_sparse:
         _check_sparse(f"{owner}: the sparse gradient of parameter {member.label}", g.shape, *parts)
 
