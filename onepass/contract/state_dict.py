@@ -360,7 +360,8 @@ def _why_no_saved_number(name: str, entry: object) -> str:
 
 def _why_no_saved_state(entry: object, p: Tensor, shape: tuple[int, ...]) -> str:
     """Say why an entry cannot be loaded as a state of `p`, and what to do, or ""."""
-    why = why_no_state(entry, p, shape)
+    can_step = p.is_floating_point() or p.is_complex()
+    why = why_no_state(entry, p, shape, any_dtype=not can_step)
     if not isinstance(entry, Tensor):
         return why
     if not why and entry.is_meta and not p.is_meta:

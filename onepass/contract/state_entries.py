@@ -14,8 +14,13 @@ from torch import Tensor
 from .values import brief
 
 
-def why_no_state(entry: object, p: Tensor, shape: tuple[int, ...]) -> str:
+def why_no_state(
+    entry: object, p: Tensor, shape: tuple[int, ...], *, any_dtype: bool = False
+) -> str:
     """Say why an entry cannot be a state of `p` that has the shape `shape`.
+
+    With `any_dtype`, all dtypes will do. Otherwise it must be one of real numbers, or of complex
+    ones if the parameter is complex.
 
     Example: for a parameter of shape (2, 3), an entry of shape (6,) gives "has shape (6,), the
     parameter has (2, 3)".
@@ -28,12 +33,10 @@ def why_no_state(entry: object, p: Tensor, shape: tuple[int, ...]) -> str:
         else:
             expected = f"for a parameter of {tuple(p.shape)} it must have {shape}"
         return f"has shape {tuple(entry.shape)}, {expected}"
-    if not _can_step(p):
-        # Then its state is never used.
+    is_of_kind = entry.is_complex() if p.is_complex() else entry.is_floating_point()
+    if any_dtype or is_of_kind:
         return ""
-    if not _can_step(entry) or entry.is_complex() != p.is_complex():
-        return f"is {entry.dtype}, the parameter {p.dtype}"
-    return ""
+    return f"is {entry.dtype}, the parameter {p.dtype}"
 
 
 def why_no_number(entry: object) -> str:
@@ -66,8 +69,3 @@ def why_not_whole(state: Mapping[str, Any], required: Collection[str]) -> str:
     if present and missing:
         return f"has {present[0]!r} but no {missing[0]!r}"
     return ""
-
-
-def _can_step(t: Tensor) -> bool:
-    """Whether a tensor's numbers are of a kind that optimizers change: not whole numbers."""
-    return t.is_floating_point() or t.is_complex()
