@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+# Leaves out a part of a name.
+Shorten = Callable[[str], str]
 # What wrappers put into the names of a model's parameters: torch.compile, DDP, FSDP, activation
 # checkpointing.
 WRAPPERS = re.compile(
@@ -22,25 +24,27 @@ def find_names(saved: Sequence[str], names: Sequence[str]) -> list[int] | None:
     None.
     """
     # The first way that tells all names apart is taken: a model's own part may be called `module`.
-    ways: list[tuple[Callable[[str], str], Callable[[str], str]]] = [
+    ways: list[tuple[Shorten, Shorten]] = [
         (str, str),
         (_without_outermost, str),
         (str, _without_outermost),
         (_without_wrappers, _without_wrappers),
     ]
     for shorten_saved, shorten in ways:
-        found = _find(map(shorten_saved, saved), map(shorten, names))
+        short_saved = [shorten_saved(name) for name in saved]
+        short_names = [shorten(name) for name in names]
+        found = _find(short_saved, short_names)
         if found is not None:
             return found
     return None
 
 
-def _find(saved: Iterable[str], names: Iterable[str]) -> list[int] | None:
+def _find(saved: list[str], names: list[str]) -> list[int] | None:
     """Return where each saved name stands in `names`, or None if both are not the same names."""
     index_of = {name: index for index, name in enumerate(names)}
-    wanted = list(saved)
-    found = [index_of[name] for name in wanted if name in index_of]
-    if len(set(found)) == len(wanted) == len(index_of):
+    found = [index_of[name] for name in saved if name in index_of]
+    is_complete = len(set(found)) == len(saved)
+    if is_complete and len(saved) == len(index_of):
         return found
     return None
 

@@ -22,7 +22,11 @@ PATIENCE = 3
 
 
 def tell(message: str) -> None:
-    """Warn, and name the user's line: the innermost that is not of this package or of torch."""
+    """Warn, and name the user's line: the innermost that is not of this package or of torch.
+
+    Example: a script calls `scheduler.step()` of torch, which calls us. The warning names the
+    script's line, and Python shows it once for each such line.
+    """
     level = 2
     frame = sys._getframe(1)
     while frame is not None and _package_of(frame) in (PACKAGE, "torch"):
@@ -82,7 +86,10 @@ def arguments_of(cls: type) -> dict[str, Any]:
 
 
 def watch_options(cls: type) -> None:
-    """Put a `Misplaced` into a class for each of its options: arguments of its constructor."""
+    """Put a `Misplaced` into a class for each of its options: arguments of its constructor.
+
+    An attribute that the class has already is left alone.
+    """
     known = set().union(*map(vars, cls.__mro__))
     for name in arguments_of(cls):
         if name not in known and name not in ("self", "params", "args", "kwargs", "defaults"):
@@ -119,7 +126,8 @@ class Idle:
     ) -> None:
         """Note a step, with a `closure` or without, and warn if it is one too many.
 
-        Schedulers are tried out without gradients: no gradient is expected there.
+        `params` and `grads` are those of all groups, in order; `warn` takes the message. Schedulers
+        are tried out without gradients: no gradient is expected there.
         """
         if any(g is not None for g in grads):
             self._steps = -1
@@ -156,7 +164,7 @@ def _is_scheduled(optimizer: Any) -> bool:
 
 
 def are_learning_rates(rates: float | np.ndarray) -> bool:
-    """Whether a constructor would take these as learning rates."""
+    """Whether a constructor would take these as learning rates: NaN it would not."""
     if isinstance(rates, np.ndarray):
         return bool(rates.min() >= 0 and rates.max() < math.inf)
     return 0 <= rates < math.inf

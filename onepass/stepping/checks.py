@@ -83,7 +83,11 @@ def check_member(
     """Raise unless a parameter can step, with the gradient `g` and the state that it has.
 
     `required` are the state entries that a parameter must have once it has stepped, `numbers` those
-    that are one number.
+    that are one number. Whether the others are tensors that fit is asked by `check_state`.
+
+    Example: AdamW requires "step", "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3
+    with the state `{"step": 7}` raises "AdamW: the state of parameter 3 has 'step' but no
+    'exp_avg'; delete the parameter's state to begin again, or load a whole one".
     """
     _check_parameter(owner, member, p)
     if g is not None:
@@ -139,7 +143,7 @@ def _check_stored(what: str, entry: Tensor) -> None:
 
 
 def check_matrix(owner: str, member: Member, p: Tensor) -> None:
-    """Raise unless a parameter has rows and columns of real numbers."""
+    """Raise unless a parameter has rows and columns, of real numbers."""
     if p.is_complex():
         raise StepError(
             f"{owner} does not support complex parameters, and parameter {member.label} is "
@@ -153,7 +157,11 @@ def check_matrix(owner: str, member: Member, p: Tensor) -> None:
 
 
 def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
-    """Raise for a gradient that no step can use."""
+    """Raise for a gradient that no step can use.
+
+    It must have the parameter's shape, device and kind of numbers (real or complex), and memory.
+    Its format may be another one.
+    """
     if g.shape != p.shape:
         raise StepError(
             f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, the "
@@ -183,7 +191,11 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
 
 
 def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> None:
-    """Raise unless indices and values fit together, and into a shape: torch does not check it."""
+    """Raise unless indices and values fit together, and into a shape.
+
+    torch does not check this. For the shape (10, 4), indices of shape (1, 3) and values of shape
+    (3, 4) fit together: three slices of four numbers.
+    """
     sparse_dims = len(indices)
     is_fitting = (
         indices.dtype == torch.int64
@@ -212,7 +224,11 @@ def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Te
 def check_state(
     owner: str, member: Member, p: Tensor, name: str, entry: object, shape: tuple[int, ...]
 ) -> None:
-    """Raise unless an entry can be a state of its parameter, in the shape `shape`."""
+    """Raise unless an entry can be a state of its parameter, in the shape `shape`.
+
+    Beyond what `why_no_state` asks, it must be dense, on the parameter's device, and have memory
+    that can be written.
+    """
     what = f"{owner}: state {name!r} of parameter {member.label}"
     why = why_no_state(entry, p, shape)
     if not isinstance(entry, Tensor):
