@@ -318,7 +318,7 @@ class Optimizer(TorchOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._onepass.turn:
-            # These dicts are read long after the turn. Whoever reads them must not meet a state that
+            # These dicts are read long after the turn. Their readers must not meet a state that
             # another thread begins.
             if self._onepass.is_shared:
                 return super(self._onepass_last, self).__getstate__()

@@ -150,40 +150,54 @@ class Match:
         """
         groups = []
         for group, saved in zip(self.groups, self.saved_groups, strict=True):
-            kept = {"params"} | ({"param_names"} & group.keys())
-            loaded = {**defaults}
+            kept = [name for name in ("param_names", "params") if name in group]
+            loaded = dict(defaults)
             for name, value in saved.items():
                 if name not in kept:
                     loaded[name] = deepcopy(value)
-            if "param_names" in kept:
-                loaded["param_names"] = group["param_names"]
-            loaded["params"] = group["params"]
+            for name in kept:
+                loaded[name] = group[name]
             groups.append(loaded)
             if checks_options:
-                examples = {name: group.get(name, value) for name, value in defaults.items()}
-                check_kinds(loaded, examples, f"{self.owner}: the state dict's ", ValueError)
+                self._check_options(loaded, group, defaults)
         return groups
+
+    def _check_options(self, loaded: Group, group: Group, defaults: Mapping[str, Any]) -> None:
+        """Raise ValueError for a loaded option of another kind than this optimizer has."""
+        examples = {}
+        for name, default in defaults.items():
+            examples[name] = group.get(name, default)
+        check_kinds(loaded, examples, f"{self.owner}: the state dict's ", ValueError)
 
     def _check_states(self, groups: list[Group], state_of: StateOf) -> dict[Any, _Adoption]:
         """Verify the state of each parameter that has one; return how to copy it."""
         adoptions: dict[Any, _Adoption] = {}
         for group, saved in zip(groups, self.saved_groups, strict=True):
             for key in saved["params"]:
-                if key not in self.saved_state or self.saved_state[key] == {}:
-                    continue
-                p = self.parameters[key]
-                required, shapes = state_of(p, group)
-                if shapes is None:
-                    # A count of steps stays where it is, as in torch.
-                    numbers, copy = ["step"], _copy_as_it_is
-                else:
-                    self._check_state(key, required, shapes)
-                    numbers = [name for name, shape in shapes.items() if shape is None]
-                    copy = _copy_dense
-                if has_numbers_on_device(group, p.device):
-                    numbers = []
-                adoptions[key] = _Adoption(numbers, copy)
+                has_state = key in self.saved_state and self.saved_state[key] != {}
+                if has_state:
+                    adoptions[key] = self._check_parameter(key, group, state_of)
         return adoptions
+
+    def _check_parameter(self, key: Any, group: Group, state_of: StateOf) -> _Adoption:
+        """Verify a parameter's saved state; return how to copy it.
+
+        Example: AdamW's step count is copied to the host, and with `capturable` to the parameter's
+        device, as everything else is.
+        """
+        p = self.parameters[key]
+        required, shapes = state_of(p, group)
+        if shapes is None:
+            copy = _copy_as_it_is
+            # A count of steps stays where it is, as in torch.
+            numbers = ["step"]
+        else:
+            self._check_state(key, required, shapes)
+            copy = _copy_dense
+            numbers = [name for name, shape in shapes.items() if shape is None]
+        if has_numbers_on_device(group, p.device):
+            numbers = []
+        return _Adoption(numbers, copy)
 
     def _check_state(self, key: Any, required: Sequence[str], shapes: Shapes) -> None:
         """Raise ValueError unless a parameter can continue from its saved state."""
@@ -207,10 +221,12 @@ class Match:
 
     def _check_owner(self, label: str, value: Mapping[str, Any], shapes: Shapes) -> None:
         """Raise ValueError for a state that another algorithm has made."""
-        foreign = [name for name in value if name not in shapes and name in self.states]
+        present = {name for name, entry in value.items() if entry is not None}
         # A step count says nothing: most algorithms have one.
-        ours = [name for name in shapes if name != "step" and value.get(name) is not None]
-        if foreign and not ours:
+        if present.intersection(shapes) - {"step"}:
+            return
+        foreign = [name for name in value if name not in shapes and name in self.states]
+        if foreign:
             known = ", ".join(shapes) or "no state"
             raise ValueError(
                 f"{self.owner}: the saved state of parameter {label} holds {foreign[0]!r}, which "
@@ -233,11 +249,12 @@ class Match:
 def match(
     owner: str, groups: list[Group], state_dict: Mapping[str, Any], states: Set[str] = frozenset()
 ) -> Match:
-    """Find the parameter of each saved key: by name if both sides have the same names, else by
-    position.
+    """Find which parameter each saved key is for: by name if possible, else by position.
 
-    `states` are the names of all algorithms' states. Raises ValueError if the groups are not as
-    many, or not as long. See the example at the top of this file.
+    It is possible if both sides have the same names in each group, wrappers aside; the example at
+    the top of this file shows it. `states` are the names of all algorithms' states.
+
+    Raises ValueError if the saved groups are not as many as `groups`, or not as long.
     """
     saved_groups = list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
@@ -245,8 +262,8 @@ def match(
             f"{owner}: the loaded state dict has a different number of parameter groups: "
             f"{len(saved_groups)}, this optimizer has {len(groups)}"
         )
-    not_empty = [group for group in chain(groups, saved_groups) if group["params"]]
-    by_name = all("param_names" in group for group in not_empty)
+    groups_with_params = [group for group in chain(groups, saved_groups) if group["params"]]
+    by_name = all("param_names" in group for group in groups_with_params)
     matched = Match(owner, groups, saved_groups, state_dict["state"], states)
 
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
@@ -318,13 +335,14 @@ def pack(
     groups: list[Group] = []
     start = 0
     for group in param_groups:
-        params = group["params"]
+        ids = [id(p) for p in group["params"]]
+        positions = enumerate(ids, start)
         # A parameter that is in the group twice has its last position, as in torch.
-        new = {id(p): i for i, p in enumerate(params, start) if id(p) not in position_of}
+        new = {key: position for position, key in positions if key not in position_of}
         position_of.update(new)
-        start += len(params)
-        packed = {key: value for key, value in group.items() if key != "params"}
-        packed["params"] = [position_of[id(p)] for p in params]
+        start += len(ids)
+        packed = {name: value for name, value in group.items() if name != "params"}
+        packed["params"] = [position_of[key] for key in ids]
         groups.append(packed)
 
     packed_state = {}
@@ -335,14 +353,21 @@ def pack(
 
 
 def states_of(cls: Any) -> set[str]:
-    """Return the names of the states of a class of this package, and of its subclasses here."""
+    """Return the names of the states of a class of this package, and of its subclasses here.
+
+    Example: "exp_avg" and "exp_avg_sq" are among those of `Optimizer`, as Adam's rule has them.
+    """
     if cls.__module__.partition(".")[0] != PACKAGE:
         return set()
     names: set[str] = set()
     for value in vars(cls).values():
         if isinstance(value, staticmethod):
-            names.update(signature(value.__func__).columns[2:])
-    return names.union(*map(states_of, cls.__subclasses__()))
+            columns = signature(value.__func__).columns
+            # After the parameter and its gradient.
+            names.update(columns[2:])
+    for subclass in cls.__subclasses__():
+        names |= states_of(subclass)
+    return names
 
 
 def _why_no_saved_number(name: str, entry: object) -> str:
