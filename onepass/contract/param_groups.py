@@ -147,7 +147,8 @@ class Taken:
         for name, count in Counter(names).items():
             if count > 1 or name in self._names:
                 raise ValueError(
-                    f"{owner}: the parameter name {name!r} is given twice; give each its own"
+                    f"{owner}: the parameter name {name!r} is given twice; give each parameter its "
+                    "own"
                 )
 
     def _check_params(self, owner: str, params: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -170,11 +171,12 @@ def _check_repeats(
     what = _describe(params, names, index)
     if not may_repeat:
         raise ValueError(
-            f"{owner}: a parameter group with duplicate parameters: {what}; give each once"
+            f"{owner}: a parameter group with duplicate parameters: {what}; give each parameter "
+            "once"
         )
     tell(
         f"{owner}: optimizer contains a parameter group with duplicate parameters: {what}; each "
-        "step takes it twice, as in torch; give each once"
+        "step changes it twice, as in torch; give each parameter once"
     )
 
 

@@ -44,7 +44,10 @@ Copy = Callable[[Tensor, Any], Tensor]
 
 
 def check_state_dict(owner: str, state_dict: object) -> None:
-    """Raise ValueError for anything that is not an optimizer's state dict."""
+    """Raise ValueError for anything that is not an optimizer's state dict.
+
+    `owner`, the name of the class that it should be loaded into, begins the message.
+    """
     if not isinstance(state_dict, Mapping):
         raise _not_a_state_dict(owner, type(state_dict).__name__)
     if not {"state", "param_groups"} <= set(state_dict):
@@ -72,8 +75,10 @@ def check_state_dict(owner: str, state_dict: object) -> None:
 
 
 def _not_a_state_dict(owner: str, got: str) -> ValueError:
+    """Return the error about something that is not a state dict at all."""
     return ValueError(
-        f"{owner}: a state dict has 'state' and 'param_groups', got {got}; pass an optimizer's own"
+        f"{owner}: a state dict must have 'state' and 'param_groups', got {got}; pass what an "
+        "optimizer's state_dict() returned"
     )
 
 
@@ -300,7 +305,7 @@ def _check_names(owner: str, index: int, side: str, group: Group) -> None:
     if different != count:
         raise ValueError(
             f"{owner}: group {index} of {side} has {count} parameters and {different} different "
-            "names; name each once"
+            "names; give each parameter one name"
         )
 
 
@@ -329,19 +334,21 @@ def pack(
 ) -> tuple[dict[Any, Any], list[Group]]:
     """Return state and groups as a state dict has them: positions instead of parameters.
 
-    Groups of 2 and 1 parameters have the positions [0, 1] and [2].
+    Groups of 2 and 1 parameters have the positions [0, 1] and [2]. What is in `state` under another
+    key than a parameter keeps its key.
     """
     position_of: dict[int, int] = {}
     groups: list[Group] = []
     start = 0
     for group in param_groups:
         ids = [id(p) for p in group["params"]]
-        positions = enumerate(ids, start)
         # A parameter that is in the group twice has its last position, as in torch.
-        new = {key: position for position, key in positions if key not in position_of}
+        new = {key: i for i, key in enumerate(ids, start) if key not in position_of}
         position_of.update(new)
         start += len(ids)
-        packed = {name: value for name, value in group.items() if name != "params"}
+        packed = dict(group)
+        # It is the last entry, as in torch.
+        del packed["params"]
         packed["params"] = [position_of[key] for key in ids]
         groups.append(packed)
 
@@ -390,7 +397,7 @@ def _why_no_saved_state(entry: object, p: Tensor, shape: tuple[int, ...]) -> str
     if not isinstance(entry, Tensor):
         return why
     if not why and entry.is_meta and not p.is_meta:
-        why = "has no memory, it is on meta"
+        why = "is on meta and has no memory"
     return f"{why}; load a checkpoint of this model" if why else ""
 
 
@@ -425,5 +432,8 @@ def _copy_dense(t: Tensor, device: Any) -> Tensor:
 
 def _copy_as_it_is(t: Tensor, device: Any) -> Tensor:
     """Return a copy of the same class and layout."""
-    copied = deepcopy(t) if isinstance(t, nn.Parameter) else t.detach().clone()
+    if isinstance(t, nn.Parameter):
+        copied = deepcopy(t)
+    else:
+        copied = t.detach().clone()
     return copied.to(device=device)

@@ -87,7 +87,7 @@ def refuse_repeats(optimizer: Any) -> None:
     if not has_torchs_step(optimizer):
         raise StepError(
             f"{type(optimizer).__name__}: a parameter occurs twice in the param groups; list each "
-            "once"
+            "parameter once"
         )
 
 

@@ -217,7 +217,7 @@ def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Te
             wrong = low if low < 0 else high
             raise StepError(
                 f"{what} has the index {wrong} in dimension {dim}, where the parameter's size is "
-                f"{size}; look where it comes from"
+                f"{size}; find out where it comes from"
             )
 
 
