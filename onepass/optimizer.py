@@ -86,11 +86,12 @@ class Optimizer(TorchOptimizer):
     _onepass_torch_class: Any = TorchOptimizer
     # Whether torch's class has torch's modes (foreach, fused, ...), some of which exclude others.
     _onepass_has_modes = False
-    # The last class whose constructor is not called: those that follow it in the order of bases are
-    # torch's base class and what others have put before that.
+    # The last class, in the order of bases, whose constructor is not called. After it come torch's
+    # base class and what others have put before that.
     _onepass_last: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Note what a subclass has of torch's, and watch its options, see `watch_options`."""
         super().__init_subclass__(**kwargs)
         watch_options(cls)
         cls._onepass_switches = switches_of(cls)
@@ -143,8 +144,8 @@ class Optimizer(TorchOptimizer):
     def flags(self, group: Mapping[str, Any]) -> dict[str, bool]:
         """Return the rule's flags in a group: the options whose defaults are True or False.
 
-        0 and 1 will do for these, too. If a flag follows from a number, override this method and
-        add the flag to what it returns.
+        Such an option may be given as 0 or 1, too. If a flag follows from a number, override this
+        method and add the flag to what it returns.
         """
         return {name: flag(group[name], name) for name in self._onepass_switches if name in group}
 
@@ -313,11 +314,11 @@ class Optimizer(TorchOptimizer):
     def _step_supports_amp_scaling(self, supports: bool) -> None:
         self._onepass.supports_scaling = supports
 
-    # Pickling and copying: plans stay behind, they hold machine code and addresses of this process.
+    # Pickling and copying. Plans stay behind: they hold machine code and addresses of this process.
 
     def __getstate__(self) -> dict[str, Any]:
         with self._onepass.turn:
-            # What walks through these dicts, long after the turn, must not meet a state that
+            # These dicts are read long after the turn. Their readers must not meet a state that
             # another thread begins.
             if self._onepass.is_shared:
                 return super(self._onepass_last, self).__getstate__()
@@ -328,9 +329,9 @@ class Optimizer(TorchOptimizer):
             return {**super(self._onepass_last, self).__getstate__(), "state": state}
 
     def __copy__(self) -> Any:
-        # A shallow copy has the same state, as in torch; else all goes as Python copies objects.
+        # A shallow copy has the same state, as in torch. It is made as Python copies any object.
         with self._onepass.turn:
-            # Not seen by a thread that pickles meanwhile: it waits for its turn.
+            # A thread that pickles at the same time does not see this: it waits for its turn.
             self._onepass.is_shared = True
             try:
                 reduced = self.__reduce_ex__(4)
@@ -361,17 +362,18 @@ Optimizer._onepass_last = Optimizer
 
 
 def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+    """Take a step, as `Optimizer.step` says."""
     loss = None
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    # What GradScaler leaves to optimizers that set `_step_supports_amp_scaling`.
+    # GradScaler sets these two on optimizers whose `_step_supports_amp_scaling` is True.
     scale = getattr(optimizer, "grad_scale", None)
     gradient_factor = GradientFactor(scale, getattr(optimizer, "found_inf", None))
     if not gradient_factor.waits and gradient_factor.read():
         return loss
     private = optimizer._onepass
-    # Outside of it other threads may step: a closure may wait for one that does.
+    # Before its turn begins, other threads may step: a closure may wait for one that does.
     with (
         private.turn as turn,
         torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))),
@@ -397,6 +399,7 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
+    """Drop all gradients or fill them with zeros, and say so to torch's profiler."""
     optimizer._onepass.idle.expects_gradients = True
     name = f"Optimizer.zero_grad#{_name(optimizer)}.zero_grad"
     with torch.autograd.profiler.record_function(name):
@@ -408,17 +411,18 @@ def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:
 
 
 def _check(optimizer: Optimizer, options: Mapping[str, Any]) -> None:
-    """A group's options, by the class's own checks and as flags."""
+    """Raise for an option that the class refuses, and for a flag that is neither True nor False."""
     if hasattr(type(optimizer), "rule"):
         check_switches(_name(optimizer), options, {*MODES, *optimizer._onepass_switches})
     type(optimizer).check_options(optimizer, options)
 
 
 def _name(optimizer: TorchOptimizer) -> str:
+    """Return what messages call an optimizer."""
     return type(optimizer).__name__
 
 
-# These import torch's compiler when first called, which inside a compiled function has happened
-# already.
+# These import torch's compiler when they are first called: only in a compiled function, which has
+# imported it already.
 _step_outside_graphs = torch._disable_dynamo(_take_step)
 _zero_grad_outside_graphs = torch._disable_dynamo(_zero_grad)

@@ -608,7 +608,7 @@ def test_low_precision_states_keep_their_type() -> None:
             torch.zeros(1, 3, dtype=torch.complex64),
             "is torch.complex64, the parameter torch.float32",
         ),
-        ("row_var", None, "has no 'row_var'; a whole state has step, row_var, col_var"),
+        ("row_var", None, "has 'step' but no 'row_var'; a whole state has step, row_var, col_var"),
     ],
 )
 def test_wrong_checkpoints_are_refused(name: str, value: Any, message: str) -> None:

@@ -686,7 +686,8 @@ def test_a_rule_of_ones_own_takes_each_parameter_once() -> None:
     p.grad = torch.ones_like(p)
     for cls in (Plain, Other):
         with pytest.raises(
-            ValueError, match=r"duplicate parameters: parameter 1 of shape \(4, 3\); give each once"
+            ValueError,
+            match=r"duplicate parameters: parameter 1 of shape \(4, 3\); give each parameter once",
         ):
             cls([p, p])
         opt = cls([p])

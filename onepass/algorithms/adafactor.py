@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract.options import unless_off
-from ..contract.ranges import Number, Row
+from ..contract.ranges import Entries, Number
 from ..contract.values import pick
 from ..kernel.functions import (
     PerColumn,
@@ -28,7 +28,7 @@ from ..kernel.functions import (
 from ..optimizer import Optimizer, Params, Rule
 
 # What `eps` must be in a step: its range is only checked before.
-EPS = Row(Number("[-inf, inf]", or_none=True), "[-inf, inf]")
+EPS = Entries(Number("[-inf, inf]", or_none=True), "[-inf, inf]")
 
 
 class Adafactor(Optimizer, torch.optim.Adafactor):
@@ -75,7 +75,7 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
     ranges = {
         "lr": Number("[0, inf]", words="Learning rate should be >= 0 but is"),
         "beta2_decay": Number("[-inf, 0]", words="beta2_decay should be <= 0 but is"),
-        "eps": Row(
+        "eps": Entries(
             Number("[0, inf]", words="epsilon1 should be >= 0 but is", or_none=True),
             Number("[0, inf]", words="epsilon2 should be >= 0 but is"),
         ),

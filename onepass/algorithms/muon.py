@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contract.options import unless_off
-from ..contract.ranges import Choice, Number, Row, Whole
+from ..contract.ranges import Choice, Entries, Number, Whole
 from ..contract.values import StepError, flag, pick
 from ..kernel.functions import columns, lerp, maximum, rows, sqrt
 from ..linalg import orthogonalize
@@ -20,7 +20,7 @@ ADJUSTMENTS = ("original", "match_rms_adamw")
 COEFFICIENTS = ("[-inf, inf]", "[-inf, inf]", "[-inf, inf]")
 STEPS = Whole("[0, 100)")
 # In a step these raise other errors than in the constructor, whose errors are torch's.
-COEFFICIENTS_IN_STEP = Row(*COEFFICIENTS)
+COEFFICIENTS_IN_STEP = Entries(*COEFFICIENTS)
 ADJUSTMENT_IN_STEP = Choice(*ADJUSTMENTS, error=StepError)
 
 
@@ -74,7 +74,7 @@ class Muon(Optimizer, torch.optim.Muon):
         "lr": Number("[0, inf]", words="Learning rate should be >= 0 but is"),
         "weight_decay": Number("[0, inf]", words="weight decay should be >= 0 but is"),
         "momentum": Number("[0, inf]", words="momentum should be >= 0 but is"),
-        "ns_coefficients": Row(*COEFFICIENTS, error=ValueError),
+        "ns_coefficients": Entries(*COEFFICIENTS, error=ValueError),
         "eps": "[0, inf]",
         "ns_steps": STEPS,
         "adjust_lr_fn": Choice(

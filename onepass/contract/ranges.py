@@ -1,7 +1,11 @@
-"""What an option may be, as data that stand in an algorithm's class.
+"""What an option may be, as data in an algorithm's class.
 
-`"[0, 1)"` is a number from 0 to less than 1. A tuple of these, as `("[0, 1)", "[0, 1)")`, is as
-many numbers in an order. The classes here say what else there is, and how torch words its error.
+`"[0, 1)"` is a number from 0 to less than 1. A tuple of intervals, as `("[0, 1)", "[0, 1)")`, is
+this many numbers in an order. The classes here say what else there is, and how torch words its
+error.
+
+Example: with `ranges = {"lr": "[0, inf]"}`, an `lr` of 0 or 0.1 passes, and -1 raises "SGD: Invalid
+learning rate: -1; lr must lie in [0, inf]".
 """
 
 from __future__ import annotations
@@ -15,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .values import as_number, brief, entries_of, is_row, number_for
+from .values import as_number, brief, entries_of, has_entries, number_for
 
-__all__ = ["Choice", "Number", "Row", "Whole", "check_ranges"]
+__all__ = ["Choice", "Entries", "Number", "Whole", "check_ranges"]
 
 # How torch begins its messages about a number; people match on it.
 TORCHS_WORDS = {
@@ -50,11 +54,17 @@ class Interval(NamedTuple):
 @cache
 def parse(text: str) -> Interval:
     """Read an interval, as "[0, 1)": a square bracket says that the end belongs to it."""
-    found = re.fullmatch(rf"([\[(])({END}), ({END})([\])])", text)
+    pattern = rf"([\[(])({END}), ({END})([\])])"
+    found = re.fullmatch(pattern, text)
     if found is None:
         raise ValueError(f"{text!r} is not an interval; write one as '[0, 1)' or '(0, inf]'")
     opening, low, high, closing = found.groups()
-    return Interval(float(low), float(high), opening == "[", closing == "]")
+    return Interval(
+        low=float(low),
+        high=float(high),
+        has_low=opening == "[",
+        has_high=closing == "]",
+    )
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ class Whole(Number):
             raise ValueError(f"{owner}: {name} must be a whole number, got {brief(value)}")
 
 
-class Row:
+class Entries:
     """Several numbers in an order: a tuple, a list, or what has entries as these do.
 
     Each entry is an interval or a `Number`. `error` is raised for a value that has no entries in an
@@ -99,21 +109,27 @@ class Row:
     """
 
     def __init__(self, *entries: str | Number, error: type[Exception] = TypeError) -> None:
-        self._entries = [Number(entry) if isinstance(entry, str) else entry for entry in entries]
+        self._entries: list[Number] = []
+        for entry in entries:
+            allowed = Number(entry) if isinstance(entry, str) else entry
+            self._entries.append(allowed)
         self._error = error
 
     def check(self, owner: str, name: str, value: Any) -> None:
-        """Raise `error` for a value without an order, ValueError for a wrong number of entries, and
-        what `Number` raises for an entry."""
+        """Raise `error` for a value without an order, ValueError for a wrong number of entries.
+
+        For an entry it raises what `Number` does.
+        """
         count = len(self._entries)
-        message = f"{owner}: {name} must be {COUNTS.get(count, count)} numbers, got {brief(value)}"
-        if not is_row(value):
+        count_in_words = COUNTS.get(count, count)
+        message = f"{owner}: {name} must be {count_in_words} numbers, got {brief(value)}"
+        if not has_entries(value):
             raise self._error(message)
         found = entries_of(value, count)
         if found is None:
             raise ValueError(message)
-        for i, (entry, allowed) in enumerate(zip(found, self._entries, strict=True)):
-            allowed.check(owner, f"{name}[{i}]", entry)
+        for index, allowed in enumerate(self._entries):
+            allowed.check(owner, f"{name}[{index}]", found[index])
 
 
 class Choice:
@@ -142,18 +158,23 @@ class Choice:
 
 
 def check_ranges(owner: str, ranges: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise for the first option that is not what a class's `ranges` say of it."""
+    """Raise ValueError or TypeError for the first option that is not what `ranges` says of it.
+
+    `ranges` are those of a class, see `Optimizer.ranges`; `owner` is the class's name.
+    """
     for name, allowed in ranges.items():
         _requirement(owner, name, allowed).check(owner, name, options[name])
 
 
-def _requirement(owner: str, name: str, allowed: Any) -> Number | Row | Choice:
-    """What an entry of `ranges` says, which may be written as an interval or a tuple of them."""
+def _requirement(owner: str, name: str, allowed: Any) -> Number | Entries | Choice:
+    """Return what an entry of `ranges` says, which may be one interval or a tuple of them."""
     if isinstance(allowed, str):
         return Number(allowed)
-    if isinstance(allowed, tuple) and all(isinstance(entry, str) for entry in allowed):
-        return Row(*allowed)
-    if isinstance(allowed, (Number, Row, Choice)):
+    if isinstance(allowed, tuple):
+        are_intervals = all(isinstance(entry, str) for entry in allowed)
+        if are_intervals:
+            return Entries(*allowed)
+    if isinstance(allowed, (Number, Entries, Choice)):
         return allowed
     raise TypeError(
         f"{owner}: ranges[{name!r}] must be an interval such as '[0, 1)', or a tuple of these, got "
@@ -167,10 +188,11 @@ def _read(owner: str, name: str, value: Any) -> float:
         raise ValueError(
             f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}"
         )
-    found = None if isinstance(value, (bool, np.bool_)) else as_number(value)
+    is_flag = isinstance(value, (bool, np.bool_))
+    found = None if is_flag else as_number(value)
     if found is not None:
         return found
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not is_flag:
         # It is larger than any float.
         raise ValueError(f"{owner}: {name} must be {number_for(value)}, got {brief(value)}")
     raise TypeError(f"{owner}: {name} must be a number, got {brief(value)}")

@@ -18,10 +18,14 @@ def near_names(
 
     Example: `near_names("adamv", ["adam", "adamw", "sgd"])` returns `["adam", "adamw"]`.
     """
-    spelled = {known_name.lower() if any_case else known_name: known_name for known_name in known}
+    # From the form in which names are compared to the names.
+    compared: dict[str, str] = {}
+    for known_name in known:
+        form = known_name.lower() if any_case else known_name
+        compared[form] = known_name
     wanted = name.lower() if any_case else name
-    found = difflib.get_close_matches(wanted, spelled, n=most, cutoff=likeness)
-    return [spelled[match] for match in found]
+    found = difflib.get_close_matches(wanted, compared, n=most, cutoff=likeness)
+    return [compared[form] for form in found]
 
 
 def advise(name: str, known: Iterable[str], most: int = 3, likeness: float = 0.5) -> str:
@@ -29,5 +33,7 @@ def advise(name: str, known: Iterable[str], most: int = 3, likeness: float = 0.5
     known = list(known)
     near = near_names(name, known, most, likeness)
     if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"choose one of {', '.join(known)}."
+        meant = " or ".join(near)
+        return f"did you mean {meant}?"
+    choices = ", ".join(known)
+    return f"choose one of {choices}."

@@ -10,9 +10,9 @@ __all__ = ["swap_in_optimizer_params_and_state"]
 
 
 def _not_in_this_torch(*_: Any, **__: Any) -> NoReturn:
-    """What stands in for torch's function where torch is too old to have it.
+    """Stand in for torch's function if torch is too old to have it.
 
-    Raises NotImplementedError.
+    Raises NotImplementedError, which says so.
     """
     raise NotImplementedError(
         f"swap_in_optimizer_params_and_state is torch's own, and torch {torch.__version__} does "
@@ -21,7 +21,7 @@ def _not_in_this_torch(*_: Any, **__: Any) -> NoReturn:
 
 
 # Torch's context manager works unchanged on these optimizers: the plan sees that groups and state
-# are others.
+# have been exchanged.
 swap_in_optimizer_params_and_state = getattr(
     torch.optim, "swap_in_optimizer_params_and_state", _not_in_this_torch
 )

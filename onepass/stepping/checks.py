@@ -1,5 +1,8 @@
-"""What must hold before a parameter steps. Each failure is one sentence, raised before anything has
-changed."""
+"""What must hold before a parameter steps.
+
+Each failure is one sentence, a `StepError`, raised before anything has changed. `owner`, the name
+of the optimizer's class, begins it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import kernel
-from ..contract.values import StepError, brief
+from ..contract.state_entries import why_no_number, why_no_state, why_not_whole
+from ..contract.values import StepError
 
 SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -40,18 +44,20 @@ class Member:
 def sparse_kind(
     owner: str, label: str, g: Tensor | None, gradients: str, steps_slices: Callable[[], bool]
 ) -> str:
-    """What becomes of a parameter's sparse gradients, see `Member`; raises where a class refuses
-    the layout of `g`.
+    """Return what becomes of a parameter's sparse gradients, see `Member`.
 
-    `gradients` and `steps_slices` are `gradients` and `steps_rows` of `Optimizer`.
+    `gradients` and `steps_slices` are `gradients` and `steps_rows` of `Optimizer`. Raises
+    `StepError` if the class refuses the layout of `g`.
     """
-    if g is None or g.layout == torch.strided:
-        if g is not None and gradients == "sparse":
+    if g is None:
+        return "slices" if gradients == "sparse" else ""
+    if g.layout == torch.strided:
+        if gradients == "sparse":
             raise StepError(
                 f"{owner} does not support dense gradients, please consider Adam instead, or make "
                 f"the embedding with sparse=True (parameter {label})"
             )
-        return "slices" if gradients == "sparse" else ""
+        return ""
     if g.layout in SPARSE and gradients == "dense":
         raise StepError(
             f"{owner} does not support sparse gradients, please consider SparseAdam instead, or "
@@ -75,71 +81,70 @@ def check_member(
     required: Collection[str],
     numbers: Collection[str],
 ) -> None:
-    """Whether a parameter can step, with the gradient `g` and the state that it has.
+    """Raise unless a parameter can step, with the gradient `g` and the state that it has.
 
-    `required` are the state entries that a parameter which has stepped before must have, `numbers`
-    those that are one number.
+    `required` are the state entries that a parameter must have once it has stepped, `numbers` those
+    that are one number. Whether the others are tensors that fit is asked by `check_state`.
+
+    Example: AdamW requires "step", "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3
+    with the state `{"step": 7}` raises "AdamW: the state of parameter 3 has 'step' but no
+    'exp_avg'; delete the parameter's state to begin again, or load a whole one".
     """
     _check_parameter(owner, member, p)
     if g is not None:
         check_gradient(owner, member, p, g)
-    present = [name for name in required if state.get(name) is not None]
-    lost = [name for name in required if name not in present]
-    if present and lost:
+    why = why_not_whole(state, required)
+    if why:
         raise StepError(
-            f"{owner}: the state of parameter {member.label} has {present[0]!r} but no "
-            f"{lost[0]!r}; delete the parameter's state to begin anew, or load a whole one"
+            f"{owner}: the state of parameter {member.label} {why}; delete the parameter's state "
+            "to begin again, or load a whole one"
         )
-    for name, s in state.items():
-        if name in (*numbers, "step") and s is not None:
-            _check_number(owner, member, name, s)
+    for name, entry in state.items():
+        if entry is not None and (name == "step" or name in numbers):
+            _check_number(f"{owner}: state {name!r} of parameter {member.label}", entry)
 
 
 def _check_parameter(owner: str, member: Member, p: Tensor) -> None:
+    """Raise unless a parameter's memory can be read and written."""
+    what = f"{owner}: parameter {member.label}"
     if kernel.is_plain(p):
         if p.layout != torch.strided:
-            raise StepError(
-                f"{owner}: parameter {member.label} has the layout {p.layout}; make it dense"
-            )
+            raise StepError(f"{what} has the layout {p.layout}; make it dense")
         if not kernel.has_storage(p):
             raise StepError(
-                f"{owner}: parameter {member.label} of shape {tuple(p.shape)} has no storage (it "
-                "was freed, as by untyped_storage().resize_(0)); give it memory again before "
-                "stepping"
+                f"{what} of shape {tuple(p.shape)} has no storage (it was freed, as by "
+                "untyped_storage().resize_(0)); give it memory again before stepping"
             )
         if kernel.is_expanded(p):
-            raise StepError(
-                f"{owner}: parameter {member.label} is expanded, its elements share memory; clone "
-                "it"
-            )
-    _check_writable(owner, f"parameter {member.label}", p)
+            raise StepError(f"{what} is expanded, so its elements share memory; clone it")
+    _check_writable(what, p)
 
 
-def _check_writable(owner: str, what: str, t: Tensor) -> None:
+def _check_writable(what: str, t: Tensor) -> None:
+    """Raise if autograd forbids to write a tensor here."""
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise StepError(
-            f"{owner}: {what} was made in inference mode and cannot be written outside of it; "
-            "clone it"
+            f"{what} was made in inference mode and cannot be written outside of it; clone it"
         )
 
 
-def _check_number(owner: str, member: Member, name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) and not (
-        isinstance(value, Tensor) and value.numel() == 1
-    ):
-        raise StepError(
-            f"{owner}: state {name!r} of parameter {member.label} must be one number, got "
-            f"{brief(value)}"
-        )
-    if isinstance(value, Tensor) and kernel.is_plain(value) and not kernel.has_storage(value):
-        raise StepError(
-            f"{owner}: state {name!r} of parameter {member.label} has lost its storage; load it "
-            "again"
-        )
+def _check_number(what: str, entry: object) -> None:
+    """Raise unless an entry of the state is one number."""
+    why = why_no_number(entry)
+    if why:
+        raise StepError(f"{what} {why}")
+    if isinstance(entry, Tensor):
+        _check_stored(what, entry)
+
+
+def _check_stored(what: str, entry: Tensor) -> None:
+    """Raise if the memory of a state has been freed."""
+    if kernel.is_plain(entry) and not kernel.has_storage(entry):
+        raise StepError(f"{what} has lost its storage; load it again")
 
 
 def check_matrix(owner: str, member: Member, p: Tensor) -> None:
-    """A parameter whose rows and columns matter."""
+    """Raise unless a parameter has rows and columns, of real numbers."""
     if p.is_complex():
         raise StepError(
             f"{owner} does not support complex parameters, and parameter {member.label} is "
@@ -153,88 +158,92 @@ def check_matrix(owner: str, member: Member, p: Tensor) -> None:
 
 
 def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
-    """A gradient that no step can use."""
+    """Raise for a gradient that no step can use.
+
+    It must have the parameter's shape, device and kind of numbers (real or complex), and memory.
+    Its format may be another one.
+    """
     if g.shape != p.shape:
         raise StepError(
-            f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, "
-            f"the parameter has {tuple(p.shape)}; set it by p.grad = ... or run backward() again"
+            f"{owner}: the gradient of parameter {member.label} has shape {tuple(g.shape)}, the "
+            f"parameter has {tuple(p.shape)}; set it by p.grad = ... or run backward() again"
         )
     if g.device != p.device:
         raise StepError(
             f"{owner}: parameter {member.label} is on {p.device} and its gradient on {g.device}; "
             "move them together"
         )
-    if g.is_complex() != p.is_complex() or not all(
-        t.is_floating_point() or t.is_complex() for t in (p, g)
-    ):
+    are_complex = p.is_complex() and g.is_complex()
+    are_real = p.is_floating_point() and g.is_floating_point()
+    if not (are_complex or are_real):
         raise StepError(
             f"{owner}: parameter {member.label} is {p.dtype} and its gradient {g.dtype}"
         )
-    sparse = g.layout == torch.sparse_coo
-    parts = (g._indices(), g._values()) if sparse else (g,)
+
+    is_sparse = g.layout == torch.sparse_coo
+    parts = (g._indices(), g._values()) if is_sparse else (g,)
     if kernel.is_plain(g) and not all(map(kernel.has_storage, parts)):
         raise StepError(
             f"{owner}: the gradient of parameter {member.label} has lost its storage; run "
             "backward() again"
         )
-    if sparse:
+    if is_sparse:
         _check_sparse(f"{owner}: the sparse gradient of parameter {member.label}", g.shape, *parts)
 
 
 def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> None:
-    """Indices and values as they should be, within a shape: torch takes them as they come."""
-    k = len(indices)
-    if (
-        indices.dtype != torch.int64
-        or indices.shape[1:] != values.shape[:1]
-        or values.shape[1:] != shape[k:]
-    ):
+    """Raise unless indices and values fit together, and into a shape.
+
+    torch does not check this. For the shape (10, 4), indices of shape (1, 3) and values of shape
+    (3, 4) fit together: three slices of four numbers.
+    """
+    sparse_dims = len(indices)
+    is_fitting = (
+        indices.dtype == torch.int64
+        and indices.shape[1:] == values.shape[:1]
+        and values.shape[1:] == shape[sparse_dims:]
+    )
+    if not is_fitting:
         raise StepError(
             f"{what} has {indices.dtype} indices of shape {tuple(indices.shape)} and values of "
             f"shape {tuple(values.shape)}, which do not fit together; run backward() again"
         )
     if not indices.numel() or indices.is_meta:
         return
-    low, high = (bound.tolist() for bound in torch.aminmax(indices, dim=1))
-    for d in range(k):
-        if low[d] < 0 or high[d] >= shape[d]:
+    lowest, highest = torch.aminmax(indices, dim=1)
+    bounds = zip(lowest.tolist(), highest.tolist(), strict=True)
+    for dim, (low, high) in enumerate(bounds):
+        size = shape[dim]
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
             raise StepError(
-                f"{what} has the index {low[d] if low[d] < 0 else high[d]} in dimension {d}, "
-                f"where the parameter's size is {shape[d]}; look where it comes from"
+                f"{what} has the index {wrong} in dimension {dim}, where the parameter's size is "
+                f"{size}; find out where it comes from"
             )
 
 
 def check_state(
-    owner: str, member: Member, p: Tensor, name: str, s: object, shape: tuple[int, ...]
+    owner: str, member: Member, p: Tensor, name: str, entry: object, shape: tuple[int, ...]
 ) -> None:
-    """A state column that does not belong to its parameter."""
-    what = f"state {name!r} of parameter {member.label}"
-    if not isinstance(s, Tensor):
-        raise StepError(f"{owner}: {what} must be a tensor, got {brief(s)}")
-    if s.shape != shape:
-        belongs = (
-            "the parameter has"
-            if shape == p.shape
-            else f"for a parameter of {tuple(p.shape)} it must have"
-        )
+    """Raise unless an entry can be a state of its parameter, in the shape `shape`.
+
+    Beyond what `why_no_state` asks, it must be dense, on the parameter's device, and have memory
+    that can be written.
+    """
+    what = f"{owner}: state {name!r} of parameter {member.label}"
+    why = why_no_state(entry, p, shape)
+    if not isinstance(entry, Tensor):
+        raise StepError(f"{what} {why}")
+    if why:
         raise StepError(
-            f"{owner}: {what} has shape {tuple(s.shape)}, {belongs} {shape}; delete the "
-            "parameter's state to begin anew, or load one that fits"
+            f"{what} {why}; delete the parameter's state to begin again, or load one that fits"
         )
-    if s.device != p.device:
+    if entry.device != p.device:
         raise StepError(
             f"{owner}: parameter {member.label} is on {p.device}, its state {name!r} on "
-            f"{s.device}; move them together"
+            f"{entry.device}; move them together"
         )
-    if (
-        s.layout != torch.strided
-        or s.is_complex() != p.is_complex()
-        or not (s.is_floating_point() or s.is_complex())
-    ):
-        raise StepError(
-            f"{owner}: {what} is {s.dtype} ({s.layout}), the parameter {p.dtype}; load one that "
-            "fits"
-        )
-    if kernel.is_plain(s) and not kernel.has_storage(s):
-        raise StepError(f"{owner}: {what} has lost its storage; load it again")
-    _check_writable(owner, what, s)
+    if entry.layout != torch.strided:
+        raise StepError(f"{what} has the layout {entry.layout}; load one that is dense")
+    _check_stored(what, entry)
+    _check_writable(what, entry)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import kernel
-from ..contract.values import Group, check_kinds, is_row
+from ..contract.values import Group, check_kinds, has_entries
 from .recipe import Algorithm, Arguments, Mode, Recipe, describe, make_recipe, switches
 
 
@@ -88,4 +88,4 @@ def _kind(value: Any) -> int:
     kind = type(value)
     if kind is float or kind is int:
         return -2
-    return len(value) if kind is tuple or is_row(value) else -1 if value is None else -2
+    return len(value) if kind is tuple or has_entries(value) else -1 if value is None else -2

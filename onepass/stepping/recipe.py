@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import kernel
 from ..contract.options import MODES, has_numbers_on_device
 from ..contract.steps import steps_by_rule
-from ..contract.values import Group, State, StepError, flag, is_row, number, pick
+from ..contract.values import Group, State, StepError, flag, has_entries, number, pick
 
 # Supplied for each parameter instead of by its group: the step's number, and whether its state was
 # made just now.
@@ -173,7 +173,7 @@ def _argument(owner: str, name: str, group: Group, flags: Mapping[str, bool]) ->
     if name not in group:
         raise StepError(f"{owner}: param group has no option {name!r}, which its rule needs")
     value = group[name]
-    if is_row(value):
+    if has_entries(value):
         return ("tuple", len(value))
     return ("flag", value) if value is None or isinstance(value, (bool, str)) else ("float",)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...contract.values import first_line
 from .task import ACCURACY, Data, Examples, Task, TaskError
 
 __all__ = ["CIFAR10"]
@@ -35,7 +36,7 @@ def _import_datasets() -> Any:
     except (ImportError, RuntimeError) as error:
         raise TaskError(
             "task cifar10: its images are read by torchvision, which cannot be imported "
-            f"({_first_line(error)}); install the torchvision that fits your torch, and {_ADVICE}."
+            f"({first_line(error)}); install the torchvision that fits your torch, and {_ADVICE}."
         ) from error
     return datasets
 
@@ -52,12 +53,8 @@ def _open(datasets: Any, folder: Path, *, train: bool) -> Any:
     except (OSError, RuntimeError) as error:
         raise TaskError(
             f"task cifar10: there is no CIFAR-10 in {folder} and it cannot be downloaded "
-            f"({_first_line(error)}); {_ADVICE}."
+            f"({first_line(error)}); {_ADVICE}."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _make_examples(dataset: Any) -> Examples:

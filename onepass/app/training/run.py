@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ... import checkpoint
+from ...contract.values import first_line
 from ..tasks import Data, find_task
 from . import saved
 from .settings import Settings, SettingsError, find_optimizer, make_settings, spell
@@ -190,7 +191,7 @@ class Run:
             TypeError,
             ValueError,
         ) as error:
-            raise saved.misfit(path, _first_line(error)) from error
+            raise saved.misfit(path, first_line(error)) from error
 
 
 def _make_optimizer(
@@ -213,7 +214,7 @@ def _make_optimizer(
     except (RuntimeError, TypeError, ValueError) as error:
         raise SettingsError(
             f"the optimizer {settings.optimizer} cannot train the task {settings.task} with lr "
-            f"{settings.lr}: {_first_line(error)}; choose another optimizer or lr."
+            f"{settings.lr}: {first_line(error)}; choose another optimizer or lr."
         ) from error
 
 
@@ -237,8 +238,3 @@ def _refuse_other_data(run: Run, fingerprint: str, path: Path) -> None:
             "that run cannot be continued to the same result; give it back its data or start a new "
             "run."
         )
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message without its full stop."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(" .:")
