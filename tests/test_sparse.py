@@ -1149,3 +1149,40 @@ def test_memory_that_moves_while_others_step_is_noticed():
     with pytest.raises(onepass.StepError, match="changed while others stepped"):
         opt.step()
     assert torch.equal(old, before)
+
+
+class Undecided(onepass.Optimizer):
+    """Takes sparse gradients only, and converts them to dense ones if a number says so."""
+
+    gradients = "sparse"
+
+    def __init__(self, params, lr=0.1, whole=1):
+        super().__init__(params, {"lr": lr, "whole": whole})
+
+    def steps_rows(self, group):
+        return group["whole"] == 0
+
+    @staticmethod
+    def rule(p, g, m, *, lr):
+        return {"p": p - lr * (m + g), "m": m + g}
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_what_a_class_says_of_slices_is_asked_again(whole):
+    """Also if a parameter has no gradient, and if the answer follows from a number.
+
+    A row that has had a gradient moves on by its sum `m` if the gradient is converted to dense.
+    """
+    p, idle = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+    optimizer = Undecided([p, idle], lr=1.0, whole=whole)
+    wanted, sums = [0.0] * 4, [0.0] * 4
+    for step in range(4):
+        if step == 2:
+            optimizer.param_groups[0]["whole"] = 1 - whole
+        rows = [1, 2] if step == 0 else [1]
+        p.grad = torch.sparse_coo_tensor([rows], [1.0] * len(rows), (4,), check_invariants=True)
+        optimizer.step()
+        for row in range(4) if optimizer.param_groups[0]["whole"] else rows:
+            sums[row] += row in rows
+            wanted[row] -= sums[row]
+    assert p.tolist() == wanted

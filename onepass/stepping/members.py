@@ -55,7 +55,7 @@ class Members:
                 label = repr(names[i]) if names and i < len(names) else str(position)
                 grad = self._reading.grads[position]
                 sparse = sparse_kind(owner, label, grad, gradients, steps_slices)
-                if sparse:
+                if sparse and grad is not None:
                     self.slice_answers[group_index] = sparse == "slices"
                 kind = self._options.kind_of[position]
                 member = Member(position, group_index, kind, label, sparse)
