@@ -1,5 +1,7 @@
-"""What schedulers check of their arguments, before anything has changed: each error is one
-sentence."""
+"""What schedulers check of their arguments, before anything has changed.
+
+Each error is one sentence.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ __all__ += ["check_word", "increasing", "warn_of_epoch"]
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value can be calculated with: also a number of NumPy, or a tensor with one
+    """Whether one can calculate with a value: a number, also of NumPy, or a tensor of one
     element."""
     if isinstance(value, Tensor):
         return value.numel() == 1
@@ -51,8 +53,7 @@ def check_number(owner: object, error: type[Exception] = TypeError, **values: An
 
 
 def check_numbers(owner: object, **values: Any) -> None:
-    """Raise TypeError for what is neither a number nor a list of numbers, one for each param
-    group."""
+    """Raise TypeError unless a value is a number, or a list with one for each param group."""
     for name, value in values.items():
         for number in value if isinstance(value, (list, tuple)) else (value,):
             if not _is_number(number):
@@ -61,7 +62,7 @@ def check_numbers(owner: object, **values: Any) -> None:
 
 
 def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None:
-    """Raise TypeError for what is no optimizer."""
+    """Raise TypeError for what is not an optimizer."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"{type(scheduler).__name__} drives an Optimizer of torch.optim, got {optimizer!r:.80}."
@@ -69,8 +70,7 @@ def check_optimizer(scheduler: object, optimizer: torch.optim.Optimizer) -> None
 
 
 def check_count(name: str, value: object, error: type[Exception] = TypeError) -> None:
-    """Raise ValueError for what is no positive integer, and `error` for what is not a number at
-    all."""
+    """Raise ValueError unless a value is a positive integer; `error` if it is not a number."""
     if not isinstance(value, int) or value <= 0:
         raise (ValueError if _is_number(value) else error)(
             f"Expected positive integer {name}, but got {value!r:.80}."
@@ -78,7 +78,7 @@ def check_count(name: str, value: object, error: type[Exception] = TypeError) ->
 
 
 def check_strategy(strategy: str) -> Any:
-    """Raise ValueError for what is no way to anneal."""
+    """Return a way to anneal, "cos" or "linear"; ValueError for anything else."""
     if strategy not in ("cos", "linear"):
         raise ValueError(
             f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy!r:.80}."
@@ -94,7 +94,7 @@ def check_word(owner: object, **values: Any) -> None:
 
 
 def check_steps(name: str, milestones: Any) -> list[Any]:
-    """The milestones as a list, or TypeError where they are not numbers of steps."""
+    """Return the milestones as a list; TypeError if they are not numbers of steps."""
     if isinstance(milestones, Counter):
         milestones = milestones.elements()
     if not isinstance(milestones, (str, bytes)) and isinstance(milestones, Iterable):
@@ -106,7 +106,7 @@ def check_steps(name: str, milestones: Any) -> list[Any]:
 
 
 def increasing(name: str, milestones: Iterable[int]) -> list[int]:
-    """The milestones, if each is a step from 0 on and none comes before the last."""
+    """Return the milestones as a list; ValueError unless they are steps that increase from 0 on."""
     listed = check_steps(name, milestones)
     if listed != sorted(listed) or any(milestone < 0 for milestone in listed):
         raise ValueError(f"{name}: milestones must be increasing steps from 0 on, got {listed}.")

@@ -21,12 +21,13 @@ __all__ = ["ClosedLR"]
 
 
 class ClosedLR(LRScheduler):
-    r"""Schedules in closed form that go on from whatever the lr has become: $\eta_t = l + (\eta_0 -
-    l)\, f(t)$.
+    r"""Schedules in closed form that go on from whatever the lr has become.
+
+    $$ \eta_t = l + (\eta_0 - l)\, f(t) $$
 
     While nobody else writes a group's lr, it is this function of the step. Once another scheduler
     or the user has changed it, the change stays, and the distance from $l$ moves on by $f(t) / f(t
-    - 1)$, as with torch's. A subclass defines `scale`, $f$, and `floors`, $l$ for each group, where
+    - 1)$, as with torch's. A subclass defines `scale`, $f$, and `floors`, $l$ for each group, if
     they are not 0.
     """
 
@@ -37,11 +38,11 @@ class ClosedLR(LRScheduler):
     _versions: list[tuple[Tensor, int] | None]
 
     def scale(self, step: int) -> float:
-        """What the distance from the floor is multiplied by at a step."""
+        """Return what the distance from the floor is multiplied by at a step."""
         raise NotImplementedError
 
     def floors(self) -> Sequence[Value]:
-        """The floor of each group; empty when all are 0."""
+        """Return the floor of each group; nothing if all are 0."""
         return ()
 
     def _closed(self, lrs: Iterable[Value], step: int) -> list[Value]:
@@ -51,7 +52,8 @@ class ClosedLR(LRScheduler):
         return [floor + (lr - floor) * scale for lr, floor in zip(lrs, floors, strict=True)]
 
     def ratio(self, step: int) -> float | None:
-        """What a step multiplies the distance from the floor by; None from the floor itself."""
+        """Return what a step multiplies the distance from the floor by; None from the floor
+        itself."""
         after, before = self.scale(step), self.scale(step - 1) if step > 0 else 1.0
         if after == before:
             return 1.0
@@ -122,8 +124,10 @@ class ClosedLR(LRScheduler):
         return self._settle(step, values, own)
 
     def _look_again(self) -> None:
-        """Only numbers tell whether a lr is the closed form where another than this class has kept
-        account of it."""
+        """Find out from numbers whether each lr is the closed form.
+
+        Nothing else tells it after another class than this one has kept account of the rates.
+        """
         lrs, values = (
             list(map(LR, self.optimizer.param_groups)),
             self._closed(self.base_lrs, self.last_epoch),
@@ -138,8 +142,8 @@ class ClosedLR(LRScheduler):
         self._last_lr = self._left = rates(self.optimizer)
 
     def _resume(self, step: int) -> None:
-        """Begin at a step, with the closed form unless somebody has set the lr, from where the
-        schedule goes on."""
+        """Begin at a step, with the closed form; a group whose lr somebody has set goes on from
+        there."""
         lrs, bases = list(map(LR, self.optimizer.param_groups)), list(map(number, self.base_lrs))
         before, values = self._closed(bases, step - 1), self._closed(bases, step)
         above = self._closed(lrs, step)
@@ -219,11 +223,10 @@ class ClosedLR(LRScheduler):
         )
 
     def _joins(self, index: int, lr: Value, step: int) -> bool:
-        """Whether another scheduler has just begun this group's schedule at the same step, so that
-        changes add up.
+        """Whether another scheduler has just begun this group's schedule at the same step.
 
-        One of the same class and options is not another, but what this one replaces: a cell of a
-        notebook run again.
+        Then changes add up. One of the same class and options is not another, but what this one
+        replaces: a cell of a notebook was run again.
         """
         others = [
             s

@@ -1,5 +1,4 @@
-"""Schedulers made of schedulers: one after another (SequentialLR), or several at once
-(ChainedScheduler)."""
+"""Schedulers made of schedulers, one after another or several at once."""
 
 from __future__ import annotations
 
@@ -95,8 +94,13 @@ class _Composite(LRScheduler):
 
 
 class SequentialLR(_Composite, torch_schedulers.SequentialLR):
-    """One scheduler after another: each of `milestones` is the step at which the next one begins,
-    from its step 0."""
+    """One scheduler after another: each of `milestones` is the step at which the next one begins.
+
+    The next one begins with its step 0, from the lr that the groups began with.
+
+    Example: `[ConstantLR(optimizer, 0.1, 2), ExponentialLR(optimizer, 0.5)]` with `milestones=[2]`
+    from lr 1 gives 0.1, 0.1, 1, 0.5, 0.25.
+    """
 
     def __init__(
         self,

@@ -23,8 +23,10 @@ MOMENTA = ("base_momentums", "max_momentums", "use_beta1")
 
 
 class _CycleLR(LRScheduler):
-    """Schedules that move momentum, or the first of the betas, against the lr: `momenta` gives one
-    for each group."""
+    """Schedules that move momentum, or the first of the betas, against the lr.
+
+    A subclass says which momentum each group has at a step.
+    """
 
     cycle_momentum: bool
     use_beta1: bool
@@ -102,11 +104,14 @@ class _CycleLR(LRScheduler):
 
 
 class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
-    r"""Cosines one after another: $\eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i))
-    / 2$.
+    r"""Cosines one after another, each down to `eta_min`.
+
+    $$ \eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi\, T_\text{cur} / T_i)) / 2 $$
 
     The first has `T_0` steps, each next one `T_mult` times as many; $l$ is `eta_min`. `step(epoch)`
     takes fractions of an epoch, too. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+
+    Example: `T_0=2, T_mult=2` from lr 1 gives 1, 0.5, then 1, 0.854, 0.5, 0.146, then 1 again.
     """
 
     options = ("T_0", "T_mult", "eta_min")
@@ -273,13 +278,14 @@ class _Triangles(_CycleLR):
 
 
 class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
-    r"""Up from `base_lr` to `max_lr` in `step_size_up` steps, down in `step_size_down`, again and
-    again.
+    r"""Up from `base_lr` to `max_lr` in `step_size_up` steps, down in `step_size_down`, and again.
 
     The height is multiplied by 1 (`mode` "triangular"), in cycle $c$ by $2^{1-c}$ ("triangular2"),
     at step $t$ by $\gamma^t$ ("exp_range"), or by `scale_fn` of $c$ or $t$ (`scale_mode` "cycle" or
     "iterations"). Momentum goes the other way. Smith, "Cyclical Learning Rates for Training Neural
     Networks", 2017, arXiv:1506.01186.
+
+    Example: `base_lr=0.1, max_lr=1, step_size_up=3` gives 0.1, 0.4, 0.7, 1, 0.7, 0.4, 0.1.
     """
 
     options = (
@@ -403,12 +409,14 @@ def _share_left(scheduler: Any, fraction: float) -> float:
 
 
 class OneCycleLR(_Phases, torch_schedulers.OneCycleLR):
-    r"""Up to `max_lr` in the fraction `pct_start` of the steps, and down to far below where it
-    began.
+    """Up to `max_lr` in the fraction `pct_start` of the steps, then down to far below the start.
 
-    From `max_lr` / `div_factor` up, and down to 1 / `final_div_factor` of that; with `three_phase`,
-    down to the start first. Momentum goes the other way. Smith and Topin, "Super-Convergence",
-    2018, arXiv:1708.07120.
+    It begins at `max_lr` / `div_factor`, and ends at 1 / `final_div_factor` of that; with
+    `three_phase`, it goes down to the start first. Momentum goes the other way. Smith and Topin,
+    "Super-Convergence", 2018, arXiv:1708.07120.
+
+    Example: `max_lr=1, total_steps=7, pct_start=0.5` gives 0.04, 0.372, 0.908, 0.951, 0.611, 0.188,
+    4e-6.
     """
 
     options = ("total_steps", "cycle_momentum")

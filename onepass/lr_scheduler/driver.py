@@ -1,4 +1,4 @@
-"""What drives any options of an optimizer by schedules."""
+"""`Scheduler`: any options of an optimizer, driven by schedules."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ class Scheduler(LRScheduler):
     """Drive any options of an optimizer by schedules, which are functions of the step.
 
     `schedules` maps options to them: `{"lr": cosine(3e-4, steps=10_000), "betas[0]": linear(0.85,
-    0.95, steps=500)}`. A list has one for each param group, None leaves that group's option alone.
-    Each step writes the schedules' values, whatever stood there. The state is the number of the
-    step: another schedule may go on from a checkpoint. Errors: KeyError for an option that a group
-    does not have, TypeError for what is no function.
+    0.95, steps=500)}`. A list has one for each param group, and None leaves that group's option
+    alone. Each step writes the schedules' values, whatever stood there. The state is the number of
+    the step: another schedule may go on from a checkpoint.
+
+    Raises KeyError for an option that a group does not have, TypeError for what is not a function.
+
+    Example: `{"lr": linear(1.0, 0.0, steps=4)}` gives 1, 0.75, 0.5, 0.25, 0.
     """
 
     options = ("last_epoch",)

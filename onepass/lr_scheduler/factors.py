@@ -1,5 +1,7 @@
-r"""Schedulers that multiply the lr of a group, each by a formula in the step: the most of
-torch's."""
+"""Schedulers that multiply the lr of a group by a factor: most of torch's.
+
+Each gives its factor as a function of the step. `ClosedLR` makes learning rates of it.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,10 @@ Lambda = Callable[[int], float]
 
 
 class _LambdaFrame(LRScheduler):
-    """One function of the step for each group. Functions are not saved, but the attributes of
-    callable objects are."""
+    """The frame of schedulers that ask a function of the step, one for all groups or one for each.
+
+    Functions are not saved with the state. The attributes of callable objects are.
+    """
 
     options = ("lr_lambdas",)
     lr_lambdas: list[Lambda]
@@ -73,8 +77,12 @@ class _LambdaFrame(LRScheduler):
 
 
 class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
-    r"""The initial lr times a function of the step, for all groups or for each: $\eta_t = \eta_0\,
-    \lambda(t)$."""
+    r"""The initial lr times a function of the step: $\eta_t = \eta_0\, \lambda(t)$.
+
+    `lr_lambda` is the function, or a list with one for each param group.
+
+    Example: `lambda t: 0.5**t` from lr 1 gives 1, 0.5, 0.25, 0.125.
+    """
 
     def _rates(self) -> list[Any]:
         if self._is_one():
@@ -87,7 +95,13 @@ class LambdaLR(_LambdaFrame, torch_schedulers.LambdaLR):
 
 
 class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR):
-    r"""The last lr times a function of the step: $\eta_t = \eta_{t-1}\, \lambda(t)$."""
+    r"""The last lr times a function of the step: $\eta_t = \eta_{t-1}\, \lambda(t)$.
+
+    `lr_lambda` is the function, or a list with one for each param group. It is not asked for step
+    0.
+
+    Example: `lambda t: 0.5 if t % 2 else 1.0` from lr 1 gives 1, 0.5, 0.5, 0.25.
+    """
 
     def __init__(
         self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1
@@ -127,8 +141,11 @@ class MultiplicativeLR(_LambdaFrame, ClosedLR, torch_schedulers.MultiplicativeLR
 
 
 class StepLR(ClosedLR, torch_schedulers.StepLR):
-    r"""Times `gamma` every `step_size` steps: $\eta_t = \eta_0\, \gamma^{\lfloor t / n
-    \rfloor}$."""
+    r"""The lr times `gamma` every `step_size` steps: $\eta_t = \eta_0\, \gamma^{\lfloor t / n
+    \rfloor}$.
+
+    Example: `step_size=2, gamma=0.1` from lr 1 gives 1, 1, 0.1, 0.1, 0.01.
+    """
 
     options = ("step_size", "gamma")
 
@@ -151,8 +168,12 @@ class StepLR(ClosedLR, torch_schedulers.StepLR):
 
 
 class MultiStepLR(ClosedLR, torch_schedulers.MultiStepLR):
-    r"""Times `gamma` at each of `milestones`, which increase: $\eta_t = \eta_0\, \gamma^{|\{m \le
-    t\}|}$."""
+    r"""The lr times `gamma` at each of `milestones`: $\eta_t = \eta_0\, \gamma^{|\{m \le t\}|}$.
+
+    `milestones` are steps that increase; ValueError if they do not.
+
+    Example: `milestones=[1, 3], gamma=0.1` from lr 1 gives 1, 0.1, 0.1, 0.01.
+    """
 
     options = ("milestones", "gamma")
 
@@ -185,8 +206,13 @@ def _fraction(name: str, value: float) -> float:
 
 
 class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
-    r"""Times `factor` for the first `total_iters` steps: $\eta_t = \eta_0\, c$ for $t < T$, then
-    $\eta_0$."""
+    r"""The lr times `factor` for the first `total_iters` steps: $\eta_0\, c$ for $t < T$, then
+    $\eta_0$.
+
+    `factor` lies in [0, 1].
+
+    Example: `factor=0.5, total_iters=2` from lr 1 gives 0.5, 0.5, 1, 1.
+    """
 
     options = ("factor", "total_iters")
 
@@ -207,8 +233,13 @@ class ConstantLR(ClosedLR, torch_schedulers.ConstantLR):
 
 
 class LinearLR(ClosedLR, torch_schedulers.LinearLR):
-    r"""A line of factors: $\eta_t = \eta_0\,(a + (b - a) \min(t, T) / T)$, `start_factor` $a$ and
-    `end_factor` $b$."""
+    r"""A line from one factor to another: $\eta_t = \eta_0\,(a + (b - a) \min(t, T) / T)$.
+
+    $a$ is `start_factor`, in (0, 1], $b$ is `end_factor`, in [0, 1], and $T$ is `total_iters`, in
+    steps.
+
+    Example: `start_factor=0.25, total_iters=3` from lr 1 gives 0.25, 0.5, 0.75, 1.
+    """
 
     options = ("start_factor", "end_factor", "total_iters")
 
@@ -240,7 +271,10 @@ class LinearLR(ClosedLR, torch_schedulers.LinearLR):
 
 
 class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
-    r"""Times `gamma` at every step: $\eta_t = \eta_0\, \gamma^t$."""
+    r"""The lr times `gamma` at every step: $\eta_t = \eta_0\, \gamma^t$.
+
+    Example: `gamma=0.5` from lr 1 gives 1, 0.5, 0.25, 0.125.
+    """
 
     options = ("gamma",)
 
@@ -257,8 +291,12 @@ class ExponentialLR(ClosedLR, torch_schedulers.ExponentialLR):
 
 
 class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
-    r"""Down to 0 with a power of what is left: $\eta_t = \eta_0\,(1 - \min(t, T) / T)^k$,
-    `total_iters` $T$."""
+    r"""Down to 0 with a power of what is left: $\eta_t = \eta_0\,(1 - \min(t, T) / T)^k$.
+
+    $T$ is `total_iters`, in steps, and $k$ is `power`.
+
+    Example: `total_iters=4, power=2` from lr 1 gives 1, 0.5625, 0.25, 0.0625, 0.
+    """
 
     options = ("total_iters", "power")
 
@@ -276,11 +314,13 @@ class PolynomialLR(ClosedLR, torch_schedulers.PolynomialLR):
 
 
 class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
-    r"""Half a cosine wave down to `eta_min`, and up again: $\eta_t = l + (\eta_0 - l)\,(1 +
-    \cos(\pi t / T)) / 2$.
+    r"""Half a cosine wave down to `eta_min` in `T_max` steps, and up again.
 
-    `T_max` $T$ is the number of steps on the way down. Loshchilov and Hutter, "SGDR", 2017,
-    arXiv:1608.03983.
+    $$ \eta_t = l + (\eta_0 - l)\,(1 + \cos(\pi t / T)) / 2 $$
+
+    $l$ is `eta_min`, $T$ is `T_max`. Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983.
+
+    Example: `T_max=4` from lr 1 gives 1, 0.854, 0.5, 0.146, 0.
     """
 
     options = ("T_max", "eta_min")
@@ -304,12 +344,16 @@ class CosineAnnealingLR(ClosedLR, torch_schedulers.CosineAnnealingLR):
 
 
 class SWALR(ClosedLR, torch_swa_utils.SWALR):
-    r"""From whatever the lr is to `swa_lr` in `anneal_epochs` steps, and there it stays, for weight
-    averaging.
+    r"""From whatever the lr is to `swa_lr` in `anneal_epochs` steps; there it stays, for averages.
 
-    $\eta_t = s + (\eta_0 - s)\,(1 - \alpha(t))$; $\alpha$ goes from 0 to 1 on half a cosine wave or
-    on a line. Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization",
-    2018, arXiv:1803.05407.
+    $$ \eta_t = s + (\eta_0 - s)\,(1 - \alpha(t)) $$
+
+    $s$ is `swa_lr`, one number or one for each param group. $\alpha$ goes from 0 to 1 on half a
+    cosine wave (`anneal_strategy` "cos") or on a line ("linear"). Izmailov et al., "Averaging
+    Weights Leads to Wider Optima and Better Generalization", 2018, arXiv:1803.05407.
+
+    Example: `swa_lr=0.2, anneal_epochs=2, anneal_strategy="linear"` from lr 1 gives 1, 0.6, 0.2,
+    0.2.
     """
 
     options, handed_on = ("anneal_epochs",), ("swa_lr",)
@@ -383,12 +427,15 @@ class SWALR(ClosedLR, torch_swa_utils.SWALR):
 
 
 class ReduceLROnPlateau(torch_schedulers.ReduceLROnPlateau, LRScheduler):
-    r"""Times `factor` when a metric has not improved for more than `patience` steps, which
-    `step(metric)` is given.
+    """The lr times `factor` when a metric has not improved for more than `patience` steps.
 
-    Better than the best so far is, for `mode` "min", less than best * (1 - `threshold`), or best -
-    `threshold` with `threshold_mode` "abs"; for "max" the other way. After a reduction, `cooldown`
-    steps are not counted. No lr goes below `min_lr`; a change of at most `eps` is left out.
+    `step(metric)` is given the metric. Better than the best so far is, for `mode` "min", less than
+    best * (1 - `threshold`), or less than best - `threshold` with `threshold_mode` "abs"; for "max"
+    the other way. After a reduction, `cooldown` steps are not counted. No lr goes below `min_lr`; a
+    change of at most `eps` is left out.
+
+    Example: `factor=0.1, patience=1` with the metrics 5, 4, 4, 4 from lr 1 gives 1, 1, 1, 0.1: two
+    steps in a row have not improved.
     """
 
     options = (

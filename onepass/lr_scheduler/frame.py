@@ -57,8 +57,10 @@ REPLACED = (
 
 @dataclass(frozen=True)
 class Met:
-    """What a scheduler met when it was made. That is not of its state, and does not count in a
-    comparison."""
+    """What a scheduler met when it was made.
+
+    It is not part of the state, and does not count in a comparison.
+    """
 
     order: int = field(compare=False)
     lrs: list[Value] = field(compare=False)
@@ -67,8 +69,10 @@ class Met:
 
 
 class Made(WeakValueDictionary):
-    """The living schedulers of an optimizer, by the order in which they were made. A copy knows of
-    none."""
+    """The living schedulers of an optimizer, by the order in which they were made.
+
+    A copy knows of none.
+    """
 
     def __reduce__(self) -> tuple[type[Made], tuple[()]]:
         return Made, ()
@@ -83,11 +87,14 @@ class LRScheduler(torch_schedulers.LRScheduler):
 
     `optimizer` is any `torch.optim.Optimizer`. `last_epoch` is the last step that an earlier run
     has done (-1: none); from 0 on, the groups need their "initial_lr", as those of a loaded
-    checkpoint have it. Errors: TypeError for what is no optimizer, KeyError for a missing
-    "initial_lr", ValueError for a negative step.
+    checkpoint have it. Raises TypeError if `optimizer` is not an optimizer, KeyError for a missing
+    "initial_lr", ValueError for a negative step. All schedulers here have these two arguments.
 
-    A subclass of any scheduler may replace `get_lr`, `_get_closed_form_lr` or `step`, and runs then
+    A subclass of any scheduler may replace `get_lr`, `_get_closed_form_lr` or `step`. It then runs
     as with torch's class as its base: `super().get_lr()` goes on from the lr that the group has.
+
+    Example: a group begins with lr 1. `ExponentialLR(optimizer, 0.5)` writes 0.5 at the first
+    `step()` and 0.25 at the second. Resumed with `last_epoch=1`, it writes 0.25 at construction.
     """
 
     options: tuple[str, ...] = ()  # the attributes that tell this class's state dicts from others'
@@ -136,7 +143,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         vars(optimizer).setdefault("_lr_schedulers", Made())[self._met.order] = self
 
     def _prepare(self) -> None:
-        """What a class writes into the param groups at the start of a run, when all has been
+        """Write into the param groups what a class needs at the start of a run; all has been
         checked."""
 
     def _initial_step(self) -> None:
@@ -195,8 +202,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
             self.last_epoch += 1
 
     def _kept(self, values: list[Value]) -> list[Value]:
-        """What to begin with in the middle: these values, but for groups whose lr somebody has
-        set."""
+        """Return the rates to begin with in the middle of a schedule.
+
+        They are these values, but for groups whose lr somebody has set.
+        """
         groups = self.optimizer.param_groups
         strange = [
             not self._is_fresh(i) and not self._is_at(i, value) for i, value in enumerate(values)
@@ -223,8 +232,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return is_near(self.optimizer.param_groups[index]["lr"], value, self.base_lrs[index])
 
     def _replaces(self, index: int) -> bool:
-        """Whether a group's lr is what a living scheduler of this class has left, which has got
-        other numbers."""
+        """Whether a group's lr is what a living scheduler of this class has left there.
+
+        That one has got other numbers, and this one takes its place.
+        """
         lr = self.optimizer.param_groups[index]["lr"]
         return any(s._has_left(index, lr) for s in self._others() if type(s) is type(self))
 
@@ -235,7 +246,7 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return index < len(self._last_lr) and equals(lr, self._last_lr[index])
 
     def _is_untouched(self) -> bool:
-        """Whether every lr is the very number that this scheduler has left there, and so no
+        """Whether every lr is the very number that this scheduler has left there, and so not a
         tensor."""
         return all(map(is_, map(LR, self.optimizer.param_groups), self._last_lr))
 
@@ -298,11 +309,11 @@ class LRScheduler(torch_schedulers.LRScheduler):
         return copied_lists(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a scheduler of this class stood, or torch's; KeyError for a state dict of
-        another class.
+        """Continue where a scheduler of this class stood, or torch's.
 
         A group whose lr is the one that this scheduler has left there gets the lr of the
-        checkpoint: whether the optimizer's checkpoint is loaded before or after does not matter.
+        checkpoint. So it does not matter whether the optimizer's checkpoint is loaded before or
+        after. Raises KeyError for a state dict of another class.
         """
         self._onepass.home._check(self, state_dict)
         state, groups = copied_lists(state_dict), self.optimizer.param_groups
@@ -324,8 +335,10 @@ class LRScheduler(torch_schedulers.LRScheduler):
         vars(self).update(state)
 
     def _check(self, state_dict: Mapping[str, Any]) -> None:
-        """Refuse another class's state dict, before anything has changed; people's classes save
-        what they like."""
+        """Refuse another class's state dict, before anything has changed.
+
+        Users' classes save what they like.
+        """
         if not is_ours(type(self)):
             return
         known = {
@@ -354,8 +367,8 @@ UNSAVED = ("optimizer", "_foreign", "_left", "_met", "_moved", "_resumed", "_ver
 
 
 def note_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer note that it has stepped, by a hook, or where its step has no hooks as torch
-    does."""
+    """Let an optimizer note that it has stepped: by a hook, or as torch does if its step has no
+    hooks."""
     attributes = vars(optimizer)
     hooked = getattr(type(optimizer).step, "hooked", False) and "step" not in attributes
     if hooked and "_optimizer_step_post_hooks" in attributes:
@@ -380,7 +393,7 @@ def note_steps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _is_replaced(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody has put another step into an optimizer since its first scheduler was
+    """Whether somebody has put another step into an optimizer after its first scheduler was
     made."""
     return "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
 

@@ -1,5 +1,7 @@
-"""What people put in the place of torch's methods: a scheduler that has such a method runs as
-torch's class does."""
+"""Methods that people put in the place of torch's.
+
+A scheduler that has such a method runs as torch's class does.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,7 @@ class House:
     """A class of this package, and what its methods are when nobody has replaced any.
 
     `names` are the methods of torch's class that make the learning rates. `taken` are the names of
-    ours: where people use such a name for something else, their scheduler runs as torch's class,
+    ours. If somebody uses such a name for something else, their scheduler runs as torch's class,
     which does not know the name.
     """
 
@@ -82,8 +84,8 @@ class House:
         )
 
     def for_subclass(self, cls: type) -> House:
-        """The house of people's subclass: another where a name of ours has another meaning
-        there."""
+        """Return the house of a user's subclass: another one if a name of ours has a meaning of its
+        own there."""
         owners = {
             name: next((c for c in cls.__mro__ if name in vars(c)), None) for name in self.taken
         }
@@ -95,11 +97,10 @@ class House:
 
 
 def is_altered(scheduler: Any) -> bool:
-    """Whether a method that makes the learning rates is not ours, be it of a subclass, a mixin or
-    this one object.
+    """Whether a method that makes the learning rates is not ours, but a user's.
 
-    All are looked up, at construction and at the first step. Later ones look whether `get_lr` is
-    the same.
+    It may be of a subclass, of a mixin or of this one object. All are looked up at construction and
+    at the first step. Later steps look only whether `get_lr` is the same.
     """
     house, cls = scheduler._onepass, type(scheduler)
     altered = house.look(cls) != house.found or any(
@@ -110,8 +111,10 @@ def is_altered(scheduler: Any) -> bool:
 
 
 def _is_hidden(scheduler: Any, cls: type, name: str) -> bool:
-    """Whether an attribute of the object stands before the one of its class. `vars` would make all
-    others slower."""
+    """Whether an attribute of the object stands before the one of its class.
+
+    `vars(scheduler)` would tell, too, and would make all other attributes slower.
+    """
     seen, known = getattr(scheduler, name), getattr(cls, name)
     return getattr(seen, "__func__", seen) is not getattr(known, "__func__", known)
 
@@ -134,8 +137,10 @@ def has_new_closed_form(scheduler: Any) -> bool:
 
 
 def update_as_torch(scheduler: Any, epoch: int | None) -> None:
-    """Take a step as torch's base class does: ask `get_lr`, or for a step by its number the closed
-    form."""
+    """Take a step as torch's base class does.
+
+    It asks `get_lr`, or for a step by its number `_get_closed_form_lr`, if there is such a method.
+    """
     if isinstance(vars(scheduler).get("base_lrs"), list):
         scheduler._onepass.home._adopt(scheduler)
     before = scheduler.last_epoch

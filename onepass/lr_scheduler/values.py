@@ -33,14 +33,15 @@ LR = itemgetter("lr")
 
 
 def copied(value: Value) -> Value:
-    """The same number, in memory of its own."""
+    """Return the same number in memory of its own."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone() if value.requires_grad else value.clone()
 
 
 def copied_lists(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict whose lists of numbers, also those in dicts, are in memory of their own."""
+    """Return a state dict whose lists of numbers, also those in dicts, are in memory of their
+    own."""
     copies: dict[str, Any] = {}
     for key, value in state.items():
         copies[key] = list(map(copied, value)) if isinstance(value, list) else value
@@ -50,13 +51,15 @@ def copied_lists(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Value) -> Value:
-    """The number of a tensor, unless to read it would be to wait for a device."""
+    """Return the number of a tensor, unless to read it would be to wait for a device."""
     return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
 
 def assign(options: Any, key: Any, value: Value) -> None:
-    """Set an option. A tensor is filled and stays the tensor that it is, as compiled and captured
-    steps demand."""
+    """Set an option. A tensor stays the tensor that it is, and is filled.
+
+    Steps that are compiled, or captured in a graph, read that tensor.
+    """
     old = options[key]
     if not isinstance(old, Tensor):
         options[key] = value.item() if isinstance(value, Tensor) else value
@@ -74,7 +77,7 @@ def are_floats(values: Iterable[Value]) -> bool:
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[Value]:
-    """The learning rates as they are now, in memory of their own."""
+    """Return the learning rates as they are now, in memory of their own."""
     lrs = list(map(LR, optimizer.param_groups))
     return lrs if are_floats(lrs) else list(map(copied, lrs))
 
@@ -100,7 +103,11 @@ def is_near(lr: Value, value: Value, scale: Value = 0.0) -> bool:
 
 
 def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[Any]:
-    """One value for each param group: those of a list, anything else for all of them."""
+    """Return one value for each param group: those of a list, anything else for all of them.
+
+    `per_group("gamma", optimizer, 0.1)` of two groups is [0.1, 0.1]. Raises ValueError for a list
+    of another length.
+    """
     count = len(optimizer.param_groups)
     if not isinstance(value, (list, tuple)):
         return [copied(value) for _ in range(count)]
@@ -113,7 +120,8 @@ def per_group(name: str, optimizer: torch.optim.Optimizer, value: Any) -> list[A
 
 
 def shared(name: str, values: Sequence[Value]) -> Value:
-    """The value that all param groups have, for one that is new."""
+    """Return the value that all param groups have, for one that is new; ValueError if they
+    differ."""
     if any(value != values[0] for value in values):
         raise ValueError(
             f"{name} differs from group to group: the new param group needs its own, under "
@@ -123,8 +131,10 @@ def shared(name: str, values: Sequence[Value]) -> Value:
 
 
 def saved_attributes(function: Callable[..., Any] | None) -> dict[str, Any] | None:
-    """The attributes of a callable object; None for functions and schedules, which are the
-    program's, not the run's."""
+    """Return the attributes of a callable object, which are saved with a scheduler's state.
+
+    None stands for functions and schedules, which are the program's and not the run's.
+    """
     plain = (
         function is None
         or isinstance(function, (FunctionType, Schedule))
