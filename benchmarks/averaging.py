@@ -17,7 +17,7 @@ from onepass import swa_utils as ours
 from onepass.app.bench.machine import describe_machine, time_of
 from onepass.app.bench.shapes import MODELS
 from onepass.app.bench.turns import take_turns
-from onepass.swa_utils.averages import Plan
+from onepass.swa_utils.averages import Pairing
 
 LIBRARIES = {"torch": theirs, "onepass": ours}
 FUNCTIONS = {"EMA": "get_ema_multi_avg_fn", "SWA": "get_swa_multi_avg_fn"}
@@ -68,9 +68,9 @@ def race_functions(model: nn.Module, seconds: float) -> dict[str, dict[str, floa
     """Return the times of the functions of two lists, and of their launch without Python."""
     values = [p.detach() for p in model.parameters()]
     averages = [v.clone() for v in values]
-    plan = Plan(averages, values)
-    plan.read(averages, values)
-    launch = plan.batches[0].launch
+    pairing = Pairing(averages, values)
+    pairing.read(averages, values)
+    launch = pairing.batches[0].launch
     found = {}
     for title, name in FUNCTIONS.items():
         timers: dict[str, Callable[[], object]] = {

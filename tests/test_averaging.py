@@ -291,7 +291,7 @@ MUTATIONS: dict[str, Callable[[Any], Any]] = {
     "once": lambda patch: patch.setattr(models, "_once", list),
     "by torch": lambda patch: patch.setattr(averages.Average, "_by_torch", lambda *_: None),
     "unchecked": lambda patch: patch.setattr(averages, "check_pairs", lambda *_: None),
-    "overlap": lambda patch: patch.setattr(averages.Batch, "overlap", lambda self: False),
+    "overlap": lambda patch: patch.setattr(averages.PairBatch, "overlap", lambda self: False),
     "strides": lambda patch: patch.setattr(
         averages, "_is_served", lambda a, v: a.is_floating_point()
     ),
@@ -353,7 +353,7 @@ def test_the_second_update_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for averaged in both:
         averaged.update_parameters(model)
         averaged.update_parameters(model)
-    monkeypatch.setattr(averages, "Plan", None)
+    monkeypatch.setattr(averages, "Pairing", None)
     function.decay = 0.5
     nn.init.ones_(model[0].weight)
     for averaged in both:
@@ -365,7 +365,7 @@ def test_plans_do_not_pile_up() -> None:
     function = swa_utils.get_swa_multi_avg_fn()
     for n in range(1, 40):
         function([torch.zeros(2)] * n, [torch.ones(2)] * n, 1)
-    assert len(function._plans) <= averages.MOST_PLANS
+    assert len(function._pairings) <= averages.MOST_PAIRINGS
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -398,7 +398,7 @@ def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
 
 
 def test_one_function_in_many_threads() -> None:
-    """Of the same model's shapes, so that all would have the same plan."""
+    """Of the same model's shapes, so that all would have the same pairing."""
     function = swa_utils.get_ema_multi_avg_fn(0.5)
     wrong = []
 
@@ -936,7 +936,7 @@ def crash_tensors_that_come_and_go() -> None:
 
 
 def crash_in_a_forked_child() -> None:
-    """With a plan that the parent has made."""
+    """With a pairing that the parent has made."""
     own, values = [torch.zeros(100)], [torch.ones(100)]
     function = swa_utils.get_ema_multi_avg_fn(0.5)
     function(own, values, 1)

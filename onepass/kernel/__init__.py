@@ -30,7 +30,6 @@ from .graph.ir import Rank, RuleError
 from .graph.passes import Program
 from .graph.trace import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 from .tensors.memory import (
-    PLAIN,
     extent,
     has_storage,
     is_dense,
@@ -50,7 +49,6 @@ __all__ = [
     "FORMATS",
     "GRADIENT_FACTOR",
     "HOST",
-    "PLAIN",
     "Argument",
     "Graph",
     "Rank",

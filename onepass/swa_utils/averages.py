@@ -17,8 +17,8 @@ from ..stepping.columns import Columns, compile_for, format_name, picker
 
 Number = Tensor | float
 Label = Callable[[int], str]
-# Lists of several kinds may come in turn, one kind a dtype; the plans of so many are kept.
-MOST_PLANS = 8
+# Lists of several kinds may come in turn, one kind a dtype; the pairings of this many are kept.
+MOST_PAIRINGS = 8
 
 
 def average(p, g, *, weight):
@@ -30,19 +30,22 @@ class Average:
     r"""Moves averages towards present values, $a \leftarrow a + w\,(v - a)$, in place.
 
     An object is a `multi_avg_fn`, to be called with two lists and the number of values averaged so
-    far, and its method `one` an `avg_fn`. It may be copied, pickled, and called from several
-    threads. Numbers are read at each call: changing one compiles nothing.
+    far, and its method `average_one` is an `avg_fn`. It may be copied, pickled, and called from
+    several threads. Numbers are read at each call: changing one compiles nothing.
+
+    Example: the values 4, 8 and 6 in turn. The first is copied. With equal weights ($w = 1/2$, then
+    $1/3$) the average is 6 and 6; with a decay of 0.9 ($w = 0.1$) it is 4.4 and 4.56.
     """
 
     def __init__(self) -> None:
-        self._plans: dict[Any, Plan] = {}
+        self._pairings: dict[Any, Pairing] = {}
 
     def weight(self, number: Number) -> float:
-        """The share of the present values, where so many have been averaged before."""
+        """Return the share of the present values after this many have been averaged."""
         raise NotImplementedError
 
-    def one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
-        """One average after it has moved, in a new tensor, by torch's operations."""
+    def average_one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
+        """Return one average after it has moved, as a new tensor, by torch's operations."""
         raise NotImplementedError
 
     def __call__(
@@ -50,8 +53,8 @@ class Average:
     ) -> None:
         """Move each average towards the value at its place in the other list, both of one shape.
 
-        Raises `StepError` (a RuntimeError) where lengths or shapes differ or memory is gone;
-        nothing has changed then.
+        Raises `StepError` (a RuntimeError) if lengths or shapes differ, or memory is gone. Nothing
+        has changed then.
         """
         self.update(averages, values, number)
 
@@ -81,17 +84,17 @@ class Average:
         weight = self.weight(number)
         key = len(averages), getattr(averages[0], "dtype", None), torch.is_inference_mode_enabled()
         # Out of the others' reach while it is in use: a thread that comes meanwhile makes its own.
-        plan = self._plans.pop(key, None)
-        ready = None if plan is None else plan.read(averages, values)
-        if plan is None or ready is None:
+        pairing = self._pairings.pop(key, None)
+        ready = None if pairing is None else pairing.read(averages, values)
+        if pairing is None or ready is None:
             check_pairs(averages, values, label)
-            plan = Plan(averages, values)
-            ready = plan.read(averages, values)
+            pairing = Pairing(averages, values)
+            ready = pairing.read(averages, values)
             if ready is None:
                 raise StepError(
                     "averages changed while their update was being prepared; update again"
                 )
-        plan.checked(*ready.others, label, ready.places)
+        pairing.checked(*ready.others, label, ready.places)
         # torch's operations may still refuse something; the kernels may not, and so come last.
         self._by_torch(*ready.others, weight, number)
         for batch, tensors in ready.batches:
@@ -101,32 +104,35 @@ class Average:
                     "averages changed while they were being updated; keep their memory as it is"
                 )
             batch.run(tensors, weight)
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
+        if len(self._pairings) >= MOST_PAIRINGS:
+            self._pairings.clear()
+        self._pairings[key] = pairing
 
     @torch.no_grad()
     def _by_torch(
         self, averages: Sequence[Tensor], values: Sequence[Tensor], weight: float, number: Number
     ) -> None:
-        """The same by torch's operations: other devices and classes of tensors, integers, tensors
-        that share memory."""
+        """The same by torch's operations, for what kernels do not serve.
+
+        That is other devices and classes of tensors, integers, and tensors that share memory.
+        """
         together: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for a, v in zip(averages, values, strict=True):
             device, dtype = a.device, a.dtype
             v = v if v.device == device else v.to(device)
             if dtype == v.dtype and (dtype.is_floating_point or dtype.is_complex):
-                of, their = together.setdefault((device, dtype, type(a) in kernel.PLAIN), ([], []))
-                of.append(a)
-                their.append(v)
+                kind = device, dtype, kernel.is_plain(a)
+                alike = together.setdefault(kind, ([], []))
+                alike[0].append(a)
+                alike[1].append(v)
             else:
-                a.copy_(self.one(a, v, number))
-        for of, their in together.values():
-            torch._foreach_lerp_(of, their, weight)
+                a.copy_(self.average_one(a, v, number))
+        for alike_averages, alike_values in together.values():
+            torch._foreach_lerp_(alike_averages, alike_values, weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans hold machine code and addresses of this process.
-        return self.__dict__ | {"_plans": {}}
+        # Pairings hold machine code and addresses of this process.
+        return self.__dict__ | {"_pairings": {}}
 
 
 # It imports torch's compiler when first called, which inside a compiled function has happened
@@ -145,7 +151,7 @@ class Exponential(Average):
         return 1 - float(self.decay)
 
     @torch.no_grad()
-    def one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
+    def average_one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
         return self.decay * average + (1 - self.decay) * value
 
 
@@ -156,7 +162,7 @@ class Equal(Average):
         return 1 / (float(number) + 1)
 
     @torch.no_grad()
-    def one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
+    def average_one(self, average: Tensor, value: Tensor, number: Number) -> Tensor:
         return average + (value - average) / (number + 1)
 
 
@@ -176,7 +182,7 @@ def check_pairs(
                     f"{label(place)}: averages and values must be tensors, got {torch.typename(t)}"
                 )
             if (
-                type(t) in kernel.PLAIN
+                kernel.is_plain(t)
                 and t.is_cpu
                 and t.layout == torch.strided
                 and not kernel.has_storage(t)
@@ -216,7 +222,7 @@ class Checked:
         ):
             check_pairs(averages, values, label, places)
             plain = all(
-                type(t) in kernel.PLAIN and t.is_cpu and t.layout == torch.strided for t in tensors
+                kernel.is_plain(t) and t.is_cpu and t.layout == torch.strided for t in tensors
             )
             self._expected = kernel.expect(tensors) if plain else None
 
@@ -226,18 +232,22 @@ class Checked:
 
 
 class Ready:
-    """What has been read for one update; it lives no longer. `places` are those of the pairs that
-    torch averages."""
+    """What has been read for one update; it lives no longer.
+
+    `places` are those of the pairs that torch averages.
+    """
 
     def __init__(self) -> None:
-        self.batches: list[tuple[Batch, list[Tensor]]] = []
+        self.batches: list[tuple[PairBatch, list[Tensor]]] = []
         self.places: list[int] = []
         self.others: tuple[list[Tensor], list[Tensor]] = [], []
 
 
-class Plan:
-    """Which of the pairs in two lists kernels serve; it keeps no tensor, and fits all lists of the
-    same facts."""
+class Pairing:
+    """Which of the pairs in two lists kernels serve.
+
+    It keeps no tensor, and fits all lists of the same facts.
+    """
 
     def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self.moved = [
@@ -247,12 +257,11 @@ class Plan:
         kinds: dict[tuple[torch.dtype, torch.dtype, torch.device], list[int]] = {}
         self.others: list[int] = []
         for i, (a, v) in enumerate(zip(averages, values, strict=True)):
-            (
-                kinds.setdefault((a.dtype, v.dtype, a.device), [])
-                if _is_served(a, v)
-                else self.others
-            ).append(i)
-        self.batches = [Batch(places, averages, values) for places in kinds.values()]
+            if _is_served(a, v):
+                kinds.setdefault((a.dtype, v.dtype, a.device), []).append(i)
+            else:
+                self.others.append(i)
+        self.batches = [PairBatch(places, averages, values) for places in kinds.values()]
         self.checked = Checked()
 
     def _move(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -264,7 +273,7 @@ class Plan:
         return values
 
     def read(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> Ready | None:
-        """Read all tensors' facts anew; None where the plan does not fit."""
+        """Read all tensors' facts again; return None if the pairing does not fit."""
         values = self._move(averages, values)
         ready = Ready()
         ready.places += self.others
@@ -276,12 +285,12 @@ class Plan:
                 ready.places += batch.places
             else:
                 ready.batches.append((batch, tensors))
-        for of, tensors in zip(ready.others, (averages, values), strict=True):
-            of += [tensors[i] for i in ready.places]
+        for others, tensors in zip(ready.others, (averages, values), strict=True):
+            others += [tensors[i] for i in ready.places]
         return ready
 
 
-class Batch(Columns):
+class PairBatch(Columns):
     """The pairs of two lists that one launch averages."""
 
     def __init__(
@@ -289,9 +298,8 @@ class Batch(Columns):
     ) -> None:
         self.places = places
         self.pick = picker(places) if len(places) < len(averages) else lambda tensors: tensors
-        own = self.pick(averages)
         graph = kernel.finish(kernel.trace(average, (("weight", ("float",)),)))
-        names, columns = ("g", "p"), [self.pick(values), own]
+        names, columns = ("g", "p"), [self.pick(values), self.pick(averages)]
         compiled = compile_for(graph, names, columns)
         super().__init__(compiled, graph, names, columns)
         self.launch = self.kernel.prepare(
@@ -313,22 +321,15 @@ class Batch(Columns):
 def _is_served(a: Tensor, v: Tensor) -> bool:
     """Whether a kernel can walk a pair: plain dense memory with the elements in the same order."""
     for t in (a, v):
-        if (
-            type(t) not in kernel.PLAIN
-            or t.layout != torch.strided
-            or kernel.why_no_kernels(t.device)
-        ):
+        if not kernel.is_plain(t) or t.layout != torch.strided:
             return False
-        if (
-            format_name(t.dtype) not in kernel.FORMATS
-            or not kernel.is_dense(t)
-            or t.is_conj()
-            or t.is_neg()
-        ):
+        if kernel.why_no_kernels(t.device) or format_name(t.dtype) not in kernel.FORMATS:
             return False
-    if a.is_complex() != v.is_complex() or (
-        a.is_inference() and not torch.is_inference_mode_enabled()
-    ):
+        if not kernel.is_dense(t) or t.is_conj() or t.is_neg():
+            return False
+    if a.is_complex() != v.is_complex():
+        return False
+    if a.is_inference() and not torch.is_inference_mode_enabled():
         return False
     strides = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n != 1] for t in (a, v)]
     return strides[0] == strides[1] or not a.numel()

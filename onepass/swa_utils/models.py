@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import kernel
 from ..contract.ranges import check_ranges
-from ..kernel import PLAIN
 from ..lr_scheduler.factors import SWALR
 from .averages import Average, Checked, Equal, Exponential, Number, check_pairs
 
@@ -131,12 +131,12 @@ def get_swa_multi_avg_fn() -> Equal:
 def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
     """As `get_ema_multi_avg_fn`, for one tensor: it returns the average's new value."""
     check_ranges("get_ema_avg_fn", {"decay": "[0, 1]"}, {"decay": decay})
-    return Exponential(decay).one
+    return Exponential(decay).average_one
 
 
 def get_swa_avg_fn() -> AvgFn:
     """As `get_swa_multi_avg_fn`, for one tensor: it returns the average's new value."""
-    return Equal().one
+    return Equal().average_one
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def _check_numbers(what: str, averages: Sequence[Tensor], values: Sequence[Tenso
 
 @torch.no_grad()
 def _copy(into: list[Tensor], sources: list[Tensor]) -> None:
-    if not all(type(t) in PLAIN for t in chain(into, sources)):
+    if not all(kernel.is_plain(t) for t in chain(into, sources)):
         for t, source in zip(into, sources, strict=True):
             t.copy_(source)
     elif into:
