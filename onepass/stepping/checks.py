@@ -85,9 +85,9 @@ def check_member(
     `required` are the state entries that a parameter must have once it has stepped, `numbers` those
     that are one number. Whether the others are tensors that fit is asked by `check_state`.
 
-    Example: AdamW requires "step", "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3
-    with the state `{"step": 7}` raises "AdamW: the state of parameter 3 has 'step' but no
-    'exp_avg'; delete the parameter's state to begin again, or load a whole one".
+    Example: AdamW requires "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3 with the
+    state `{"step": 7, "exp_avg": t}` raises "AdamW: the state of parameter 3 has 'exp_avg' but no
+    'exp_avg_sq'; delete the parameter's state to begin again, or load a whole one".
     """
     _check_parameter(owner, member, p)
     if g is not None:
