@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "kernel.eager": "kernel.graph kernel.tensors",
     "kernel": "kernel.graph kernel.llvm kernel.tensors kernel.cpu kernel.gpu kernel.eager",
     "contract": "kernel",
-    "stepping": "kernel kernel.graph contract",
+    "stepping": "kernel contract",
     "schedule": "",
     "lr_scheduler": "schedule",
     "linalg": "kernel kernel.graph kernel.functions",

@@ -27,7 +27,7 @@ from torch.optim import swa_utils as torch_swa_utils
 
 import onepass
 from onepass import lr_scheduler, schedule, swa_utils
-from onepass.lr_scheduler import frame as scheduler_frame
+from onepass.lr_scheduler import closed, frame
 
 OURS = SimpleNamespace(
     **{name: getattr(lr_scheduler, name) for name in lr_scheduler.__all__}, SWALR=swa_utils.SWALR
@@ -1916,21 +1916,19 @@ MUTATIONS = {
         OURS.OneCycleLR, "_restore", lambda right, self, state: vars(self).update(state)
     ),
     "height of triangles": wrong(OURS.CyclicLR, "height", lambda right, self: right(self) * 0.99),
-    "hand changes lost": wrong(
-        scheduler_frame.ClosedLR, "_is_own", lambda right, self, index, lr: True
-    ),
+    "hand changes lost": wrong(closed.ClosedLR, "_is_own", lambda right, self, index, lr: True),
     "hand changes carried wrongly": wrong(
-        scheduler_frame.ClosedLR,
+        closed.ClosedLR,
         "_carry",
         lambda right, self, lrs, step: [lr * self.scale(step) for lr in lrs],
     ),
     "hand changes taken for the formula": wrong(
-        scheduler_frame.ClosedLR,
+        closed.ClosedLR,
         "_restore",
         lambda right, self, state: vars(self).update(state, _own=[True] * 2),
     ),
     "rate not resumed": wrong(
-        scheduler_frame.LRScheduler,
+        frame.LRScheduler,
         "load_state_dict",
         lambda right, self, state: self._restore(dict(state)),
     ),

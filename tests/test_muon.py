@@ -21,7 +21,7 @@ import onepass
 from onepass import StepError, linalg
 from onepass.kernel import has_bfloat16_products
 from onepass.kernel.functions import call
-from onepass.stepping import plan
+from onepass.stepping import batching
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = ((4, 3), (24, 40), (40, 24), (17, 17), (1, 7), (7, 1), (1, 1))
@@ -363,8 +363,8 @@ def test_calls_take_a_bounded_number_of_elements(monkeypatch: pytest.MonkeyPatch
     """Matrices of one shape go in several calls where they are many; what becomes of them is the
     same."""
     ends = []
-    for most in (plan.MOST_ELEMENTS, 130):
-        monkeypatch.setattr(plan, "MOST_ELEMENTS", most)
+    for most in (batching.MOST_ELEMENTS, 130):
+        monkeypatch.setattr(batching, "MOST_ELEMENTS", most)
         random = torch.Generator().manual_seed(0)
         params = [torch.randn(6, 10, generator=random, dtype=torch.float64) for _ in range(5)]
         params.append(torch.randn(20, 10, generator=random, dtype=torch.float64))

@@ -767,7 +767,7 @@ def test_a_rule_that_sees_the_whole_tensor_steps_on_filled_gradients(eager):
         p.grad = coo([[1, 2]], torch.tensor([[3.0, 0.0], [0.0, 4.0]]), (4, 2))
         if cls is Normed:
             with pytest.raises(
-                onepass.RuleError, match="cannot step the rows of a sparse gradient alone"
+                onepass.RuleError, match="cannot step only the rows of a sparse gradient"
             ):
                 opt.step()
             assert not p.any()

@@ -152,7 +152,7 @@ def test_notices_an_update_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> No
 def test_notices_a_failing_step_that_leaves_a_trace(
     what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = optimizer._make_ready
+    right = optimizer.make_ready
 
     def make_ready(self: Any, *arguments: Any) -> Any:
         try:
@@ -169,7 +169,7 @@ def test_notices_a_failing_step_that_leaves_a_trace(
                 self.param_groups[0]["lr"] = float(self.param_groups[0]["lr"]) + 1e-3
             raise
 
-    monkeypatch.setattr(optimizer, "_make_ready", make_ready)
+    monkeypatch.setattr(optimizer, "make_ready", make_ready)
     assert_noticed("has changed")
 
 

@@ -4,7 +4,7 @@ Each is a subclass of torch's class of its name, with torch's arguments, attribu
 checkpoints, and works on any optimizer of torch.optim. $\eta_0$ is a group's initial lr, $\eta_t$
 its lr after $t$ scheduler steps. What is in closed form is computed from $t$, so that nothing
 drifts and a run can resume anywhere; a change of the lr from outside, by another scheduler or by
-hand, stays and is carried on (`frame.ClosedLR`). Errors are ValueError, TypeError and KeyError as
+hand, stays and is carried on (`closed.ClosedLR`). Errors are ValueError, TypeError and KeyError as
 in torch.
 """
 

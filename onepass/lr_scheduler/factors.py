@@ -22,7 +22,8 @@ from .arguments import (
     increasing,
     warn_of_epoch,
 )
-from .frame import ClosedLR, LRScheduler
+from .closed import ClosedLR
+from .frame import LRScheduler
 from .values import LR, assign, copied, per_group, rates, saved_attributes
 
 __all__ = ["ConstantLR", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR", "StepLR"]

@@ -1,11 +1,14 @@
-"""The frame of all schedulers: what writes the values of schedules into an optimizer's options."""
+"""The frame of all schedulers: what writes learning rates into an optimizer's param groups.
+
+A step computes the lr of each group (`get_lr`), and only then writes it. `closed.ClosedLR` is the
+frame of schedules that are functions of the step.
+"""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from itertools import count, repeat
@@ -14,7 +17,6 @@ from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
-from torch import Tensor
 from torch.optim import lr_scheduler as torch_schedulers
 
 from .arguments import check_number, check_optimizer, warn_of_epoch
@@ -36,12 +38,11 @@ from .values import (
     copied_lists,
     equals,
     is_near,
-    number,
     rates,
     shared,
 )
 
-__all__ = ["ClosedLR", "LRScheduler"]
+__all__ = ["LRScheduler"]
 _orders = count()
 HOW = "https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate"
 EARLY = (
@@ -406,224 +407,3 @@ def _step_eagerly(scheduler: LRScheduler, epoch: int | None) -> None:
 _step_outside_graphs = torch._disable_dynamo(
     lambda scheduler, epoch: _step_eagerly(scheduler, epoch)
 )
-
-
-class ClosedLR(LRScheduler):
-    r"""Schedules in closed form that go on from whatever the lr has become: $\eta_t = l + (\eta_0 -
-    l)\, f(t)$.
-
-    While nobody else writes a group's lr, it is this function of the step. Once another scheduler
-    or the user has changed it, the change stays, and the distance from $l$ moves on by $f(t) / f(t
-    - 1)$, as with torch's. A subclass defines `scale`, $f$, and `floors`, $l$ for each group, where
-    they are not 0.
-    """
-
-    _own: list[bool]  # whether each group's lr is the closed form
-    _known: Any  # what that depended on in the last step
-    _known_lrs: list[Value]
-    _known_step: int
-    _versions: list[tuple[Tensor, int] | None]
-
-    def scale(self, step: int) -> float:
-        """What the distance from the floor is multiplied by at a step."""
-        raise NotImplementedError
-
-    def floors(self) -> Sequence[Value]:
-        """The floor of each group; empty when all are 0."""
-        return ()
-
-    def _closed(self, lrs: Iterable[Value], step: int) -> list[Value]:
-        scale, floors = self.scale(step), self.floors()
-        if not floors:
-            return [lr * scale for lr in lrs]
-        return [floor + (lr - floor) * scale for lr, floor in zip(lrs, floors, strict=True)]
-
-    def ratio(self, step: int) -> float | None:
-        """What a step multiplies the distance from the floor by; None from the floor itself."""
-        after, before = self.scale(step), self.scale(step - 1) if step > 0 else 1.0
-        if after == before:
-            return 1.0
-        return after / before if before != 0 else None
-
-    def _carry(self, lrs: list[Value], step: int) -> list[Value]:
-        """Where the step to `step` takes learning rates that somebody else has set."""
-        ratio = self.ratio(step)
-        if ratio == 1.0:
-            return lrs
-        floors = self.floors() or [0.0] * len(lrs)
-        if ratio is None:
-            after, triples = self.scale(step), zip(lrs, self.base_lrs, floors, strict=True)
-            return [lr + (base - floor) * after for lr, base, floor in triples]
-        return [floor + (lr - floor) * ratio for lr, floor in zip(lrs, floors, strict=True)]
-
-    def _inputs(self) -> Any:
-        """All that the closed form depends on, beside the step and the initial lrs."""
-        return self._onepass.read_options(self)
-
-    def _know(self) -> None:
-        self._known, self._known_lrs, self._known_step = (
-            self._inputs(),
-            list(self.base_lrs),
-            self.last_epoch,
-        )
-
-    def _is_as_known(self) -> bool:
-        same = self.last_epoch == self._known_step and self.base_lrs == self._known_lrs
-        return same and self._inputs() == self._known
-
-    def _reset(self) -> None:
-        super()._reset()
-        self._own = [True] * len(self.base_lrs)
-        self._versions = [None] * len(self.base_lrs)
-        self._know()
-
-    def _move(self, epoch: int | None) -> None:
-        if len(self.optimizer.param_groups) != len(self.base_lrs):
-            self._adopt()
-            self._know()
-        elif not self._is_as_known():
-            # Somebody has changed an option or the step: the lr goes on from where it is, as with
-            # torch's.
-            self._own = [False] * len(self._own)
-            self._know()
-        if self._is_initial and self._resumed and epoch is None:
-            return self._resume(self.last_epoch + 1)
-        if self._last_lr is not self._left:
-            self._look_again()
-        step = self.last_epoch + 1 if epoch is None else epoch
-        if epoch is None and all(self._own) and self._is_untouched():
-            self._write(self._closed(self.base_lrs, step), plain=True)
-            self.last_epoch = self._known_step = step
-            return None
-        lrs = list(map(LR, self.optimizer.param_groups))
-        own = [epoch is not None] * len(lrs)
-        if not own[0] and any(self._own):
-            own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
-        values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
-        if not all(own):
-            carried = self._carry(lrs, step)
-            values = (
-                [values[i] if own[i] else value for i, value in enumerate(carried)]
-                if values
-                else carried
-            )
-        return self._settle(step, values, own)
-
-    def _look_again(self) -> None:
-        """Only numbers tell whether a lr is the closed form where another than this class has kept
-        account of it."""
-        lrs, values = (
-            list(map(LR, self.optimizer.param_groups)),
-            self._closed(self.base_lrs, self.last_epoch),
-        )
-        near = [
-            not isinstance(lr, Tensor) or lr.is_cpu for lr in lrs
-        ]  # to read others would be to wait for a device
-        self._own = [
-            known and self._is_at(index, values[index]) for index, known in enumerate(near)
-        ]
-        self._versions = [None] * len(lrs)
-        self._last_lr = self._left = rates(self.optimizer)
-
-    def _resume(self, step: int) -> None:
-        """Begin at a step, with the closed form unless somebody has set the lr, from where the
-        schedule goes on."""
-        lrs, bases = list(map(LR, self.optimizer.param_groups)), list(map(number, self.base_lrs))
-        before, values = self._closed(bases, step - 1), self._closed(bases, step)
-        above = self._closed(lrs, step)
-        self._own, self._moved = [], []
-        for i, lr in enumerate(lrs):
-            fresh = self._is_fresh(i)
-            joins = not fresh and self._joins(i, lr, step)
-            own = (
-                fresh
-                or self._is_at(i, values[i])
-                or self._is_at(i, before[i])
-                or (not joins and self._replaces(i))
-            )
-            self._own.append(own)
-            self._moved.append(fresh or (joins and not own))
-            values[i] = values[i] if own else above[i] if joins else lr
-        self._settle(step, values, self._own)
-
-    def _settle(self, step: int, values: list[Value], own: list[bool]) -> None:
-        self._write(values, plain=False)
-        self.last_epoch, self._known_step, self._own = step, step, own
-        lrs = list(map(LR, self.optimizer.param_groups))
-        self._versions = [None] * len(lrs)
-        if not are_floats(lrs):
-            self._versions = [
-                (lr, lr._version) if isinstance(lr, Tensor) and not lr.is_cpu else None
-                for lr in lrs
-            ]
-
-    def _enter(self, step: int) -> None:
-        if is_altered(self):
-            return update_as_torch(self, step)
-        self._adopt()
-        lrs = list(map(LR, self.optimizer.param_groups))
-        return self._settle(step, self._closed(lrs, step), [False] * len(lrs))
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        super()._restore(state)
-        if is_altered(self):
-            return
-        if "_known" not in state or "_known_step" not in state:
-            self._know()  # else the next step sees whether the state dict has been changed
-        elif self._known_lrs == self.base_lrs:
-            # The same tensors: to compare others would be to wait for a device, in each step.
-            self._known_lrs = list(self.base_lrs)
-        del self._last_lr[
-            len(self.base_lrs) :
-        ]  # torch's has no initial value of groups that came later
-        if (
-            "_own" not in state
-        ):  # torch's: only the numbers tell whether a lr has been changed from outside
-            pairs = zip(self._last_lr, self._closed(self.base_lrs, self.last_epoch), strict=True)
-            self._own = [math.isclose(lr, value, rel_tol=1e-6) for lr, value in pairs]
-
-    def _is_own(self, index: int, lr: Value) -> bool:
-        """Whether a group's lr is the closed form, which this scheduler has left there."""
-        if index >= len(self._own) or not self._own[index]:
-            return False
-        known = self._versions[
-            index
-        ]  # of a tensor on a device: to read it would be to wait for the device
-        return (known is not None and known[0] is lr and known[1] == lr._version) or equals(
-            lr, self._last_lr[index]
-        )
-
-    def _has_left(self, index: int, lr: Value) -> bool:
-        return index < len(self._own) and self._own[index] and super()._has_left(index, lr)
-
-    def _replaces(self, index: int) -> bool:
-        # As where a cell of a notebook has run again. What a scheduler that went on has left is the
-        # run's lr.
-        lr = self.optimizer.param_groups[index]["lr"]
-        return any(
-            s._has_left(index, lr)
-            for s in self._others()
-            if type(s) is type(self) and s._step_count == 1
-        )
-
-    def _joins(self, index: int, lr: Value, step: int) -> bool:
-        """Whether another scheduler has just begun this group's schedule at the same step, so that
-        changes add up.
-
-        One of the same class and options is not another, but what this one replaces: a cell of a
-        notebook run again.
-        """
-        others = [
-            s
-            for s in self._others()
-            if s._step_count == 1 and s.last_epoch == step and not self._is_twin(s)
-        ]
-        return any(
-            index < len(s._moved) and s._moved[index] and equals(lr, s._last_lr[index])
-            for s in others
-        )
-
-    def _is_twin(self, other: LRScheduler) -> bool:
-        return type(other) is type(self) and all(
-            getattr(other, o) == getattr(self, o) for o in self.options
-        )

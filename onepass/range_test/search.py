@@ -1,5 +1,7 @@
-"""The learning-rate range test: which rates an optimizer learns from, found in one short trial that
-is undone."""
+"""The learning-rate range test: a short trial finds the rates from which an optimizer learns.
+
+The trial is undone afterwards.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,34 @@ _MOST_STEPS = 10**8
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What `lr_find` has measured, and the learning rate that follows from it.
+    r"""What `lr_find` has measured, and the learning rate that follows from it.
+
+    Step $i$ of $n$ takes the learning rate
+    $\gamma_i = \gamma_0\,(\gamma_{n-1}/\gamma_0)^{i/(n-1)}$, from `lowest` to `highest`. The loss
+    $\ell_i$ that it finds is averaged, without a bias towards zero:
+
+    $$ s_i = \frac{1-\beta}{1-\beta^{i+1}} \sum_{j \le i} \beta^{i-j}\,\ell_j $$
+
+    The test ends early when the loss is not a finite number, or has exploded by the factor `stop`
+    $= c$: $s_i > s_\mathrm{min} + (c-1)\max(|s_\mathrm{min}|,\ s_0 - s_\mathrm{min})$.
+
+    The suggestion is the middle of the decade of rates (or of a quarter of the range, if that is
+    less) in which the best loss so far, $b_i = \min_{j \le i} s_j$, falls most. That is the
+    steepest descent over $\log\gamma$; it is rounded to two digits. If a loss leaps above the
+    average in that decade, the suggestion is half a decade below the leap. A fall that noise
+    explains does not count. If there is no other, a tenth of the highest rate tried is suggested,
+    and a warning says so.
+
+    The smoothing and the steepest descent are fastai's; the best loss so far is ours. Adaptive
+    methods leap at too high a rate, and the recovery can be steeper than any learning.
 
     `losses[i]` is the loss of the i-th batch, at the weights to which the steps with `lrs[:i]` have
-    led; `smoothed` is its running average. All three have one entry a step that was tried.
+    led; `smoothed` is its running average. All three have one entry for each step that was tried.
     `suggestion` is a learning rate, `note` says in a sentence how it was found. `exploded` tells
-    that the test ended early, because the loss was too large or no number. `ratios[k]` is what the
-    learning rate of param group k is multiplied with: 1 for the largest.
+    that the test ended early. `ratios[k]` is what the learning rate of param group k is multiplied
+    with: 1 for the largest.
+
+    Example: losses 4, 2 and 2 with `smoothing=0.5` have the averages 4, 2.67 and 2.29.
     """
 
     suggestion: float
@@ -50,10 +73,9 @@ class RangeTest:
     smoothed: tuple[float, ...] = field(repr=False)
 
     def plot(self, path: str | os.PathLike[str], title: str = "learning-rate range test") -> None:
-        """Draw both losses against the learning rate, the suggestion marked, to the PNG file
-        `path`.
+        """Draw both losses against the learning rate, the suggestion marked, as a PNG file.
 
-        Needs matplotlib: ImportError without it.
+        Raises ImportError without matplotlib.
         """
         from .picture import draw  # matplotlib takes a second to import, and only this needs it
 
@@ -73,65 +95,54 @@ def lr_find(
     stop: float = 4.0,
     observe: Callable[[int, float, float], object] | None = None,
 ) -> RangeTest:
-    r"""Find a learning rate by a trial: the range test, with rates that grow from step to step.
+    """Find a learning rate by a trial with rates that grow from step to step, see `RangeTest`.
 
-    Step $i$ of $n$ takes the learning rate $\gamma_i =
-    \gamma_0\,(\gamma_{n-1}/\gamma_0)^{i/(n-1)}$, from `lowest` to `highest`. The loss $\ell_i$ that
-    it finds is averaged, without a bias towards zero:
+    `loss(model, batch)` returns a tensor of one number. `data` gives the batches, and is begun
+    again when it ends. `optimizer` is any of torch's interface, LBFGS too. The rates are those of
+    the param group with the largest lr, and the other groups keep their ratios to it; if all are 0,
+    as before a warm-up, `initial_lr` counts. A model in evaluation mode is set to training; one in
+    training keeps modules that are not. `observe(i, lr, loss)` is called after each step.
 
-    $$ s_i = \frac{1-\beta}{1-\beta^{i+1}} \sum_{j \le i} \beta^{i-j}\,\ell_j $$
-
-    The test ends early when the loss is no finite number, or has exploded by the factor `stop` $=
-    c$: $s_i > s_\mathrm{min} + (c-1)\max(|s_\mathrm{min}|,\ s_0 - s_\mathrm{min})$. The suggestion
-    is the middle of the decade of rates (of a quarter of the range, where that is less) in which
-    the best loss so far, $b_i = \min_{j \le i} s_j$, falls most: the steepest descent over
-    $\log\gamma$, rounded to two digits. Where a loss leaps above the average in that decade, it is
-    half a decade below the leap. A fall that noise explains does not count; where there is no
-    other, a tenth of the highest rate tried is suggested, and a warning says so.
-
-    `loss(model, batch)` returns a tensor of one number; `data` gives the batches, and is begun anew
-    when it ends; `optimizer` is any of torch's interface, LBFGS too. Param groups keep the ratios
-    of their learning rates, and the rates above are that of the group with the largest; where all
-    are 0, as before a warm-up, `initial_lr` counts. A model in evaluation mode is set to training;
-    one in training keeps modules that are not. `observe(i, lr, loss)` is called after each step.
-
-    Afterwards, and also when an exception ends it, all is as before, bit for bit: parameters,
-    buffers, modes, gradients, the optimizer's state and options, the random states of torch, NumPy,
-    Python and of a DataLoader's generators; tensors are the same tensors. A copy of the model, of
-    its gradients if it has any, and of the optimizer's state is held meanwhile. What is not undone:
-    what hooks of yours do, plain attributes of modules, and batches taken from an iterator that
-    cannot begin anew.
+    Afterwards, and also when an exception ends the trial, all is as before, bit for bit: see
+    `snapshot.undone_afterwards` for what is not.
 
     Raises TypeError or ValueError for arguments that make no sense, for a loss that is not finite
-    before the first step, and for data that has no batches, or not enough and cannot be begun anew.
+    before the first step, and for data that has not enough batches and cannot be begun again.
 
-    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186. The
-    smoothing and the steepest descent are fastai's; taking the best loss so far is ours, as
-    otherwise the recovery from a leap, which adaptive methods make at too high a rate, can be
-    steeper than any learning.
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186.
     """
     _check(model, loss, data, optimizer)
     _check_numbers(lowest, highest, steps, smoothing, stop)
-    ratios = _read_ratios(optimizer)
-    curve = _Curve(smoothing, stop)
     rates = [lowest * (highest / lowest) ** (i / (steps - 1)) for i in range(steps)]
-    with (
-        undone_afterwards(model, optimizer, _generators_of(data)),
-        closing(_repeat(data, steps)) as batches,
-        torch.enable_grad(),
-    ):
+    ratios, history = _read_ratios(optimizer), _LossHistory(smoothing, stop)
+    with undone_afterwards(model, optimizer, _generators_of(data)):
+        _try(rates, ratios, model, loss, data, optimizer, history, observe)
+    return _conclude(rates[: len(history.losses)], history, ratios)
+
+
+def _try(
+    rates: Sequence[float],
+    ratios: Sequence[float],
+    model: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    data: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    history: _LossHistory,
+    observe: Callable[[int, float, float], object] | None,
+) -> None:
+    """Take a step with each rate, until the losses end the test."""
+    with closing(_repeat(data, len(rates))) as batches, torch.enable_grad():
         if not model.training:
             model.train()
         for i, (lr, batch) in enumerate(zip(rates, batches, strict=False)):
             _set_lr(optimizer, lr, ratios)
-            if not _step(model, loss, batch, optimizer, curve):
+            if not _step(model, loss, batch, optimizer, history):
                 break
             if observe is not None:
-                observe(i, lr, curve.losses[-1])
-    return _conclude(rates[: len(curve.losses)], curve, ratios)
+                observe(i, lr, history.losses[-1])
 
 
-class _Curve:
+class _LossHistory:
     """Losses as they come, and their running average."""
 
     def __init__(self, smoothing: float, stop: float) -> None:
@@ -142,7 +153,7 @@ class _Curve:
         self._average = 0.0
 
     def add(self, loss: float) -> bool:
-        """Add a loss; whether the test may go on after it."""
+        """Add a loss, and return whether the test may go on."""
         if not self.losses and not math.isfinite(loss):
             raise ValueError(
                 f"lr_find: the loss is {loss} before the first step; look at the model and the "
@@ -162,10 +173,12 @@ def _step(
     loss: Callable[[Any, Any], Tensor],
     batch: Any,
     optimizer: torch.optim.Optimizer,
-    curve: _Curve,
+    history: _LossHistory,
 ) -> bool:
-    """One step of any optimizer; False, and none is made, where the loss that it begins with ends
-    the test."""
+    """Take a step of any optimizer, unless the loss that it begins with ends the test.
+
+    Returns whether a step was taken.
+    """
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
@@ -174,7 +187,7 @@ def _step(
         return value
 
     value = evaluate()
-    if not curve.add(float(value.detach())):
+    if not history.add(float(value.detach())):
         return False
     value.backward()
     ready = [value]
@@ -192,11 +205,11 @@ def _step(
     return True
 
 
-def _conclude(rates: Sequence[float], curve: _Curve, ratios: Sequence[float]) -> RangeTest:
-    suggestion, note = _suggest(rates, curve)
+def _conclude(rates: Sequence[float], history: _LossHistory, ratios: Sequence[float]) -> RangeTest:
+    suggestion, note = _suggest(rates, history)
     if suggestion is None:
         suggestion = rates[-1] / 10
-        end = "it exploded at" if curve.exploded else "the highest rate tried was"
+        end = "it exploded at" if history.exploded else "the highest rate tried was"
         note = f"{note}, so this is a tenth of the last rate: {end} {rates[-1]:.2g}"
         warnings.warn(
             f"lr_find: {note}; try other bounds, more steps or larger batches", stacklevel=3
@@ -204,24 +217,24 @@ def _conclude(rates: Sequence[float], curve: _Curve, ratios: Sequence[float]) ->
     return RangeTest(
         float(f"{suggestion:.1e}"),
         note,
-        curve.exploded,
+        history.exploded,
         tuple(ratios),
         tuple(rates),
-        tuple(curve.losses),
-        tuple(curve.smoothed),
+        tuple(history.losses),
+        tuple(history.smoothed),
     )
 
 
-def _suggest(rates: Sequence[float], curve: _Curve) -> tuple[float | None, str]:
+def _suggest(rates: Sequence[float], history: _LossHistory) -> tuple[float | None, str]:
     """A rate amid those over which the best smoothed loss falls most, if it falls at all; and
     why."""
     none = None, "the loss did not fall by more than its noise"
-    count = len(curve.losses) - curve.exploded  # the last, where it exploded, may be no number
+    count = len(history.losses) - history.exploded  # the last, where it exploded, may be no number
     if count < 2:
         return none
     losses, smoothed, x = (
-        np.array(curve.losses[:count]),
-        np.array(curve.smoothed[:count]),
+        np.array(history.losses[:count]),
+        np.array(history.smoothed[:count]),
         np.log10(rates[:count]),
     )
     best = np.minimum.accumulate(smoothed)
@@ -231,9 +244,9 @@ def _suggest(rates: Sequence[float], curve: _Curve) -> tuple[float | None, str]:
     noise = _DEVIATION * float(np.median(np.abs(np.diff(losses)))) + _ROUNDING * float(
         np.abs(losses).max()
     )
-    decay = curve.smoothing ** np.arange(1, count + 1)
+    decay = history.smoothing ** np.arange(1, count + 1)
     # The variance of each average, in units of that of one loss.
-    variance = (1 - curve.smoothing) / (1 + curve.smoothing) * (1 + decay) / (1 - decay)
+    variance = (1 - history.smoothing) / (1 + history.smoothing) * (1 + decay) / (1 - decay)
     error = noise * np.sqrt(np.interp(x - half, x, variance) + np.interp(x + half, x, variance))
     fall[fall <= _SIGNIFICANT * error] = 0.0
     middle = int(np.argmax(fall))

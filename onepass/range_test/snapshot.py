@@ -19,14 +19,16 @@ __all__ = ["undone_afterwards"]
 def undone_afterwards(
     model: nn.Module, optimizer: torch.optim.Optimizer, generators: Iterable[torch.Generator] = ()
 ) -> Iterator[None]:
-    """Undo at the end, bit for bit, what is done inside, also where it ends by an exception.
+    """Undo at the end, bit for bit, what is done inside, also if it ends by an exception.
 
     That is: the model's parameters and buffers, each module's training mode, all gradients; the
     optimizer's state, its options and attributes; the random state of torch (CPU and CUDA), NumPy,
     Python and of `generators`. Every tensor, list and dict stays the object that it is and is
     filled in place, so that views and references hold.
 
-    Until the end a copy of all these tensors lies beside them.
+    Until the end a copy of all these tensors lies beside them. What is not undone: what hooks of
+    yours do, plain attributes of modules, and batches taken from an iterator that cannot begin
+    again.
     """
     snapshot = _Snapshot()
     try:

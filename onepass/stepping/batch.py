@@ -19,14 +19,15 @@ from .gradient_factor import GradientFactor
 from .reading import Reading
 from .recipe import Recipe
 
-# Sets of parameters that alternate, as experts do, of which so many are known.
+# How many sets of parameters with gradients are known: some alternate, as experts do.
 MOST_WORKS = 8
 CAPTURE = (
     "{}: a step that is captured in a graph needs capturable=True in every param group; set it, "
     "and take a few steps before the capture"
 )
-# What a batch has read for one step. It lives no longer than the step: nothing here keeps a tensor
-# alive.
+# What a batch has read for one step, in one list: gradients, parameters, each state, each number.
+# Adam on two parameters: [g0, g1, p0, p1, exp_avg0, exp_avg1, exp_avg_sq0, exp_avg_sq1, step0,
+# step1]. It lives no longer than the step: nothing here keeps a tensor alive.
 Gathered = list[Any]
 
 
@@ -38,7 +39,7 @@ def check(
     state: Mapping[str, Any],
     recipe: Recipe,
 ) -> None:
-    """Whether a parameter can step by this recipe; raises `StepError`."""
+    """Raise `StepError` unless a parameter can step by this recipe."""
     check_member(owner, member, p, g, state, recipe.required, recipe.numbers)
     if recipe.graph.has_matrices:
         check_matrix(owner, member, p)
@@ -47,80 +48,113 @@ def check(
             check_state(owner, member, p, name, state[name], recipe.shape(name, p))
 
 
+def dense_columns(
+    members: Sequence[Member], reading: Reading, recipe: Recipe
+) -> list[list[Tensor]]:
+    """Return the columns that a batch of these members walks: gradients, parameters, each state.
+
+    A dense copy stands for a parameter whose memory has holes, and for a gradient that is missing
+    or lies in another way than its parameter.
+    """
+    params = [recipe.as_dense(reading.params[member.position]) for member in members]
+    grads = [reading.grads[member.position] for member in members]
+    states = [reading.state_of(reading.params[member.position]) for member in members]
+    gradients = [_as_gradient(p, g) for p, g in zip(params, grads, strict=True)]
+    kept = [[state[name] for state in states] for name in recipe.graph.state]
+    return [gradients, params, *kept]
+
+
 class KernelBatch(Columns):
     """Dense tensors of one device and one set of dtypes, stepped by one launch.
 
-    What is read anew at every step, by `gather`: options, each `.grad`, each state entry, whose key
-    must be its parameter, and of every tensor its address, dtype, device, sizes, strides and the
-    size of its storage. What is kept is only what these are compared with: neither a tensor nor an
-    address. Where a parameter or a state differs, `gather` returns None and the plan is built
-    again, which checks everything and raises a sentence if something is wrong. Where a gradient
-    differs (expanded, transposed, lazily conjugated), a dense copy of it takes its place for this
-    step. A parameter without a gradient has no elements in this step. The launch follows with the
-    tensors in hand.
+    At every step `gather` reads again: options, each `.grad`, each state entry, whose key must be
+    its parameter, and of every tensor its address, dtype, device, sizes, strides and the size of
+    its storage. What is kept is only what these are compared with: neither a tensor nor an address.
+
+    - A parameter or a state differs: `gather` returns None, and the plan is built again. That
+      checks everything, and raises a sentence if something is wrong.
+    - A gradient differs (expanded, transposed, lazily conjugated): a dense copy of it takes its
+      place for this step.
+    - A gradient is missing: the parameter has no elements in this step.
+
+    The launch follows with the tensors in hand.
     """
 
-    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
+    def __init__(
+        self,
+        compiled: kernel.Kernel,
+        columns: list[list[Tensor]],
+        members: list[Member],
+        reading: Reading,
+        recipe: Recipe,
+        owner: str,
+    ) -> None:
+        """Lay out the step of `members` by a kernel that was compiled for `columns`."""
         self.members, self.recipe, self.owner = members, recipe, owner
         self.positions = np.array([m.position for m in members])
         self.pick = picker(self.positions.tolist())
-        params, grads = self.pick(reading.params), self.pick(reading.grads)
+        params = self.pick(reading.params)
         states = [reading.state_of(p) for p in params]
-        groups, self.row_of_group = np.unique([m.group for m in members], return_inverse=True)
+        numbers = [state[name] for name in recipe.numbers for state in states]
+        super().__init__(
+            compiled, recipe.graph, recipe.columns, columns, numbers, self.resident(recipe)
+        )
+        # The groups that take part, and each parameter's among them.
+        groups, self.group_index = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
         # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it
         # lies in this step.
         self.strided = {i: kernel.facts_of(p) for i, p in enumerate(params) if not recipe.fits(p)}
         self._origins: dict[int, tuple[int, int]] = {}
-        like = [recipe.as_dense(p) for p in params]
-        gradients = [_as_gradient(t, g) for t, g in zip(like, grads, strict=True)]
-        columns = [[state[name] for state in states] for name in recipe.graph.state]
-        numbers = [state[name] for name in recipe.numbers for state in states]
-        super().__init__(
-            recipe.graph,
-            recipe.columns,
-            [gradients, like, *columns],
-            numbers,
-            self.resident(recipe),
-        )
+        self._prepare_numbers(numbers)
+        self._prepare_launches()
+
+    def _prepare_numbers(self, numbers: list[Tensor]) -> None:
+        """Note where the recipe's numbers are read, and where they go in a launch."""
         wide = bool(numbers) and numbers[0].dtype == torch.float64
         self._number_dtype = np.dtype(np.float64 if wide else np.float32)
         self._numbers = kernel.numbers_at(self.number_pointers, self._number_dtype)
-        self._step = recipe.numbers.index("step") if "step" in recipe.numbers else None
-        self.leaves = [self.kernel.leaves[name] for name, _, _ in recipe.sources]
+        names = self.recipe.numbers
+        self._step = names.index("step") if "step" in names else None
+        self.leaves = [self.kernel.leaves[name] for name, _, _ in self.recipe.sources]
         self._rate = self.kernel.leaves.get("lr")
         # The group that has a learning rate that the constructor would refuse, and the rate.
         self.refused_rate: tuple[int, float] | None = None
+
+    def _prepare_launches(self) -> None:
+        """Begin with all parameters active, and no launch laid out."""
         self.launch: Any = None
         self.inactive: list[int] = []
         # 1.0 for each parameter that has a gradient in this step, else 0.0.
         self.active = np.ones(self.count)
         # Whether some share memory: one worker then walks them in order, as torch would.
         self.shares_memory = False
-        # How the work is cut and the launch laid out, for some sets of parameters without a
-        # gradient.
+        # How the work is cut and the launch laid out, by the parameters without a gradient.
         self._works: dict[tuple[int, ...], Any] = {(): self.work}
         self._launches: dict[tuple[int, ...], Any] = {}
-        self._work: Any = None
+        # For which of these works the settings are known.
+        self._settings_work: Any = None
         self._workers = 1
 
-    def resident(self, recipe: Recipe) -> tuple[str, ...] | None:
-        """The parameters' numbers that lie on the device: none, the host keeps them."""
+    @staticmethod
+    def resident(recipe: Recipe) -> tuple[str, ...] | None:
+        """Return the names of the numbers that lie on the device: None, the host keeps them."""
         return None
 
     def read(self, group: Group) -> Sequence[Any]:
-        """A group's numbers, in the order of the recipe's sources."""
+        """Return a group's numbers, in the order of the recipe's sources."""
         return self.recipe.read(group)
 
     def find_entries(self, places: Mapping[int, int], reading: Reading) -> None:
-        """Note where in the optimizer's state the parameters' entries are; `places` are those of
-        `Reading`."""
+        """Note where in the optimizer's state the entries are; `places` are those of `Reading`."""
         params = self.pick(reading.params)
         self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
 
     def gather(self, reading: Reading) -> Gathered | None:
-        """Look at options and tensors; None where the plan no longer fits. Raises `StepError` where
-        no plan could."""
+        """Look at options and tensors; return None if the plan no longer fits.
+
+        Raises `StepError` if no plan could fit.
+        """
         self.values = [self.read(reading.groups[g]) for g in self.groups]
         self.check_capture()
         params = self.pick(reading.params)
@@ -146,7 +180,7 @@ class KernelBatch(Columns):
         return tensors
 
     def starts(self) -> np.ndarray:
-        """Where what this step writes begins in memory."""
+        """Return where what this step writes begins in memory, as addresses."""
         starts = self.expected.pointers[self.count :]
         if self.strided:
             starts = starts.copy()
@@ -154,16 +188,17 @@ class KernelBatch(Columns):
         return starts
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many bytes begin at each of `starts`, and the position of the parameter that they
-        belong to."""
+        """Return how many bytes begin at each of `starts`, and the position of their parameter."""
         sizes = self.expected.bytes[self.count :].copy()
         for i in self.strided:
             sizes[i] = self._origins[i][1]
         return sizes, np.tile(self.positions, len(sizes) // self.count)
 
     def check_capture(self) -> None:
-        """Raise where a step would be captured in a graph that holds what is known now of the
-        host's numbers."""
+        """Raise if a step would be captured in a graph.
+
+        The graph would repeat the step count and the learning rate that the host knows now.
+        """
         if self.kernel.is_capturing():
             raise StepError(CAPTURE.format(self.owner))
 
@@ -189,8 +224,7 @@ class KernelBatch(Columns):
         self._launches.pop(inactive, None)
 
     def _copy_strided(self, tensors: Gathered) -> bool:
-        """Put dense copies in the place of parameters with holes; False where one is not what it
-        was."""
+        """Replace parameters with holes by dense copies; False if one is not what it was."""
         for i, facts in self.strided.items():
             p = tensors[self.count + i]
             if not kernel.is_as(p, facts):
@@ -200,8 +234,7 @@ class KernelBatch(Columns):
         return True
 
     def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
-        """Put dense copies in the place of unusual gradients; False where something else than a
-        gradient differs."""
+        """Replace unusual gradients by dense copies; False if something else differs."""
         changed = self._changed()
         if changed[-1] >= self.count:
             # Nothing is read of a parameter that is not what it was: it may have no memory.
@@ -215,13 +248,15 @@ class KernelBatch(Columns):
             check_gradient(self.owner, self.members[i], p, g)
             if not kernel.is_plain(g) or g.dtype != self.expected.facts[i][0]:
                 return False
-            filled, like = as_filled(g.detach()), self.recipe.as_dense(p)
-            fits = g.layout != torch.strided and filled.stride() == like.stride()
-            tensors[i] = filled if fits else torch.empty_like(like, dtype=g.dtype).copy_(filled)
+            dense, like = as_dense_gradient(g.detach()), self.recipe.as_dense(p)
+            is_a_fitting_copy = g.layout != torch.strided and dense.stride() == like.stride()
+            if not is_a_fitting_copy:
+                dense = torch.empty_like(like, dtype=g.dtype).copy_(dense)
+            tensors[i] = dense
         return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
 
     def is_as_read(self, tensors: Gathered, reading: Reading) -> bool:
-        """Whether what was gathered still is what it was; addresses are read again."""
+        """Whether what was gathered is still what it was. Addresses are read again."""
         params = self.pick(reading.params) if self.strided else ()
         for i, facts in self.strided.items():
             if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
@@ -232,34 +267,35 @@ class KernelBatch(Columns):
         )
 
     def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
-        """Compute on what was gathered as far as it may fail, and store nothing; to be finished, or
-        cancelled.
+        """Compute on what was gathered as far as it may fail, and store nothing.
 
-        `fresh` are the positions of the parameters that make their first step.
+        `finish` or `cancel` follows. `fresh` are the positions of the parameters that make their
+        first step.
         """
         numbers = self._numbers.read()
         if self._step is not None:
             # Counted in the precision that the counts have.
             numbers[self._step] = (numbers[self._step] + self.active).astype(self._number_dtype)
-        self.choose_rows(numbers, self.find_first(fresh))
+        self.choose_settings(numbers, self.find_first(fresh))
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             each = values[0] if len(values) == 1 else np.array(values)
-            leaves[leaf] = each if len(values) == 1 else each[self.setting_group]
+            leaves[leaf] = each if len(values) == 1 else each[self.group_of_setting]
             if leaf == self._rate and not are_learning_rates(each):
                 self.refused_rate = find_refused(self.groups, values)
-        settings = {
-            **dict(zip(self.recipe.numbers, self.setting_numbers, strict=False)),
-            "first": self.setting_first,
-        }
-        for name, values in (*settings.items(), (kernel.GRADIENT_FACTOR, gradient_factor.factor)):
+        supplied = dict(zip(self.recipe.numbers, self.numbers_of_setting, strict=False))
+        supplied["first"] = self.first_of_setting
+        supplied[kernel.GRADIENT_FACTOR] = gradient_factor.factor
+        for name, values in supplied.items():
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
         self.launch_up_to_stores()
 
     def find_first(self, fresh: Collection[int]) -> np.ndarray | None:
-        """1.0 for each parameter that makes its first step, else 0.0; None if there is none."""
-        return np.array([m.position in fresh for m in self.members], np.float64) if fresh else None
+        """Return 1.0 for each parameter that makes its first step, else 0.0; None if none does."""
+        if not fresh:
+            return None
+        return np.array([member.position in fresh for member in self.members], np.float64)
 
     def launch_up_to_stores(self) -> None:
         """Begin the launch that has been laid out."""
@@ -283,12 +319,10 @@ class KernelBatch(Columns):
         self.keep_numbers()
 
     def _written(self, tensors: Gathered) -> Gathered:
-        """The gathered tensors that this step writes."""
+        """Return the gathered tensors that this step writes."""
         columns = len(self.recipe.columns)
-        written = tensors[self.count : columns * self.count]
-        written += tensors[columns * self.count :][
-            : self.count * len(self.resident(self.recipe) or ())
-        ]
+        written_numbers = len(self.resident(self.recipe) or ())
+        written = tensors[self.count : (columns + written_numbers) * self.count]
         if self.inactive:
             missing = set(self.inactive)
             written = [t for i, t in enumerate(written) if i % self.count not in missing]
@@ -298,51 +332,60 @@ class KernelBatch(Columns):
         """Store each parameter's numbers after this step."""
         numbers = self._numbers.values
         for name, new in self.launch.scalars().items() if self.recipe.scalars else ():
-            row = self.recipe.numbers.index(name)
-            numbers[row] = np.where(self.active, new, numbers[row])
+            index = self.recipe.numbers.index(name)
+            numbers[index] = np.where(self.active, new, numbers[index])
         self._numbers.write()
 
-    def choose_rows(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
-        """Find the distinct settings (group, first, numbers) and each tensor's.
+    def choose_settings(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
+        """Find the distinct settings (group, first, numbers), and the launch that has them.
 
-        Tensors that have stepped together so far do so in most steps; then their settings alone are
-        read anew.
+        Tensors that have stepped together so far do so in most steps. Then only the numbers of one
+        example of each setting are read again.
+
+        Example: four parameters, of groups 0, 0, 1 and 1, have stepped 5, 5, 5 and 2 times. That is
+        three settings: (0, 0.0, 5), (1, 0.0, 2) and (1, 0.0, 5). `_setting_index` is [0, 0, 2, 1],
+        `_examples` are [0, 3, 2].
         """
-        if first is None and self._work is self.work:
+        if first is None and self._settings_work is self.work:
             settings = numbers[:, self._examples]
-            same = settings[:, self._rows] == numbers
+            same = settings[:, self._setting_index] == numbers
             if (same | (self.active == 0)).all():
-                self.setting_numbers = settings
+                self.numbers_of_setting = settings
                 return
         flags = np.zeros(self.count) if first is None else first
-        keys = np.stack([self.row_of_group, flags, *numbers], axis=1)
-        settings, examples, rows = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        self._rows, self._examples = rows.reshape(-1), examples
-        self.setting_group, self.setting_first = (
-            settings[:, 0].astype(np.int64),
-            settings[:, 1].copy(),
-        )
-        self.setting_numbers = settings[:, 2:].T
+        keys = np.stack([self.group_index, flags, *numbers], axis=1)
+        settings, examples, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        self._setting_index, self._examples = index.reshape(-1), examples
+        self.group_of_setting = settings[:, 0].astype(np.int64)
+        self.first_of_setting = settings[:, 1].copy()
+        self.numbers_of_setting = settings[:, 2:].T
         # In its first step a parameter has settings of its own.
-        self._work = self.work if first is None else None
+        self._settings_work = self.work if first is None else None
+        self.launch = self._launch_with(len(settings))
+
+    def _launch_with(self, settings: int) -> Any:
+        """A launch for the parameters that are active now, with this many settings."""
         key = tuple(self.inactive)
         launch = self._launches.get(key)
-        if (
-            launch is None
-            or launch.leaves.shape[1] != len(settings)
-            or not np.array_equal(launch.setting_index, self._rows)
-        ):
-            launch = self._launches[key] = self.kernel.prepare(
-                self.addressed, self.work, self._rows, len(settings)
-            )
-        self.launch = launch
+        if launch is None or not self._has_settings(launch, settings):
+            launch = self.kernel.prepare(self.addressed, self.work, self._setting_index, settings)
+            self._launches[key] = launch
+        return launch
+
+    def _has_settings(self, launch: Any, settings: int) -> bool:
+        """Whether a launch has room for this many settings, and knows which tensor has which."""
+        if launch.leaves.shape[1] != settings:
+            return False
+        return np.array_equal(launch.setting_index, self._setting_index)
 
 
 def _as_gradient(like: Tensor, g: Tensor | None) -> Tensor:
     """A tensor as the gradient of a parameter that lies like this must be."""
-    return like if g is None or g.dtype == like.dtype else torch.empty_like(like, dtype=g.dtype)
+    if g is None or g.dtype == like.dtype:
+        return like
+    return torch.empty_like(like, dtype=g.dtype)
 
 
-def as_filled(g: Tensor) -> Tensor:
-    """A gradient, with zeros where a sparse one has no values."""
+def as_dense_gradient(g: Tensor) -> Tensor:
+    """Return a gradient, converted to dense if it is sparse."""
     return g if g.layout == torch.strided else g.to_dense()

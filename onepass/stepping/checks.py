@@ -22,11 +22,12 @@ SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A parameter among all parameters: where it stands, how it steps, and its name in messages.
+    """A parameter that takes part in steps.
 
-    `position` counts all parameters, `group` is the index of its group, and `kind` that of its
-    recipe. `sparse` says what becomes of sparse gradients: the rule steps only their "rows", or
-    they are "filled", which is converted to dense. It is "" if the gradient has not been sparse.
+    `position` is its place in the list of all parameters, `group` the index of its group, `kind`
+    the index of its recipe, `label` its name in a message. `sparse` says what becomes of a sparse
+    gradient: "slices" if the rule steps only the slices that have values, "filled" if it is
+    converted to dense, empty if the gradient has not been sparse.
     """
 
     position: int
@@ -37,19 +38,19 @@ class Member:
 
     def takes(self, g: Tensor) -> bool:
         """Whether a gradient has the layout that the parameter's batch was made for."""
-        return self.sparse != "rows" if g.layout == torch.strided else self.sparse != ""
+        return self.sparse != "slices" if g.layout == torch.strided else self.sparse != ""
 
 
 def sparse_kind(
-    owner: str, label: str, g: Tensor | None, gradients: str, steps_rows: Callable[[], bool]
+    owner: str, label: str, g: Tensor | None, gradients: str, steps_slices: Callable[[], bool]
 ) -> str:
     """Return what becomes of a parameter's sparse gradients, see `Member`.
 
-    `gradients` and `steps_rows` are those of `Optimizer`. Raises `StepError` if the class refuses
-    the layout of `g`.
+    `gradients` and `steps_slices` are `gradients` and `steps_rows` of `Optimizer`. Raises
+    `StepError` if the class refuses the layout of `g`.
     """
     if g is None:
-        return "rows" if gradients == "sparse" else ""
+        return "slices" if gradients == "sparse" else ""
     if g.layout == torch.strided:
         if gradients == "sparse":
             raise StepError(
@@ -68,7 +69,7 @@ def sparse_kind(
             f"{owner}: the gradient of parameter {label} has the layout {g.layout}; convert it "
             f"with .{remedy}()"
         )
-    return "rows" if steps_rows() else "filled"
+    return "slices" if steps_slices() else "filled"
 
 
 def check_member(

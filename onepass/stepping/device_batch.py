@@ -1,5 +1,7 @@
-"""Parameters whose numbers lie on their device: a step asks it nothing, and can be captured in a
-graph."""
+"""Parameters whose numbers lie on their device.
+
+A step asks the device nothing, so that it never waits, and can be captured in a graph.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,20 @@ from .recipe import Recipe
 class DeviceBatch(KernelBatch):
     """As a `KernelBatch`; but step counts and other numbers are read and written by the kernel.
 
-    Options may be tensors on the device, which the host never reads. Where `GradScaler` leaves
-    unscaling to the step, the kernel does it, and changes nothing where a gradient is not finite.
+    Options may be tensors on the device, which the host never reads. If `GradScaler` leaves the
+    unscaling to the step, the kernel does it, and changes nothing if a gradient is not finite.
     """
 
-    def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
-        super().__init__(members, reading, recipe, owner)
+    def __init__(
+        self,
+        compiled: kernel.Kernel,
+        columns: list[list[Tensor]],
+        members: list[Member],
+        reading: Reading,
+        recipe: Recipe,
+        owner: str,
+    ) -> None:
+        super().__init__(compiled, columns, members, reading, recipe, owner)
         # For each parameter 1 until it has stepped, on the device; taken on this stream.
         self.fresh: Tensor | None = None
         self._stream: Any = None
@@ -37,25 +47,26 @@ class DeviceBatch(KernelBatch):
         self.skipped = False
         self._former: list[tuple[list[int], list[int], Tensor]] = []
         self._refs = [ref(p) for p in self.pick(reading.params)]
-        self._of_former_launches: list[Tensor] = []
+        self._captured_by_former_launches: list[Tensor] = []
 
     @property
     def captured(self) -> list[Tensor]:
         """What graphs that hold a step of this batch will read."""
-        return [
-            *self._of_former_launches,
-            *(t for launch in self._launches.values() for t in launch.captured),
-        ]
+        captured = [*self._captured_by_former_launches]
+        for launch in self._launches.values():
+            captured += launch.captured
+        return captured
 
-    def resident(self, recipe: Recipe) -> tuple[str, ...]:
+    @staticmethod
+    def resident(recipe: Recipe) -> tuple[str, ...]:
+        """Return the names of the numbers that lie on the device: all."""
         return recipe.numbers
 
     def read(self, group: Group) -> Sequence[Any]:
         return self.recipe.look_at(group)
 
     def check_capture(self) -> None:
-        """Raise where a step would be captured in a graph before one like it has made its launch
-        and its tables."""
+        """Raise if a step would be captured before one like it has made its launch and tables."""
         if self.fresh is None and self.kernel.is_capturing():
             raise StepError(
                 f"{self.owner}: a step cannot be captured in a graph before its kernels have run; "
@@ -64,19 +75,27 @@ class DeviceBatch(KernelBatch):
             )
 
     def take_over(self, former: DeviceBatch) -> None:
-        """Learn from a former batch which parameters have not stepped, though their state is
-        there."""
+        """Learn from a former batch which parameters have not stepped, though they have state.
+
+        A step that `GradScaler` skips makes state and takes no step. Only the device knows of it.
+        """
         if not former.skipped or former._device != self._device:
             return
         everyone = list(range(former.count))
         # A batch that has not begun knows what it has taken over.
         known = former._former if former.fresh is None else [(everyone, everyone, former.fresh)]
-        mine = {id(p): i for i, p in enumerate(one() for one in self._refs) if p is not None}
-        for places, at, fresh in known:
-            theirs = (id(former._refs[i]()) for i in places)
-            pairs = [(mine[key], j) for key, j in zip(theirs, at, strict=True) if key in mine]
-            if pairs:
-                self._former.append(([i for i, _ in pairs], [j for _, j in pairs], fresh))
+        params = [reference() for reference in self._refs]
+        mine = {id(p): i for i, p in enumerate(params) if p is not None}
+        for members, indices, fresh in known:
+            my_indices: list[int] = []
+            their_indices: list[int] = []
+            for member, index in zip(members, indices, strict=True):
+                key = id(former._refs[member]())
+                if key in mine:
+                    my_indices.append(mine[key])
+                    their_indices.append(index)
+            if my_indices:
+                self._former.append((my_indices, their_indices, fresh))
                 self.skipped = True
 
     @property
@@ -85,16 +104,15 @@ class DeviceBatch(KernelBatch):
 
     def forget(self, inactive: tuple[int, ...]) -> None:
         if inactive in self._launches:
-            self._of_former_launches += self._launches[inactive].captured
+            self._captured_by_former_launches += self._launches[inactive].captured
         super().forget(inactive)
 
     def choose_launch(self) -> None:
-        """The launch for the parameters that have gradients in this step: the settings are the
-        groups."""
+        """Take the launch for the parameters that have gradients now: settings are the groups."""
         key = tuple(self.inactive)
         if key not in self._launches:
             self._launches[key] = self.kernel.prepare(
-                self.addressed, self.work, self.row_of_group, len(self.groups)
+                self.addressed, self.work, self.group_index, len(self.groups)
             )
         self.launch = self._launches[key]
 
@@ -109,12 +127,13 @@ class DeviceBatch(KernelBatch):
         self.skipped |= launch.guard is not None
         launch.device_leaves = []
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
-            away = [(leaf, setting, v) for setting, v in enumerate(values) if isinstance(v, Tensor)]
-            launch.device_leaves += away
-            # What no number equals: one that takes the tensor's place later must be sent.
-            launch.leaves[leaf] = (
-                [math.nan if isinstance(v, Tensor) else v for v in values] if away else values
-            )
+            on_device = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
+            launch.leaves[leaf] = [
+                # What no number equals: one that takes the tensor's place later must be sent.
+                math.nan if isinstance(value, Tensor) else value
+                for value in values
+            ]
+            launch.device_leaves += [(leaf, setting, tensor) for setting, tensor in on_device]
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
@@ -123,17 +142,16 @@ class DeviceBatch(KernelBatch):
         """The kernel has stored them."""
 
     def _make_fresh(self, first: np.ndarray) -> None:
-        """Bring to the device what the host knows of first steps; afterwards only the device
-        knows."""
+        """Bring to the device what the host knows of first steps; then only the device knows."""
         device = self.launch.kernel.device
         if self.fresh is None:
             fresh: Tensor = device.upload(first.astype(np.int32))
-            for mine, theirs, known in self._former:
-                at, of = (device.upload(np.array(places, np.int64)) for places in (mine, theirs))
-                # Whose state has been made anew has not stepped, whatever was known before.
-                fresh.index_copy_(
-                    0, at, torch.maximum(fresh.index_select(0, at), known.index_select(0, of))
-                )
+            for my_indices, their_indices, known in self._former:
+                mine = device.upload(np.array(my_indices, np.int64))
+                theirs = device.upload(np.array(their_indices, np.int64))
+                # Whose state has just been made has not stepped, whatever was known before.
+                both = fresh.index_select(0, mine), known.index_select(0, theirs)
+                fresh.index_copy_(0, mine, torch.maximum(*both))
             self._former.clear()
             self.fresh, self._stream = fresh, device.stream()
         elif device.stream() != self._stream and not device.is_capturing():

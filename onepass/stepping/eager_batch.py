@@ -20,59 +20,19 @@ from torch import Tensor
 from .. import kernel
 from ..contract.mistakes import are_learning_rates
 from ..contract.values import Group, State, StepError, number, pick
-from .batch import CAPTURE, as_filled, check
+from .batch import CAPTURE, as_dense_gradient, check
 from .checks import Member
 from .columns import lies_in_memory, picker
 from .gradient_factor import GradientFactor
 from .ledger import Ledger
+from .parts import MOST_ELEMENTS, STATES, Part, Stepping
 from .reading import Reading
 from .recipe import Recipe
 from .scratch import Scratch
+from .stored_numbers import count_steps, is_number_tensor, read_numbers, write_number
 
-# So many elements are computed together, to bound the memory of what lies between a rule's first
-# value and its last.
-MOST_ELEMENTS = 1 << 18
 # Sets of parameters that alternate, of which so many are known.
 MOST_SETS = 8
-# Beside the columns of tensors, the states that they were found in.
-STATES = "states of all"
-Options = Mapping[int, Mapping[str, Any]]
-
-
-class Stepping:
-    """Parameters that step now: with lists of plain tensors computed `together`, or one
-    parameter."""
-
-    def __init__(
-        self,
-        members: Sequence[Member],
-        columns: dict[str, Sequence[Any]],
-        states: Sequence[State],
-        options: dict[str, Any],
-        together: bool,
-    ) -> None:
-        """`columns` are lists of tensors, `options` have one number for all, or a list where groups
-        differ."""
-        self.members, self.columns, self.states = members, columns, states
-        self.options, self.together = options, together
-
-
-class Part:
-    """Some of the parameters whose tensors are known, to be computed together: their places among
-    these."""
-
-    def __init__(self, places: list[int], members: list[Member]) -> None:
-        self.pick, self.members = picker(places), members
-        self.groups = [member.group for member in members]
-        self.one_group = len(set(self.groups)) == 1
-
-    def stepping(self, columns: Mapping[str, Sequence[Any]], options: Options) -> Stepping:
-        """What they step with, of all that is known."""
-        picked = {name: self.pick(column) for name, column in columns.items()}
-        numbers = dict(options[self.groups[0]])
-        if not self.one_group:
-            numbers = {name: [options[g][name] for g in self.groups] for name in numbers}
-        return Stepping(self.members, picked, picked.pop(STATES), numbers, together=True)
 
 
 class EagerBatch:
@@ -218,32 +178,38 @@ class EagerBatch:
         self._found = np.array(found, np.uint64).reshape(-1, 3)
 
     def _cut(self, changed: tuple[int, ...]) -> tuple[list[Part], list[int]]:
-        """What is computed together where some gradients are unusual or missing, and who is
-        computed alone."""
+        """Return what is computed together, and who is computed alone.
+
+        `changed` are the places of those whose gradients are unusual or missing.
+        """
         if changed not in self._sets:
             if len(self._sets) >= MOST_SETS:
                 self._sets.clear()
-            lists: list[list[int]] = []
-            last: dict[object, tuple[int, list[int]]] = {}
-            for j, kind in enumerate(self._kinds):
-                if (
-                    kind is None
-                    or j in changed
-                    or self.members[self.known[j]].position in self.apart
-                ):
-                    continue
-                room, places = last.get(kind, (0, []))
-                if room < self._sizes[j] or not places:
-                    room, places = MOST_ELEMENTS, []
-                    lists.append(places)
-                places.append(j)
-                last[kind] = room - self._sizes[j], places
-            together = {self.known[j] for places in lists for j in places}
-            parts = [
-                Part(places, [self.members[self.known[j]] for j in places]) for places in lists
-            ]
-            self._sets[changed] = parts, [i for i in range(len(self.members)) if i not in together]
+            parts = self._cut_into_parts(changed)
+            together = {i for part in parts for i in part.indices}
+            alone = [i for i in range(len(self.members)) if i not in together]
+            self._sets[changed] = parts, alone
         return self._sets[changed]
+
+    def _cut_into_parts(self, changed: tuple[int, ...]) -> list[Part]:
+        """Cut the known members of equal kinds into parts that are computed together.
+
+        Left out are members whose gradients are unusual or missing, and those that share memory.
+        """
+        parts: list[list[int]] = []
+        # Of each kind the part that is not full: how many elements it has room for, and its places.
+        open_parts: dict[object, tuple[int, list[int]]] = {}
+        for place, kind in enumerate(self._kinds):
+            member = self.members[self.known[place]]
+            if kind is None or place in changed or member.position in self.apart:
+                continue
+            room, places = open_parts.get(kind, (0, []))
+            if room < self._sizes[place] or not places:
+                room, places = MOST_ELEMENTS, []
+                parts.append(places)
+            places.append(place)
+            open_parts[kind] = room - self._sizes[place], places
+        return [Part(places, self.known, self.members) for places in parts]
 
     def _has_entries(self, state: Any) -> bool:
         return isinstance(state, dict) and all(
@@ -344,7 +310,7 @@ class EagerBatch:
         # fake tensor.
         for name in self.recipe.numbers:
             if name in self.recipe.graph.hypers:
-                values = _read(
+                values = read_numbers(
                     stepping.columns[name], self.capturable, self.differentiable and name != "step"
                 )
                 hypers[name] = [value + 1 for value in values] if name == "step" else values
@@ -372,7 +338,8 @@ class EagerBatch:
         (state,) = stepping.states
         targets = {name: stepping.columns[name][0] for name in self.recipe.columns}
         given = {
-            name: scratch.view(as_filled(t) if name == "g" else t) for name, t in targets.items()
+            name: scratch.view(as_dense_gradient(t) if name == "g" else t)
+            for name, t in targets.items()
         }
         is_complex = targets["p"].is_complex()
         if is_complex:
@@ -456,51 +423,3 @@ def _as_gradient(p: Tensor, g: Tensor | None) -> Tensor:
     """A tensor as the gradient of a parameter mostly is; another one is checked."""
     usual = g is not None and lies_in_memory(g) and g.shape == p.shape and g.device == p.device
     return g if g is not None and usual and g.is_complex() == p.is_complex() else p
-
-
-def is_number_tensor(value: object) -> bool:
-    """Whether an option is a tensor with one real number, which need not be read."""
-    return (
-        isinstance(value, Tensor)
-        and value.numel() == 1
-        and not (value.is_complex() or value.is_meta)
-    )
-
-
-def _read(
-    values: Sequence[Tensor | float], capturable: bool, differentiable: bool
-) -> list[Tensor | float]:
-    """Numbers of states; as tensors where a graph capture, or autograd, must see them."""
-    if differentiable:
-        return [value.clone() if isinstance(value, Tensor) else value for value in values]
-    if capturable:
-        return [value.detach().clone() if isinstance(value, Tensor) else value for value in values]
-    return [value.item() if isinstance(value, Tensor) else value for value in values]
-
-
-@torch.no_grad()
-def count_steps(states: Sequence[State]) -> None:
-    """Add a step to the counts of parameters, in place where they are kept in tensors."""
-    together: dict[torch.dtype, list[Tensor]] = {}
-    for state in states:
-        kept = state["step"]
-        if not isinstance(kept, Tensor) or (
-            kept.is_inference() and not torch.is_inference_mode_enabled()
-        ):
-            state["step"] = kept + 1
-        elif type(kept) is Tensor and kept.is_cpu:
-            together.setdefault(kept.dtype, []).append(kept)
-        else:
-            kept.add_(1)
-    for dtype, counts in together.items():
-        # A list of tensors is added much quicker than a number.
-        torch._foreach_add_(counts, [torch.ones((), dtype=dtype, device="cpu")] * len(counts))
-
-
-def write_number(state: State, name: str, value: Tensor | float) -> None:
-    """Set a number of a parameter's state in place, where it is kept in a tensor."""
-    kept = state[name]
-    if isinstance(kept, Tensor) and (not kept.is_inference() or torch.is_inference_mode_enabled()):
-        kept.copy_(value) if isinstance(value, Tensor) else kept.fill_(value)
-    else:
-        state[name] = torch.tensor(float(value), device="cpu")

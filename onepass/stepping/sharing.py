@@ -13,8 +13,6 @@ from .columns import Clusters, find_clusters, lies_in_memory
 from .reading import Reading
 from .recipe import Recipe
 
-SHARING = "parameters share memory, and their rule needs several walks over them or copies"
-
 
 def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: Reading) -> Clusters:
     """The positions of parameters that share memory with others, or whose states do; `recipes` has
@@ -58,6 +56,6 @@ def _is_in_order(together: Sequence[Member], recipe: Recipe, reading: Reading) -
     before another one stores, or where copies stand for them.
     """
     params = [reading.params[member.position] for member in together]
-    if together[0].sparse == "rows":
+    if together[0].sparse == "slices":
         return all(map(kernel.is_dense, params))
     return recipe.graph.is_elementwise and all(map(recipe.fits, params))

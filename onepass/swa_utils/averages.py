@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import kernel
 from ..contract.values import StepError
 from ..kernel.functions import lerp
-from ..stepping.columns import Columns, format_name, picker
+from ..stepping.columns import Columns, compile_for, format_name, picker
 
 Number = Tensor | float
 Label = Callable[[int], str]
@@ -291,7 +291,9 @@ class Batch(Columns):
         self.pick = picker(places) if len(places) < len(averages) else lambda tensors: tensors
         own = self.pick(averages)
         graph = kernel.finish(kernel.trace(average, (("weight", ("float",)),)))
-        super().__init__(graph, ("g", "p"), [self.pick(values), own])
+        names, columns = ("g", "p"), [self.pick(values), own]
+        compiled = compile_for(graph, names, columns)
+        super().__init__(compiled, graph, names, columns)
         self.launch = self.kernel.prepare(
             self.pointers, self.work, np.zeros(self.count, np.int64), 1
         )

@@ -102,6 +102,11 @@ class Graph:
         return not (reduces or self.has_matrices)
 
     @computed
+    def has_tensor_values(self) -> bool:
+        """Whether a value exists once for a tensor: its norm, or its number of elements."""
+        return any(node.rank == Rank.TENSOR for node in topological(self.roots))
+
+    @computed
     def has_calls(self) -> bool:
         """Whether functions of whole matrices are called."""
         return any(node.op == "call" for node in topological(self.roots))
