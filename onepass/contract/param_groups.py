@@ -28,7 +28,10 @@ def is_iterable(given: object) -> bool:
 
 
 def check_required(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group does not set an option that has no default."""
+    """Raise ValueError if a group does not set an option that has no default.
+
+    `defaults` have torch's mark `required` for such an option.
+    """
     for name, default in defaults.items():
         if default is required and name not in group:
             raise ValueError(

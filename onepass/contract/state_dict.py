@@ -126,7 +126,9 @@ class Match:
     ) -> tuple[dict[Any, Any], list[Group]]:
         """Return the new state and groups, after everything has been verified.
 
-        The optimizer itself is not touched. Raises ValueError for a state dict that does not fit.
+        The optimizer itself is not touched. The state has parameters as keys, and each saved key
+        that belongs to no parameter; its tensors are copies. `defaults` are the options that a
+        saved group may lack. Raises ValueError for a state dict that does not fit.
         """
         groups = self.load_groups(defaults, checks_options)
         adoptions = self._check_states(groups, state_of)
@@ -313,6 +315,9 @@ def _order_by_name(matched: Match, index: int) -> Sequence[int]:
     """Return which parameter of a group each saved one is for.
 
     If names differ, it is the one at the same position, and the match notes the difference.
+
+    Example: for the saved names `["weight", "bias"]` and the group's `["bias", "weight"]`, it
+    returns [1, 0]; for the group's `["scale", "bias"]`, it returns [0, 1].
     """
     saved_names = matched.saved_groups[index].get("param_names", [])
     names = matched.groups[index].get("param_names", [])
