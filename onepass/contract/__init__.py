@@ -1,5 +1,5 @@
-"""What torch.optim promises of param groups, options and state dicts, and what is said when
-somebody breaks it.
+"""What param groups, options and state dicts may be in torch.optim, and what is said of others.
 
-Nothing here knows how a step is made.
+It knows the forms in which options are given, the names of states, and torch's words. It must not
+know how a step is made: of `kernel` it asks only where tensors lie and which columns a rule names.
 """

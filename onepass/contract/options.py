@@ -76,7 +76,7 @@ def check_modes(owner: str, options: Mapping[str, Any]) -> None:
 def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> bool:
     """Whether a parameter's numbers, such as its step count, lie on its device.
 
-    So it is in torch for a step that a graph may capture, and for a fused one.
+    As in torch, they do for a step that a graph may capture, and for a fused one on a device.
     """
     if options.get("capturable"):
         return True
@@ -86,7 +86,7 @@ def has_numbers_on_device(options: Mapping[str, Any], device: torch.device) -> b
 def as_tuple(value: Any) -> Any:
     """Return two entries in an order as a tuple, for example those of a configuration's list.
 
-    Anything else is returned as it is.
+    Anything else is returned as it is: `[0.9, 0.99]` gives `(0.9, 0.99)`, and 0.9 gives 0.9.
     """
     entries = entries_of(value, 2)
     return value if entries is None else tuple(entries)
@@ -95,7 +95,8 @@ def as_tuple(value: Any) -> Any:
 def unless_off(**switches: Any) -> dict[str, Any]:
     """Return the switches that are not off: for options that torch does not have.
 
-    While they are off, param groups have torch's keys and no others.
+    While they are off, param groups have torch's keys and no others: `capturable=False` gives `{}`,
+    `capturable=True` gives `{"capturable": True}`.
     """
     return {
         name: value

@@ -28,7 +28,10 @@ def is_iterable(given: object) -> bool:
 
 
 def check_required(owner: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError if a group does not set an option that has no default."""
+    """Raise ValueError if a group does not set an option that has no default.
+
+    `defaults` have torch's mark `required` for such an option.
+    """
     for name, default in defaults.items():
         if default is required and name not in group:
             raise ValueError(
@@ -130,10 +133,10 @@ class Taken:
         self._check_names(owner, names)
         self._check_params(owner, params, names)
         if self._are_named is not None and bool(names) != self._are_named and params:
-            have = "with" if names else "without"
+            with_or_without = "with" if names else "without"
             raise ValueError(
                 f"{owner}: all optimizer param groups should be with/without names. cannot add "
-                f"param group {have} names to the optimizer"
+                f"param group {with_or_without} names to the optimizer"
             )
         _check_repeats(owner, params, names, may_repeat)
 
@@ -155,9 +158,9 @@ class Taken:
         """Raise ValueError for a parameter that belongs to another group."""
         for index, p in enumerate(params):
             if id(p) in self._params:
-                what = _describe(params, names, index)
+                repeated = _describe(params, names, index)
                 raise ValueError(
-                    f"{owner}: some parameters appear in more than one parameter group: {what}"
+                    f"{owner}: some parameters appear in more than one parameter group: {repeated}"
                 )
 
 
@@ -168,15 +171,15 @@ def _check_repeats(
     index = _find_repeated(params)
     if index is None:
         return
-    what = _describe(params, names, index)
+    repeated = _describe(params, names, index)
     if not may_repeat:
         raise ValueError(
-            f"{owner}: a parameter group with duplicate parameters: {what}; give each parameter "
-            "once"
+            f"{owner}: a parameter group with duplicate parameters: {repeated}; give each "
+            "parameter once"
         )
     tell(
-        f"{owner}: optimizer contains a parameter group with duplicate parameters: {what}; each "
-        "step changes it twice, as in torch; give each parameter once"
+        f"{owner}: optimizer contains a parameter group with duplicate parameters: {repeated}; "
+        "each step changes it twice, as in torch; give each parameter once"
     )
 
 

@@ -149,12 +149,12 @@ class Choice:
         if value is None or (is_text and value in self._choices):
             return
         shown = brief(value)
-        what = name
+        subject = name
         if self._words and is_text:
             unquoted = shown[1:-1]
-            what = f"{self._words.format(unquoted)}; {name}"
+            subject = f"{self._words.format(unquoted)}; {name}"
         choices = ", ".join(map(repr, self._choices))
-        raise self._error(f"{owner}: {what} must be {choices} or None, got {shown}")
+        raise self._error(f"{owner}: {subject} must be {choices} or None, got {shown}")
 
 
 def check_ranges(owner: str, ranges: Mapping[str, Any], options: Mapping[str, Any]) -> None:

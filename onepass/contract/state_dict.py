@@ -126,7 +126,9 @@ class Match:
     ) -> tuple[dict[Any, Any], list[Group]]:
         """Return the new state and groups, after everything has been verified.
 
-        The optimizer itself is not touched. Raises ValueError for a state dict that does not fit.
+        The optimizer itself is not touched. The state has parameters as keys, and each saved key
+        that belongs to no parameter; its tensors are copies. `defaults` are the options that a
+        saved group may lack. Raises ValueError for a state dict that does not fit.
         """
         groups = self.load_groups(defaults, checks_options)
         adoptions = self._check_states(groups, state_of)
@@ -214,10 +216,10 @@ class Match:
                 f"{type(value).__name__}"
             )
         self._check_owner(label, value, shapes)
-        why = why_not_whole(value, required)
-        if why:
+        fault = why_not_whole(value, required)
+        if fault:
             raise ValueError(
-                f"{self.owner}: the saved state of parameter {label} {why}; a whole state has "
+                f"{self.owner}: the saved state of parameter {label} {fault}; a whole state has "
                 f"{', '.join(required)}"
             )
         for name, entry in value.items():
@@ -243,12 +245,12 @@ class Match:
     ) -> None:
         """Raise ValueError for an entry that cannot be loaded."""
         if shape is None:
-            why = _why_no_saved_number(name, entry)
+            fault = _why_no_saved_number(name, entry)
         else:
-            why = _why_no_saved_state(entry, self.parameters[key], shape)
-        if why:
+            fault = _why_no_saved_state(entry, self.parameters[key], shape)
+        if fault:
             way = f"{self.difference}; by position," if self.difference else f"{self.owner}:"
-            raise ValueError(f"{way} saved state {name!r} of parameter {self.labels[key]} {why}")
+            raise ValueError(f"{way} saved state {name!r} of parameter {self.labels[key]} {fault}")
 
 
 def match(
@@ -313,6 +315,9 @@ def _order_by_name(matched: Match, index: int) -> Sequence[int]:
     """Return which parameter of a group each saved one is for.
 
     If names differ, it is the one at the same position, and the match notes the difference.
+
+    Example: for the saved names `["weight", "bias"]` and the group's `["bias", "weight"]`, it
+    returns [1, 0]; for the group's `["scale", "bias"]`, it returns [0, 1].
     """
     saved_names = matched.saved_groups[index].get("param_names", [])
     names = matched.groups[index].get("param_names", [])
@@ -343,8 +348,8 @@ def pack(
     for group in param_groups:
         ids = [id(p) for p in group["params"]]
         # A parameter that is in the group twice has its last position, as in torch.
-        new = {key: i for i, key in enumerate(ids, start) if key not in position_of}
-        position_of.update(new)
+        positions = enumerate(ids, start)
+        position_of |= {key: i for i, key in positions if key not in position_of}
         start += len(ids)
         packed = dict(group)
         # It is the last entry, as in torch.
@@ -379,9 +384,9 @@ def states_of(cls: Any) -> set[str]:
 
 def _why_no_saved_number(name: str, entry: object) -> str:
     """Say why an entry cannot be loaded as one number, or ""."""
-    why = why_no_number(entry)
-    if why:
-        return why
+    fault = why_no_number(entry)
+    if fault:
+        return fault
     found = as_number(entry)
     if found is None:
         return refused_number(entry)
@@ -393,12 +398,12 @@ def _why_no_saved_number(name: str, entry: object) -> str:
 def _why_no_saved_state(entry: object, p: Tensor, shape: tuple[int, ...]) -> str:
     """Say why an entry cannot be loaded as a state of `p`, and what to do, or ""."""
     can_step = p.is_floating_point() or p.is_complex()
-    why = why_no_state(entry, p, shape, any_dtype=not can_step)
+    fault = why_no_state(entry, p, shape, any_dtype=not can_step)
     if not isinstance(entry, Tensor):
-        return why
-    if not why and entry.is_meta and not p.is_meta:
-        why = "is on meta and has no memory"
-    return f"{why}; load a checkpoint of this model" if why else ""
+        return fault
+    if not fault and entry.is_meta and not p.is_meta:
+        fault = "is on meta and has no memory"
+    return f"{fault}; load a checkpoint of this model" if fault else ""
 
 
 def _adopt(value: Any, p: Tensor, numbers: Collection[str], copy: Copy) -> Any:

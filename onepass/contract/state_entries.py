@@ -1,7 +1,7 @@
 """What a parameter's state may be, and what is wrong with one that it may not be.
 
-Each function returns the end of a sentence, or "" if all is well. Whoever asks puts in front whose
-state it is, and at the end what to do: in a step that is something else than for a state dict.
+Each function returns a part of a sentence, or "" if nothing is wrong. Its caller adds whose state
+it is in front, and what to do at the end: a step has other advice than the loading of a state dict.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def why_no_state(
 ) -> str:
     """Say why an entry cannot be a state of `p` that has the shape `shape`.
 
-    With `any_dtype`, all dtypes will do. Otherwise it must be one of real numbers, or of complex
-    ones if the parameter is complex.
+    With `any_dtype`, every dtype is allowed. Without it, the entry must hold real numbers, or
+    complex ones if the parameter is complex.
 
     Example: for a parameter of shape (2, 3), an entry of shape (6,) gives "has shape (6,), the
     parameter has (2, 3)".
@@ -42,7 +42,10 @@ def why_no_state(
 def why_no_number(entry: object) -> str:
     """Say why an entry cannot be one number, such as a step count.
 
-    The number itself is not read: on a device, that would have to wait for it.
+    The number itself is not read: that would have to wait for a device.
+
+    Example: 3, `torch.tensor(3.0)` and `torch.ones(1, 1)` give ""; `torch.ones(2)` gives "must be
+    one number, got a tensor of shape (2,) and torch.float32".
     """
     if isinstance(entry, Tensor):
         is_single = entry.numel() == 1
@@ -59,7 +62,7 @@ def refused_number(entry: object) -> str:
 def why_not_whole(state: Mapping[str, Any], required: Collection[str]) -> str:
     """Say which of the required entries is missing in a state that has others of them.
 
-    A state that has none of them is well: the parameter has not stepped.
+    A state may have none of them: then the parameter has not stepped.
 
     Example: if "step" and "exp_avg" are required, `{"step": 3}` gives "has 'step' but no
     'exp_avg'", and `{}` gives "".

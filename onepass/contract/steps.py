@@ -22,13 +22,13 @@ OVERRIDES = "it overrides {}, which only that calls"
 REPEATS = "a parameter occurs twice in its param groups"
 
 
-def step_as_torch(optimizer: Any, why: str, *arguments: Any) -> Any:
+def step_as_torch(optimizer: Any, reason: str, *arguments: Any) -> Any:
     """Step by the code of torch's class, and warn of it once; return what that code returns.
 
-    `why` ends the warning. `arguments` are those of torch's `step`, as a closure.
+    `reason` ends the warning. `arguments` are those of torch's `step`, as a closure.
     """
     optimizer._onepass.warn_once(
-        f"{type(optimizer).__name__} steps by torch.optim's slower code: {why}"
+        f"{type(optimizer).__name__} steps by torch.optim's slower code: {reason}"
     )
     step = optimizer._onepass_torch_class.step
     if getattr(step, "hooked", False):
@@ -75,9 +75,9 @@ def has_torchs_step(optimizer: Any) -> bool:
     cls = type(optimizer)
     if optimizer._onepass_torch_class is TorchOptimizer or not hasattr(cls, "rule"):
         return not hasattr(cls, "rule")
-    ours = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == PACKAGE)
+    our_class = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == PACKAGE)
     return all(
-        getattr(cls, name) is getattr(ours, name)
+        getattr(cls, name) is getattr(our_class, name)
         for name in ("rule", "rule_of", "flags", "initial_state")
     )
 

@@ -86,17 +86,17 @@ def check_member(
     `required` are the state entries that a parameter must have once it has stepped, `numbers` those
     that are one number. Whether the others are tensors that fit is asked by `check_state`.
 
-    Example: AdamW requires "step", "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3
-    with the state `{"step": 7}` raises "AdamW: the state of parameter 3 has 'step' but no
-    'exp_avg'; delete the parameter's state to begin again, or load a whole one".
+    Example: AdamW requires "exp_avg" and "exp_avg_sq", and "step" is a number. Parameter 3 with the
+    state `{"step": 7, "exp_avg": t}` raises "AdamW: the state of parameter 3 has 'exp_avg' but no
+    'exp_avg_sq'; delete the parameter's state to begin again, or load a whole one".
     """
     _check_parameter(owner, member, p)
     if g is not None:
         check_gradient(owner, member, p, g)
-    why = why_not_whole(state, required)
-    if why:
+    fault = why_not_whole(state, required)
+    if fault:
         raise StepError(
-            f"{owner}: the state of parameter {member.label} {why}; delete the parameter's state "
+            f"{owner}: the state of parameter {member.label} {fault}; delete the parameter's state "
             "to begin again, or load a whole one"
         )
     for name, entry in state.items():
@@ -106,41 +106,41 @@ def check_member(
 
 def _check_parameter(owner: str, member: Member, p: Tensor) -> None:
     """Raise unless a parameter's memory can be read and written."""
-    what = f"{owner}: parameter {member.label}"
+    subject = f"{owner}: parameter {member.label}"
     if kernel.is_plain(p):
         if p.layout != torch.strided:
-            raise StepError(f"{what} has the layout {p.layout}; make it dense")
+            raise StepError(f"{subject} has the layout {p.layout}; make it dense")
         if not kernel.has_storage(p):
             raise StepError(
-                f"{what} of shape {tuple(p.shape)} has no storage (it was freed, as by "
+                f"{subject} of shape {tuple(p.shape)} has no storage (it was freed, as by "
                 "untyped_storage().resize_(0)); give it memory again before stepping"
             )
         if kernel.is_expanded(p):
-            raise StepError(f"{what} is expanded, so its elements share memory; clone it")
-    _check_writable(what, p)
+            raise StepError(f"{subject} is expanded, so its elements share memory; clone it")
+    _check_writable(subject, p)
 
 
-def _check_writable(what: str, t: Tensor) -> None:
+def _check_writable(subject: str, t: Tensor) -> None:
     """Raise if autograd forbids to write a tensor here."""
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise StepError(
-            f"{what} was made in inference mode and cannot be written outside of it; clone it"
+            f"{subject} was made in inference mode and cannot be written outside of it; clone it"
         )
 
 
-def _check_number(what: str, entry: object) -> None:
+def _check_number(subject: str, entry: object) -> None:
     """Raise unless an entry of the state is one number."""
-    why = why_no_number(entry)
-    if why:
-        raise StepError(f"{what} {why}")
+    fault = why_no_number(entry)
+    if fault:
+        raise StepError(f"{subject} {fault}")
     if isinstance(entry, Tensor):
-        _check_stored(what, entry)
+        _check_stored(subject, entry)
 
 
-def _check_stored(what: str, entry: Tensor) -> None:
+def _check_stored(subject: str, entry: Tensor) -> None:
     """Raise if the memory of a state has been freed."""
     if kernel.is_plain(entry) and not kernel.has_storage(entry):
-        raise StepError(f"{what} has lost its storage; load it again")
+        raise StepError(f"{subject} has lost its storage; load it again")
 
 
 def check_matrix(owner: str, member: Member, p: Tensor) -> None:
@@ -191,7 +191,7 @@ def check_gradient(owner: str, member: Member, p: Tensor, g: Tensor) -> None:
         _check_sparse(f"{owner}: the sparse gradient of parameter {member.label}", g.shape, *parts)
 
 
-def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> None:
+def _check_sparse(subject: str, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> None:
     """Raise unless indices and values fit together, and into a shape.
 
     torch does not check this. For the shape (10, 4), indices of shape (1, 3) and values of shape
@@ -205,7 +205,7 @@ def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Te
     )
     if not is_fitting:
         raise StepError(
-            f"{what} has {indices.dtype} indices of shape {tuple(indices.shape)} and values of "
+            f"{subject} has {indices.dtype} indices of shape {tuple(indices.shape)} and values of "
             f"shape {tuple(values.shape)}, which do not fit together; run backward() again"
         )
     if not indices.numel() or indices.is_meta:
@@ -217,8 +217,8 @@ def _check_sparse(what: str, shape: tuple[int, ...], indices: Tensor, values: Te
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise StepError(
-                f"{what} has the index {wrong} in dimension {dim}, where the parameter's size is "
-                f"{size}; find out where it comes from"
+                f"{subject} has the index {wrong} in dimension {dim}, where the parameter's size "
+                f"is {size}; find out where it comes from"
             )
 
 
@@ -230,13 +230,13 @@ def check_state(
     Beyond what `why_no_state` asks, it must be dense, on the parameter's device, and have memory
     that can be written.
     """
-    what = f"{owner}: state {name!r} of parameter {member.label}"
-    why = why_no_state(entry, p, shape)
+    subject = f"{owner}: state {name!r} of parameter {member.label}"
+    fault = why_no_state(entry, p, shape)
     if not isinstance(entry, Tensor):
-        raise StepError(f"{what} {why}")
-    if why:
+        raise StepError(f"{subject} {fault}")
+    if fault:
         raise StepError(
-            f"{what} {why}; delete the parameter's state to begin again, or load one that fits"
+            f"{subject} {fault}; delete the parameter's state to begin again, or load one that fits"
         )
     if entry.device != p.device:
         raise StepError(
@@ -244,6 +244,6 @@ def check_state(
             f"{entry.device}; move them together"
         )
     if entry.layout != torch.strided:
-        raise StepError(f"{what} has the layout {entry.layout}; load one that is dense")
-    _check_stored(what, entry)
-    _check_writable(what, entry)
+        raise StepError(f"{subject} has the layout {entry.layout}; load one that is dense")
+    _check_stored(subject, entry)
+    _check_writable(subject, entry)
