@@ -19,10 +19,10 @@ from .factors import (
     MultiplicativeLR,
     MultiStepLR,
     PolynomialLR,
-    ReduceLROnPlateau,
     StepLR,
 )
 from .frame import LRScheduler
+from .plateau import ReduceLROnPlateau
 
 # The name that torch had for it until 1.13.
 _LRScheduler = LRScheduler

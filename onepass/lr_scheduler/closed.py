@@ -110,18 +110,18 @@ class ClosedLR(LRScheduler):
             self.last_epoch = self._known_step = step
             return None
         lrs = list(map(LR, self.optimizer.param_groups))
-        own = [epoch is not None] * len(lrs)
-        if not own[0] and any(self._own):
-            own = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
-        values = self._closed(list(map(number, self.base_lrs)), step) if any(own) else []
-        if not all(own):
+        is_closed = [epoch is not None] * len(lrs)
+        if not is_closed[0] and any(self._own):
+            is_closed = [self._is_own(index, lr) for index, lr in enumerate(lrs)]
+        values = self._closed(list(map(number, self.base_lrs)), step) if any(is_closed) else []
+        if not all(is_closed):
             carried = self._carry(lrs, step)
-            values = (
-                [values[i] if own[i] else value for i, value in enumerate(carried)]
-                if values
-                else carried
-            )
-        return self._settle(step, values, own)
+            if values:
+                pairs = zip(is_closed, values, carried, strict=True)
+                values = [closed if is_own else other for is_own, closed, other in pairs]
+            else:
+                values = carried
+        return self._settle(step, values, is_closed)
 
     def _look_again(self) -> None:
         """Find out from numbers whether each lr is the closed form.
@@ -151,20 +151,16 @@ class ClosedLR(LRScheduler):
         for i, lr in enumerate(lrs):
             fresh = self._is_fresh(i)
             joins = not fresh and self._joins(i, lr, step)
-            own = (
-                fresh
-                or self._is_at(i, values[i])
-                or self._is_at(i, before[i])
-                or (not joins and self._replaces(i))
-            )
-            self._own.append(own)
-            self._moved.append(fresh or (joins and not own))
-            values[i] = values[i] if own else above[i] if joins else lr
+            is_at_a_step = self._is_at(i, values[i]) or self._is_at(i, before[i])
+            is_closed = fresh or is_at_a_step or (not joins and self._replaces(i))
+            self._own.append(is_closed)
+            self._moved.append(fresh or (joins and not is_closed))
+            values[i] = values[i] if is_closed else above[i] if joins else lr
         self._settle(step, values, self._own)
 
-    def _settle(self, step: int, values: list[Value], own: list[bool]) -> None:
+    def _settle(self, step: int, values: list[Value], is_closed: list[bool]) -> None:
         self._write(values, plain=False)
-        self.last_epoch, self._known_step, self._own = step, step, own
+        self.last_epoch, self._known_step, self._own = step, step, is_closed
         lrs = list(map(LR, self.optimizer.param_groups))
         self._versions = [None] * len(lrs)
         if not are_floats(lrs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,96 +11,13 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_schedulers
 
 from ..schedule.formulas import anneal, find_cycle, half_cosine
-from .arguments import check_count, check_number, check_numbers, check_optimizer, check_strategy
+from .arguments import check_count, check_number, check_numbers, check_strategy
 from .frame import LRScheduler
+from .momenta import CycleLR
 from .overrides import is_altered, is_same
-from .values import Group, assign, copied, per_group, saved_attributes, shared
+from .values import assign, copied, per_group, saved_attributes, shared
 
 __all__ = ["CosineAnnealingWarmRestarts", "CyclicLR", "OneCycleLR"]
-
-
-MOMENTA = ("base_momentums", "max_momentums", "use_beta1")
-
-
-class _CycleLR(LRScheduler):
-    """Schedules that move momentum, or the first of the betas, against the lr.
-
-    A subclass says which momentum each group has at a step.
-    """
-
-    cycle_momentum: bool
-    use_beta1: bool
-    base_momentums: list[Any]
-    max_momentums: list[Any]
-
-    def momenta(self) -> list[float]:
-        """The momentum of each group at `last_epoch`."""
-        raise NotImplementedError
-
-    def _check(self, state_dict: Mapping[str, Any]) -> None:
-        # Earlier state dicts have them all.
-        super()._check({key: value for key, value in state_dict.items() if key not in MOMENTA})
-
-    def _check_momenta(self, optimizer: Optimizer, cycle: bool, base: Any, top: Any) -> None:
-        check_optimizer(self, optimizer)
-        if cycle and not {"momentum", "betas"} & optimizer.defaults.keys():
-            raise ValueError(
-                "optimizer must support momentum or beta1 with `cycle_momentum` option enabled: "
-                f"{type(optimizer).__name__} has neither momentum nor betas, pass "
-                "cycle_momentum=False."
-            )
-        self.cycle_momentum = cycle
-        if cycle:
-            self.use_beta1 = "betas" in optimizer.defaults
-            check_numbers(self, base_momentum=base, max_momentum=top)
-            self.base_momentums = per_group("base_momentum", optimizer, base)
-            self.max_momentums = per_group("max_momentum", optimizer, top)
-
-    def _prepare(self) -> None:
-        if not self.cycle_momentum:
-            return
-        for group, low, high in zip(
-            self.optimizer.param_groups, self.base_momentums, self.max_momentums, strict=True
-        ):
-            group["base_momentum"], group["max_momentum"] = low, high
-        self._onepass.home._put_momenta(self, self.optimizer.param_groups, self.max_momentums)
-
-    def _write(self, values: list[Any], plain: bool) -> None:
-        momenta = self.momenta() if self.cycle_momentum else []
-        super()._write(values, plain)
-        self._put_momenta(self.optimizer.param_groups, momenta)
-        self._last_momenta = momenta
-
-    def _put_momenta(self, groups: Iterable[Group], momenta: list[float]) -> None:
-        for group, momentum in zip(groups, momenta, strict=False):
-            if not self.use_beta1:
-                group["momentum"] = momentum
-            else:
-                group["betas"] = (momentum, *group["betas"][1:])
-
-    def _found_momenta(self) -> list[float]:
-        groups = self.optimizer.param_groups if self.cycle_momentum else ()
-        return [group["betas"][0] if self.use_beta1 else group["momentum"] for group in groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"_group_momenta": self._onepass.home._found_momenta(self)}
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        left, found, saved = (
-            vars(self).get("_last_momenta", []),
-            self._onepass.home._found_momenta(self),
-            state.pop("_group_momenta", []),
-        )
-        super()._restore(state)
-        if self.cycle_momentum and self.last_epoch >= 0 and not is_altered(self):
-            saved = (
-                saved if self._last_momenta == self.momenta() else self.momenta()
-            )  # torch's has moved on without it
-            momenta = zip(found, left, saved, strict=False)
-            self._put_momenta(
-                self.optimizer.param_groups,
-                [new if now == mine else now for now, mine, new in momenta],
-            )
 
 
 class CosineAnnealingWarmRestarts(LRScheduler, torch_schedulers.CosineAnnealingWarmRestarts):
@@ -196,7 +113,7 @@ def _step_as_torch(scheduler: CosineAnnealingWarmRestarts, epoch: float | None) 
 _step_outside_graphs = torch._disable_dynamo(lambda scheduler, epoch: _step(scheduler, epoch))
 
 
-class _Triangles(_CycleLR):
+class _Triangles(CycleLR):
     """The frame of `CyclicLR`: where in a triangle a step is."""
 
     mode: str
@@ -353,7 +270,7 @@ class CyclicLR(_Triangles, torch_schedulers.CyclicLR):
         ]
 
 
-class _Phases(_CycleLR):
+class _Phases(CycleLR):
     """The frame of `OneCycleLR`: phases, each from one of a group's numbers to another."""
 
     handed_on = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
@@ -385,14 +302,13 @@ class _Phases(_CycleLR):
                 f"{self.total_steps}."
             )
         phases = self._schedule_phases
-        at = next(
-            (i for i, phase in enumerate(phases[:-1]) if self.last_epoch <= phase["end_step"]),
-            len(phases) - 1,
-        )
-        start, end = phases[at - 1]["end_step"] if at else 0.0, phases[at]["end_step"]
+        ends = [phase["end_step"] for phase in phases]
+        index = next((i for i, end in enumerate(ends[:-1]) if self.last_epoch <= end), -1)
+        index %= len(phases)
+        start, end = ends[index - 1] if index else 0.0, ends[index]
         fraction = (self.last_epoch - start) / (end - start) if end != start else 1.0
         left = _share_left(self, fraction)
-        first, last = phases[at][f"start_{what}"], phases[at][f"end_{what}"]
+        first, last = phases[index][f"start_{what}"], phases[index][f"end_{what}"]
         return [
             group[last] + (group[first] - group[last]) * left
             for group in self.optimizer.param_groups

@@ -81,8 +81,10 @@ class Schedule:
         return self._formula(min(step, self.steps), **self._given)
 
     def then(self, following: Callable[[float], float], *, at: float | None = None) -> Schedule:
-        """This schedule up to step `at` (by default its last), and from there on another one, from
-        its own step 0."""
+        """Return this schedule up to step `at`, and from there on another one, from its step 0.
+
+        By default `at` is the last step of this one.
+        """
         at = self.steps if at is None else at
         return _then(self, following, at=at, steps=at + getattr(following, "steps", math.inf))
 
@@ -242,8 +244,8 @@ def warm_restarts(
     At step $c$ of cycle $i$, whose length is $T_i = T_0 m^i$: $s = b + (a d^i - b)\,(1 + \cos(\pi
     c/T_i)) / 2$, where `decay` $d$ lowers the peaks. Loshchilov and Hutter, 2017, arXiv:1608.03983.
     """
-    cycle, place, length = find_cycle(t, period, mult)
-    return end + (start * decay**cycle - end) * half_cosine(place, length)
+    cycle, step, length = find_cycle(t, period, mult)
+    return end + (start * decay**cycle - end) * half_cosine(step, length)
 
 
 @schedule
@@ -282,8 +284,8 @@ def triangular(
     time). Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, arXiv:1506.01186.
     """
     down = up if down is None else down
-    cycle, place = divmod(t, up + down)
-    return low + (high - low) * min(place / up, (up + down - place) / down) * decay**cycle
+    cycle, step = divmod(t, up + down)
+    return low + (high - low) * min(step / up, (up + down - step) / down) * decay**cycle
 
 
 @schedule

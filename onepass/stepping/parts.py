@@ -47,7 +47,7 @@ class Part:
 
     def __init__(self, places: list[int], known: Sequence[int], members: Sequence[Member]) -> None:
         self.pick = picker(places)
-        self.indices = [known[place] for place in places]
+        self.indices = [known[i] for i in places]
         self.members = [members[i] for i in self.indices]
         self.groups = [member.group for member in self.members]
         self.one_group = len(set(self.groups)) == 1

@@ -274,16 +274,16 @@ def fill_state(
     p: Tensor,
     group: Group,
     put: Callable[[str, Any], None],
-    own: State,
+    state: State,
 ) -> None:
-    """Create the entries of a parameter's state that are missing, and put each in its place."""
+    """Create the entries that a parameter's state lacks, and `put` each in its place."""
     for name in (*recipe.numbers[::-1], *recipe.graph.state):
-        if own.get(name) is None:
+        if state.get(name) is None:
             shape = recipe.shape(name, p)
             if name in recipe.numbers:
                 like = new_counter(p.device if recipe.is_resident(p, group) else kernel.HOST)
             else:
                 like = p if shape == p.shape else p.detach().new_empty(shape)
-            # torch's SparseAdam, alone among its optimizers, counts in Python's numbers.
+            # Of torch's optimizers, only SparseAdam counts in Python's numbers.
             counter = 0 if algorithm.gradients == "sparse" else like
             put(name, counter if name == "step" else algorithm.initial_state(name, like, group))

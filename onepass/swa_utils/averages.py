@@ -175,11 +175,11 @@ def check_pairs(
     """Raise `StepError` where a pair's shapes differ or its memory is gone; `places` are those that
     `label` knows."""
     for i, pair in enumerate(zip(averages, values, strict=True)):
-        place = i if places is None else places[i]
+        index = i if places is None else places[i]
         for t in pair:
             if not isinstance(t, Tensor):
                 raise TypeError(
-                    f"{label(place)}: averages and values must be tensors, got {torch.typename(t)}"
+                    f"{label(index)}: averages and values must be tensors, got {torch.typename(t)}"
                 )
             if (
                 kernel.is_plain(t)
@@ -188,14 +188,14 @@ def check_pairs(
                 and not kernel.has_storage(t)
             ):
                 raise StepError(
-                    f"{label(place)} or its present value, of shape {tuple(t.shape)}, has no "
+                    f"{label(index)} or its present value, of shape {tuple(t.shape)}, has no "
                     "storage (it was freed, as by untyped_storage().resize_(0)); give it memory "
                     "again"
                 )
         a, v = pair
         if a.shape != v.shape:
             raise StepError(
-                f"{label(place)} has shape {tuple(a.shape)}, its present value {tuple(v.shape)}; "
+                f"{label(index)} has shape {tuple(a.shape)}, its present value {tuple(v.shape)}; "
                 "average tensors of one shape"
             )
 

@@ -201,17 +201,18 @@ WALKS = (
 
 
 def _tensors(module: Module) -> tuple[list[Tensor], list[Tensor]]:
-    """What `module.parameters()` and `module.buffers()` yield; where these are torch's own, several
-    times as fast."""
+    """Return what `module.parameters()` and `module.buffers()` yield.
+
+    If these methods are torch's own, this is several times as fast.
+    """
     modules: dict[Module, None] = {}
     _collect(module, modules)
-    own = all(
+    is_torchs = all(
         getattr(type(module), walk) is getattr(Module, walk) and walk not in vars(module)
         for walk in WALKS
     )
-    if not own or any(
-        cls.named_modules is not Module.named_modules for cls in set(map(type, modules))
-    ):
+    classes = set(map(type, modules))
+    if not is_torchs or any(cls.named_modules is not Module.named_modules for cls in classes):
         return list(module.parameters()), list(module.buffers())
     parameters = [p for m in modules for p in m._parameters.values() if p is not None]
     buffers = [b for m in modules if m._buffers for b in m._buffers.values() if b is not None]
