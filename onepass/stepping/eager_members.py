@@ -25,7 +25,7 @@ from .reading import Reading
 from .recipe import Recipe
 from .stored_numbers import is_number_tensor
 
-# Sets of parameters that alternate, of which so many are known.
+# This many sets of parameters that alternate are known.
 MOST_SETS = 8
 
 
@@ -232,7 +232,7 @@ class EagerMembers:
                     raise StepError(CAPTURE.format(self.owner))
 
     def _refuse_leaves(self, stepping: Stepping) -> None:
-        """Raise `StepError` if autograd would refuse the writing of a tensor that the step writes."""
+        """Raise `StepError` if autograd would refuse to let the step write a tensor."""
         for name in ("p", *self.recipe.entries):
             for member, t in zip(stepping.members, stepping.columns.get(name, ()), strict=False):
                 if isinstance(t, Tensor) and t.requires_grad and t.is_leaf:
