@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 import onepass
 from onepass import StepError
-from onepass.stepping import eager_batch
+from onepass.stepping import eager_members
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slower eager backend.*")
 
@@ -1132,7 +1132,7 @@ def test_together_equals_one_at_a_time(
     most: int | None, algorithm: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if most is not None:
-        monkeypatch.setattr(eager_batch, "MOST_ELEMENTS", most)
+        monkeypatch.setattr(eager_members, "MOST_ELEMENTS", most)
     assert eager_runs(algorithm, dtype, together=True) == eager_runs(
         algorithm, dtype, together=False
     )

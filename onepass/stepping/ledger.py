@@ -1,4 +1,4 @@
-"""What has been changed in preparation of a step, to be taken back where no step comes of it."""
+"""What a step changed while it was prepared; it is taken back if the step fails."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ _ABSENT = object()
 
 
 class Ledger:
-    """Entries that were set in dicts and values that were copied into tensors, each with what was
-    there before."""
+    """Entries set in dicts and values copied into tensors, each with what was there before.
+
+    Example: after `set(state, "step", 1)`, where no "step" was, and `copy(t, value)`, where t held
+    [1.0, 2.0], the list is [state, "step", ABSENT, t, None, tensor([1.0, 2.0])]: three objects for
+    each change. `undo` takes them from the end: t is [1.0, 2.0] again, then "step" is removed.
+    """
 
     def __init__(self) -> None:
         # What was changed, at which key, and what was there: one after another, as objects of their
@@ -21,12 +25,12 @@ class Ledger:
         self._before: list[Any] = []
 
     def set(self, entries: dict[Any, Any], key: Any, value: Any) -> None:
-        """Set an entry of a dict."""
+        """Set an entry of a dict, and remember the old one or that there was none."""
         self._before += entries, key, entries.get(key, _ABSENT)
         entries[key] = value
 
     def copy(self, tensor: Tensor, value: Tensor) -> None:
-        """Copy a value into a tensor."""
+        """Copy a value into a tensor, and remember the old one. What `copy_` raises is raised."""
         self._before += tensor, None, tensor.detach().clone()
         tensor.copy_(value)
 
@@ -45,5 +49,5 @@ class Ledger:
                 changed[key] = before
 
     def close(self) -> None:
-        """Nothing of this is taken back any more."""
+        """Forget all changes: they are not taken back any more."""
         self._before.clear()

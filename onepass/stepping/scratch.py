@@ -1,5 +1,7 @@
-"""Copies of memory that parameters share: they step there, one after the other, before anything is
-stored."""
+"""Copies of memory that parameters share.
+
+They step there, one after the other, before anything is stored.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,7 @@ class Scratch:
             self._copy(together)
 
     def _copy(self, stretches: list[tuple[int, int, Tensor]]) -> None:
+        """Copy stretches of memory that overlap: (first byte, end, tensor), sorted."""
         start = stretches[0][0] // ALIGNMENT * ALIGNMENT
         end = max(end for _, end, _ in stretches)
         device = stretches[0][2].device
@@ -52,7 +55,7 @@ class Scratch:
         return self._find(t) is not None
 
     def view(self, t: Tensor) -> Tensor:
-        """A tensor's place in the copy; the tensor itself if its memory has not been copied."""
+        """Return a tensor's place in the copy, or the tensor itself if its memory was not copied."""
         found = self._find(t)
         if found is None:
             return t
@@ -64,6 +67,7 @@ class Scratch:
         return torch._neg_view(view) if t.is_neg() else view
 
     def _find(self, t: Tensor) -> tuple[torch.device, int, int, Tensor] | None:
+        """Return the device, start, end and copy of the memory that a tensor lies in, or None."""
         if not self._copies or not lies_in_memory(t) or not t.numel():
             return None
         start, end = t.data_ptr(), t.data_ptr() + kernel.extent(t)
@@ -73,6 +77,6 @@ class Scratch:
 
 
 def _as_bytes(t: Tensor, count: int) -> Tensor:
-    """A tensor's memory from its first element to its last."""
+    """Return a tensor's memory from its first element to its last, as this many bytes."""
     memory = torch.empty(0, dtype=torch.uint8, device=t.device)
     return memory.set_(t.untyped_storage(), t.storage_offset() * t.itemsize, (count,), (1,))

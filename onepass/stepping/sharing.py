@@ -1,5 +1,7 @@
-"""Parameters that share memory: who they are, and whether a kernel can step them one after the
-other, as torch does."""
+"""Parameters that share memory.
+
+Who they are, and whether a kernel can step them one after the other, as torch does.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from .recipe import Recipe
 
 
 def find_shared(members: Sequence[Member], recipes: Sequence[Recipe], reading: Reading) -> Clusters:
-    """The positions of parameters that share memory with others, or whose states do; `recipes` has
-    each kind's."""
+    """Return the positions of parameters that share memory with others, or whose states do.
+
+    `recipes` has each kind's.
+    """
     found: list[int] = []
     for member in members:
         p = reading.params[member.position]
@@ -35,7 +39,7 @@ def out_of_order(
     recipes: Sequence[Recipe],
     reading: Reading,
 ) -> list[int]:
-    """The positions of parameters in clusters that no single launch steps in order.
+    """Return the positions of parameters in clusters that no single launch steps in order.
 
     `kinds` says of those that kernels serve, by position, in which launch.
     """

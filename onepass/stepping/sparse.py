@@ -5,9 +5,13 @@ first k dimensions. To a kernel each slice is a tensor of its own, given by its 
 column. So the kernels that step dense gradients step slices, too, where they lie: nothing of the
 parameter's size is walked, copied or allocated.
 
-Example: an embedding of shape (5, 3) in float32 at address 1000, and a gradient with values for
-its rows 0 and 3. A launch walks two tensors of 3 numbers: p's at 1000 and 1000 + 3 * 12 = 1036, g's
-at the beginning of the values and 12 bytes behind.
+Example: an embedding of shape (5, 3) in float32 at address 1000, and a gradient with the indices
+[[0, 3]] and values of shape (2, 3) at address 5000. A slice has 3 numbers of 4 bytes: 12 bytes.
+A launch walks two tensors of 3 numbers:
+
+    slice      address of g      address of p
+        0              5000              1000    (1000 + 0 * 12)
+        3              5012              1036    (1000 + 3 * 12)
 """
 
 from __future__ import annotations
@@ -183,7 +187,7 @@ class SlicesBatch:
         self.kernel = kernel.compile(recipe.graph, tuple(formats))
         self.written = [column.written for column in self.kernel.program.columns[1:]]
         self.launch: Any = None
-        # How many rows of a parameter the launch can hold, and of how many numbers.
+        # How many slices of a parameter the launch can hold, and of how many numbers.
         self._room: list[tuple[int, int]] = []
 
     def gather(self, reading: Reading) -> Gathered | None:
@@ -216,7 +220,7 @@ class SlicesBatch:
     def _read_states(
         self, params: Sequence[Tensor], states: Sequence[Any]
     ) -> tuple[list[Sequence[Any]], list[float]]:
-        """The columns that a launch writes, and how many steps each parameter has taken."""
+        """Return the columns that a launch writes, and how many steps each parameter has taken."""
         kept = [[state.get(name) for state in states] for name in self.recipe.graph.state]
         steps = [0.0] * len(params)
         if self.recipe.counts_steps:
@@ -235,7 +239,7 @@ class SlicesBatch:
     def _read(
         self, member: Member, p: Tensor, g: Tensor
     ) -> tuple[np.ndarray, np.ndarray, Tensor] | None:
-        """A gradient, see `read`; None if the kernel was not compiled for such a one."""
+        """Return a gradient as `read` does; None if the kernel was not compiled for its kind."""
         fits = kernel.is_plain(g) and member.takes(g)
         if not fits or g.dtype != self.dtypes[0] or g.shape != p.shape:
             return None
@@ -296,6 +300,7 @@ class SlicesBatch:
             self._set_leaves(i, slices)
 
     def _launch(self, stepping: list[Slices], threads: int) -> None:
+        """Run the launch, put copies back, and tell autograd what has changed."""
         stepping = [slices for slices in stepping if slices.count]
         if not stepping:
             return
@@ -365,7 +370,11 @@ def _overlap(stepping: list[Slices]) -> bool:
 
 
 class EagerSlices(EagerBatch):
-    """The same by torch's own operations: slices are copied out, stepped and put back."""
+    """The same by torch's own operations: slices are copied out, stepped and put back.
+
+    Of a parameter of shape (5, 3) and indices [[0, 3]], p[[0, 3]] of shape (2, 3) is stepped with
+    the values of the gradient, and then copied back to p[[0, 3]].
+    """
 
     def __init__(
         self, members: list[Member], reading: Reading, recipe: Recipe, owner: str, *modes: bool
@@ -374,6 +383,7 @@ class EagerSlices(EagerBatch):
         super().__init__(members, reading, recipe, owner, *modes)
 
     def _kind(self, tensors: Sequence[Tensor]) -> object:
+        """Return None: each parameter is computed alone."""
         return None
 
     def cancel(self) -> None:
@@ -405,6 +415,7 @@ class EagerSlices(EagerBatch):
                 self._slices.append((target, where, value))
 
     def _take_computed(self) -> list[Tensor]:
+        """Return the values that were computed last; the batch does not store them."""
         values = [value for _, value in self._targets_alone]
         self._targets_alone = []
         return values
