@@ -203,16 +203,16 @@ class EagerMembers:
         parts: list[list[int]] = []
         # Of each kind the part that is not full: how many elements it has room for, and its places.
         open_parts: dict[object, tuple[int, list[int]]] = {}
-        for place, kind in enumerate(self._kinds):
-            member = self.members[self.known[place]]
-            if kind is None or place in changed or member.position in self.apart:
+        for i, kind in enumerate(self._kinds):
+            member = self.members[self.known[i]]
+            if kind is None or i in changed or member.position in self.apart:
                 continue
             room, places = open_parts.get(kind, (0, []))
-            if room < self._sizes[place] or not places:
+            if room < self._sizes[i] or not places:
                 room, places = MOST_ELEMENTS, []
                 parts.append(places)
-            places.append(place)
-            open_parts[kind] = room - self._sizes[place], places
+            places.append(i)
+            open_parts[kind] = room - self._sizes[i], places
         return [Part(places, self.known, self.members) for places in parts]
 
     def _has_entries(self, state: Any) -> bool:
