@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -121,7 +121,7 @@ def find_clusters(starts: np.ndarray, sizes: np.ndarray, owners: np.ndarray) -> 
     return tuple(sorted(cluster for cluster in clusters if len(cluster) > 1))
 
 
-def lies_in_memory(t: object) -> bool:
+def lies_in_memory(t: object) -> TypeGuard[Tensor]:
     """Whether this is a plain tensor whose elements lie in memory, where its strides say."""
     if not isinstance(t, Tensor) or not kernel.is_plain(t):
         return False

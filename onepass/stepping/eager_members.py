@@ -136,8 +136,8 @@ class EagerMembers:
             if not member.takes(g):
                 return None
             check(self.owner, member, p, g, state, self.recipe)
-            kept = filter(lies_in_memory, map(state.get, self.recipe.graph.state))
-            if any(map(kernel.is_expanded, kept)):
+            kept = [state.get(name) for name in self.recipe.graph.state]
+            if any(lies_in_memory(entry) and kernel.is_expanded(entry) for entry in kept):
                 # A new plan makes it dense; it could not be written.
                 return None
             tensors: dict[str, Sequence[Any]] = {"p": [p], "g": [g]}

@@ -55,7 +55,7 @@ class Scratch:
         return self._find(t) is not None
 
     def view(self, t: Tensor) -> Tensor:
-        """Return a tensor's place in the copy, or the tensor itself if its memory was not copied."""
+        """Return a tensor's place in the copy, or the tensor itself if it was not copied."""
         found = self._find(t)
         if found is None:
             return t
