@@ -302,10 +302,10 @@ class _Phases(CycleLR):
                 f"{self.total_steps}."
             )
         phases = self._schedule_phases
-        ends = [phase["end_step"] for phase in phases]
-        index = next((i for i, end in enumerate(ends[:-1]) if self.last_epoch <= end), -1)
-        index %= len(phases)
-        start, end = ends[index - 1] if index else 0.0, ends[index]
+        step, earlier = self.last_epoch, enumerate(phases[:-1])
+        index = next((i for i, phase in earlier if step <= phase["end_step"]), len(phases) - 1)
+        start = phases[index - 1]["end_step"] if index else 0.0
+        end = phases[index]["end_step"]
         fraction = (self.last_epoch - start) / (end - start) if end != start else 1.0
         left = _share_left(self, fraction)
         first, last = phases[index][f"start_{what}"], phases[index][f"end_{what}"]
