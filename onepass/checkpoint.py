@@ -109,8 +109,8 @@ def load(path: str | os.PathLike[str]) -> dict[Any, Any]:
             tree = _decode(json.loads(text), file, path)
     except SafetensorError as error:
         raise CheckpointError(
-            f"checkpoint.load: {path} is truncated, damaged or no safetensors file ({error}); "
-            "use another checkpoint or start anew."
+            f"checkpoint.load: {path} is truncated, damaged or not a safetensors file ({error}); "
+            "use another checkpoint or start again."
         ) from error
     except CheckpointError:
         raise
@@ -141,7 +141,7 @@ def _import_safetensors():
 
 def _damaged(path: str | os.PathLike[str], reason: str) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint.load: {path} is damaged: {reason}; use another checkpoint or start anew."
+        f"checkpoint.load: {path} is damaged: {reason}; use another checkpoint or start again."
     )
 
 

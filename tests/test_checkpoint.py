@@ -311,7 +311,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = (tmp_path / "whole").read_bytes()
     for length in range(0, len(whole), 7):
         (tmp_path / "part").write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="truncated, damaged or no safetensors file"):
+        with pytest.raises(CheckpointError, match="truncated, damaged or not a safetensors file"):
             checkpoint.load(tmp_path / "part")
 
 
@@ -339,7 +339,7 @@ def test_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no onepass checkpoint"):
         checkpoint.load(path)
     torch.save({"a": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         checkpoint.load(path)
     safetensors.torch.save_file({}, path, {"onepass_checkpoint": "2", "tree": "{}", "crc32": "0"})
     with pytest.raises(CheckpointError, match="format '2' and this onepass reads format 1"):

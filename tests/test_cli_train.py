@@ -289,7 +289,7 @@ def make_nothing() -> None:
         (
             make_truncated_run,
             "--resume --out run",
-            "run/last.safetensors is truncated, damaged or no safetensors file",
+            "run/last.safetensors is truncated, damaged or not a safetensors file",
         ),
         (make_foreign_run, "--resume --out run", "is a safetensors file but no onepass checkpoint"),
         (

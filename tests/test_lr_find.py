@@ -928,7 +928,7 @@ def test_an_iterator_that_runs_dry_says_so() -> None:
     before = photograph(arguments["model"], arguments["optimizer"])
     with pytest.raises(
         ValueError,
-        match=r"data gave 7 batches for 100 steps and cannot be begun anew, .* or steps=7$",
+        match=r"data gave 7 batches for 100 steps and cannot be begun again, .* or steps=7$",
     ):
         lr_find(**arguments)
     assert changes(before, photograph(arguments["model"], arguments["optimizer"])) == []

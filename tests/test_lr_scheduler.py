@@ -988,7 +988,7 @@ def test_refuses_the_state_of_another_class(name: str) -> None:
             before = side.state()
             foreign = build(library, make_optimizer(torch.optim, side.case), TABLE[other])
             with pytest.raises(
-                KeyError, match=f"it is none of a {type(side.schedulers[0]).__name__}"
+                KeyError, match=f"it is not one of a {type(side.schedulers[0]).__name__}"
             ):
                 side.schedulers[0].load_state_dict(foreign.state_dict())
             assert side.state() == before
@@ -998,7 +998,7 @@ def test_the_schedulers_of_options_refuse_the_state_of_another_class() -> None:
     opt = make_optimizer(torch.optim, Case(()))
     scheduler, step = onepass.Scheduler(opt, {"lr": decay}), OURS.StepLR(opt, 2)
     for one, other in ((scheduler, step), (step, scheduler)):
-        with pytest.raises(KeyError, match=f"it is none of a {type(one).__name__}"):
+        with pytest.raises(KeyError, match=f"it is not one of a {type(one).__name__}"):
             one.load_state_dict(other.state_dict())
 
 
@@ -1683,12 +1683,12 @@ BAD: dict[str, Bad] = {
     "no scheduler": Bad(
         lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2), 3], [3]),
         TypeError,
-        "at index 1 is no scheduler",
+        "at index 1 is not a scheduler",
     ),
     "no link": Bad(
         lambda m, o: m.ChainedScheduler([m.StepLR(o, 2), 3]),
         TypeError,
-        "at index 1 is no scheduler",
+        "at index 1 is not a scheduler",
     ),
     "a plateau in a sequence": Bad(
         lambda m, o: m.SequentialLR(o, [m.ReduceLROnPlateau(o)], []),
@@ -1713,16 +1713,19 @@ BAD: dict[str, Bad] = {
     "option": Bad(
         lambda m, o: onepass.Scheduler(o, {"beta": decay}),
         KeyError,
-        "'beta' is no number in the optimizer's groups",
+        "'beta' is not a number in the optimizer's groups",
         False,
     ),
     "index": Bad(
-        lambda m, o: onepass.Scheduler(o, {"lr[0]": decay}), KeyError, "'lr[0]' is no number", False
+        lambda m, o: onepass.Scheduler(o, {"lr[0]": decay}),
+        KeyError,
+        "'lr[0]' is not a number",
+        False,
     ),
     "word": Bad(
         lambda m, o: onepass.Scheduler(o, {"betas[one]": decay}),
         KeyError,
-        "'betas[one]' is no number",
+        "'betas[one]' is not a number",
         False,
     ),
     "schedule": Bad(
@@ -1842,7 +1845,7 @@ STEPS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exceptio
             s.state_dict() | {"_schedulers": s.state_dict()["_schedulers"][::-1]}
         ),
         KeyError,
-        "it is none of a LinearLR",
+        "it is not one of a LinearLR",
     ),
 }
 

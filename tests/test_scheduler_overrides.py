@@ -1448,7 +1448,7 @@ SEQUENCES: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         "schedulers must be a list of schedulers",
     ),
     "no chain": (lambda m, o: m.ChainedScheduler(None), "schedulers must be a list of schedulers"),
-    "member": (lambda m, o: m.ChainedScheduler(["a"]), "at index 0 is no scheduler"),
+    "member": (lambda m, o: m.ChainedScheduler(["a"]), "at index 0 is not a scheduler"),
     "last_epoch": (
         lambda m, o: m.SequentialLR(o, [m.StepLR(o, 2)], [], "3"),
         "last_epoch must be a number",

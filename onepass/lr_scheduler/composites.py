@@ -38,7 +38,7 @@ class _Composite(LRScheduler):
         for index, member in enumerate(schedulers):
             if not hasattr(member, "optimizer"):
                 raise TypeError(
-                    f"{name}: what stands at index {index} is no scheduler, got {member!r:.80}."
+                    f"{name}: what stands at index {index} is not a scheduler, got {member!r:.80}."
                 )
             if isinstance(member, torch_schedulers.ReduceLROnPlateau):
                 raise ValueError(

@@ -118,7 +118,7 @@ def _check(option: str, group: Group, function: object) -> None:
     except (KeyError, IndexError, TypeError, ValueError):
         names = ", ".join(name for name in group if name not in ("params", "param_names"))
         raise KeyError(
-            f"{option!r} is no number in the optimizer's groups; they have {names}."
+            f"{option!r} is not a number in the optimizer's groups; they have {names}."
         ) from None
 
 

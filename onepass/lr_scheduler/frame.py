@@ -357,8 +357,8 @@ class LRScheduler(torch_schedulers.LRScheduler):
         if missing or foreign:
             what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(foreign)}"
             raise KeyError(
-                f"the state dict {what}: it is none of a {type(self).__name__}; load that of its "
-                "own class."
+                f"the state dict {what}: it is not one of a {type(self).__name__}; load that of "
+                "its own class."
             )
 
 

@@ -278,7 +278,7 @@ def _repeat(data: Iterable[Any], steps: int) -> Generator[Any, None, None]:
                     "lr_find: data has no batches; pass a list of batches or a DataLoader with some"
                 )
             raise ValueError(
-                f"lr_find: data gave {given} batches for {steps} steps and cannot be begun anew, "
+                f"lr_find: data gave {given} batches for {steps} steps and cannot be begun again, "
                 f"as an iterator; pass a list or a DataLoader, or steps={given}"
             )
 

@@ -143,8 +143,7 @@ def get_swa_avg_fn() -> AvgFn:
 def update_bn(
     loader: Iterable[Any], model: Module, device: int | torch.device | None = None
 ) -> None:
-    """Measure the statistics of all batch norms anew, in one pass of the model over the batches of
-    `loader`.
+    """Measure the statistics of all batch norms again, over the batches of `loader`.
 
     A batch is a tensor, or a list or tuple that begins with one; it is moved to `device` if that is
     given. Momenta and modes (train, eval) are afterwards, also after an error, what they were;
