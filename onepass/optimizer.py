@@ -374,28 +374,39 @@ def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         return loss
     private = optimizer._onepass
     # Before its turn begins, other threads may step: a closure may wait for one that does.
-    with (
-        private.turn as turn,
-        torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))),
-    ):
+    with private.turn as turn:
         turn.refuse_another(_name(optimizer))
-        if has_own_group_reader(optimizer):
-            step_as_torch(optimizer, OVERRIDES.format("_init_group"))
+        has_factor = scale is not None or gradient_factor.found_inf is not None
+        if not has_factor and private.repeats.take(optimizer, private.plan):
             return loss
-        ready = make_ready(optimizer, gradient_factor.scale is not None)
-        if ready is None:
-            step_as_torch(optimizer, REPEATS)
-            return loss
-        plan, reading, gathered = ready
-        if private.idle.waits:
-            private.idle.look(
-                optimizer, reading.params, reading.grads, closure is not None, private.warn_once
-            )
-        plan.run(reading, gathered, gradient_factor)
-    if plan.refused_rate is not None:
-        index, rate = plan.refused_rate
+        with torch.set_grad_enabled(bool(optimizer.defaults.get("differentiable"))):
+            _take_careful_step(optimizer, gradient_factor, has_closure=closure is not None)
+    if private.plan is not None and private.plan.refused_rate is not None:
+        index, rate = private.plan.refused_rate
         private.warn_once(refused_rate(_name(optimizer), index, rate), f"lr of {index}")
     return loss
+
+
+def _take_careful_step(
+    optimizer: Optimizer, gradient_factor: GradientFactor, *, has_closure: bool
+) -> None:
+    """Take a step that may differ from the last one in everything, and learn from it."""
+    private = optimizer._onepass
+    if has_own_group_reader(optimizer):
+        step_as_torch(optimizer, OVERRIDES.format("_init_group"))
+        return
+    ready = make_ready(optimizer, gradient_factor.scale is not None)
+    if ready is None:
+        step_as_torch(optimizer, REPEATS)
+        return
+    plan, reading, gathered = ready
+    if private.idle.waits:
+        private.idle.look(optimizer, reading.params, reading.grads, has_closure, private.warn_once)
+    # A first step has settings of its own, which no other step repeats.
+    is_first = bool(plan.fresh)
+    plan.run(reading, gathered, gradient_factor)
+    if not is_first and not private.idle.waits:
+        private.repeats.learn(optimizer, plan, reading, gathered[0])
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:

@@ -28,6 +28,7 @@ from .graph.caches import once, remember
 from .graph.formats import FORMATS
 from .graph.ir import Rank, RuleError
 from .graph.passes import Program
+from .repeat.fields import Answer, OptionKind
 from .graph.trace import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
 from .tensors.memory import (
     extent,
@@ -40,6 +41,7 @@ from .tensors.memory import (
 )
 
 if TYPE_CHECKING:
+    from .repeat.sheet import Sheet
     from .tensors.facts import Expected
     from .tensors.numbers import Numbers
 
@@ -49,8 +51,10 @@ __all__ = [
     "FORMATS",
     "GRADIENT_FACTOR",
     "HOST",
+    "Answer",
     "Argument",
     "Graph",
+    "OptionKind",
     "Rank",
     "Rule",
     "RuleError",
@@ -68,6 +72,7 @@ __all__ = [
     "is_dense",
     "is_expanded",
     "is_plain",
+    "new_sheet",
     "numbers_at",
     "on_host",
     "shape_at",
@@ -137,6 +142,20 @@ class Launch(Protocol):
         """Give back the memory of what has begun and will not be finished."""
         ...
 
+    def calls(self) -> list[tuple[int, int]]:
+        """Return functions and their arguments which are this launch, for machine code to call.
+
+        Empty if it is more than that.
+        """
+        ...
+
+    def results(self) -> Mapping[str, list[tuple[int, bool]]]:
+        """Return where each setting's new scalars are after a run, and whether in float64.
+
+        A scalar is missing if each tensor has its own.
+        """
+        ...
+
     def scalars(self) -> Mapping[str, np.ndarray]:
         """Return each tensor's new scalars, of the last run, if the host keeps them."""
         ...
@@ -168,6 +187,7 @@ def _import() -> None:
     from .cpu import launch  # noqa: F401
     from .eager import foreach, single  # noqa: F401
     from .llvm import native  # noqa: F401
+    from .repeat import sheet  # noqa: F401
     from .tensors import facts, numbers  # noqa: F401
 
 
@@ -252,6 +272,17 @@ def numbers_at(addresses: np.ndarray, dtype: np.dtype) -> Numbers:
     from .tensors.numbers import Numbers
 
     return Numbers(addresses, dtype)
+
+
+def new_sheet() -> Sheet | None:
+    """Return an empty sheet: a step that differs from the last one only in values, see `repeat`.
+
+    None where machine code may not read Python's objects and torch's tensors.
+    """
+    from .repeat.sheet import Sheet, code
+
+    found = code()
+    return None if found is None else Sheet(found)
 
 
 def evaluate(

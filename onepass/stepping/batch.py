@@ -112,8 +112,8 @@ class KernelBatch(Columns):
     def _prepare_numbers(self, numbers: list[Tensor]) -> None:
         """Note where the recipe's numbers are read, and where they go in a launch."""
         wide = bool(numbers) and numbers[0].dtype == torch.float64
-        self._number_dtype = np.dtype(np.float64 if wide else np.float32)
-        self._numbers = kernel.numbers_at(self.number_pointers, self._number_dtype)
+        self.number_dtype = np.dtype(np.float64 if wide else np.float32)
+        self._numbers = kernel.numbers_at(self.number_pointers, self.number_dtype)
         names = self.recipe.numbers
         self._step = names.index("step") if "step" in names else None
         self.leaves = [self.kernel.leaves[name] for name, _, _ in self.recipe.sources]
@@ -275,7 +275,7 @@ class KernelBatch(Columns):
         numbers = self._numbers.read()
         if self._step is not None:
             # Counted in the precision that the counts have.
-            numbers[self._step] = (numbers[self._step] + self.active).astype(self._number_dtype)
+            numbers[self._step] = (numbers[self._step] + self.active).astype(self.number_dtype)
         self.choose_settings(numbers, self.find_first(fresh))
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):

@@ -23,7 +23,7 @@ class GroupRecipes:
         self.modes: list[Mode] = []
         self.kind_of: list[int] = []
         self._scaled = scaled
-        self._switches: list[tuple[list[str], list[str]]] = []
+        self.switches: list[tuple[list[str], list[str]]] = []
         flags = [algorithm.flags(group) for group in groups]
         for group, flags_of_group in zip(groups, flags, strict=True):
             mode = Mode.of(group)
@@ -38,7 +38,7 @@ class GroupRecipes:
                     self.recipes.append(self._make(algorithm, rule, arguments, mode, group))
                     self.modes.append(mode)
                 self.kind_of.append(known[rule])
-            self._switches.append(switches(keywords.items()))
+            self.switches.append(switches(keywords.items()))
         # Equal graphs have one number; it is quicker to compare.
         numbers: dict[kernel.Graph, int] = {}
         self.graph_of = [numbers.setdefault(recipe.graph, len(numbers)) for recipe in self.recipes]
@@ -77,7 +77,7 @@ class GroupRecipes:
         return [
             [*map(group.get, keys), flags_of_group, [_kind(group.get(name)) for name in numbers]]
             for group, (keys, numbers), flags_of_group in zip(
-                groups, self._switches, flags, strict=True
+                groups, self.switches, flags, strict=True
             )
         ]
 

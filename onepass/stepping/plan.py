@@ -60,10 +60,10 @@ class Plan:
         self.owner, self.scaled = algorithm.name, scaled
         self.inference = torch.is_inference_mode_enabled()
         self.sizes = [len(group["params"]) for group in reading.groups]
-        self._options = GroupRecipes(algorithm, reading.groups, scaled)
+        self.options = GroupRecipes(algorithm, reading.groups, scaled)
         # What to take back if a step does not come of it.
         self._ledger = Ledger()
-        members = Members(algorithm, reading, self._options, self._ledger)
+        members = Members(algorithm, reading, self.options, self._ledger)
         self.dormant, self.slice_answers = members.dormant, members.slice_answers
         # The positions of the parameters whose state is made now.
         self.fresh = members.fresh
@@ -97,12 +97,12 @@ class Plan:
 
         `why` says by position why no kernel can serve a member.
         """
-        batching = Batching(self.owner, members, reading, self._options)
+        batching = Batching(self.owner, members, reading, self.options)
         kinds = batching.find_kinds(why)
-        self._is_differentiable = any(mode.differentiable for mode in self._options.modes)
+        self._is_differentiable = any(mode.differentiable for mode in self.options.modes)
         self.clusters: Clusters = ()
         if not self._is_differentiable:
-            self.clusters = find_shared(members, self._options.recipes, reading)
+            self.clusters = find_shared(members, self.options.recipes, reading)
         for position, reason in batching.why_shared(self.clusters, kinds).items():
             why[position] = reason if why[position] is None else why[position]
             kinds.pop(position, None)
@@ -133,7 +133,7 @@ class Plan:
             return None
         if not reading.has_state_of(self.size):
             return None
-        if not self._options.are_as_before(groups, flags):
+        if not self.options.are_as_before(groups, flags):
             return None
         if steps_slices is not None and not self._steps_slices_as_before(groups, steps_slices):
             return None

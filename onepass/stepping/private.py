@@ -10,6 +10,7 @@ from torch import Tensor
 from ..contract.mistakes import Idle, tell
 from ..contract.param_groups import Taken
 from .plan import Plan
+from .repeat import Repeats
 from .turn import Turn
 
 
@@ -20,6 +21,7 @@ class Private:
     def __init__(self) -> None:
         self.turn, self.idle = Turn(), Idle()
         self.plan: Plan | None = None
+        self.repeats = Repeats()
         # The class whose rule the plan follows: an object may get another one.
         self.cls: type | None = None
         # What graphs that hold former plans' steps will read.

@@ -212,6 +212,37 @@ class Launch(LaunchInTwo):
                     for share in others:
                         add(total, share, out=total)
 
+    def calls(self) -> list[tuple[int, int]]:
+        """Return functions and their arguments which are this launch, for machine code to call.
+
+        Empty if it is more than that: if threads share the work, or Python has a part in it.
+        """
+        program = self.kernel.program
+        walk, *more = self._walks
+        units = self.chunks[program.passes[0].domain].units
+        if more or program.calls or walk.is_per_tensor or units >= 2 * UNITS_PER_THREAD:
+            return []
+        return [(self.kernel.library.address("launch_0"), walk.address)]
+
+    def results(self) -> dict[str, list[tuple[int, bool]]]:
+        """Return where each setting's new scalars are after a run, and whether in float64.
+
+        A scalar is missing if each tensor has its own.
+        """
+        walk = self._walks[-1]
+        if walk.is_per_tensor:
+            return {}
+        table = walk.arrays["table"]
+        settings, columns = table.shape
+        found: dict[str, list[tuple[int, bool]]] = {}
+        for name, node in self.kernel.program.scalars:
+            if node.op == "const":
+                continue
+            first = self.kernel.inputs[-1][node]
+            places = [address(table) + table.itemsize * (i * columns + first) for i in range(settings)]
+            found[name] = [(place, table.dtype == np.float64) for place in places]
+        return found
+
     def scalars(self) -> dict[str, np.ndarray]:
         """Return each tensor's new scalars, as the last run computed them, in the compute type."""
         last = len(self._walks) - 1

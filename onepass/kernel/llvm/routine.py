@@ -15,7 +15,7 @@ LLVM turns into registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 Operand = str | int
@@ -104,16 +104,17 @@ class Routine:
 
     def either(self, *conditions: str) -> str:
         """Return whether one of several conditions holds, all of which are computed."""
-        return self._joined("or", conditions)
+        return self.joined("or", conditions, "i1")
 
     def both(self, *conditions: str) -> str:
         """Return whether all of several conditions hold, all of which are computed."""
-        return self._joined("and", conditions)
+        return self.joined("and", conditions, "i1")
 
-    def _joined(self, operation: str, conditions: tuple[str, ...]) -> str:
-        joined, *others = conditions
-        for condition in others:
-            joined = self.value(f"{operation} i1 {joined}, {condition}")
+    def joined(self, operation: str, values: Sequence[str], type: str = "i64") -> str:
+        """Return several values, joined by an operation such as "or"."""
+        joined, *others = values
+        for value in others:
+            joined = self.value(f"{operation} {type} {joined}, {value}")
         return joined
 
     def call(self, result: str, function: Operand, *arguments: str) -> str:

@@ -58,14 +58,15 @@ class Expected:
         self.count = len(like)
         # Most tensors have the facts of others: a kind is a distinct set of facts.
         kinds: dict[tuple[Facts, int], int] = {}
-        kind_of = []
+        # For each tensor, the number of its kind.
+        self.kind_of: list[int] = []
         for t in like:
             kind = (facts_of(t), extent(t))
-            kind_of.append(kinds.setdefault(kind, len(kinds)))
+            self.kind_of.append(kinds.setdefault(kind, len(kinds)))
         facts_of_kinds = [facts for facts, _ in kinds]
         table, layouts = _tables(kinds)
-        self.facts = [facts_of_kinds[index] for index in kind_of]
-        self._table = table[kind_of]
+        self.facts = [facts_of_kinds[index] for index in self.kind_of]
+        self._table = table[self.kind_of]
         self._layouts = layouts
         self.bytes = self._table[:, FACTS.index("bytes")]
         # Filled by `compare`: whoever calls it holds a lock until the launch is over.
@@ -149,17 +150,22 @@ def is_as(t: object, facts: Facts) -> bool:
     return facts_of(t) == facts and has_storage(t)
 
 
+def library_path() -> str:
+    """Return the file of torch's C functions."""
+    names = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+    name = names.get(sys.platform, "libtorch_cpu.so")
+    return str(Path(torch.__file__).parent / "lib" / name)
+
+
 @cache
 def answers() -> dict[str, int]:
     """Return the addresses of torch's C functions that answer `QUESTIONS`.
 
     Empty if this torch does not export them.
     """
-    names = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
-    name = names.get(sys.platform, "libtorch_cpu.so")
     addresses = {}
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        library = ctypes.CDLL(library_path())
         for question in QUESTIONS:
             function = getattr(library, f"aoti_torch_get_{question}")
             addresses[question] = ctypes.cast(function, ctypes.c_void_p).value or 0
