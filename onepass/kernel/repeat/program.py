@@ -32,7 +32,11 @@ from .fields import COUNTS, FIELDS, Answer, OptionKind
 ROW_LENGTH = 2 * WORDS + 2
 ARGUMENTS = ("ptr sheet", "ptr groups", "ptr state", "i64 asked")
 ARGUMENTS_GIVEN = ("ptr %sheet", "ptr %groups", "ptr %state", "i64 %asked")
-DECLARATIONS = "declare void @llvm.prefetch.p0(ptr, i32, i32, i32)"
+OR_OF_WORDS = f"llvm.vector.reduce.or.v{WORDS}i64"
+DECLARATIONS = f"""\
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare i64 @{OR_OF_WORDS}(<{WORDS} x i64>)
+"""
 NUMBERS = (OptionKind.NUMBER, OptionKind.RATE, OptionKind.ASKED)
 # Bytes of memory that are fetched at once.
 LINE = 64
@@ -311,12 +315,13 @@ class _Reading(_Walk):
             with r.when(r.is_less(-1, row_index)):
                 impl = self.entry("impl", t, "ptr")
                 row = r.at("i64", self.field("rows"), r.multiply(row_index, ROW_LENGTH))
-                different = []
-                for i in words.same:
-                    word = r.value(f"xor i64 {r.load('i64', impl, i)}, {r.load('i64', row, i)}")
-                    matter = r.load("i64", row, WORDS + i)
-                    different.append(r.value(f"and i64 {word}, {matter}"))
-                self._must(r.is_equal(r.joined("or", different), 0))
+                words_type = f"<{WORDS} x i64>"
+                found, expected = r.load(words_type, impl), r.load(words_type, row)
+                matter = r.load(words_type, r.at("i64", row, WORDS))
+                different = r.value(f"xor {words_type} {found}, {expected}")
+                different = r.value(f"and {words_type} {different}, {matter}")
+                any_bit = r.value(f"call i64 @{OR_OF_WORDS}({words_type} {different})")
+                self._must(r.is_equal(any_bit, 0))
                 self._must_have_plain_object(impl)
                 r.leave_if(r.is_null(r.load("ptr", impl, words.version)), Answer.DIFFERS)
                 storage = r.load("ptr", impl, words.storage)
