@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
+from .contract.hooks import with_hooks
 from .contract.mistakes import arguments_of, refused_rate, watch_options
 from .contract.options import MODES, check_modes, check_switches, switches_of
 from .contract.param_groups import (
@@ -176,6 +177,7 @@ class Optimizer(TorchOptimizer):
 
     # Stepping.
 
+    @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return what `closure` returned, if given.
 
@@ -183,8 +185,6 @@ class Optimizer(TorchOptimizer):
         class does not take, state that does not fit, memory that is gone. The optimizer is
         unchanged when this is raised.
         """
-        if torch.compiler.is_compiling():
-            return _step_outside_graphs(self, closure)
         return _take_step(self, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -433,7 +433,6 @@ def _name(optimizer: TorchOptimizer) -> str:
     return type(optimizer).__name__
 
 
-# These import torch's compiler when they are first called: only in a compiled function, which has
+# This imports torch's compiler when it is first called: only in a compiled function, which has
 # imported it already.
-_step_outside_graphs = torch._disable_dynamo(_take_step)
 _zero_grad_outside_graphs = torch._disable_dynamo(_zero_grad)

@@ -28,8 +28,8 @@ from .graph.caches import once, remember
 from .graph.formats import FORMATS
 from .graph.ir import Rank, RuleError
 from .graph.passes import Program
-from .repeat.fields import Answer, OptionKind
 from .graph.trace import GRADIENT_FACTOR, Argument, Graph, Rule, bind, finish, signature, trace
+from .repeat.fields import Answer, OptionKind
 from .tensors.memory import (
     extent,
     has_storage,
@@ -39,6 +39,7 @@ from .tensors.memory import (
     shape_at,
     sizes,
 )
+from .tensors.torch_library import address as torch_function
 
 if TYPE_CHECKING:
     from .repeat.sheet import Sheet
@@ -78,6 +79,7 @@ __all__ = [
     "shape_at",
     "signature",
     "sizes",
+    "torch_function",
     "trace",
     "why_no_kernels",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...contract.hooks import with_hooks
 from ...contract.param_groups import occur_twice
 from ...contract.ranges import Choice, Whole
 from ...contract.state_dict import Match
@@ -134,6 +135,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             raise ValueError(ONE_GROUP.format(type(self).__name__))
         super().add_param_group(param_group)
 
+    @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make up to `max_iter` iterations, and return the loss before them.
 
@@ -142,8 +144,6 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         closure, and for one that does not return a number; `StepError` for parameters, gradients or
         state that do not fit.
         """
-        if torch.compiler.is_compiling():
-            return _step_outside_graphs(self, closure)
         return _take_step(self, closure)
 
     def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
@@ -182,7 +182,3 @@ def _take_step(optimizer: LBFGS, closure: Callable[[], Any] | None) -> Any:
     descent = Descent(owner, group, optimizer.state, closure)
     with torch.no_grad(), np.errstate(all="ignore"):
         return descent.run()
-
-
-# Imports torch's compiler when first called, which inside a compiled function has happened already.
-_step_outside_graphs = torch._disable_dynamo(_take_step)

@@ -239,7 +239,9 @@ class Launch(LaunchInTwo):
             if node.op == "const":
                 continue
             first = self.kernel.inputs[-1][node]
-            places = [address(table) + table.itemsize * (i * columns + first) for i in range(settings)]
+            places = [
+                address(table) + table.itemsize * (i * columns + first) for i in range(settings)
+            ]
             found[name] = [(place, table.dtype == np.float64) for place in places]
         return found
 

@@ -9,8 +9,8 @@
     count.leave(count.get(found))
     count.text()                    "define i64 @count_zeros(ptr %values, i64 %length) ..."
 
-Operands are strings of LLVM (`%v3`) or integers of 64 bits. Variables are memory on the stack, which
-LLVM turns into registers.
+Operands are strings of LLVM (`%v3`) or integers of 64 bits. Variables are memory on the stack, and
+LLVM turns them into registers.
 """
 
 from __future__ import annotations

@@ -322,7 +322,8 @@ class _Reading(_Walk):
                 different = r.value(f"and {words_type} {different}, {matter}")
                 any_bit = r.value(f"call i64 @{OR_OF_WORDS}({words_type} {different})")
                 self._must(r.is_equal(any_bit, 0))
-                self._must_have_plain_object(impl)
+                with r.when(self.is_not_zero("tensor_moves", t)):
+                    self._must_have_plain_object(impl)
                 r.leave_if(r.is_null(r.load("ptr", impl, words.version)), Answer.DIFFERS)
                 storage = r.load("ptr", impl, words.storage)
                 r.leave_if(r.is_null(storage), Answer.DIFFERS)
@@ -330,7 +331,7 @@ class _Reading(_Walk):
                 self._fetch(storage)
 
     def _must_have_plain_object(self, impl: str) -> None:
-        """Leave for a tensor of a subclass. One without a Python object will get a plain one."""
+        """Leave for a gradient of a subclass. One without a Python object would get a plain one."""
         r = self.routine
         marked = r.load("i64", impl, self.places.words.python_object)
         object = r.value(f"and i64 {marked}, -2")
@@ -338,7 +339,7 @@ class _Reading(_Walk):
             self._must_be_of(r.value(f"inttoptr i64 {object} to ptr"), *PLAIN)
 
     def _read_addresses(self) -> None:
-        """Read where each tensor's memory is, which must be large enough, and may not have moved."""
+        """Read where each tensor's memory is, which must be large enough and where it was."""
         r, words = self.routine, self.places.words
         address = r.variable("i64")
         with r.each(self.field("tensors")) as t:
@@ -356,7 +357,9 @@ class _Reading(_Walk):
                 r.set(address, 0)
                 with r.when(r.is_less(0, bytes)):
                     end = r.add(skipped, bytes)
-                    self._must(r.value(f"icmp sge i64 {r.load('i64', storage, words.bytes)}, {end}"))
+                    self._must(
+                        r.value(f"icmp sge i64 {r.load('i64', storage, words.bytes)}, {end}")
+                    )
                     self._must(r.value(f"icmp ne i64 {data}, 0"))
                     r.set(address, r.add(data, skipped))
                 found = r.get(address)
@@ -462,7 +465,8 @@ def _read(places: Places) -> str:
     with r.each(walk.field("tensors")) as t:
         r.call("void", places.python("Py_IncRef"), f"ptr {walk.entry('object', t, 'ptr')}")
     with r.each(walk.field("params")) as p:
-        with r.when(r.is_less(-1, walk.entry("gradient_tensor", p))):
+        is_there = r.is_less(-1, walk.entry("gradient_tensor", p))
+        with r.when(is_there):
             home = walk.entry("gradient_home", p, "ptr")
             goal = r.at("i64", walk.field("handle"), p)
             keep = places.functions["aoti_torch_new_tensor_handle"]

@@ -14,20 +14,20 @@ gradients and parameters are the tensors 0 to 3:
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections import defaultdict
-
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..graph.caches import once
 from ..llvm.native import Library
-from ..tensors.facts import library_path, object_layout
-from ..tensors.words import WORDS, Words, find_words, template
+from ..tensors import torch_library
+from ..tensors.facts import object_layout
+from ..tensors.words import Words, find_words, template
 from .fields import COUNTS, FIELDS
-from .program import ROW_LENGTH, Places, program
+from .program import Places, program
 
 HOLDING = ("aoti_torch_new_tensor_handle", "aoti_torch_delete_tensor_object")
 
@@ -158,19 +158,12 @@ def code() -> Code | None:
 
     Without the interpreter lock another thread could free what is being read.
     """
-    import sys
-
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
     words, layout = find_words(), object_layout()
     if not has_lock or words is None or layout is None:
         return None
-    try:
-        library = ctypes.CDLL(library_path())
-        functions = {
-            name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-            for name in HOLDING
-        }
-    except (OSError, AttributeError):
+    functions = {name: torch_library.address(name) for name in HOLDING}
+    if not all(functions.values()):
         return None
     return Code(Places(words, layout, functions))
 

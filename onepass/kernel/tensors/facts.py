@@ -30,7 +30,6 @@ import ctypes
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from ..graph.caches import once
 from ..llvm.native import Library
 from .comparison import FACTS, QUESTIONS, comparison
 from .memory import PLAIN, extent, has_storage
+from .torch_library import address
 
 Sizes = tuple[int, ...]
 # dtype, device, sizes, strides, dispatch keys.
@@ -150,28 +150,14 @@ def is_as(t: object, facts: Facts) -> bool:
     return facts_of(t) == facts and has_storage(t)
 
 
-def library_path() -> str:
-    """Return the file of torch's C functions."""
-    names = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
-    name = names.get(sys.platform, "libtorch_cpu.so")
-    return str(Path(torch.__file__).parent / "lib" / name)
-
-
 @cache
 def answers() -> dict[str, int]:
     """Return the addresses of torch's C functions that answer `QUESTIONS`.
 
     Empty if this torch does not export them.
     """
-    addresses = {}
-    try:
-        library = ctypes.CDLL(library_path())
-        for question in QUESTIONS:
-            function = getattr(library, f"aoti_torch_get_{question}")
-            addresses[question] = ctypes.cast(function, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return {}
-    return addresses
+    addresses = {question: address(f"aoti_torch_get_{question}") for question in QUESTIONS}
+    return addresses if all(addresses.values()) else {}
 
 
 @cache

@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# How much is looked at. TensorImpls, StorageImpls and what autograd knows are larger on all platforms
-# of 64 bits, and a version counter is as large.
+# How much is looked at: a version counter is as large, all others are larger on all platforms of 64
+# bits.
 WORDS = 22
 STORAGE_WORDS = 8
 META_WORDS = 8
@@ -127,7 +127,7 @@ def _find() -> Words:
     of_base = _places(lambda i: of_t[i] == of_view[i] != of_other[i])
     version = _only([i for i in of_base if i != storage])
     same = _places_of_one_kind()
-    flags = _only([i for i in same if of_integers[i] != of_other[i]])
+    flags = _only([i for i in same if (of_integers[i] ^ of_other[i]) & FLAG_BITS])
     sizes = _only(_places(lambda i: of_t[i : i + 3] == [2, 3, 4]))
     strides = _only(_places(lambda i: of_t[i : i + 3] == [12, 4, 1]))
     return Words(
@@ -163,11 +163,11 @@ def _places_of_one_kind() -> tuple[int, ...]:
     ]
     contents = [_read(t._cdata, WORDS) for t in samples]
     # What the samples refer to is at different addresses, and so are these.
-    return tuple(_places(lambda i: len({content[i] for content in contents}) == 1))
+    return tuple(_places(lambda i: len({content[i] & FLAG_BITS for content in contents}) == 1))
 
 
 def _find_gradient(of_parameter: Sequence[int]) -> tuple[int, int, int]:
-    """Return the places of what autograd knows, of a gradient in it, and what stands for no gradient.
+    """Return where autograd's knowledge is, where a gradient is in it, and what stands for none.
 
     The words are those of a parameter without a gradient.
     """
@@ -202,10 +202,11 @@ def _find_in_storage() -> tuple[int, int, int]:
     guarded = [_read(t.untyped_storage()._cdata, STORAGE_WORDS) for t in (tensors[0], lazy)]
     free = [np.array(content, np.uint64).view(np.uint8) for content in contents]
     bound = [np.array(content, np.uint64).view(np.uint8) for content in guarded]
-    found = []
-    for byte in range(8 * size, 8 * STORAGE_WORDS):
-        if {int(b[byte]) for b in free} == {0} and {int(b[byte]) for b in bound} == {1}:
-            found.append(byte)
+    found = [
+        byte
+        for byte in range(8 * size, 8 * STORAGE_WORDS)
+        if {int(b[byte]) for b in free} == {0} and {int(b[byte]) for b in bound} == {1}
+    ]
     return data, size, _only(found)
 
 
@@ -217,9 +218,7 @@ def _find_count(counter: int, t: Tensor) -> int:
         seen.append(np.array(_read(counter, COUNTER_WORDS), np.uint64).view(np.uint32).tolist())
     before, between, after = seen
     counts = range(len(before))
-    found = [
-        i for i in counts if (before[i], between[i], after[i]) == _three_up_to(t._version)
-    ]
+    found = [i for i in counts if (before[i], between[i], after[i]) == _three_up_to(t._version)]
     return _only(found)
 
 
