@@ -406,7 +406,7 @@ def _take_careful_step(
     is_first = bool(plan.fresh)
     plan.run(reading, gathered, gradient_factor)
     if not is_first and not private.idle.waits:
-        private.repeats.learn(optimizer, plan, reading, gathered[0])
+        private.repeats.learn(optimizer, plan, reading)
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:

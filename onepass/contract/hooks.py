@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.optim import optimizer as torchs
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..kernel import torch_function
 
@@ -24,8 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # torch keeps the hooks of all optimizers here.
-BEFORE = torchs._global_optimizer_pre_hooks
-AFTER = torchs._global_optimizer_post_hooks
+BEFORE, AFTER = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
 # An experiment of torch's, which records marks by itself.
 MONITOR = "torch.profiler._cupti_monitor"
 

@@ -60,6 +60,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "compile",
+    "count_as_changed",
     "evaluate",
     "evaluate_together",
     "expect",
@@ -250,6 +251,13 @@ def expect(tensors: Sequence[Tensor]) -> Expected:
     from .tensors.facts import Expected
 
     return Expected(tensors)
+
+
+def count_as_changed(tensors: list[Tensor]) -> None:
+    """Let autograd know that plain tensors have changed: count in their version counters."""
+    from .tensors import facts
+
+    facts.count_as_changed(tensors)
 
 
 def is_as(t: object, facts: Any) -> bool:

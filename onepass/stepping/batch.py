@@ -315,7 +315,7 @@ class KernelBatch(Columns):
             params = self.pick(reading.params)
             for i in set(self.strided).difference(self.inactive):
                 params[i].detach().copy_(tensors[self.count + i])
-        torch.autograd.graph.increment_version(written)
+        kernel.count_as_changed(written)
         self.keep_numbers()
 
     def _written(self, tensors: Gathered) -> Gathered:

@@ -20,7 +20,7 @@ import torch
 
 from .. import kernel
 from ..contract.values import Group
-from .batch import Gathered, KernelBatch
+from .batch import KernelBatch
 from .plan import Plan
 from .reading import Reading
 from .sheet_maker import FlagsReader, SheetMaker, is_ours
@@ -57,7 +57,7 @@ class Repeats:
         self._missed += 1
         return False
 
-    def learn(self, optimizer: Any, plan: Plan, reading: Reading, gathered: Gathered) -> None:
+    def learn(self, optimizer: Any, plan: Plan, reading: Reading) -> None:
         """Learn from a step that a plan has taken, unless what is known may still serve."""
         repeat = self._repeat
         if repeat is not None and repeat.plan is plan and repeat.is_laid_out() and self._missed < 2:
@@ -70,7 +70,7 @@ class Repeats:
         if self._wait > 0:
             self._wait -= 1
             return
-        self._repeat = make_repeat(optimizer, plan, reading, gathered)
+        self._repeat = make_repeat(optimizer, plan, reading)
         if self._repeat is None:
             self._wait = LONGEST_WAIT
         self._missed = 0
@@ -151,7 +151,7 @@ def _launch(batches: Sequence[tuple[KernelBatch, Any]]) -> None:
         launch.finish(workers)
 
 
-def make_repeat(optimizer: Any, plan: Plan, reading: Reading, gathered: Gathered) -> Repeat | None:
+def make_repeat(optimizer: Any, plan: Plan, reading: Reading) -> Repeat | None:
     """Return the step that a plan has just taken, laid out for machine code.
 
     None stands for a step that machine code cannot take.
@@ -161,7 +161,7 @@ def make_repeat(optimizer: Any, plan: Plan, reading: Reading, gathered: Gathered
         return None
     flags = [FlagsReader(optimizer, group) for group in optimizer.param_groups]
     maker = SheetMaker(sheet, plan, reading)
-    if not (maker.add_groups(flags) and maker.add_batches(gathered)):
+    if not (maker.add_groups(flags) and maker.add_batches()):
         return None
     maker.add_states()
     maker.add_launches()

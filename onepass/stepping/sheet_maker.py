@@ -11,7 +11,7 @@ import numpy as np
 from .. import kernel
 from ..contract.mistakes import PACKAGE
 from ..contract.values import Group, number, pick
-from .batch import Gathered, KernelBatch
+from .batch import KernelBatch
 from .plan import Plan
 from .reading import Reading
 
@@ -109,34 +109,30 @@ class SheetMaker:
 
     # Batches.
 
-    def add_batches(self, gathered: Sequence[Gathered]) -> bool:
+    def add_batches(self) -> bool:
         """Add parameters, gradients and states; return whether machine code can read them."""
         count = len(self._reading.params)
         self._tables["param_tensor"] = [-1] * count
         self._tables["gradient_tensor"] = [-1] * count
-        for batch, tensors in zip(self._plan.kernels, gathered, strict=True):
-            if not self._add_tensors(batch, tensors):
+        for batch in self._plan.kernels:
+            if not self._add_tensors(batch):
                 return False
             self._add_numbers(batch)
         return True
 
-    def _add_tensors(self, batch: KernelBatch, tensors: Gathered) -> bool:
-        """Add a batch's tensors in the order of its list; False if one has too many dimensions."""
+    def _add_tensors(self, batch: KernelBatch) -> bool:
+        """Add a batch's tensors in the order of its list; False if one's words are not known."""
         tables, expected, count = self._tables, batch.expected, batch.count
         begin = len(tables["tensor_row"])
         self._begins.append(begin)
-        rows: dict[int, int | None] = {}
+        if expected.rows is None:
+            return False
+        first_row = self._sheet.add_rows(expected.rows)
         inactive = set(batch.inactive)
         goals = expected.pointers
         goal = self._sheet.address(goals)
         for t, kind in enumerate(expected.kind_of):
-            is_missing = t in inactive
-            if not is_missing and kind not in rows:
-                rows[kind] = self._sheet.row(tensors[t], int(expected.bytes[t]))
-            row = -1 if is_missing else rows[kind]
-            if row is None:
-                return False
-            tables["tensor_row"].append(row)
+            tables["tensor_row"].append(-1 if t in inactive else first_row + kind)
             tables["tensor_goal"].append(goal + goals.itemsize * t)
             tables["tensor_moves"].append(int(t < count))
         for i, position in enumerate(batch.positions.tolist()):

@@ -312,7 +312,7 @@ class SlicesBatch:
                     t.detach()[slices.where] = copy
             changed += [t for t, on in zip(slices.columns, self.written, strict=True) if on]
         self._copies = []
-        torch.autograd.graph.increment_version(changed)
+        kernel.count_as_changed(changed)
 
     def _set_leaves(self, setting: int, slices: Slices) -> None:
         """Enter the hypers of a parameter, whose slices have a setting of their own."""

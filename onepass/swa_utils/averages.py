@@ -315,7 +315,7 @@ class PairBatch(Columns):
         """Average what has been read."""
         self.launch.leaves[self.kernel.leaves["weight"]] = weight
         self.launch.run(self.kernel.concurrency())
-        torch.autograd.graph.increment_version(tensors[self.count :])
+        kernel.count_as_changed(tensors[self.count :])
 
 
 def _is_served(a: Tensor, v: Tensor) -> bool:

@@ -18,28 +18,18 @@ So the processor waits for many tensors at once and not for one after the other.
 
 from __future__ import annotations
 
-import ctypes
 from collections import defaultdict
 
 import numpy as np
 
 from ..llvm.routine import Routine
-from ..tensors.memory import PLAIN
-from ..tensors.words import WORDS, Words, storage_class
+from ..tensors.same_words import DECLARATIONS, Comparing, count_change, python_function
+from ..tensors.words import Words
 from .fields import COUNTS, FIELDS, Answer, OptionKind
 
-# A row of `rows`: two sets of words, the bytes and the itemsize.
-ROW_LENGTH = 2 * WORDS + 2
 ARGUMENTS = ("ptr sheet", "ptr groups", "ptr state", "i64 asked")
 ARGUMENTS_GIVEN = ("ptr %sheet", "ptr %groups", "ptr %state", "i64 %asked")
-OR_OF_WORDS = f"llvm.vector.reduce.or.v{WORDS}i64"
-DECLARATIONS = f"""\
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
-declare i64 @{OR_OF_WORDS}(<{WORDS} x i64>)
-"""
 NUMBERS = (OptionKind.NUMBER, OptionKind.RATE, OptionKind.ASKED)
-# Bytes of memory that are fetched at once.
-LINE = 64
 
 
 class Places:
@@ -47,12 +37,8 @@ class Places:
 
     def __init__(self, words: Words, object_layout: tuple[int, int], functions: dict[str, int]):
         self.words = words
-        self.type_offset, self.tensor_offset = object_layout
+        self.object_layout = object_layout
         self.functions = functions
-
-    def python(self, name: str) -> int:
-        """Return the address of a function of Python's C interface."""
-        return ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
 
 
 def program(places: Places) -> str:
@@ -110,6 +96,8 @@ class _Reading(_Walk):
 
     def __init__(self, places: Places, name: str) -> None:
         super().__init__(places, name, "i64", *ARGUMENTS)
+        layout = places.object_layout
+        self.compare = Comparing(self.routine, places.words, layout, Answer.DIFFERS)
 
     def text(self) -> str:
         self._read_groups()
@@ -122,49 +110,31 @@ class _Reading(_Walk):
         self.routine.leave(Answer.DONE)
         return self.routine.text()
 
-    def _must(self, condition: str) -> None:
-        """Leave the step to the careful path unless a condition holds."""
-        self.routine.leave_unless(condition, Answer.DIFFERS)
-
-    def _must_be_of(self, object: str, *types: object) -> None:
-        """Leave unless an object is of one of these types, and not of a subclass."""
-        r = self.routine
-        type = r.load("i64", r.at("i8", object, self.places.type_offset))
-        self._must(r.either(*(r.is_equal(type, id(known)) for known in types)))
-
-    def _fetch(self, pointer: str, offset: int = 0) -> None:
-        at = self.routine.at("i8", pointer, offset) if offset else pointer
-        self.routine.do(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)")
-
-    def _fetch_impl(self, impl: str) -> None:
-        for offset in range(0, 8 * WORDS, LINE):
-            self._fetch(impl, offset)
-
     def _call(self, result: str, name: str, *arguments: str) -> str:
-        return self.routine.call(result, self.places.python(name), *arguments)
+        return self.routine.call(result, python_function(name), *arguments)
 
     # Options and lists of parameters.
 
     def _read_groups(self) -> None:
         r = self.routine
-        self._must_be_of("%groups", list)
+        self.compare.must_be_of("%groups", list)
         size = self._call("i64", "PyList_Size", "ptr %groups")
-        self._must(r.is_equal(size, self.field("groups")))
+        self.compare.must(r.is_equal(size, self.field("groups")))
         option, param = r.variable("i64", 0), r.variable("i64", 0)
         position, name, value = r.variable("i64"), r.variable("ptr"), r.variable("ptr")
         params = r.variable("ptr")
         with r.each(self.field("groups")) as g:
             group = self._call("ptr", "PyList_GetItem", "ptr %groups", f"i64 {g}")
-            self._must_be_of(group, dict)
+            self.compare.must_be_of(group, dict)
             options = self.entry("group_options", g)
             size = self._call("i64", "PyDict_Size", f"ptr {group}")
-            self._must(r.is_equal(size, options))
+            self.compare.must(r.is_equal(size, options))
             r.set(position, 0)
             with r.each(options):
                 walked = (f"ptr {group}", f"ptr {position}", f"ptr {name}", f"ptr {value}")
                 self._call("i32", "PyDict_Next", *walked)
                 o = r.get(option)
-                self._must(r.is_equal(r.get(name), self.entry("option_name", o)))
+                self.compare.must(r.is_equal(r.get(name), self.entry("option_name", o)))
                 self._read_option(o, r.get(value, "ptr"), params)
                 r.set(option, r.add(o, 1))
             self._read_list(r.get(params, "ptr"), self.entry("group_params", g), param)
@@ -173,14 +143,14 @@ class _Reading(_Walk):
         r = self.routine
         kind, expected = self.entry("option_kind", o), self.entry("option_value", o)
         with r.when(r.is_equal(kind, OptionKind.SAME)):
-            self._must(r.is_equal(r.value(f"ptrtoint ptr {value} to i64"), expected))
+            self.compare.must(r.is_equal(r.value(f"ptrtoint ptr {value} to i64"), expected))
         is_number = r.either(*(r.is_equal(kind, known) for known in NUMBERS))
         with r.when(is_number):
-            self._must_be_of(value, float, np.float64)
+            self.compare.must_be_of(value, float, np.float64)
             number = self._call("double", "PyFloat_AsDouble", f"ptr {value}")
             with r.when(r.is_equal(kind, OptionKind.RATE)):
-                self._must(r.value(f"fcmp oge double {number}, 0.0"))
-                self._must(r.value(f"fcmp olt double {number}, 0x7FF0000000000000"))
+                self.compare.must(r.value(f"fcmp oge double {number}, 0.0"))
+                self.compare.must(r.value(f"fcmp olt double {number}, 0x7FF0000000000000"))
             with r.when(r.is_equal(kind, OptionKind.ASKED)):
                 known = self.entry("values", expected, "double")
                 has_changed = r.value(f"fcmp une double {number}, {known}")
@@ -188,12 +158,12 @@ class _Reading(_Walk):
                 r.leave_if(must_ask, Answer.ASK)
             self.put("values", expected, number, "double")
         with r.when(r.is_equal(kind, OptionKind.ROW)):
-            self._must_be_of(value, tuple)
+            self.compare.must_be_of(value, tuple)
             size = self._call("i64", "PyTuple_Size", f"ptr {value}")
-            self._must(r.is_equal(size, self.entry("option_length", o)))
+            self.compare.must(r.is_equal(size, self.entry("option_length", o)))
             with r.each(size) as i:
                 number = self._call("ptr", "PyTuple_GetItem", f"ptr {value}", f"i64 {i}")
-                self._must_be_of(number, float, np.float64)
+                self.compare.must_be_of(number, float, np.float64)
                 number = self._call("double", "PyFloat_AsDouble", f"ptr {number}")
                 self.put("values", r.add(expected, i), number, "double")
         with r.when(r.is_equal(kind, OptionKind.PARAMS)):
@@ -202,14 +172,14 @@ class _Reading(_Walk):
     def _read_list(self, params: str, count: str, param: str) -> None:
         """Read a group's list of parameters; `param` is the variable that counts those of all."""
         r = self.routine
-        self._must_be_of(params, list)
+        self.compare.must_be_of(params, list)
         size = self._call("i64", "PyList_Size", f"ptr {params}")
-        self._must(r.is_equal(size, count))
+        self.compare.must(r.is_equal(size, count))
         with r.each(count) as i:
             p = r.get(param)
             object = self._call("ptr", "PyList_GetItem", f"ptr {params}", f"i64 {i}")
             self.put("param_object", p, object, "ptr")
-            self._fetch(object)
+            self.compare.fetch(object)
             r.set(param, r.add(p, 1))
 
     # Parameters and gradients.
@@ -218,9 +188,9 @@ class _Reading(_Walk):
         r, words = self.routine, self.places.words
         with r.each(self.field("params")) as p:
             object = self.entry("param_object", p, "ptr")
-            impl = self._impl_of(object)
+            impl = self.compare.impl_of(object)
             self.put("param_impl", p, impl, "ptr")
-            self._fetch_impl(impl)
+            self.compare.fetch_impl(impl)
             t = self.entry("param_tensor", p)
             with r.when(r.is_less(-1, t)):
                 self.put("object", t, object, "ptr")
@@ -233,25 +203,17 @@ class _Reading(_Walk):
                 f"select i1 {has_none}, ptr {nothing}, ptr {r.at('i64', meta, words.gradient)}"
             )
             self.put("gradient_home", p, home, "ptr")
-            self._fetch(home)
+            self.compare.fetch(home)
         with r.each(self.field("params")) as p:
             gradient = r.load("i64", self.entry("gradient_home", p, "ptr"))
             t = self.entry("gradient_tensor", p)
             is_missing = r.is_equal(gradient, words.no_gradient)
             should_be_missing = r.is_less(t, 0)
-            self._must(r.is_equal(is_missing, should_be_missing, "i1"))
+            self.compare.must(r.is_equal(is_missing, should_be_missing, "i1"))
             with r.when(r.is_less(-1, t)):
                 impl = r.value(f"inttoptr i64 {gradient} to ptr")
                 self.put("impl", t, impl, "ptr")
-                self._fetch_impl(impl)
-
-    def _impl_of(self, object: str) -> str:
-        """Return the TensorImpl of a Python object, which must be a plain tensor."""
-        r = self.routine
-        self._must_be_of(object, *PLAIN)
-        impl = r.load("ptr", r.at("i8", object, self.places.tensor_offset))
-        r.leave_if(r.is_null(impl), Answer.DIFFERS)
-        return impl
+                self.compare.fetch_impl(impl)
 
     # States.
 
@@ -260,25 +222,25 @@ class _Reading(_Walk):
         states = self.field("states")
         position, name, value = r.variable("i64", 0), r.variable("ptr"), r.variable("ptr")
         with r.when(r.is_less(0, states)):
-            self._must_be_of("%state", dict, defaultdict)
+            self.compare.must_be_of("%state", dict, defaultdict)
             size = self._call("i64", "PyDict_Size", "ptr %state")
-            self._must(r.is_equal(size, states))
+            self.compare.must(r.is_equal(size, states))
         with r.each(states) as k:
             walked = ("ptr %state", f"ptr {position}", f"ptr {name}", f"ptr {value}")
             self._call("i32", "PyDict_Next", *walked)
             p = self.entry("state_param", k)
             with r.when(r.is_less(-1, p)):
-                self._must(r.is_equal(r.get(name), self.entry("param_object", p)))
+                self.compare.must(r.is_equal(r.get(name), self.entry("param_object", p)))
             found = r.get(value, "ptr")
             self.put("state_dict", k, found, "ptr")
-            self._fetch(found)
+            self.compare.fetch(found)
         self._read_entries(position, name, value)
         with r.each(self.field("entries")) as e:
             t = self.entry("entry_tensor", e)
             with r.when(r.is_less(-1, t)):
-                impl = self._impl_of(self.entry("object", t, "ptr"))
+                impl = self.compare.impl_of(self.entry("object", t, "ptr"))
                 self.put("impl", t, impl, "ptr")
-                self._fetch_impl(impl)
+                self.compare.fetch_impl(impl)
 
     def _read_entries(self, position: str, name: str, value: str) -> None:
         """Read each state's dict: which Python objects it holds."""
@@ -289,86 +251,51 @@ class _Reading(_Walk):
             state = self.entry("state_dict", k, "ptr")
             p = self.entry("state_param", k)
             with r.when(r.is_less(-1, p)):
-                self._must_be_of(state, dict)
+                self.compare.must_be_of(state, dict)
                 size = self._call("i64", "PyDict_Size", f"ptr {state}")
-                self._must(r.is_equal(size, entries))
+                self.compare.must(r.is_equal(size, entries))
                 r.set(position, 0)
                 with r.each(entries):
                     walked = (f"ptr {state}", f"ptr {position}", f"ptr {name}", f"ptr {value}")
                     self._call("i32", "PyDict_Next", *walked)
                     e = r.get(entry)
-                    self._must(r.is_equal(r.get(name), self.entry("entry_name", e)))
+                    self.compare.must(r.is_equal(r.get(name), self.entry("entry_name", e)))
                     t = self.entry("entry_tensor", e)
                     with r.when(r.is_less(-1, t)):
                         object = r.get(value, "ptr")
                         self.put("object", t, object, "ptr")
-                        self._fetch(object)
+                        self.compare.fetch(object)
                     r.set(entry, r.add(e, 1))
 
     # Tensors.
 
     def _compare_tensors(self) -> None:
         """Compare the words of all tensors with those that are expected."""
-        r, words = self.routine, self.places.words
+        r, compare = self.routine, self.compare
         with r.each(self.field("tensors")) as t:
             row_index = self.entry("tensor_row", t)
             with r.when(r.is_less(-1, row_index)):
                 impl = self.entry("impl", t, "ptr")
-                row = r.at("i64", self.field("rows"), r.multiply(row_index, ROW_LENGTH))
-                words_type = f"<{WORDS} x i64>"
-                found, expected = r.load(words_type, impl), r.load(words_type, row)
-                matter = r.load(words_type, r.at("i64", row, WORDS))
-                different = r.value(f"xor {words_type} {found}, {expected}")
-                different = r.value(f"and {words_type} {different}, {matter}")
-                any_bit = r.value(f"call i64 @{OR_OF_WORDS}({words_type} {different})")
-                self._must(r.is_equal(any_bit, 0))
+                row = compare.row(self.field("rows"), row_index)
+                storage = compare.must_have_words(impl, row)
                 with r.when(self.is_not_zero("tensor_moves", t)):
-                    self._must_have_plain_object(impl)
-                r.leave_if(r.is_null(r.load("ptr", impl, words.version)), Answer.DIFFERS)
-                storage = r.load("ptr", impl, words.storage)
-                r.leave_if(r.is_null(storage), Answer.DIFFERS)
+                    compare.must_have_plain_object(impl)
                 self.put("storage", t, storage, "ptr")
-                self._fetch(storage)
-
-    def _must_have_plain_object(self, impl: str) -> None:
-        """Leave for a gradient of a subclass. One without a Python object would get a plain one."""
-        r = self.routine
-        marked = r.load("i64", impl, self.places.words.python_object)
-        object = r.value(f"and i64 {marked}, -2")
-        with r.when(r.value(f"icmp ne i64 {object}, 0")):
-            self._must_be_of(r.value(f"inttoptr i64 {object} to ptr"), *PLAIN)
+                compare.fetch(storage)
 
     def _read_addresses(self) -> None:
-        """Read where each tensor's memory is, which must be large enough and where it was."""
-        r, words = self.routine, self.places.words
-        address = r.variable("i64")
+        """Read where each tensor's memory is: where it was, unless it may move."""
+        r, compare = self.routine, self.compare
         with r.each(self.field("tensors")) as t:
             row_index = self.entry("tensor_row", t)
             with r.when(r.is_less(-1, row_index)):
-                row = r.at("i64", self.field("rows"), r.multiply(row_index, ROW_LENGTH))
-                bytes, itemsize = r.load("i64", row, 2 * WORDS), r.load("i64", row, 2 * WORDS + 1)
-                storage = self.entry("storage", t, "ptr")
-                self._must(r.is_equal(r.load("i64", storage), storage_class()))
-                guard = r.load("i8", r.at("i8", storage, words.guard))
-                self._must(r.is_equal(guard, 0, "i8"))
-                impl = self.entry("impl", t, "ptr")
-                skipped = r.multiply(r.load("i64", impl, words.offset), itemsize)
-                data = r.load("i64", storage, words.data)
-                r.set(address, 0)
-                with r.when(r.is_less(0, bytes)):
-                    end = r.add(skipped, bytes)
-                    self._must(
-                        r.value(f"icmp sge i64 {r.load('i64', storage, words.bytes)}, {end}")
-                    )
-                    self._must(r.value(f"icmp ne i64 {data}, 0"))
-                    r.set(address, r.add(data, skipped))
-                found = r.get(address)
+                row = compare.row(self.field("rows"), row_index)
+                impl, storage = self.entry("impl", t, "ptr"), self.entry("storage", t, "ptr")
+                found = compare.address(impl, storage, row)
                 goal = self.entry("tensor_goal", t, "ptr")
                 has_stayed = r.is_equal(r.load("i64", goal), found)
-                may_move = r.value(f"icmp ne i64 {self.entry('tensor_moves', t)}, 0")
-                self._must(r.either(has_stayed, may_move))
+                compare.must(r.either(has_stayed, self.is_not_zero("tensor_moves", t)))
                 r.store("i64", found, goal)
-                self._fetch(r.value(f"inttoptr i64 {found} to ptr"))
 
     # Numbers.
 
@@ -383,7 +310,7 @@ class _Reading(_Walk):
             c = self.entry("number_common", n)
             found = self._number(self.entry("number_tensor", n), c)
             current = self.entry("current", c, "double")
-            self._must(r.value(f"fcmp oeq double {found}, {current}"))
+            self.compare.must(r.value(f"fcmp oeq double {found}, {current}"))
 
     def _number(self, t: str, c: str) -> str:
         """Return the number in a tensor's memory, stored as the common number c is."""
@@ -412,7 +339,7 @@ class _Storing(_Walk):
         super().__init__(places, name, "void", "ptr sheet")
 
     def text(self) -> str:
-        r, words = self.routine, self.places.words
+        r = self.routine
         with r.each(self.field("common")) as c:
             result = self.entry("result", c, "ptr")
             with r.when(r.value(f"icmp ne ptr {result}, null")):
@@ -423,10 +350,11 @@ class _Storing(_Walk):
             goal = self.entry("tensor_goal", self.entry("number_tensor", n), "ptr")
             self._store_number(self.entry("next", c, "double"), r.load("ptr", goal), c)
         with r.each(self.field("written_count")) as w:
-            impl = self.entry("impl", self.entry("written", w), "ptr")
-            counter = r.load("ptr", impl, words.version)
-            count = r.at("i32", counter, words.count)
-            r.value(f"atomicrmw add ptr {count}, i32 1 seq_cst")
+            # Read again: a launch may have let other threads run, which may swap tensors.
+            object = self.entry("object", self.entry("written", w), "ptr")
+            _, tensor_offset = self.places.object_layout
+            impl = r.load("ptr", r.at("i8", object, tensor_offset))
+            count_change(r, self.places.words, impl)
         r.leave()
         return r.text()
 
@@ -463,7 +391,7 @@ def _read(places: Places) -> str:
     with r.each(walk.field("params")) as p:
         walk.put("handle", p, 0)
     with r.each(walk.field("tensors")) as t:
-        r.call("void", places.python("Py_IncRef"), f"ptr {walk.entry('object', t, 'ptr')}")
+        r.call("void", python_function("Py_IncRef"), f"ptr {walk.entry('object', t, 'ptr')}")
     with r.each(walk.field("params")) as p:
         is_there = r.is_less(-1, walk.entry("gradient_tensor", p))
         with r.when(is_there):
@@ -490,6 +418,6 @@ def _release(places: Places) -> str:
             let_go = places.functions["aoti_torch_delete_tensor_object"]
             r.call("i32", let_go, f"ptr {handle}")
     with r.each(walk.field("tensors")) as t:
-        r.call("void", places.python("Py_DecRef"), f"ptr {walk.entry('object', t, 'ptr')}")
+        r.call("void", python_function("Py_DecRef"), f"ptr {walk.entry('object', t, 'ptr')}")
     r.leave()
     return r.text()

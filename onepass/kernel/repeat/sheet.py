@@ -19,13 +19,13 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..graph.caches import once
 from ..llvm.native import Library
 from ..tensors import torch_library
 from ..tensors.facts import object_layout
-from ..tensors.words import Words, find_words, template
+from ..tensors.same_words import ROW_LENGTH
+from ..tensors.words import find_words
 from .fields import COUNTS, FIELDS
 from .program import Places, program
 
@@ -49,17 +49,11 @@ class Sheet:
         self._rows: list[np.ndarray] = []
         self._arrays: dict[str, np.ndarray] = {}
 
-    def row(self, t: Tensor, bytes: int) -> int | None:
-        """Return the index of a new row: what tensors of this kind have.
-
-        None stands for a kind that has no template.
-        """
-        words = template(t, self._code.words)
-        if words is None:
-            return None
-        sizes = np.array([bytes, t.itemsize], np.uint64)
-        self._rows.append(np.concatenate([*words, sizes]))
-        return len(self._rows) - 1
+    def add_rows(self, rows: np.ndarray) -> int:
+        """Add rows of words that tensors have, and return the index of the first."""
+        begin = sum(map(len, self._rows))
+        self._rows.append(rows)
+        return begin
 
     def address(self, thing: object) -> int:
         """Return the address of a Python object or of an array's memory, and keep it alive."""
@@ -100,7 +94,7 @@ class Sheet:
             "storage": "tensors",
         }
         arrays = self._arrays
-        arrays["rows"] = np.concatenate([*self._rows, np.zeros(0, np.uint64)])
+        arrays["rows"] = np.concatenate([*self._rows, np.zeros((0, ROW_LENGTH), np.uint64)])
         for name, of in found.items():
             arrays[name] = np.zeros(lengths[of], np.uint64)
         arrays["values"][:] = self.values
@@ -140,7 +134,6 @@ class Code:
 
     def __init__(self, places: Places) -> None:
         """Compile it: 50 ms, once in a process's life."""
-        self.words: Words = places.words
         self._library = Library(program(places))
         pointer = ctypes.c_void_p
         # PYFUNCTYPE keeps the interpreter lock: nothing is freed or replaced meanwhile.

@@ -43,7 +43,6 @@ QUESTIONS = {
 }
 
 COMPARE = """\
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 define i64 @compare(i64 %count, ptr %objects, ptr %expected, ptr %layouts, \
 ptr %pointers, ptr %changed) nounwind {{
 entry:

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ from ..graph.caches import once
 from ..llvm.native import Library
 from .comparison import FACTS, QUESTIONS, comparison
 from .memory import PLAIN, extent, has_storage
-from .torch_library import address
+from .same_words import DECLARATIONS, all_have_words, count_changes, make_row
+from .torch_library import address as torch_function
+from .words import find_words
 
 Sizes = tuple[int, ...]
 # dtype, device, sizes, strides, dispatch keys.
@@ -60,9 +63,14 @@ class Expected:
         kinds: dict[tuple[Facts, int], int] = {}
         # For each tensor, the number of its kind.
         self.kind_of: list[int] = []
+        rows = []
         for t in like:
             kind = (facts_of(t), extent(t))
+            if kind not in kinds:
+                rows.append(_row(t))
             self.kind_of.append(kinds.setdefault(kind, len(kinds)))
+        # The words of each kind (kinds, ROW_LENGTH), or None if they are not known of all.
+        self.rows = None if any(row is None for row in rows) else np.array(rows, np.uint64)
         facts_of_kinds = [facts for facts, _ in kinds]
         table, layouts = _tables(kinds)
         self.facts = [facts_of_kinds[index] for index in self.kind_of]
@@ -72,8 +80,12 @@ class Expected:
         # Filled by `compare`: whoever calls it holds a lock until the launch is over.
         self.pointers = np.zeros(self.count, np.uint64)
         self.changed = np.zeros(self.count, np.uint8)
-        arrays = (self._table, self._layouts, self.pointers, self.changed)
-        self._addresses = [array.__array_interface__["data"][0] for array in arrays]
+        self._addresses = _addresses(self._table, self._layouts, self.pointers, self.changed)
+        self._kinds = np.array(self.kind_of, np.int64)
+        self._scratch = np.zeros((2, self.count), np.uint64)
+        if self.rows is not None:
+            arrays = (self._kinds, self.rows, self._scratch, self.pointers)
+            self._addresses_of_words = _addresses(*arrays)
 
     def compare(self, tensors: Sequence[Tensor]) -> int:
         """Read every tensor, and return how many differ from what is expected.
@@ -87,14 +99,20 @@ class Expected:
         native = _native()
         if native is None:
             return self._compare_in_python(tensors)
-        if object_layout():
-            objects = np.fromiter(tensors, object, self.count)
-        else:
+        if not object_layout():
             cdata = [t._cdata if type(t) in PLAIN else 0 for t in tensors]
             slots = np.array(cdata, np.uint64)
             offsets = 8 * np.arange(self.count, dtype=np.uint64)
             objects = slots.__array_interface__["data"][0] + offsets
-        return native[1](self.count, objects.__array_interface__["data"][0], *self._addresses)
+            return native.compare(self.count, *_addresses(objects), *self._addresses)
+        has_words = native.all_have_words if self.rows is not None else None
+        if type(tensors) is list and has_words is not None:
+            differs = has_words(id(tensors), *self._addresses_of_words)
+            if not differs:
+                self.changed.fill(0)
+                return 0
+        objects = np.fromiter(tensors, object, self.count)
+        return native.compare(self.count, *_addresses(objects), *self._addresses)
 
     def _compare_in_python(self, tensors: Sequence[Tensor]) -> int:
         """Do what `compare` does, where torch's C functions are missing."""
@@ -156,7 +174,7 @@ def answers() -> dict[str, int]:
 
     Empty if this torch does not export them.
     """
-    addresses = {question: address(f"aoti_torch_get_{question}") for question in QUESTIONS}
+    addresses = {question: torch_function(f"aoti_torch_get_{question}") for question in QUESTIONS}
     return addresses if all(addresses.values()) else {}
 
 
@@ -235,15 +253,57 @@ def _codes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, int]:
     return ask("dtype"), ask("device_type"), ask("device_index")
 
 
+class Native(NamedTuple):
+    """The compiled functions: `compare` asks torch, the others look at words.
+
+    Those are None where the places of words are not known.
+    """
+
+    library: Library
+    compare: Callable[..., int]
+    all_have_words: Callable[..., int] | None = None
+    count_changes: Callable[[int], None] | None = None
+
+
 @once
-def _native():
-    """Return the library and the compiled comparison in it, or None if torch cannot be asked."""
-    addresses = answers()
-    keys = keys_offset()
+def _native() -> Native | None:
+    """Return the compiled functions, or None if torch cannot be asked."""
+    addresses, keys = answers(), keys_offset()
+    words, layout = find_words(), object_layout()
     if not addresses or keys is None:
         return None
-    library = Library(comparison(addresses, object_layout(), keys))
+    text = DECLARATIONS + comparison(addresses, layout, keys)
     # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is
     # being read.
-    signature = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_int64, *[ctypes.c_void_p] * 5)
-    return library, signature(library.address("compare"))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    signature = ctypes.PYFUNCTYPE(integer, integer, *[pointer] * 5)
+    if words is None or layout is None:
+        library = Library(text)
+        return Native(library, signature(library.address("compare")))
+    text += all_have_words(words, layout) + count_changes(words, layout)
+    library = Library(text)
+    return Native(
+        library,
+        signature(library.address("compare")),
+        ctypes.PYFUNCTYPE(integer, *[pointer] * 5)(library.address("all_have_words")),
+        ctypes.PYFUNCTYPE(None, pointer)(library.address("count_changes")),
+    )
+
+
+def count_as_changed(tensors: list[Tensor]) -> None:
+    """Let autograd know that plain tensors have changed: count in their version counters."""
+    native = _native()
+    if native is None or native.count_changes is None:
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        native.count_changes(id(tensors))
+
+
+def _addresses(*arrays: np.ndarray) -> list[int]:
+    return [array.__array_interface__["data"][0] for array in arrays]
+
+
+def _row(t: Tensor) -> np.ndarray | None:
+    """Return the words of a tensor's kind, or None if they are not known."""
+    words = find_words()
+    return None if words is None or object_layout() is None else make_row(t, words)

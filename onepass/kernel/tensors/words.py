@@ -68,7 +68,7 @@ class Words(NamedTuple):
     bytes: int
     guard: int
     # In a version counter: the 32 bits (not the word) that count.
-    count: int
+    counting: int
 
 
 @cache
@@ -135,7 +135,7 @@ def _find() -> Words:
         flags,
         sizes,
         strides,
-        _place(contents, [sample.storage_offset() for sample in tensors]),
+        _place(contents, [int(sample.storage_offset()) for sample in tensors]),
         _place(unmarked, [id(sample) for sample in tensors]),
         storage,
         version,
