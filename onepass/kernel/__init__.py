@@ -253,11 +253,11 @@ def expect(tensors: Sequence[Tensor]) -> Expected:
     return Expected(tensors)
 
 
-def count_as_changed(tensors: list[Tensor]) -> None:
+def count_as_changed(changed: list[Tensor]) -> None:
     """Let autograd know that plain tensors have changed: count in their version counters."""
-    from .tensors import facts
+    from .tensors import facts as read_facts
 
-    facts.count_as_changed(tensors)
+    read_facts.count_as_changed(changed)
 
 
 def is_as(t: object, facts: Any) -> bool:

@@ -302,6 +302,9 @@ class KernelBatch(Columns):
         self._workers = 1 if self.shares_memory else self.kernel.concurrency()
         self.launch.begin(self._workers)
 
+    def prepare_to_repeat(self, launch: Any) -> None:
+        """Undo what a careful step may have set that a repeated one does not set."""
+
     def cancel(self) -> None:
         """Give back the memory of what has begun and will not be finished."""
         if self.launch is not None:

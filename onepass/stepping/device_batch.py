@@ -115,6 +115,7 @@ class DeviceBatch(KernelBatch):
                 self.addressed, self.work, self.group_index, len(self.groups)
             )
         self.launch = self._launches[key]
+        self.group_of_setting = np.arange(len(self.groups))
 
     def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
         self.choose_launch()
@@ -137,6 +138,10 @@ class DeviceBatch(KernelBatch):
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
+
+    def prepare_to_repeat(self, launch: Any) -> None:
+        launch.guard, launch.device_leaves = None, []
+        self._make_fresh(np.zeros(self.count))
 
     def keep_numbers(self) -> None:
         """The kernel has stored them."""

@@ -124,6 +124,8 @@ class Repeat:
 
     def _run(self, groups: list[Group], state: object, asked: bool) -> int:
         """Read, launch and store, so that other threads of Python run during the launch."""
+        if any(batch.kernel.is_capturing() for batch, _ in self._batches):
+            return kernel.Answer.DIFFERS
         answer = self._sheet.read(groups, state, asked)
         if answer != kernel.Answer.DONE:
             return answer
@@ -141,6 +143,7 @@ def _launch(batches: Sequence[tuple[KernelBatch, Any]]) -> None:
     try:
         for batch, launch in batches:
             workers = 1 if batch.shares_memory else batch.kernel.concurrency()
+            batch.prepare_to_repeat(launch)
             launch.begin(workers)
             begun.append((launch, workers))
     except BaseException:
@@ -161,10 +164,9 @@ def make_repeat(optimizer: Any, plan: Plan, reading: Reading) -> Repeat | None:
         return None
     flags = [FlagsReader(optimizer, group) for group in optimizer.param_groups]
     maker = SheetMaker(sheet, plan, reading)
-    if not (maker.add_groups(flags) and maker.add_batches()):
+    if not (maker.add_groups(flags) and maker.add_batches() and maker.add_launches()):
         return None
     maker.add_states()
-    maker.add_launches()
     sheet.close()
     return Repeat(optimizer, plan, sheet, [reader.flags for reader in flags])
 
@@ -178,4 +180,4 @@ def _is_plain(optimizer: Any, plan: Plan) -> bool:
     for group in optimizer.param_groups:
         if type(group) is not dict or type(group["params"]) is not list:
             return False
-    return all(type(batch) is KernelBatch and not batch.strided for batch in plan.kernels)
+    return not any(batch.strided for batch in plan.kernels)

@@ -139,7 +139,7 @@ class SheetMaker:
             tables["param_tensor"][position] = begin + count + i
             if i not in inactive:
                 tables["gradient_tensor"][position] = begin + i
-        columns = len(batch.recipe.columns)
+        columns = len(batch.recipe.columns) + len(batch.resident(batch.recipe) or ())
         for t in range(count, columns * count):
             if t % count not in inactive:
                 tables["written"].append(begin + t)
@@ -148,7 +148,7 @@ class SheetMaker:
     def _add_numbers(self, batch: KernelBatch) -> None:
         """Add the numbers of a batch: one for each name and setting, which parameters share."""
         tables, begin = self._tables, self._begins[-1]
-        names, columns = batch.recipe.numbers, len(batch.recipe.columns)
+        names, columns = _numbers_on_host(batch), len(batch.recipe.columns)
         settings = batch.launch.setting_index.tolist()
         examples: dict[int, int] = {}
         for i, setting in enumerate(settings):
@@ -214,7 +214,7 @@ class SheetMaker:
                     tables["copy_from"].append(sheet.place("values", index))
                     tables["copy_to"].append(leaves + 8 * (leaf * settings + setting))
             results = launch.results()
-            for name, of_settings in zip(batch.recipe.numbers, commons.tolist(), strict=True):
+            for name, of_settings in zip(_numbers_on_host(batch), commons.tolist(), strict=True):
                 is_count = name == "step"
                 if not is_count and name not in results:
                     return False
@@ -233,6 +233,11 @@ class SheetMaker:
                 tables["launch_function"].append(function)
                 tables["launch_arguments"].append(arguments)
         return True
+
+
+def _numbers_on_host(batch: KernelBatch) -> Sequence[str]:
+    """Return the names of the numbers that the host counts."""
+    return () if batch.resident(batch.recipe) else batch.recipe.numbers
 
 
 def _kind_of(

@@ -160,6 +160,8 @@ class DeviceMemory(LaunchInTwo):
         self.captured: list[Tensor] = []
         # What this step's table of addresses holds, and the starts that have been made with it.
         self._placed: bytes | None = None
+        # New scalars of each setting, by name, if somebody reads them by their addresses.
+        self._results: dict[str, np.ndarray] = {}
         self._ready: dict[int, list[Start]] = {}
         self._make_tables()
         self._lay_out_partials(work)
@@ -293,6 +295,8 @@ class Launch(DeviceMemory):
             for pass_index in range(self._first_to_store, passes):
                 self._run_pass(pass_index, workers)
         self._temporaries.release()
+        for name, values in self._results.items():
+            values[:] = self._scalar(name)
 
     def cancel(self) -> None:
         """Give back the memory of what has begun and will not be finished."""
@@ -359,12 +363,32 @@ class Launch(DeviceMemory):
         """
         if self.kernel.is_resident:
             return {}
+        names = dict(self.kernel.program.scalars)
+        return {name: self._scalar(name)[self.setting_index] for name in names}
+
+    def _scalar(self, name: str) -> np.ndarray:
+        """Return a new scalar of each setting, which the host computes."""
         last = len(self.kernel.program.passes) - 1
-        scalars = {}
-        for name, node in self.kernel.program.scalars:
-            of_settings = self.kernel.host.column(last, node, self.leaves)
-            scalars[name] = of_settings[self.setting_index]
-        return scalars
+        node = dict(self.kernel.program.scalars)[name]
+        return self.kernel.host.column(last, node, self.leaves)
+
+    def calls(self) -> list[tuple[int, int]]:
+        """Return nothing: machine code cannot make a launch, see `kernel.Launch`."""
+        return []
+
+    def results(self) -> Mapping[str, list[tuple[int, bool]]]:
+        """Return where each setting's new scalars are after a run, and that they are in float64.
+
+        If they lie on the device, this is empty.
+        """
+        if self.kernel.is_resident:
+            return {}
+        found = {}
+        for name, _ in self.kernel.program.scalars:
+            values = self._results.setdefault(name, np.zeros(self.leaves.shape[1]))
+            first = values.__array_interface__["data"][0]
+            found[name] = [(first + 8 * i, True) for i in range(len(values))]
+        return found
 
     def _numbers(self, call: Call) -> list[list[float | Tensor]]:
         """Return the numbers that a function of matrices is called with, for each tensor.
