@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
-from .contract.hooks import with_hooks
+from .contract.hooks import note_hooked, with_hooks
 from .contract.mistakes import arguments_of, refused_rate, watch_options
 from .contract.options import MODES, check_modes, check_switches, switches_of
 from .contract.param_groups import (
@@ -132,6 +132,10 @@ class Optimizer(TorchOptimizer):
             super(self._onepass_last, self).__init__(params, defaults)
         finally:
             self._onepass.taken = None
+
+    def _patch_step_function(self) -> None:
+        super()._patch_step_function()
+        note_hooked(type(self))
 
     # What a subclass may refine.
 

@@ -23,10 +23,12 @@ ROOMS: dict[str, str] = {
     "kernel.functions": "kernel.graph",
     "kernel.llvm": "kernel.graph",
     "kernel.tensors": "kernel.graph kernel.llvm",
+    "kernel.repeat": "kernel.graph kernel.llvm kernel.tensors",
     "kernel.cpu": "kernel.graph kernel.llvm kernel.tensors",
     "kernel.gpu": "kernel.graph kernel.llvm kernel.tensors",
     "kernel.eager": "kernel.graph kernel.tensors",
-    "kernel": "kernel.graph kernel.llvm kernel.tensors kernel.cpu kernel.gpu kernel.eager",
+    "kernel": "kernel.graph kernel.llvm kernel.tensors kernel.repeat kernel.cpu kernel.gpu "
+    "kernel.eager",
     "contract": "kernel",
     "stepping": "kernel contract",
     "schedule": "",
@@ -45,7 +47,7 @@ ROOMS: dict[str, str] = {
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one
 # command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "tensors")},
+    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "repeat", "tensors")},
     "kernel.gpu.devices": {"triton"},
     "app.explain.target": {"triton"},
     "app.cli": {"onepass.app.commands"},

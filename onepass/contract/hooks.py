@@ -37,9 +37,8 @@ def with_hooks(step: Callable[P, R]) -> Callable[P, R]:
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         optimizer: Any = args[0]
-        outer = type(optimizer).step
-        if outer is not hooked_step and getattr(outer, "hooked", False):
-            # A subclass has its own step, around which torch has put its wrapper.
+        cls = type(optimizer)
+        if cls.step is not hooked_step and not _is_hooked(cls):
             return step(*args, **kwargs)
         if BEFORE or AFTER or _has_hooks(optimizer) or _is_observed():
             return _step_with_hooks(step, args, kwargs)
@@ -59,6 +58,26 @@ def with_hooks(step: Callable[P, R]) -> Callable[P, R]:
 
     vars(hooked_step)["hooked"] = True
     return hooked_step
+
+
+def note_hooked(cls: type) -> None:
+    """Note that an optimizer of this class has been made: torch now puts hooks around its step."""
+    if "_onepass_is_hooked" not in vars(cls):
+        cls._onepass_is_hooked = True  # type: ignore[attr-defined]
+
+
+def _is_hooked(cls: type) -> bool:
+    """Whether torch would call hooks here too, when a subclass's own step has called ours.
+
+    The subclass's step has them already. Ours has them, as in torch, if an optimizer of one of the
+    classes whose step it is has been made. So hooks may be called twice, as torch does.
+    """
+    if not getattr(cls.step, "hooked", False):  # type: ignore[attr-defined]
+        # Somebody has put another step into the class since, which has none.
+        return True
+    bases = iter(cls.__mro__)
+    next(base for base in bases if "step" in vars(base))
+    return any("_onepass_is_hooked" in vars(base) for base in bases)
 
 
 def _has_hooks(optimizer: Any) -> bool:

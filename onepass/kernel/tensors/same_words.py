@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..llvm.routine import Operand, Routine
 from .memory import PLAIN, extent
-from .words import WORDS, Words, storage_class, template
+from .words import WORDS, Words, template
 
 ROW_LENGTH = 2 * WORDS + 2
 # Bytes of memory that are fetched at once.
@@ -107,7 +107,7 @@ class Comparing:
         all."""
         r, words = self.routine, self.words
         bytes, itemsize = r.load("i64", row, 2 * WORDS), r.load("i64", row, 2 * WORDS + 1)
-        self.must(r.is_equal(r.load("i64", storage), storage_class()))
+        self.must(r.is_equal(r.load("i64", storage), words.storage_class))
         guard = r.load("i8", r.at("i8", storage, words.guard))
         self.must(r.is_equal(guard, 0, "i8"))
         skipped = r.multiply(r.load("i64", impl, words.offset), itemsize)

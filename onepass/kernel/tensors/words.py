@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,10 @@ COUNTER_WORDS = 3
 ALL_BITS = (1 << 64) - 1
 # The last bit of the flags is none of them: it is what the memory held before.
 FLAG_BITS = ALL_BITS >> 1
+
+
+# Whatever the user's default is.
+_zeros = partial(torch.zeros, dtype=torch.float32)
 
 
 class Words(NamedTuple):
@@ -62,8 +67,10 @@ class Words(NamedTuple):
     # In what autograd knows: the gradient's TensorImpl, and its address if there is no gradient.
     gradient: int
     no_gradient: int
-    # In a StorageImpl: its address, its bytes, and the byte (not the word) that is 1 if torch must
-    # be asked before anything is written, as it may have to copy the memory first.
+    # The first word of plain StorageImpls: their class. And in one: its address, its bytes, and the
+    # byte (not the word) that is 1 if torch must be asked before anything is written, as it may have
+    # to copy the memory first.
+    storage_class: int
     data: int
     bytes: int
     guard: int
@@ -74,11 +81,17 @@ class Words(NamedTuple):
 @cache
 def find_words() -> Words | None:
     """Return the places, or None if one of them is not found or does not prove right."""
+    # A new thread is in none of torch's modes, which make tensors of other kinds.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_find_and_prove).result()
+
+
+def _find_and_prove() -> Words | None:
     try:
         words = _find()
+        return words if _is_proved(words) else None
     except (LookupError, AttributeError):
         return None
-    return words if _is_proved(words) else None
 
 
 def template(t: Tensor, words: Words) -> tuple[np.ndarray, np.ndarray] | None:
@@ -98,12 +111,6 @@ def template(t: Tensor, words: Words) -> tuple[np.ndarray, np.ndarray] | None:
     return np.array(_read(t._cdata, WORDS), np.uint64) & matter, matter
 
 
-def storage_class() -> int:
-    """Return the first word of plain storages: the address of their class's functions."""
-    storage = torch.empty(1).untyped_storage()
-    return _read(storage._cdata, 1)[0]
-
-
 def _read(address: int, count: int) -> list[int]:
     return list((ctypes.c_uint64 * count).from_address(address))
 
@@ -113,9 +120,9 @@ def _find() -> Words:
 
     Raises LookupError for a place that is not found, or found twice.
     """
-    memory = torch.zeros(60)
+    memory = _zeros(60)
     t, view = memory[5:29].view(2, 3, 4), memory[11:35].view(2, 3, 4)
-    other = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    other = torch.nn.Parameter(_zeros(2, 3, 4))
     integers = torch.zeros(2, 3, 4, dtype=torch.int32)
     tensors = (t, view, other, integers)
     contents = [_read(sample._cdata, WORDS) for sample in tensors]
@@ -147,17 +154,17 @@ def _find() -> Words:
 
 def _places_of_one_kind() -> tuple[int, ...]:
     """Return the words that are the same in tensors of one kind, whatever else differs."""
-    leaf = torch.zeros(3, 4, requires_grad=True)
+    leaf = _zeros(3, 4, requires_grad=True)
     # A view refers to its base, and so does the name of the base.
-    base = torch.zeros(3, 4)
+    base = _zeros(3, 4)
     view = base.view(3, 4)
     base.add_(1)
     samples = [
         leaf,
-        torch.nn.Parameter(torch.zeros(3, 4)),
+        torch.nn.Parameter(_zeros(3, 4)),
         leaf * 2,
         leaf.detach(),
-        torch.zeros(20)[3:15].view(3, 4),
+        _zeros(20)[3:15].view(3, 4),
         base,
         view,
     ]
@@ -171,10 +178,10 @@ def _find_gradient(of_parameter: Sequence[int]) -> tuple[int, int, int]:
 
     The words are those of a parameter without a gradient.
     """
-    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    parameters = [torch.nn.Parameter(_zeros(2)) for _ in range(3)]
     for p in parameters[:2]:
-        p.grad = torch.zeros(2)
-    sample = torch.zeros(2)
+        p.grad = _zeros(2)
+    sample = _zeros(2)
     plain = _read(sample._cdata, WORDS)
     with_gradients = [_read(p._cdata, WORDS) for p in parameters]
     # Only a tensor that autograd knows has a word there, and each has its own.
@@ -189,11 +196,12 @@ def _find_gradient(of_parameter: Sequence[int]) -> tuple[int, int, int]:
     return meta, gradient, _only(list(without))
 
 
-def _find_in_storage() -> tuple[int, int, int]:
-    """Return the places of the address and of the bytes, as words, and of the guard, as a byte."""
+def _find_in_storage() -> tuple[int, int, int, int]:
+    """Return the class, and the places of the address and of the bytes, as words, and of the guard,
+    as a byte."""
     array = np.zeros(7, np.float32)
     # What owns a tensor's memory has another address only if torch has not allocated it.
-    tensors = [torch.zeros(5), torch.zeros(300), torch.from_numpy(array)]
+    tensors = [_zeros(5), _zeros(300), torch.from_numpy(array)]
     storages = [t.untyped_storage() for t in tensors]
     contents = [_read(s._cdata, STORAGE_WORDS) for s in storages]
     data = _place(contents, [s.data_ptr() for s in storages])
@@ -207,7 +215,7 @@ def _find_in_storage() -> tuple[int, int, int]:
         for byte in range(8 * size, 8 * STORAGE_WORDS)
         if {int(b[byte]) for b in free} == {0} and {int(b[byte]) for b in bound} == {1}
     ]
-    return data, size, _only(found)
+    return _only(list({content[0] for content in contents})), data, size, _only(found)
 
 
 def _find_count(counter: int, t: Tensor) -> int:
@@ -245,32 +253,32 @@ def _only(found: Sequence[int]) -> int:
 
 def _is_proved(words: Words) -> bool:
     """Whether tensors of one kind, and only these, have the words of a template."""
-    base = torch.zeros(3, 4)
-    kind = template(torch.ones(3, 4), words)
+    base = _zeros(3, 4)
+    kind = template(_zeros(3, 4), words)
     if kind is None:
         return False
     view = base.view(3, 4)
-    same = [base, view, torch.zeros(2, 3, 4)[1], torch.nn.Parameter(base), base.detach().exp()]
+    same = [base, view, _zeros(2, 3, 4)[1], torch.nn.Parameter(base), base.detach().exp()]
     return all(_is_of(t, kind) for t in same) and not any(_is_of(t, kind) for t in _others())
 
 
 def _others() -> list[Tensor]:
-    """Return tensors that differ from `torch.zeros(3, 4)`, each in one thing."""
+    """Return tensors that differ from `_zeros(3, 4)`, each in one thing."""
     with torch.inference_mode():
-        inference = torch.zeros(3, 4)
+        inference = _zeros(3, 4)
     return [
         torch.zeros(3, 4, dtype=torch.int32),
         torch.zeros(3, 4, dtype=torch.float64),
         torch.zeros(3, 4, dtype=torch.complex64),
-        torch.zeros(3, 4, device="meta"),
-        torch.zeros(3, 5),
-        torch.zeros(4, 4),
-        torch.zeros(3, 4, 1),
-        torch.zeros(12),
-        torch.zeros(4, 3).t(),
-        torch.zeros(1, 4).expand(3, 4),
-        torch.zeros(3, 4).to_sparse(),
-        torch._neg_view(torch.zeros(3, 4)),
+        _zeros(3, 4, device="meta"),
+        _zeros(3, 5),
+        _zeros(4, 4),
+        _zeros(3, 4, 1),
+        _zeros(12),
+        _zeros(4, 3).t(),
+        _zeros(1, 4).expand(3, 4),
+        _zeros(3, 4).to_sparse(),
+        torch._neg_view(_zeros(3, 4)),
         inference,
     ]
 
