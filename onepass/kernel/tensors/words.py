@@ -68,8 +68,8 @@ class Words(NamedTuple):
     gradient: int
     no_gradient: int
     # The first word of plain StorageImpls: their class. And in one: its address, its bytes, and the
-    # byte (not the word) that is 1 if torch must be asked before anything is written, as it may have
-    # to copy the memory first.
+    # byte (not the word) that is 1 if torch must be asked before anything is written, because it
+    # may have to copy the memory first.
     storage_class: int
     data: int
     bytes: int
