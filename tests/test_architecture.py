@@ -47,7 +47,9 @@ ROOMS: dict[str, str] = {
 # Where an import may wait until it is used: what is optional, or takes long and is needed by one
 # command.
 LAZY: dict[str, set[str]] = {
-    "kernel": {f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "repeat", "tensors")},
+    "kernel": {
+        f"onepass.kernel.{name}" for name in ("cpu", "eager", "gpu", "llvm", "repeat", "tensors")
+    },
     "kernel.gpu.devices": {"triton"},
     "app.explain.target": {"triton"},
     "app.cli": {"onepass.app.commands"},

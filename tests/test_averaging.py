@@ -285,7 +285,7 @@ MUTATIONS: dict[str, Callable[[Any], Any]] = {
         averages.Exponential, "weight", lambda self, n: self.decay
     ),
     "no bump": lambda patch: patch.setattr(
-        torch.autograd.graph, "increment_version", lambda tensors: None
+        averages.kernel, "count_as_changed", lambda changed: None
     ),
     "no copy": lambda patch: patch.setattr(models, "_copy", lambda into, sources: None),
     "once": lambda patch: patch.setattr(models, "_once", list),

@@ -14,6 +14,7 @@ from support.user_actions import ACTIONS
 
 import onepass
 from onepass import optimizer
+from onepass.stepping import repeat
 from onepass.stepping.batch import KernelBatch
 
 over_algorithms = pytest.mark.parametrize("algorithm", KINDS)
@@ -106,6 +107,7 @@ def test_notices_a_moment_that_forgets_too_fast(monkeypatch: pytest.MonkeyPatch)
 
 def spoiled_finish(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     """Let something happen in each 20th launch."""
+    monkeypatch.setattr(repeat, "ENABLED", False)
     right, calls = KernelBatch.finish, [0]
 
     def finish(self: Any, tensors: Any, reading: Any) -> None:
@@ -124,6 +126,7 @@ def test_notices_an_update_that_is_dropped(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_notices_a_count_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "ENABLED", False)
     monkeypatch.setattr(KernelBatch, "keep_numbers", lambda self: None)
     assert_noticed("count of steps")
 

@@ -134,6 +134,7 @@ class Code:
 
     def __init__(self, places: Places) -> None:
         """Compile it: 50 ms, once in a process's life."""
+        self.places = places
         self._library = Library(program(places))
         pointer = ctypes.c_void_p
         # PYFUNCTYPE keeps the interpreter lock: nothing is freed or replaced meanwhile.
