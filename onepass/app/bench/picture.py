@@ -25,7 +25,11 @@ BARS = {OUR_BAR: BLUE, BEST_BAR: ORANGE, DEFAULT_BAR: RED}
 # The picture shows at most two of the models that were measured: the first ones of these.
 PANELS = (
     "gpt2",
+    "lenet",
     "small",
+    "mlp",
+    "one",
+    "resnet18",
     "big",
     "resnet50",
     "llama-1b",
@@ -34,6 +38,9 @@ PANELS = (
     "groups",
     "groups100",
 )
+
+# The share of the memory limit from which on a caption names it.
+LEAST_SHARE = 0.2
 
 DPI = 130
 # Sizes in pixels: the names and the legend around the panels, a panel, and an algorithm in it.
@@ -113,7 +120,9 @@ def _draw_panel(axes: Axes, results: Sequence[Result], names: Sequence[str]) -> 
     # Room at the end of the longest bar for its caption.
     axes.set_xlim(0, 1.4 * longest)
     axes.set_title(results[0]["title"], fontsize=11)
-    axes.set_xlabel("ms a step")
+    factor, unit = _unit(longest)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{factor * value:g}")
+    axes.set_xlabel(f"{unit} a step")
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
@@ -144,6 +153,11 @@ def _draw_bars(axes: Axes, result: Result, row: int) -> float:
     return max(shown.values())
 
 
+def _unit(milliseconds: float) -> tuple[float, str]:
+    """Return by what milliseconds are multiplied for the unit that suits them, and the unit."""
+    return (1.0, "ms") if milliseconds >= 1 else (1e3, "us")
+
+
 def _wrap(name: str) -> str:
     """Return a long name in two lines."""
     return name.replace("-", "\n", 1) if len(name) > 16 else name
@@ -163,11 +177,15 @@ def _time_of_bar(result: Result, bar: str) -> float | None:
 
 def _caption(result: Result, bar: str, value: float) -> str:
     """Return a bar's text, such as `3.2 ms, 97 % of the limit` or `9.1 ms, 2.8x (foreach)`."""
-    time = f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+    factor, unit = _unit(value)
+    time = f"{factor * value:.3g} {unit}" if value < 1000 else f"{value:.0f} ms"
     summary = result["summary"]
     if bar == OUR_BAR:
         share = summary["share_of_limit"]
-        return time if share is None else f"{time}, {100 * share:.0f} % of the limit"
+        # Memory does not bound a step of a few small tensors.
+        if share is None or share < LEAST_SHARE:
+            return time
+        return f"{time}, {100 * share:.0f} % of the limit"
     times = value / result["contenders"][OURS]["median_ms"]
     digits = 1 if times < 10 else 0
     mode = f" ({summary['best_mode']})" if bar == BEST_BAR else ""

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..catalog import find_variant
 from .contenders import OURS, Workload, make_ours, make_torch
 from .gpu import Gpu, find_gpu
-from .shapes import MODELS
+from .models import find_model
 
 __all__ = ["peak_megabytes", "probe"]
 
@@ -43,7 +43,7 @@ def probe(model: str, optimizer: str, contender: str, gpu: Gpu | None = None) ->
     `first_ms` includes the construction of the optimizer, `state_ms` is what only allocating such
     state takes, `peak_mb` is in 10^6 bytes.
     """
-    workload = Workload(MODELS[model], "cpu" if gpu is None else gpu.device)
+    workload = Workload(find_model(model), "cpu" if gpu is None else gpu.device)
     variant = find_variant(optimizer)
     groups = workload.groups()
     wait = (lambda: None) if gpu is None else gpu.synchronize

@@ -35,6 +35,7 @@ WORDS = {
     "times_fused": "times torch's fused",
     "times_foreach": "times torch's foreach",
     "host_of_goal": "of the time on the host that a step may take",
+    "us_per_tensor": "us for a step of one tensor",
     "first_s": "s to the end of the first step, with an empty cache",
     "warm_s": "s to the end of the first step, with a warm cache",
     "peak_share": "of the parameters' memory above state",

@@ -35,6 +35,15 @@ class Model:
         return sum(map(math.prod, self.shapes))
 
 
+def _mlp() -> list[Shape]:
+    return [(128, 784), (128,), (64, 128), (64,), (10, 64), (10,)]
+
+
+def _lenet() -> list[Shape]:
+    convolutions = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,)]
+    return [*convolutions, (120, 400), (120,), (84, 120), (84,), (10, 84), (10,)]
+
+
 def _gpt2_matrices(layers: int) -> list[Shape]:
     """Return the matrices of this many of GPT-2's blocks."""
     width, hidden = 768, 3072
@@ -50,22 +59,36 @@ def _gpt2() -> list[Shape]:
     return [(50257, width), (1024, width), *block * 12, *norm]
 
 
-def _resnet50() -> list[Shape]:
-    def convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
-        """Return the weight, and the weight and bias of the batch norm that follows."""
-        weight = (outputs, inputs, size, size)
-        norm = [(outputs,), (outputs,)]
-        return [weight, *norm]
+def _convolution(outputs: int, inputs: int, size: int) -> list[Shape]:
+    """Return the weight, and the weight and bias of the batch norm that follows."""
+    weight = (outputs, inputs, size, size)
+    norm = [(outputs,), (outputs,)]
+    return [weight, *norm]
 
-    shapes = convolution(64, 3, 7)
+
+def _resnet18() -> list[Shape]:
+    shapes = _convolution(64, 3, 7)
+    inputs = 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += _convolution(width, inputs, 3)
+            shapes += _convolution(width, width, 3)
+            if inputs != width:
+                shapes += _convolution(width, inputs, 1)
+            inputs = width
+    return [*shapes, (1000, inputs), (1000,)]
+
+
+def _resnet50() -> list[Shape]:
+    shapes = _convolution(64, 3, 7)
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += convolution(width, inputs, 1)
-            shapes += convolution(width, width, 3)
-            shapes += convolution(4 * width, width, 1)
+            shapes += _convolution(width, inputs, 1)
+            shapes += _convolution(width, width, 3)
+            shapes += _convolution(4 * width, width, 1)
             if block == 0:
-                shapes += convolution(4 * width, inputs, 1)
+                shapes += _convolution(4 * width, inputs, 1)
             inputs = 4 * width
     return [*shapes, (1000, inputs), (1000,)]
 
@@ -94,6 +117,10 @@ def _llama3_1b() -> list[Shape]:
 MODELS: dict[str, Model] = {
     model.name: model
     for model in (
+        Model("one", "1 tensor of 1000", lambda: [(1000,)]),
+        Model("mlp", "an MLP of 6 tensors (0.1 M)", _mlp),
+        Model("lenet", "LeNet, 10 tensors (0.06 M)", _lenet),
+        Model("resnet18", "ResNet-18 (12 M)", _resnet18),
         Model("big", "2 tensors of 4096x4096", lambda: [(4096, 4096)] * 2),
         Model("gpt2", "GPT-2 (124 M)", _gpt2),
         Model("resnet50", "ResNet-50 (26 M)", _resnet50),

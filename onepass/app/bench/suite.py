@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from ...kernel.graph.ir import Rank
-from ..catalog import CLOSURE, Variant, find_variant, nearest, optimizers
+from ..catalog import CLOSURE, Variant, find_variant, optimizers
 from .limit import program_of
+from .models import find_model
 from .shapes import MODELS, Model
 
 __all__ = [
@@ -37,7 +38,7 @@ SUITE = (
 VARIANTS = ("sgd-momentum", "rmsprop-centered-momentum", "adam-amsgrad", "lbfgs-wolfe")
 
 # Unless models are named, an optimizer is measured on these, or on those made for its class.
-USUAL_MODELS = ("big", "gpt2", "small", "tiny", "groups")
+USUAL_MODELS = ("one", "mlp", "lenet", "resnet18", "big", "gpt2", "small", "tiny", "groups")
 USUAL_ON_GPU = ("gpt2", "llama3-1b", "small", "groups100")
 MODELS_OF = {
     "LBFGS": ("tiny", "million"),
@@ -120,9 +121,9 @@ def choose(
     Raises `UnknownName` for a name that means nothing, and `BenchError` for one that fits none of
     the others.
     """
-    model_names = list(MODELS)
+    chosen = list(MODELS.values())
     if models is not None:
-        model_names = [_find_model(name.strip()).name for name in models.split(",")]
+        chosen = [find_model(name.strip()) for name in models.split(",")]
     if optimizers is not None:
         variant_names = [name.strip() for name in optimizers.split(",")]
     else:
@@ -131,11 +132,10 @@ def choose(
 
     usual: Collection[str] = USUAL_ON_GPU if gpu else USUAL_MODELS
     if models is not None:
-        usual = model_names
+        usual = [model.name for model in chosen]
     both_named = models is not None and optimizers is not None
     cells = []
-    for model_name in model_names:
-        model = MODELS[model_name]
+    for model in chosen:
         for variant in variants:
             if misfit(model, variant) or not (both_named or _is_usual(model, variant, usual)):
                 continue
@@ -143,35 +143,28 @@ def choose(
             cells.append(Cell(model, variant, is_fresh and variant.demand != CLOSURE))
 
     if models is not None:
-        _check_models(model_names, variants, cells)
+        _check_models(chosen, variants, cells)
     if optimizers is not None:
-        _check_variants(model_names, variants, cells)
+        _check_variants(chosen, variants, cells)
     return cells
 
 
-def _check_models(names: list[str], variants: list[Variant], cells: list[Cell]) -> None:
+def _check_models(models: list[Model], variants: list[Variant], cells: list[Cell]) -> None:
     """Raise `BenchError` for the first named model on which nothing is measured."""
     measured = {cell.model.name for cell in cells}
-    for name in names:
-        if name not in measured:
-            reason = misfit(MODELS[name], variants[0])
+    for model in models:
+        if model.name not in measured:
+            reason = misfit(model, variants[0])
             raise BenchError(f"{reason}: choose another --model or --optimizer.")
 
 
-def _check_variants(names: list[str], variants: list[Variant], cells: list[Cell]) -> None:
+def _check_variants(models: list[Model], variants: list[Variant], cells: list[Cell]) -> None:
     """Raise `BenchError` for the first named optimizer that is measured on no model."""
     measured = [cell.variant for cell in cells]
     for variant in variants:
         if variant not in measured:
-            reason = misfit(MODELS[names[0]], variant)
+            reason = misfit(models[0], variant)
             raise BenchError(f"{reason}: choose another --model or --optimizer.")
-
-
-def _find_model(name: str) -> Model:
-    """Return the model of this name, in any case; raises `UnknownName` if there is none."""
-    if name.lower() not in MODELS:
-        raise nearest("model", name, MODELS)
-    return MODELS[name.lower()]
 
 
 def _is_usual(model: Model, variant: Variant, usual: Collection[str]) -> bool:

@@ -17,7 +17,8 @@ from .checks import check_files, require
 ModelNames = Annotated[
     str | None,
     typer.Option(
-        help=f"Names with commas between them, of {', '.join(MODELS)}.",
+        help=f"Names with commas between them, of {', '.join(MODELS)}; or your own model as "
+        "file.py:function, where the function returns a module.",
         show_default="those that suit",
     ),
 ]
