@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import onepass
 from onepass import swa_utils as ours
-from onepass.app.bench import measure
+from onepass.app.bench import measure, turns
 from onepass.app.bench.contenders import Workload
 from onepass.app.bench.goals import ADAM
-from onepass.app.bench.machine import describe_machine
+from onepass.app.bench.machine import describe_machine, time_of
 from onepass.app.bench.shapes import MODELS
 from onepass.app.catalog import find_variant
 
@@ -109,8 +109,9 @@ def beside_torchs_average() -> float:
         "onepass": partial(ours.get_ema_multi_avg_fn(0.99), lists[0], lists[1], 1),
         "torch": partial(theirs.get_ema_multi_avg_fn(0.99), lists[2], lists[3], 1),
     }
-    found = take_turns(steps)
-    return found["torch"] / found["onepass"]
+    timed = {name: partial(time_of, step) for name, step in steps.items()}
+    found = turns.take_turns(timed, 2.0)
+    return found["torch"]["median_ms"] / found["onepass"]["median_ms"]
 
 
 def step_of(name: str, count: int) -> Callable[[], object]:

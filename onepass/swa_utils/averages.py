@@ -94,9 +94,10 @@ class Average:
                 raise StepError(
                     "averages changed while their update was being prepared; update again"
                 )
-        pairing.checked(*ready.others, label, ready.places)
-        # torch's operations may still refuse something; the kernels may not, and so come last.
-        self._by_torch(*ready.others, weight, number)
+        if ready.places:
+            pairing.checked(*ready.others, label, ready.places)
+            # torch's operations may still refuse something; the kernels may not, and so come last.
+            self._by_torch(*ready.others, weight, number)
         for batch, tensors in ready.batches:
             # Those may have run code of a tensor's class, which may do anything to memory.
             if ready.places and batch.expected.compare(tensors):
@@ -285,8 +286,9 @@ class Pairing:
                 ready.places += batch.places
             else:
                 ready.batches.append((batch, tensors))
-        for others, tensors in zip(ready.others, (averages, values), strict=True):
-            others += [tensors[i] for i in ready.places]
+        if ready.places:
+            for others, tensors in zip(ready.others, (averages, values), strict=True):
+                others += [tensors[i] for i in ready.places]
         return ready
 
 
