@@ -110,12 +110,12 @@ def spoiled_finish(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.setattr(repeat, "ENABLED", False)
     right, calls = KernelBatch.finish, [0]
 
-    def finish(self: Any, tensors: Any, reading: Any) -> None:
+    def finish(self: Any, gathered: Any, step: Any) -> None:
         calls[0] += 1
         if calls[0] % 20:
-            right(self, tensors, reading)
+            right(self, gathered, step)
         else:
-            spoil(lambda: right(self, tensors, reading), reading)
+            spoil(lambda: right(self, gathered, step), step.reading)
 
     monkeypatch.setattr(KernelBatch, "finish", finish)
 

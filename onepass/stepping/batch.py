@@ -13,9 +13,11 @@ from torch import Tensor
 from .. import kernel
 from ..contract.mistakes import are_learning_rates, find_refused
 from ..contract.values import Group, StepError
+from .batches import Delayed, Step
 from .checks import Member, check_gradient, check_matrix, check_member, check_state
 from .columns import Columns, picker
-from .gradient_factor import GradientFactor
+from .gathered import Gathered
+from .ledger import Ledger
 from .reading import Reading
 from .recipe import Recipe
 
@@ -25,10 +27,6 @@ CAPTURE = (
     "{}: a step that is captured in a graph needs capturable=True in every param group; set it, "
     "and take a few steps before the capture"
 )
-# What a batch has read for one step, in one list: gradients, parameters, each state, each number.
-# Adam on two parameters: [g0, g1, p0, p1, exp_avg0, exp_avg1, exp_avg_sq0, exp_avg_sq1, step0,
-# step1]. It lives no longer than the step: nothing here keeps a tensor alive.
-Gathered = list[Any]
 
 
 def check(
@@ -150,6 +148,12 @@ class KernelBatch(Columns):
         params = self.pick(reading.params)
         self.pick_state = picker([places[id(p)] for p in params] if self.recipe.entries else [])
 
+    @property
+    def demand(self) -> int:
+        """How many elements of memory `begin` takes: functions of matrices take as many as these
+        have."""
+        return int(self.work.numel.sum()) if self.recipe.graph.has_calls else 0
+
     def gather(self, reading: Reading) -> Gathered | None:
         """Look at options and tensors; return None if the plan no longer fits.
 
@@ -158,26 +162,26 @@ class KernelBatch(Columns):
         self.values = [self.read(reading.groups[g]) for g in self.groups]
         self.check_capture()
         params = self.pick(reading.params)
-        tensors: Gathered = [*self.pick(reading.grads), *params]
+        gathered = Gathered(self.pick(reading.grads), params)
         if self.recipe.entries:
             states = self.pick_state(reading.entries)
             if not all(map(is_, self.pick_state(reading.keys), params)):
                 return None
             try:
                 for name in self.recipe.entries:
-                    tensors += map(itemgetter(name), states)
+                    gathered.add(map(itemgetter(name), states))
             except (KeyError, TypeError, IndexError):
                 return None
-        if self.strided and not self._copy_strided(tensors):
+        if self.strided and not self._copy_strided(gathered):
             return None
         inactive: list[int] = []
-        if self.expected.compare(tensors):
+        if self.expected.compare(gathered.tensors):
             changed = self._changed()
-            inactive = [i for i in changed if i < self.count and tensors[i] is None]
-            if len(inactive) < len(changed) and not self._replace_gradients(tensors, inactive):
+            inactive = [i for i in changed if i < self.count and gathered.gradient(i) is None]
+            if len(inactive) < len(changed) and not self._replace_gradients(gathered, inactive):
                 return None
         self._activate(inactive)
-        return tensors
+        return gathered
 
     def starts(self) -> np.ndarray:
         """Return where what this step writes begins in memory, as addresses."""
@@ -223,24 +227,24 @@ class KernelBatch(Columns):
         del self._works[inactive]
         self._launches.pop(inactive, None)
 
-    def _copy_strided(self, tensors: Gathered) -> bool:
+    def _copy_strided(self, gathered: Gathered) -> bool:
         """Replace parameters with holes by dense copies; False if one is not what it was."""
         for i, facts in self.strided.items():
-            p = tensors[self.count + i]
+            p = gathered.param(i)
             if not kernel.is_as(p, facts):
                 return False
             self._origins[i] = p.data_ptr(), kernel.extent(p)
-            tensors[self.count + i] = p.detach().contiguous()
+            gathered.replace_param(i, p.detach().contiguous())
         return True
 
-    def _replace_gradients(self, tensors: Gathered, inactive: list[int]) -> bool:
+    def _replace_gradients(self, gathered: Gathered, inactive: list[int]) -> bool:
         """Replace unusual gradients by dense copies; False if something else differs."""
         changed = self._changed()
         if changed[-1] >= self.count:
             # Nothing is read of a parameter that is not what it was: it may have no memory.
             return False
         for i in changed:
-            g, p = tensors[i], tensors[self.count + i]
+            g, p = gathered.gradient(i), gathered.param(i)
             if g is None:
                 continue
             if not self.members[i].takes(g):
@@ -252,31 +256,29 @@ class KernelBatch(Columns):
             is_a_fitting_copy = g.layout != torch.strided and dense.stride() == like.stride()
             if not is_a_fitting_copy:
                 dense = torch.empty_like(like, dtype=g.dtype).copy_(dense)
-            tensors[i] = dense
-        return self.expected.compare(tensors) == len(inactive) and self._changed() == inactive
+            gathered.replace_gradient(i, dense)
+        return (
+            self.expected.compare(gathered.tensors) == len(inactive) and self._changed() == inactive
+        )
 
-    def is_as_read(self, tensors: Gathered, reading: Reading) -> bool:
+    def is_as_read(self, gathered: Gathered, reading: Reading) -> bool:
         """Whether what was gathered is still what it was. Addresses are read again."""
         params = self.pick(reading.params) if self.strided else ()
         for i, facts in self.strided.items():
             if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
                 return False
         return (
-            self.expected.compare(tensors) == len(self.inactive)
+            self.expected.compare(gathered.tensors) == len(self.inactive)
             and self._changed() == self.inactive
         )
 
-    def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
-        """Compute on what was gathered as far as it may fail, and store nothing.
-
-        `finish` or `cancel` follows. `fresh` are the positions of the parameters that make their
-        first step.
-        """
+    def begin(self, gathered: Gathered, step: Step) -> Sequence[Delayed]:
+        """Compute on what was gathered as far as it may fail, and store nothing."""
         numbers = self._numbers.read()
         if self._step is not None:
             # Counted in the precision that the counts have.
             numbers[self._step] = (numbers[self._step] + self.active).astype(self.number_dtype)
-        self.choose_settings(numbers, self.find_first(fresh))
+        self.choose_settings(numbers, self.find_first(step.fresh))
         leaves = self.launch.leaves
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
             each = values[0] if len(values) == 1 else np.array(values)
@@ -285,11 +287,12 @@ class KernelBatch(Columns):
                 self.refused_rate = find_refused(self.groups, values)
         supplied = dict(zip(self.recipe.numbers, self.numbers_of_setting, strict=False))
         supplied["first"] = self.first_of_setting
-        supplied[kernel.GRADIENT_FACTOR] = gradient_factor.factor
+        supplied[kernel.GRADIENT_FACTOR] = step.gradient_factor.factor
         for name, values in supplied.items():
             if name in self.kernel.leaves:
                 leaves[self.kernel.leaves[name]] = values
         self.launch_up_to_stores()
+        return ()
 
     def find_first(self, fresh: Collection[int]) -> np.ndarray | None:
         """Return 1.0 for each parameter that makes its first step, else 0.0; None if none does."""
@@ -310,26 +313,24 @@ class KernelBatch(Columns):
         if self.launch is not None:
             self.launch.cancel()
 
-    def finish(self, tensors: Gathered, reading: Reading) -> None:
+    def store_refusing(self, ledger: Ledger) -> bool:
+        """Store nothing yet: a launch refuses nothing."""
+        return False
+
+    def finish(self, gathered: Gathered, step: Step) -> None:
         """Store what was begun, with the gathered tensors in hand. Nothing here may fail."""
         self.launch.finish(self._workers)
-        written = self._written(tensors)
+        columns = len(self.recipe.columns) + len(self.resident(self.recipe) or ())
+        written = gathered.columns(1, columns, set(self.inactive))
         if self.strided:
-            params = self.pick(reading.params)
+            params = self.pick(step.reading.params)
             for i in set(self.strided).difference(self.inactive):
-                params[i].detach().copy_(tensors[self.count + i])
+                params[i].detach().copy_(gathered.param(i))
         kernel.count_as_changed(written)
         self.keep_numbers()
-
-    def _written(self, tensors: Gathered) -> Gathered:
-        """Return the gathered tensors that this step writes."""
-        columns = len(self.recipe.columns)
-        written_numbers = len(self.resident(self.recipe) or ())
-        written = tensors[self.count : (columns + written_numbers) * self.count]
-        if self.inactive:
-            missing = set(self.inactive)
-            written = [t for i, t in enumerate(written) if i % self.count not in missing]
-        return written
+        if step.fresh:
+            active = zip(self.positions.tolist(), self.active, strict=True)
+            step.fresh.difference_update(position for position, on in active if on)
 
     def keep_numbers(self) -> None:
         """Store each parameter's numbers after this step."""

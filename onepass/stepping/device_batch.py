@@ -6,7 +6,7 @@ A step asks the device nothing, so that it never waits, and can be captured in a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from .. import kernel
 from ..contract.values import Group, StepError
 from .batch import KernelBatch
+from .batches import Delayed, Step
 from .checks import Member
-from .gradient_factor import GradientFactor
+from .gathered import Gathered
 from .reading import Reading
 from .recipe import Recipe
 
@@ -117,14 +118,14 @@ class DeviceBatch(KernelBatch):
         self.launch = self._launches[key]
         self.group_of_setting = np.arange(len(self.groups))
 
-    def begin(self, fresh: Collection[int], gradient_factor: GradientFactor) -> None:
+    def begin(self, gathered: Gathered, step: Step) -> Sequence[Delayed]:
         self.choose_launch()
         launch = self.launch
-        first = self.find_first(fresh)
+        first = self.find_first(step.fresh)
         self._make_fresh(np.zeros(self.count) if first is None else first)
         launch.fresh = self.fresh
         launch.active[:] = self.active
-        factor, launch.guard = gradient_factor.on(self._device)
+        factor, launch.guard = step.gradient_factor.on(self._device)
         self.skipped |= launch.guard is not None
         launch.device_leaves = []
         for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
@@ -138,6 +139,7 @@ class DeviceBatch(KernelBatch):
         if factor is not None and kernel.GRADIENT_FACTOR in self.kernel.leaves:
             launch.device_leaves.append((self.kernel.leaves[kernel.GRADIENT_FACTOR], None, factor))
         self.launch_up_to_stores()
+        return ()
 
     def prepare_to_repeat(self, launch: Any) -> None:
         launch.guard, launch.device_leaves = None, []

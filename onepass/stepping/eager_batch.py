@@ -7,7 +7,7 @@ elementwise rules are computed together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import kernel
 from ..contract.values import State
 from .batch import as_dense_gradient
+from .batches import Delayed, Step
 from .checks import Member
 from .eager_members import EagerMembers
 from .gradient_factor import GradientFactor
@@ -46,23 +47,28 @@ class EagerBatch(EagerMembers):
         super().__init__(members, reading, recipe, owner, differentiable, capturable)
         self.cancel()
 
-    def begin(
-        self,
-        stepping: list[Stepping],
-        fresh: Collection[int],
-        gradient_factor: GradientFactor,
-        scratch: Scratch,
-    ) -> list[tuple[int, Callable[[], None]]]:
+    @property
+    def demand(self) -> int:
+        """How much memory `begin` takes: it is bounded, and so counts as none."""
+        return 0
+
+    def is_as_read(self, gathered: list[Stepping], reading: Reading) -> bool:
+        """Whether what was gathered is still what it was: torch's operations look by themselves."""
+        return True
+
+    def begin(self, gathered: list[Stepping], step: Step) -> list[Delayed]:
         """Compute new values, and store nothing.
 
         Parameters that share memory step in the order of the whole optimizer, across its batches.
         For each of them this returns its position and what computes it.
         """
         self.cancel()
-        self._stepping = stepping
-        later: list[tuple[int, Callable[[], None]]] = []
-        for s in stepping:
-            hypers = self._hypers(s, fresh, gradient_factor)
+        self._stepping = gathered
+        scratch = step.scratch
+        assert scratch is not None
+        later: list[Delayed] = []
+        for s in gathered:
+            hypers = self._hypers(s, step.fresh, step.gradient_factor)
             if s.together:
                 self._compute_together(s, hypers)
             elif s.members[0].position in self.apart:
@@ -174,20 +180,16 @@ class EagerBatch(EagerMembers):
                     self._counted.append(state)
         return stored
 
-    def finish(self, fresh: set[int]) -> None:
-        """Store the rest.
-
-        `fresh` are the positions of those whose state is new; it loses the parameters that stepped.
-        """
+    def finish(self, gathered: list[Stepping], step: Step) -> None:
+        """Store the rest."""
         if self._targets:
             torch._foreach_copy_(self._targets, self._values)
         for target, value in self._targets_alone:
             target.copy_(value)
         for state, name, value in self._numbers:
             write_number(state, name, value)
-        for stepping in self._stepping:
-            if fresh:
-                fresh.difference_update(member.position for member in stepping.members)
+        for stepping in gathered:
+            step.fresh.difference_update(member.position for member in stepping.members)
         if self.recipe.counts_steps:
             count_steps(self._counted)
         self.cancel()

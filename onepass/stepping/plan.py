@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from ..contract.values import Group, StepError
-from .batch import Gathered, KernelBatch
+from .batches import Batch, Delayed, Step
 from .batching import Batching
 from .checks import Member
 from .columns import Clusters, find_clusters
 from .device_batch import DeviceBatch
-from .eager_batch import EagerBatch
 from .gradient_factor import GradientFactor
 from .group_recipes import GroupRecipes
 from .ledger import Ledger
@@ -43,7 +42,6 @@ from .reading import Reading
 from .recipe import Algorithm
 from .scratch import Scratch
 from .sharing import find_shared
-from .sparse import SlicesBatch
 
 
 class Plan:
@@ -113,6 +111,7 @@ class Plan:
         self.kernels = batching.make_kernels(kinds, numbers, shared)
         self.eager = batching.make_eager(kinds, numbers, shared)
         self.slices = batching.make_slices(kinds)
+        self.batches: list[Batch] = [*self.kernels, *self.eager, *self.slices]
         self._compared_starts: list[bytes] | None = None
 
     def ready(
@@ -121,8 +120,8 @@ class Plan:
         scaled: bool,
         flags: Sequence[Mapping[str, bool]],
         steps_slices: Callable[[Group], bool] | None,
-    ) -> tuple[list[Gathered], list[Any]] | None:
-        """Look at all that a step depends on, and return what has been read.
+    ) -> list[Any] | None:
+        """Look at all that a step depends on, and return what each batch has gathered.
 
         It returns None if the plan must be built again. Nothing changes here.
         """
@@ -139,12 +138,13 @@ class Plan:
             return None
         if any(reading.grads[i] is not None for i in self.dormant):
             return None
-        gathered: list[list[Any]] = []
-        for batches in (self.kernels, self.others):
-            gathered.append([batch.gather(reading) for batch in batches])
-            if any(found is None for found in gathered[-1]):
+        gathered = []
+        for batch in self.batches:
+            found = batch.gather(reading)
+            if found is None:
                 return None
-        return (gathered[0], gathered[1]) if self._is_shared_as_before() else None
+            gathered.append(found)
+        return gathered if self._is_shared_as_before() else None
 
     def _steps_slices_as_before(
         self, groups: Sequence[Group], steps_slices: Callable[[Group], bool]
@@ -161,12 +161,11 @@ class Plan:
 
     def _is_shared_as_before(self) -> bool:
         """Whether the same parameters share memory with one another as when the plan was built."""
-        batches = (*self.kernels, *self.others)
-        starts = [batch.starts() for batch in batches]
+        starts = [batch.starts() for batch in self.batches]
         compared = [addresses.tobytes() for addresses in starts]
-        if compared == self._compared_starts or not batches:
+        if compared == self._compared_starts or not starts:
             return True
-        sizes, positions = zip(*(batch.stretches() for batch in batches), strict=True)
+        sizes, positions = zip(*(batch.stretches() for batch in self.batches), strict=True)
         found = find_clusters(*map(np.concatenate, (starts, sizes, positions)))
         if found == self.clusters or self._is_differentiable:
             self._compared_starts = compared
@@ -174,7 +173,7 @@ class Plan:
         return False
 
     @property
-    def others(self) -> list[EagerBatch | SlicesBatch]:
+    def others(self) -> list[Batch]:
         """The batches that are not launches over whole tensors."""
         return [*self.eager, *self.slices]
 
@@ -188,7 +187,7 @@ class Plan:
     @property
     def refused_rate(self) -> tuple[int, float] | None:
         """A group with a learning rate that the constructor would refuse, and the rate, if any."""
-        for batch in (*self.kernels, *self.eager):
+        for batch in self.batches:
             if batch.refused_rate is not None:
                 return batch.refused_rate
         return None
@@ -204,86 +203,61 @@ class Plan:
         return [batch for batch in self.kernels if isinstance(batch, DeviceBatch)]
 
     def run(
-        self,
-        reading: Reading,
-        gathered: tuple[list[Gathered], list[Any]],
-        gradient_factor: GradientFactor,
+        self, reading: Reading, gathered: Sequence[Any], gradient_factor: GradientFactor
     ) -> None:
         """Step with what `ready` returned."""
-        of_kernels, of_others = gathered
+        step = Step(reading, self.fresh, gradient_factor)
+        batches = list(zip(self.batches, gathered, strict=True))
         try:
             if self.waits and gradient_factor.read():
                 self.undo()
                 return
-            self._begin(reading, of_others, gradient_factor)
-            if of_others:
-                self._check_again(reading, of_kernels, of_others)
-                refusing = [batch.store_refusing(self._ledger) for batch in self.eager]
+            self._begin(batches, step)
+            if self.others:
+                self._check_again(batches, reading)
+                refusing = [batch.store_refusing(self._ledger) for batch in self.batches]
                 if any(refusing):
-                    self._check_again(reading, of_kernels, of_others)
+                    self._check_again(batches, reading)
         except BaseException:
-            for batch in (*self.kernels, *self.others):
+            for batch in self.batches:
                 batch.cancel()
             self.undo()
             raise
         self._ledger.close()
-        for batch, tensors in zip(self.kernels, of_kernels, strict=True):
-            batch.finish(tensors, reading)
-        for batch in self.eager:
-            batch.finish(self.fresh)
-        for batch in self.slices:
-            batch.finish()
-        if self.fresh:
-            for batch in self.kernels:
-                active = zip(batch.positions.tolist(), batch.active, strict=True)
-                self.fresh.difference_update(position for position, on in active if on)
+        for batch, found in batches:
+            batch.finish(found, step)
 
-    def _begin(
-        self, reading: Reading, of_others: list[Any], gradient_factor: GradientFactor
-    ) -> None:
+    def _begin(self, batches: Sequence[tuple[Batch, Any]], step: Step) -> None:
         """Do what may fail, which changes nothing.
 
         That is functions of matrices, a device's memory, compiling for it, torch's operations. The
         batch that takes the most memory is first, while there are no results of others.
         """
-        for batch in sorted(self.kernels, key=_demand, reverse=True):
-            batch.begin(self.fresh, gradient_factor)
-        if not of_others:
-            return
-        scratch = Scratch(chain.from_iterable(batch.tensors_apart(reading) for batch in self.eager))
-        later = [
-            delayed
-            for batch, stepping in zip(self.eager, of_others, strict=False)
-            for delayed in batch.begin(stepping, self.fresh, gradient_factor, scratch)
-        ]
+        if self.eager:
+            apart = (batch.tensors_apart(step.reading) for batch in self.eager)
+            step.scratch = Scratch(chain.from_iterable(apart))
+        later: list[Delayed] = []
+        for batch, found in sorted(batches, key=_demand, reverse=True):
+            later += batch.begin(found, step)
         for _, compute in sorted(later, key=itemgetter(0)):
             compute()
-        for batch, stepping in zip(self.slices, of_others[len(self.eager) :], strict=True):
-            batch.begin(stepping, self.fresh, gradient_factor)
 
-    def _check_again(
-        self, reading: Reading, of_kernels: list[Gathered], of_others: list[Any]
-    ) -> None:
+    def _check_again(self, batches: Sequence[tuple[Batch, Any]], reading: Reading) -> None:
         """Raise `StepError` if memory is not what it was: torch's operations have run since.
 
         These may be operations of a user's class, which may do anything.
         """
-        of_slices = of_others[len(self.eager) :]
-        pairs = [
-            *zip(self.kernels, of_kernels, strict=True),
-            *zip(self.slices, of_slices, strict=True),
-        ]
-        if not all(batch.is_as_read(tensors, reading) for batch, tensors in pairs):
+        if not all(batch.is_as_read(found, reading) for batch, found in batches):
             raise StepError(
                 f"{self.owner}: parameters or state changed while others stepped; keep their "
                 "memory as it is"
             )
 
 
+def _demand(pair: tuple[Batch, Any]) -> int:
+    """Return how much memory a batch takes before it stores anything, in elements."""
+    return pair[0].demand
+
+
 def _nothing() -> None:
     """What a plan is in a copy."""
-
-
-def _demand(batch: KernelBatch) -> int:
-    """Return how much memory a batch takes before it stores anything, in elements."""
-    return int(batch.work.numel.sum()) if batch.recipe.graph.has_calls else 0

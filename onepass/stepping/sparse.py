@@ -28,11 +28,10 @@ from torch import Tensor
 
 from .. import kernel
 from ..contract.values import State
-from .batch import Gathered
+from .batches import Delayed, Step
 from .checks import Member
 from .columns import format_name, picker
 from .eager_batch import EagerBatch
-from .gradient_factor import GradientFactor
 from .ledger import Ledger
 from .parts import Stepping
 from .reading import Reading
@@ -157,6 +156,10 @@ class Slices:
         return []
 
 
+# Who steps in a step, and the numbers of each group.
+GatheredSlices = tuple[list[Slices], dict[int, list[float]]]
+
+
 class SlicesBatch:
     """Parameters of one set of dtypes whose gradients are sparse: one launch steps all slices.
 
@@ -164,6 +167,8 @@ class SlicesBatch:
     with, and how a launch is laid out. A launch has room for more slices than a step has: these lie
     in memory that means nothing.
     """
+
+    refused_rate: tuple[int, float] | None = None
 
     def __init__(self, members: list[Member], reading: Reading, recipe: Recipe, owner: str) -> None:
         check_rule(owner, recipe)
@@ -190,7 +195,7 @@ class SlicesBatch:
         # How many slices of a parameter the launch can hold, and of how many numbers.
         self._room: list[tuple[int, int]] = []
 
-    def gather(self, reading: Reading) -> Gathered | None:
+    def gather(self, reading: Reading) -> GatheredSlices | None:
         """Return who steps now, and the options of each group.
 
         It returns None if the plan no longer fits; a new one says what is wrong, if anything is.
@@ -215,7 +220,7 @@ class SlicesBatch:
             tensors = [column[i] for column in columns]
             slices = Slices(member, states[i], steps[i], tensors, starts[i], *found, self.copied[i])
             stepping.append(slices)
-        return [stepping, options]
+        return stepping, options
 
     def _read_states(
         self, params: Sequence[Tensor], states: Sequence[Any]
@@ -245,13 +250,15 @@ class SlicesBatch:
             return None
         return read(g, p.shape)
 
-    def begin(self, gathered: Gathered, fresh: set[int], gradient_factor: GradientFactor) -> None:
-        """Do what may fail, and store nothing.
+    @property
+    def demand(self) -> int:
+        """How much memory `begin` takes: only what the gradients have, which counts as none."""
+        return 0
 
-        `fresh` are the positions of the parameters whose state is new.
-        """
+    def begin(self, gathered: GatheredSlices, step: Step) -> Sequence[Delayed]:
+        """Do what may fail, and store nothing."""
         stepping, self._options = gathered
-        self._fresh, self._factor = fresh, gradient_factor.factor
+        self._fresh, self._factor = step.fresh, step.gradient_factor.factor
         self._rounds = [stepping]
         if _overlap(stepping):
             # One after the other and in one thread, as torch would.
@@ -259,12 +266,17 @@ class SlicesBatch:
             for slices in stepping:
                 slices.values = slices.values.clone()
         self._lay_out(self._rounds[0] if self._rounds else [])
+        return ()
+
+    def store_refusing(self, ledger: Ledger) -> bool:
+        """Store nothing yet: a launch refuses nothing."""
+        return False
 
     def cancel(self) -> None:
         """Let go what has begun."""
         self._rounds = []
 
-    def finish(self) -> None:
+    def finish(self, gathered: GatheredSlices, step: Step) -> None:
         """Store what was begun. Parameters that were fresh are not fresh any more."""
         threads = self.kernel.concurrency() if len(self._rounds) == 1 else 1
         for i, stepping in enumerate(self._rounds):
@@ -276,7 +288,7 @@ class SlicesBatch:
             self._fresh.difference_update(slices.member.position for slices in stepping)
         self.cancel()
 
-    def is_as_read(self, gathered: Gathered, reading: Reading) -> bool:
+    def is_as_read(self, gathered: GatheredSlices, reading: Reading) -> bool:
         """Whether what was gathered is still what it was. Addresses are read again."""
         for slices in gathered[0]:
             for t, start in zip(slices.columns, slices.starts, strict=True):
@@ -433,9 +445,9 @@ class EagerSlices(EagerBatch):
         self._slices = kept
         return super().store_refusing(ledger) or refusing
 
-    def finish(self, fresh: set[int]) -> None:
+    def finish(self, gathered: list[Stepping], step: Step) -> None:
         for target, where, value in self._slices:
             target[where] = value
         for target, where, copy in self._slices_apart:
             target[where] = copy[where]
-        super().finish(fresh)
+        super().finish(gathered, step)
