@@ -127,7 +127,7 @@ def test_sets_of_gradients_that_alternate_send_nothing_again() -> None:
                 p.grad = gradients[i] if i in only else None
             side.opt.step()
         (batch,) = side.opt._onepass.plan.kernels
-        sent.append(sum(launch.uploads for launch in batch._launches.values()))
+        sent.append(sum(launch.uploads for launch in batch.works.launches.values()))
     assert sent[1:] == [sent[0]] * 3 or sent[2:] == [sent[1]] * 2, sent
 
 
@@ -202,11 +202,11 @@ def test_sets_that_alternate_send_rows_alone_by_default() -> None:
         for i, p in enumerate(side.params):
             p.grad = gradients[i] if i % 2 == k % 2 else None
         before = sum(
-            launch.uploads for batch in _kernels(side) for launch in batch._launches.values()
+            launch.uploads for batch in _kernels(side) for launch in batch.works.launches.values()
         )
         side.opt.step()
         after = sum(
-            launch.uploads for batch in _kernels(side) for launch in batch._launches.values()
+            launch.uploads for batch in _kernels(side) for launch in batch.works.launches.values()
         )
         assert k < 4 or after - before <= 1
 

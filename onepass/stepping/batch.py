@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from .. import kernel
-from ..contract.mistakes import are_learning_rates, find_refused
 from ..contract.values import Group, StepError
 from .batches import Delayed, Step
 from .checks import Member, check_gradient, check_matrix, check_member, check_state
 from .columns import Columns, picker
 from .gathered import Gathered
+from .host_numbers import HostNumbers
+from .hypers import Hypers
 from .ledger import Ledger
 from .reading import Reading
 from .recipe import Recipe
+from .settings import Settings
+from .strided import Strided
+from .works import Works
 
-# How many sets of parameters with gradients are known: some alternate, as experts do.
-MOST_WORKS = 8
 CAPTURE = (
     "{}: a step that is captured in a graph needs capturable=True in every param group; set it, "
     "and take a few steps before the capture"
@@ -100,39 +102,29 @@ class KernelBatch(Columns):
         # The groups that take part, and each parameter's among them.
         groups, self.group_index = np.unique([m.group for m in members], return_inverse=True)
         self.groups = groups.tolist()
-        # A parameter whose memory has holes is stepped as a dense copy: its facts, and where it
-        # lies in this step.
-        self.strided = {i: kernel.facts_of(p) for i, p in enumerate(params) if not recipe.fits(p)}
-        self._origins: dict[int, tuple[int, int]] = {}
-        self._prepare_numbers(numbers)
-        self._prepare_launches()
-
-    def _prepare_numbers(self, numbers: list[Tensor]) -> None:
-        """Note where the recipe's numbers are read, and where they go in a launch."""
-        wide = bool(numbers) and numbers[0].dtype == torch.float64
-        self.number_dtype = np.dtype(np.float64 if wide else np.float32)
-        self._numbers = kernel.numbers_at(self.number_pointers, self.number_dtype)
-        names = self.recipe.numbers
-        self._step = names.index("step") if "step" in names else None
-        self.leaves = [self.kernel.leaves[name] for name, _, _ in self.recipe.sources]
-        self._rate = self.kernel.leaves.get("lr")
-        # The group that has a learning rate that the constructor would refuse, and the rate.
-        self.refused_rate: tuple[int, float] | None = None
-
-    def _prepare_launches(self) -> None:
-        """Begin with all parameters active, and no launch laid out."""
+        self.settings = Settings(self.group_index)
+        self.strided = Strided(params, recipe)
+        self.works = Works(self.kernel, self.sizes, self.work, self.let_go)
+        self.numbers = HostNumbers(recipe.numbers, self.number_pointers, numbers)
+        self.hypers = Hypers(recipe, self.kernel, self.groups)
+        # The launch of this step, and whether one worker walks the parameters in order, as torch
+        # would: some share memory.
         self.launch: Any = None
-        self.inactive: list[int] = []
-        # 1.0 for each parameter that has a gradient in this step, else 0.0.
-        self.active = np.ones(self.count)
-        # Whether some share memory: one worker then walks them in order, as torch would.
         self.shares_memory = False
-        # How the work is cut and the launch laid out, by the parameters without a gradient.
-        self._works: dict[tuple[int, ...], Any] = {(): self.work}
-        self._launches: dict[tuple[int, ...], Any] = {}
-        # For which of these works the settings are known.
-        self._settings_work: Any = None
         self._workers = 1
+
+    @property
+    def refused_rate(self) -> tuple[int, float] | None:
+        """A group with a learning rate that the constructor would refuse, and the rate, if any."""
+        return self.hypers.refused_rate
+
+    @property
+    def inactive(self) -> list[int]:
+        """The indices of the parameters without a gradient in this step."""
+        return self.works.inactive
+
+    def let_go(self, launch: Any) -> None:
+        """Forget a launch that has been laid out."""
 
     @staticmethod
     def resident(recipe: Recipe) -> tuple[str, ...] | None:
@@ -152,14 +144,14 @@ class KernelBatch(Columns):
     def demand(self) -> int:
         """How many elements of memory `begin` takes: functions of matrices take as many as these
         have."""
-        return int(self.work.numel.sum()) if self.recipe.graph.has_calls else 0
+        return int(self.works.work.numel.sum()) if self.recipe.graph.has_calls else 0
 
     def gather(self, reading: Reading) -> Gathered | None:
         """Look at options and tensors; return None if the plan no longer fits.
 
         Raises `StepError` if no plan could fit.
         """
-        self.values = [self.read(reading.groups[g]) for g in self.groups]
+        self.hypers.read(reading.groups, self.read)
         self.check_capture()
         params = self.pick(reading.params)
         gathered = Gathered(self.pick(reading.grads), params)
@@ -172,7 +164,7 @@ class KernelBatch(Columns):
                     gathered.add(map(itemgetter(name), states))
             except (KeyError, TypeError, IndexError):
                 return None
-        if self.strided and not self._copy_strided(gathered):
+        if self.strided and not self.strided.copy(gathered):
             return None
         inactive: list[int] = []
         if self.expected.compare(gathered.tensors):
@@ -180,22 +172,16 @@ class KernelBatch(Columns):
             inactive = [i for i in changed if i < self.count and gathered.gradient(i) is None]
             if len(inactive) < len(changed) and not self._replace_gradients(gathered, inactive):
                 return None
-        self._activate(inactive)
+        self.works.activate(inactive)
         return gathered
 
     def starts(self) -> np.ndarray:
         """Return where what this step writes begins in memory, as addresses."""
-        starts = self.expected.pointers[self.count :]
-        if self.strided:
-            starts = starts.copy()
-            starts[list(self.strided)] = [self._origins[i][0] for i in self.strided]
-        return starts
+        return self.strided.correct(self.expected.pointers[self.count :], 0)
 
     def stretches(self) -> tuple[np.ndarray, np.ndarray]:
         """Return how many bytes begin at each of `starts`, and the position of their parameter."""
-        sizes = self.expected.bytes[self.count :].copy()
-        for i in self.strided:
-            sizes[i] = self._origins[i][1]
+        sizes = self.strided.correct(self.expected.bytes[self.count :], 1)
         return sizes, np.tile(self.positions, len(sizes) // self.count)
 
     def check_capture(self) -> None:
@@ -209,34 +195,6 @@ class KernelBatch(Columns):
     def _changed(self) -> list[int]:
         return np.flatnonzero(self.expected.changed).tolist()
 
-    def _activate(self, inactive: list[int]) -> None:
-        if inactive != self.inactive:
-            key = tuple(inactive)
-            if key not in self._works:
-                sizes = self.sizes.copy()
-                sizes[inactive] = 0
-                if len(self._works) >= MOST_WORKS:
-                    self.forget(next(iter(self._works)))
-                self._works[key] = self.kernel.split(sizes)
-            self.inactive, self.work = inactive, self._works[key]
-            self.active = np.ones(self.count)
-            self.active[inactive] = 0.0
-
-    def forget(self, inactive: tuple[int, ...]) -> None:
-        """Let go what is known of steps in which these parameters have no gradient."""
-        del self._works[inactive]
-        self._launches.pop(inactive, None)
-
-    def _copy_strided(self, gathered: Gathered) -> bool:
-        """Replace parameters with holes by dense copies; False if one is not what it was."""
-        for i, facts in self.strided.items():
-            p = gathered.param(i)
-            if not kernel.is_as(p, facts):
-                return False
-            self._origins[i] = p.data_ptr(), kernel.extent(p)
-            gathered.replace_param(i, p.detach().contiguous())
-        return True
-
     def _replace_gradients(self, gathered: Gathered, inactive: list[int]) -> bool:
         """Replace unusual gradients by dense copies; False if something else differs."""
         changed = self._changed()
@@ -247,58 +205,37 @@ class KernelBatch(Columns):
             g, p = gathered.gradient(i), gathered.param(i)
             if g is None:
                 continue
-            if not self.members[i].takes(g):
+            dtype = self.expected.facts[i][0]
+            dense = dense_gradient(self.owner, self.members[i], p, g, dtype, self.recipe)
+            if dense is None:
                 return False
-            check_gradient(self.owner, self.members[i], p, g)
-            if not kernel.is_plain(g) or g.dtype != self.expected.facts[i][0]:
-                return False
-            dense, like = as_dense_gradient(g.detach()), self.recipe.as_dense(p)
-            is_a_fitting_copy = g.layout != torch.strided and dense.stride() == like.stride()
-            if not is_a_fitting_copy:
-                dense = torch.empty_like(like, dtype=g.dtype).copy_(dense)
             gathered.replace_gradient(i, dense)
-        return (
-            self.expected.compare(gathered.tensors) == len(inactive) and self._changed() == inactive
-        )
+        count = self.expected.compare(gathered.tensors)
+        return count == len(inactive) and self._changed() == inactive
 
     def is_as_read(self, gathered: Gathered, reading: Reading) -> bool:
         """Whether what was gathered is still what it was. Addresses are read again."""
-        params = self.pick(reading.params) if self.strided else ()
-        for i, facts in self.strided.items():
-            if not kernel.is_as(params[i], facts) or params[i].data_ptr() != self._origins[i][0]:
-                return False
-        return (
-            self.expected.compare(gathered.tensors) == len(self.inactive)
-            and self._changed() == self.inactive
-        )
+        if self.strided and not self.strided.are_as_read(self.pick(reading.params)):
+            return False
+        count = self.expected.compare(gathered.tensors)
+        return count == len(self.inactive) and self._changed() == self.inactive
 
     def begin(self, gathered: Gathered, step: Step) -> Sequence[Delayed]:
         """Compute on what was gathered as far as it may fail, and store nothing."""
-        numbers = self._numbers.read()
-        if self._step is not None:
-            # Counted in the precision that the counts have.
-            numbers[self._step] = (numbers[self._step] + self.active).astype(self.number_dtype)
-        self.choose_settings(numbers, self.find_first(step.fresh))
-        leaves = self.launch.leaves
-        for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
-            each = values[0] if len(values) == 1 else np.array(values)
-            leaves[leaf] = each if len(values) == 1 else each[self.group_of_setting]
-            if leaf == self._rate and not are_learning_rates(each):
-                self.refused_rate = find_refused(self.groups, values)
-        supplied = dict(zip(self.recipe.numbers, self.numbers_of_setting, strict=False))
-        supplied["first"] = self.first_of_setting
-        supplied[kernel.GRADIENT_FACTOR] = step.gradient_factor.factor
-        for name, values in supplied.items():
-            if name in self.kernel.leaves:
-                leaves[self.kernel.leaves[name]] = values
+        self._choose_launch(step.fresh)
+        self.hypers.write(self.launch.leaves, self.settings, step.gradient_factor.factor)
         self.launch_up_to_stores()
         return ()
 
-    def find_first(self, fresh: Collection[int]) -> np.ndarray | None:
-        """Return 1.0 for each parameter that makes its first step, else 0.0; None if none does."""
-        if not fresh:
-            return None
-        return np.array([member.position in fresh for member in self.members], np.float64)
+    def _choose_launch(self, fresh: Collection[int]) -> None:
+        """Find the distinct settings of this step, and the launch that has them."""
+        numbers = self.numbers.read(self.works.active)
+        first = find_first(fresh, self.positions)
+        settings, works = self.settings, self.works
+        if first is None and settings.are_as_before(numbers, works.active, works.work):
+            return
+        settings.find(numbers, first, works.work)
+        self.launch = works.launch(self.addressed, settings.index, len(settings))
 
     def launch_up_to_stores(self) -> None:
         """Begin the launch that has been laid out."""
@@ -323,64 +260,44 @@ class KernelBatch(Columns):
         columns = len(self.recipe.columns) + len(self.resident(self.recipe) or ())
         written = gathered.columns(1, columns, set(self.inactive))
         if self.strided:
-            params = self.pick(step.reading.params)
-            for i in set(self.strided).difference(self.inactive):
-                params[i].detach().copy_(gathered.param(i))
+            self.strided.put_back(self.pick(step.reading.params), gathered, self.inactive)
         kernel.count_as_changed(written)
         self.keep_numbers()
         if step.fresh:
-            active = zip(self.positions.tolist(), self.active, strict=True)
+            active = zip(self.positions.tolist(), self.works.active, strict=True)
             step.fresh.difference_update(position for position, on in active if on)
 
     def keep_numbers(self) -> None:
         """Store each parameter's numbers after this step."""
-        numbers = self._numbers.values
-        for name, new in self.launch.scalars().items() if self.recipe.scalars else ():
-            index = self.recipe.numbers.index(name)
-            numbers[index] = np.where(self.active, new, numbers[index])
-        self._numbers.write()
+        scalars = self.launch.scalars() if self.recipe.scalars else {}
+        self.numbers.store(scalars, self.works.active)
 
-    def choose_settings(self, numbers: np.ndarray, first: np.ndarray | None) -> None:
-        """Find the distinct settings (group, first, numbers), and the launch that has them.
 
-        Tensors that have stepped together so far do so in most steps. Then only the numbers of one
-        example of each setting are read again.
+def find_first(fresh: Collection[int], positions: np.ndarray) -> np.ndarray | None:
+    """Return 1.0 for each position that makes its first step, else 0.0; None if none does."""
+    if not fresh:
+        return None
+    return np.array([position in fresh for position in positions.tolist()], np.float64)
 
-        Example: four parameters, of groups 0, 0, 1 and 1, have stepped 5, 5, 5 and 2 times. That is
-        three settings: (0, 0.0, 5), (1, 0.0, 2) and (1, 0.0, 5). `_setting_index` is [0, 0, 2, 1],
-        `_examples` are [0, 3, 2].
-        """
-        if first is None and self._settings_work is self.work:
-            settings = numbers[:, self._examples]
-            same = settings[:, self._setting_index] == numbers
-            if (same | (self.active == 0)).all():
-                self.numbers_of_setting = settings
-                return
-        flags = np.zeros(self.count) if first is None else first
-        keys = np.stack([self.group_index, flags, *numbers], axis=1)
-        settings, examples, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-        self._setting_index, self._examples = index.reshape(-1), examples
-        self.group_of_setting = settings[:, 0].astype(np.int64)
-        self.first_of_setting = settings[:, 1].copy()
-        self.numbers_of_setting = settings[:, 2:].T
-        # In its first step a parameter has settings of its own.
-        self._settings_work = self.work if first is None else None
-        self.launch = self._launch_with(len(settings))
 
-    def _launch_with(self, settings: int) -> Any:
-        """A launch for the parameters that are active now, with this many settings."""
-        key = tuple(self.inactive)
-        launch = self._launches.get(key)
-        if launch is None or not self._has_settings(launch, settings):
-            launch = self.kernel.prepare(self.addressed, self.work, self._setting_index, settings)
-            self._launches[key] = launch
-        return launch
+def dense_gradient(
+    owner: str, member: Member, p: Tensor, g: Tensor, dtype: torch.dtype, recipe: Recipe
+) -> Tensor | None:
+    """Return a copy of an unusual gradient that lies as its parameter does.
 
-    def _has_settings(self, launch: Any, settings: int) -> bool:
-        """Whether a launch has room for this many settings, and knows which tensor has which."""
-        if launch.leaves.shape[1] != settings:
-            return False
-        return np.array_equal(launch.setting_index, self._setting_index)
+    None stands for a gradient that a kernel for gradients of `dtype` cannot take. Raises
+    `StepError` for one that nothing can take.
+    """
+    if not member.takes(g):
+        return None
+    check_gradient(owner, member, p, g)
+    if not kernel.is_plain(g) or g.dtype != dtype:
+        return None
+    dense, like = as_dense_gradient(g.detach()), recipe.as_dense(p)
+    is_a_fitting_copy = g.layout != torch.strided and dense.stride() == like.stride()
+    if is_a_fitting_copy:
+        return dense
+    return torch.empty_like(like, dtype=g.dtype).copy_(dense)
 
 
 def _as_gradient(like: Tensor, g: Tensor | None) -> Tensor:

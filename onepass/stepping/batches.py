@@ -37,8 +37,10 @@ class Batch(Protocol):
     What `gather` has returned is given back to the others. It is the batch's own.
     """
 
-    # The group with a learning rate that the constructor would refuse, and the rate, if any.
-    refused_rate: tuple[int, float] | None
+    @property
+    def refused_rate(self) -> tuple[int, float] | None:
+        """A group with a learning rate that the constructor would refuse, and the rate, if any."""
+        ...
 
     @property
     def demand(self) -> int:

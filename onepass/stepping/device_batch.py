@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernel
 from ..contract.values import Group, StepError
-from .batch import KernelBatch
+from .batch import KernelBatch, find_first
 from .batches import Delayed, Step
 from .checks import Member
 from .gathered import Gathered
@@ -54,7 +54,7 @@ class DeviceBatch(KernelBatch):
     def captured(self) -> list[Tensor]:
         """What graphs that hold a step of this batch will read."""
         captured = [*self._captured_by_former_launches]
-        for launch in self._launches.values():
+        for launch in self.works.launches.values():
             captured += launch.captured
         return captured
 
@@ -103,32 +103,24 @@ class DeviceBatch(KernelBatch):
     def _device(self) -> torch.device:
         return self.kernel.device.device  # type: ignore[attr-defined]
 
-    def forget(self, inactive: tuple[int, ...]) -> None:
-        if inactive in self._launches:
-            self._captured_by_former_launches += self._launches[inactive].captured
-        super().forget(inactive)
+    def let_go(self, launch: Any) -> None:
+        self._captured_by_former_launches += launch.captured
 
     def choose_launch(self) -> None:
         """Take the launch for the parameters that have gradients now: settings are the groups."""
-        key = tuple(self.inactive)
-        if key not in self._launches:
-            self._launches[key] = self.kernel.prepare(
-                self.addressed, self.work, self.group_index, len(self.groups)
-            )
-        self.launch = self._launches[key]
-        self.group_of_setting = np.arange(len(self.groups))
+        self.launch = self.works.launch(self.addressed, self.group_index, len(self.groups))
 
     def begin(self, gathered: Gathered, step: Step) -> Sequence[Delayed]:
         self.choose_launch()
         launch = self.launch
-        first = self.find_first(step.fresh)
+        first = find_first(step.fresh, self.positions)
         self._make_fresh(np.zeros(self.count) if first is None else first)
         launch.fresh = self.fresh
-        launch.active[:] = self.active
+        launch.active[:] = self.works.active
         factor, launch.guard = step.gradient_factor.on(self._device)
         self.skipped |= launch.guard is not None
         launch.device_leaves = []
-        for leaf, values in zip(self.leaves, zip(*self.values, strict=True), strict=True):
+        for leaf, values in self.hypers.columns():
             on_device = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
             launch.leaves[leaf] = [
                 # What no number equals: one that takes the tensor's place later must be sent.

@@ -214,10 +214,10 @@ class Plan:
                 return
             self._begin(batches, step)
             if self.others:
-                self._check_again(batches, reading)
+                _check_again(self.owner, batches, reading)
                 refusing = [batch.store_refusing(self._ledger) for batch in self.batches]
                 if any(refusing):
-                    self._check_again(batches, reading)
+                    _check_again(self.owner, batches, reading)
         except BaseException:
             for batch in self.batches:
                 batch.cancel()
@@ -242,16 +242,16 @@ class Plan:
         for _, compute in sorted(later, key=itemgetter(0)):
             compute()
 
-    def _check_again(self, batches: Sequence[tuple[Batch, Any]], reading: Reading) -> None:
-        """Raise `StepError` if memory is not what it was: torch's operations have run since.
 
-        These may be operations of a user's class, which may do anything.
-        """
-        if not all(batch.is_as_read(found, reading) for batch, found in batches):
-            raise StepError(
-                f"{self.owner}: parameters or state changed while others stepped; keep their "
-                "memory as it is"
-            )
+def _check_again(owner: str, batches: Sequence[tuple[Batch, Any]], reading: Reading) -> None:
+    """Raise `StepError` if memory is not what it was: torch's operations have run since.
+
+    These may be operations of a user's class, which may do anything.
+    """
+    if not all(batch.is_as_read(found, reading) for batch, found in batches):
+        raise StepError(
+            f"{owner}: parameters or state changed while others stepped; keep their memory as it is"
+        )
 
 
 def _demand(pair: tuple[Batch, Any]) -> int:

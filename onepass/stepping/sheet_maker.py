@@ -152,9 +152,9 @@ class SheetMaker:
         settings = batch.launch.setting_index.tolist()
         examples: dict[int, int] = {}
         for i, setting in enumerate(settings):
-            if setting not in examples or not batch.active[examples[setting]]:
+            if setting not in examples or not batch.works.active[examples[setting]]:
                 examples[setting] = i
-        is_double = int(batch.number_dtype == np.float64)
+        is_double = int(batch.numbers.dtype == np.float64)
         commons = np.zeros((len(names), len(examples)), np.int64)
         for n in range(len(names)):
             first = begin + (columns + n) * batch.count
@@ -163,7 +163,7 @@ class SheetMaker:
                 tables["common_tensor"].append(first + examples[setting])
                 tables["common_is_double"].append(is_double)
             for i, setting in enumerate(settings):
-                if batch.active[i]:
+                if batch.works.active[i]:
                     tables["number_tensor"].append(first + i)
                     tables["number_common"].append(int(commons[n, setting]))
         self._commons.append(commons)
@@ -208,8 +208,10 @@ class SheetMaker:
             leaves = sheet.address(launch.leaves)
             sheet.address(launch)
             settings = launch.leaves.shape[1]
-            for (_, key, entry), leaf in zip(batch.recipe.sources, batch.leaves, strict=True):
-                for setting, group in enumerate(batch.group_of_setting.tolist()):
+            for (_, key, entry), leaf in zip(
+                batch.recipe.sources, batch.hypers.leaves, strict=True
+            ):
+                for setting, group in enumerate(batch.settings.groups.tolist()):
                     index = self._value_of[batch.groups[group], key, entry]
                     tables["copy_from"].append(sheet.place("values", index))
                     tables["copy_to"].append(leaves + 8 * (leaf * settings + setting))
