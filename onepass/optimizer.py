@@ -6,7 +6,6 @@ The mathematics is in `algorithms/`; how a step is made is in `stepping/`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -28,7 +27,8 @@ from .contract.param_groups import (
     read_params,
 )
 from .contract.ranges import check_ranges
-from .contract.state_dict import Match, check_state_dict, match, pack, states_of
+from .contract.saving import check_names, load, pickled, restore, save, shallow_copy
+from .contract.state_dict import Match
 from .contract.steps import (
     OVERRIDES,
     REPEATS,
@@ -36,8 +36,8 @@ from .contract.steps import (
     has_torchs_step,
     is_asked_by_grad_scaler,
     step_as_torch,
-    steps_as_torch,
     steps_by_rule,
+    takes_scaled_gradients,
 )
 from .contract.values import flag
 from .kernel import Rule
@@ -45,7 +45,7 @@ from .stepping.gradient_factor import GradientFactor
 from .stepping.private import Lazy, Private
 from .stepping.reading import drop_gradients, fill_gradients_with_zeros
 from .stepping.ready import make_ready
-from .stepping.recipe import algorithm_of, expected_state, fill_state, recipe_of
+from .stepping.recipe import expected_state, fill_states
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -94,14 +94,7 @@ class Optimizer(TorchOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Note what a subclass has of torch's, and watch its options, see `watch_options`."""
         super().__init_subclass__(**kwargs)
-        watch_options(cls)
-        cls._onepass_switches = switches_of(cls)
-        bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
-        of_torch = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
-        cls._onepass_torch_class = of_torch[0]
-        cls._onepass_has_modes = "foreach" in arguments_of(of_torch[0])
-        skipped = [Optimizer, *(base for base in of_torch if base is not TorchOptimizer)]
-        cls._onepass_last = skipped[-1]
+        _note_class(cls)
 
     # The gradients that a class takes: "dense" ones, "sparse" ones, or "any".
     gradients = "dense"
@@ -117,16 +110,9 @@ class Optimizer(TorchOptimizer):
         that are not leaves, or that occur in two groups.
         """
         vars(self)["_onepass"] = Private()
-        owner = _name(self)
         self.defaults = defaults
         _check(self, defaults)
-        if isinstance(params, Tensor) or not is_iterable(params):
-            raise TypeError(
-                f"{owner}: params argument given to the optimizer should be an iterable of "
-                f"Tensors or dicts, but got {torch.typename(params)}; pass model.parameters()"
-            )
-        if isinstance(params, set):
-            raise TypeError(UNORDERED.format(owner))
+        _check_params_argument(_name(self), params)
         self._onepass.taken = Taken(())
         try:
             super(self._onepass_last, self).__init__(params, defaults)
@@ -193,66 +179,26 @@ class Optimizer(TorchOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, or with `set_to_none=False` fill them with zeros."""
-        if torch.compiler.is_compiling():
-            _zero_grad_outside_graphs(self, set_to_none)
-        else:
-            _zero_grad(self, set_to_none)
-
-    # Parameter groups.
+        zero = _zero_grad_outside_graphs if torch.compiler.is_compiling() else _zero_grad
+        zero(self, set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Optimize further parameters, with options of their own: `{"params": [...], "lr": ...}`.
 
         Raises as the constructor does, and then the optimizer is as it was.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(
-                f"{_name(self)}: param_group must be a dict, but got {type(param_group).__name__}"
-            )
-        if "params" not in param_group:
-            raise KeyError(
-                f"{_name(self)}: a param group needs 'params', got only {sorted(param_group)}"
-            )
-        params, names = read_params(_name(self), param_group["params"])
-        check_params(_name(self), params, bool(self.defaults.get("differentiable")), names)
-        check_spelling(_name(self), param_group, self.defaults)
-        check_required(_name(self), param_group, self.defaults)
-        _check(self, {**self.defaults, **param_group, "params": params})
-        with self._onepass.turn:
-            taken = self._onepass.taken or Taken(self.param_groups)
-            taken.add(_name(self), params, names, may_repeat=has_torchs_step(self))
-            param_group["params"] = params
-            if names:
-                param_group["param_names"] = names
-            for key, default in self.defaults.items():
-                param_group.setdefault(key, default)
-            self.param_groups.append(param_group)
+        _add_param_group(self, param_group)
 
     def make_state(self, group: dict[str, Any]) -> None:
         """Create the state of a group's parameters now, and not in their first step."""
-        algorithm = algorithm_of(self)
-        for p in group["params"]:
-            state = self.state[p]
-            fill_state(
-                algorithm, recipe_of(algorithm, p, group), p, group, state.__setitem__, state
-            )
-
-    # Checkpoints.
+        fill_states(self, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the param groups, with positions instead of parameters.
 
         torch.optim can load it. Tensors are the optimizer's own, not copies, as in torch.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        with self._onepass.turn:
-            state, groups = pack(self.state, self.param_groups)
-        result: dict[str, Any] = {"state": state, "param_groups": groups}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, result)
-            result = result if changed is None else changed
-        return result
+        return save(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict of this class, or of torch's of the same name.
@@ -265,19 +211,7 @@ class Optimizer(TorchOptimizer):
         Raises ValueError, with the parameter's name and both shapes, if the dict does not fit.
         Nothing is changed then.
         """
-        if not isinstance(state_dict, Mapping):
-            check_state_dict(_name(self), state_dict)
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        check_state_dict(_name(self), state_dict)
-        with self._onepass.turn:
-            matched = match(_name(self), self.param_groups, state_dict, states_of(Optimizer))
-            state, groups = self._onepass_load(matched)
-            self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        load(self, state_dict, Optimizer)
 
     def check_names(self, state_dict: Mapping[str, Any]) -> None:
         """Raise ValueError if a state dict's parameters have other names, or are in other groups.
@@ -285,10 +219,7 @@ class Optimizer(TorchOptimizer):
         `load_state_dict` warns of it, and matches by position. What wrappers put into names, such
         as `module.` and `_orig_mod.`, does not count.
         """
-        check_state_dict(_name(self), state_dict)
-        difference = match(_name(self), self.param_groups, state_dict).difference
-        if difference:
-            raise ValueError(f"{difference}; load a checkpoint of this model")
+        check_names(self, state_dict)
 
     def _onepass_load(self, matched: Match) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         """Return the state and groups of a state dict, after everything has been verified.
@@ -307,62 +238,46 @@ class Optimizer(TorchOptimizer):
         """
         if self._onepass.supports_scaling is not None:
             return self._onepass.supports_scaling
-        if not is_asked_by_grad_scaler():
-            return False
-        if any(group.get("fused") for group in self.param_groups):
-            return True
-        capturable = any(group.get("capturable") for group in self.param_groups)
-        return capturable and not steps_as_torch(self)
+        return is_asked_by_grad_scaler() and takes_scaled_gradients(self)
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, supports: bool) -> None:
         self._onepass.supports_scaling = supports
 
-    # Pickling and copying. Plans stay behind: they hold machine code and addresses of this process.
-
     def __getstate__(self) -> dict[str, Any]:
-        with self._onepass.turn:
-            # These dicts are read long after the turn. Their readers must not meet a state that
-            # another thread begins.
-            if self._onepass.is_shared:
-                return super(self._onepass_last, self).__getstate__()
-            state = copy(self.state)
-            for p, entries in self.state.items():
-                if type(entries) is dict:
-                    state[p] = dict(entries)
-            return {**super(self._onepass_last, self).__getstate__(), "state": state}
+        return pickled(self)
 
     def __copy__(self) -> Any:
-        # A shallow copy has the same state, as in torch. It is made as Python copies any object.
-        with self._onepass.turn:
-            # A thread that pickles at the same time does not see this: it waits for its turn.
-            self._onepass.is_shared = True
-            try:
-                reduced = self.__reduce_ex__(4)
-            finally:
-                self._onepass.is_shared = False
-        if isinstance(reduced, str):
-            return self
-        make, arguments, *rest = reduced
-        other = make(*arguments)
-        if rest and rest[0] is not None:
-            other.__setstate__(rest[0])
-        return other
+        return shallow_copy(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._onepass.let_go(self._onepass.plan)
-        defaults = state.get("defaults", vars(self).get("defaults", {}))
-        is_option = "differentiable" in defaults
-        super(self._onepass_last, self).__setstate__(state)
-        if not is_option:
-            # torch adds it; a class that has no such option would find it in its checkpoints.
-            self.defaults.pop("differentiable", None)
-        for group in self.param_groups:
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
+        restore(self, state)
 
 
 Optimizer._onepass_last = Optimizer
+
+
+def _note_class(cls: type[Optimizer]) -> None:
+    """Note what a class has of torch's, and watch its options."""
+    watch_options(cls)
+    cls._onepass_switches = switches_of(cls)
+    bases = [base for base in cls.__mro__ if issubclass(base, TorchOptimizer)]
+    of_torch = [base for base in bases if base.__module__.partition(".")[0] == "torch"]
+    cls._onepass_torch_class = of_torch[0]
+    cls._onepass_has_modes = "foreach" in arguments_of(of_torch[0])
+    skipped = [Optimizer, *(base for base in of_torch if base is not TorchOptimizer)]
+    cls._onepass_last = skipped[-1]
+
+
+def _check_params_argument(owner: str, params: object) -> None:
+    """Raise TypeError for what no optimizer can take its parameters from."""
+    if isinstance(params, Tensor) or not is_iterable(params):
+        raise TypeError(
+            f"{owner}: params argument given to the optimizer should be an iterable of Tensors or "
+            f"dicts, but got {torch.typename(params)}; pass model.parameters()"
+        )
+    if isinstance(params, set):
+        raise TypeError(UNORDERED.format(owner))
 
 
 def _take_step(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
@@ -411,6 +326,32 @@ def _take_careful_step(
     plan.run(reading, gathered, gradient_factor)
     if not is_first and not private.idle.waits:
         private.repeats.learn(optimizer, plan, reading)
+
+
+def _add_param_group(optimizer: Optimizer, param_group: dict[str, Any]) -> None:
+    """Check a group and add it, as `Optimizer.add_param_group` says."""
+    owner = _name(optimizer)
+    if not isinstance(param_group, dict):
+        raise TypeError(
+            f"{owner}: param_group must be a dict, but got {type(param_group).__name__}"
+        )
+    if "params" not in param_group:
+        raise KeyError(f"{owner}: a param group needs 'params', got only {sorted(param_group)}")
+    defaults = optimizer.defaults
+    params, names = read_params(owner, param_group["params"])
+    check_params(owner, params, bool(defaults.get("differentiable")), names)
+    check_spelling(owner, param_group, defaults)
+    check_required(owner, param_group, defaults)
+    _check(optimizer, {**defaults, **param_group, "params": params})
+    with optimizer._onepass.turn:
+        taken = optimizer._onepass.taken or Taken(optimizer.param_groups)
+        taken.add(owner, params, names, may_repeat=has_torchs_step(optimizer))
+        param_group["params"] = params
+        if names:
+            param_group["param_names"] = names
+        for key, default in defaults.items():
+            param_group.setdefault(key, default)
+        optimizer.param_groups.append(param_group)
 
 
 def _zero_grad(optimizer: Optimizer, set_to_none: bool) -> None:

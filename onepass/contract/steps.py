@@ -56,6 +56,15 @@ def steps_as_torch(optimizer: Any) -> bool:
     return occur_twice(params)
 
 
+def takes_scaled_gradients(optimizer: Any) -> bool:
+    """Whether a step unscales gradients itself: in a fused group, as in torch, or a capturable
+    one."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return True
+    capturable = any(group.get("capturable") for group in optimizer.param_groups)
+    return capturable and not steps_as_torch(optimizer)
+
+
 def is_asked_by_grad_scaler() -> bool:
     """Whether the code that reads the caller's property is that of `torch.amp.GradScaler`.
 

@@ -118,11 +118,6 @@ class KernelBatch(Columns):
         """A group with a learning rate that the constructor would refuse, and the rate, if any."""
         return self.hypers.refused_rate
 
-    @property
-    def inactive(self) -> list[int]:
-        """The indices of the parameters without a gradient in this step."""
-        return self.works.inactive
-
     def let_go(self, launch: Any) -> None:
         """Forget a launch that has been laid out."""
 
@@ -168,7 +163,7 @@ class KernelBatch(Columns):
             return None
         inactive: list[int] = []
         if self.expected.compare(gathered.tensors):
-            changed = self._changed()
+            changed = self.expected.list_changed()
             inactive = [i for i in changed if i < self.count and gathered.gradient(i) is None]
             if len(inactive) < len(changed) and not self._replace_gradients(gathered, inactive):
                 return None
@@ -192,12 +187,9 @@ class KernelBatch(Columns):
         if self.kernel.is_capturing():
             raise StepError(CAPTURE.format(self.owner))
 
-    def _changed(self) -> list[int]:
-        return np.flatnonzero(self.expected.changed).tolist()
-
     def _replace_gradients(self, gathered: Gathered, inactive: list[int]) -> bool:
         """Replace unusual gradients by dense copies; False if something else differs."""
-        changed = self._changed()
+        changed = self.expected.list_changed()
         if changed[-1] >= self.count:
             # Nothing is read of a parameter that is not what it was: it may have no memory.
             return False
@@ -211,14 +203,15 @@ class KernelBatch(Columns):
                 return False
             gathered.replace_gradient(i, dense)
         count = self.expected.compare(gathered.tensors)
-        return count == len(inactive) and self._changed() == inactive
+        return count == len(inactive) and self.expected.list_changed() == inactive
 
     def is_as_read(self, gathered: Gathered, reading: Reading) -> bool:
         """Whether what was gathered is still what it was. Addresses are read again."""
         if self.strided and not self.strided.are_as_read(self.pick(reading.params)):
             return False
         count = self.expected.compare(gathered.tensors)
-        return count == len(self.inactive) and self._changed() == self.inactive
+        inactive = self.works.inactive
+        return count == len(inactive) and self.expected.list_changed() == inactive
 
     def begin(self, gathered: Gathered, step: Step) -> Sequence[Delayed]:
         """Compute on what was gathered as far as it may fail, and store nothing."""
@@ -258,9 +251,9 @@ class KernelBatch(Columns):
         """Store what was begun, with the gathered tensors in hand. Nothing here may fail."""
         self.launch.finish(self._workers)
         columns = len(self.recipe.columns) + len(self.resident(self.recipe) or ())
-        written = gathered.columns(1, columns, set(self.inactive))
+        written = gathered.columns(1, columns, set(self.works.inactive))
         if self.strided:
-            self.strided.put_back(self.pick(step.reading.params), gathered, self.inactive)
+            self.strided.put_back(self.pick(step.reading.params), gathered, self.works.inactive)
         kernel.count_as_changed(written)
         self.keep_numbers()
         if step.fresh:

@@ -287,3 +287,12 @@ def fill_state(
             # Of torch's optimizers, only SparseAdam counts in Python's numbers.
             counter = 0 if algorithm.gradients == "sparse" else like
             put(name, counter if name == "step" else algorithm.initial_state(name, like, group))
+
+
+def fill_states(optimizer: Any, group: Group) -> None:
+    """Create the state that a group's parameters lack."""
+    algorithm = algorithm_of(optimizer)
+    for p in group["params"]:
+        state = optimizer.state[p]
+        recipe = recipe_of(algorithm, p, group)
+        fill_state(algorithm, recipe, p, group, state.__setitem__, state)

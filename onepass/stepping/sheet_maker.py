@@ -128,7 +128,7 @@ class SheetMaker:
         if expected.rows is None:
             return False
         first_row = self._sheet.add_rows(expected.rows)
-        inactive = set(batch.inactive)
+        inactive = set(batch.works.inactive)
         goals = expected.pointers
         goal = self._sheet.address(goals)
         for t, kind in enumerate(expected.kind_of):

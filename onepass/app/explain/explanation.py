@@ -18,8 +18,8 @@ from ...kernel.cpu.launch import Kernel
 from ...kernel.gpu.source import triton_source
 from ...kernel.graph.ir import Rank
 from ...kernel.graph.passes import Program
-from ...optimizer import Optimizer, algorithm_of
-from ...stepping.recipe import recipe_of
+from ...optimizer import Optimizer
+from ...stepping.recipe import algorithm_of, recipe_of
 from ..catalog import UnknownName, find_class, nearest
 from .host_assembly import function_lines, hot_loop, vector_bits
 from .listing import Listing

@@ -114,6 +114,10 @@ class Expected:
         objects = np.fromiter(tensors, object, self.count)
         return native.compare(self.count, *_addresses(objects), *self._addresses)
 
+    def list_changed(self) -> list[int]:
+        """Return the indices of the tensors that differed when they were compared last."""
+        return np.flatnonzero(self.changed).tolist()
+
     def _compare_in_python(self, tensors: Sequence[Tensor]) -> int:
         """Do what `compare` does, where torch's C functions are missing."""
         for i, (t, facts) in enumerate(zip(tensors, self.facts, strict=True)):
