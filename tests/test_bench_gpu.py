@@ -128,7 +128,7 @@ def test_a_whole_report(name: str) -> None:
     assert 0 < ours["host_ms"] <= ours["wall_ms"]
     assert ours["median_ms"] == max(ours["host_ms"], ours["device_ms"])
     assert result["summary"]["host_of_goal"] == pytest.approx(
-        1e3 * ours["host_ms"] / (60 + 0.4 * 3)
+        1e3 * ours["host_ms"] / (30 + 0.1 * 3)
     )
     assert {goal["what"] for goal in result["goals"]} <= set(report.WORDS)
     assert len(result["goals"]) >= 1

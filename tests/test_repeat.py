@@ -90,7 +90,7 @@ def both_ways(algorithm: str, action: Callable[[Side], Any], **changes: Any) -> 
 # What users do between steps.
 
 
-@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+@pytest.mark.parametrize("algorithm", ["momentum", "adamw", "adafactor"])
 @pytest.mark.parametrize("operation", operations.OPERATIONS, ids=lambda f: f.__name__)
 def test_operations(operation: Any, algorithm: str) -> None:
     both_ways(algorithm, operation)
@@ -592,7 +592,7 @@ def check_sequences(algorithm: str, seeds: range) -> None:
 
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_random_sequences(algorithm: str, one_thread: None) -> None:
-    check_sequences(algorithm, range(4))
+    check_sequences(algorithm, range(2))
 
 
 @pytest.mark.slow
