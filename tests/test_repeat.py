@@ -21,7 +21,7 @@ import torch
 from support.repeats import careful_only, count_repeats, everything, learning_at_once
 from support.side_by_side import ALGORITHMS, SHAPES, Side, make_side
 from support.state_machine import KINDS, make_machine
-from support.subprocess_cases import fates
+from support.subprocess_cases import fates, run_script
 from torch import Tensor, nn
 
 import onepass
@@ -477,6 +477,43 @@ def test_without_words_every_step_is_careful(monkeypatch: pytest.MonkeyPatch) ->
     side = start("adamw")
     side.step()
     assert count_repeats(side.opt) == 0
+
+
+WITHOUT_LOCK = """
+import sys
+sys._is_gil_enabled = lambda: False
+import torch, onepass
+p = torch.nn.Parameter(torch.ones(3))
+optimizer = onepass.AdamW([p], lr=0.1)
+for _ in range(5):
+    p.grad = torch.ones(3)
+    optimizer.step()
+assert optimizer._onepass.repeats.count == 0
+print(p.tolist())
+"""
+
+
+def test_python_without_the_interpreter_lock() -> None:
+    """Nothing is read by machine code, and the values are the same."""
+    without = run_script(WITHOUT_LOCK)
+    with_lock = run_script(WITHOUT_LOCK.replace("False", "True").replace("== 0", "> 0"))
+    assert without == with_lock
+
+
+def test_what_cannot_be_learned_does_no_harm() -> None:
+    """A class may read its groups as it likes, as long as its steps work."""
+
+    class Picky(onepass.SGD):
+        def flags(self, group: Any) -> dict[str, bool]:
+            assert type(group) is dict
+            return super().flags(group)
+
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Picky([p], lr=0.1, momentum=0.9)
+    for _ in range(5):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    assert count_repeats(optimizer) == 0
 
 
 # What these tests would notice.

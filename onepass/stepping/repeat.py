@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,7 +71,10 @@ class Repeats:
         if self._wait > 0:
             self._wait -= 1
             return
-        self._repeat = make_repeat(optimizer, plan, reading)
+        # The step has been taken: nothing here may make it fail, whatever another thread changes, or
+        # a class of the user's makes of a group.
+        with suppress(Exception):
+            self._repeat = make_repeat(optimizer, plan, reading)
         if self._repeat is None:
             self._wait = LONGEST_WAIT
         self._missed = 0
@@ -130,7 +134,8 @@ class Repeat:
         if answer != kernel.Answer.DONE:
             return answer
         try:
-            _launch(self._batches)
+            with torch.no_grad():
+                _launch(self._batches)
             self._sheet.store()
         finally:
             self._sheet.release()

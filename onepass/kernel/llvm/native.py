@@ -143,6 +143,14 @@ class Library:
         return machine.emit_assembly(optimize(self.source, machine))
 
 
+def has_interpreter_lock() -> bool:
+    """Whether only one thread of Python runs at a time.
+
+    Machine code that reads Python's objects relies on it: nobody frees them meanwhile.
+    """
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
 def openmp() -> int:
     """Return the address of GOMP_parallel in the OpenMP runtime of torch, or 0 if there is none.
 

@@ -14,14 +14,13 @@ gradients and parameters are the tensors 0 to 3:
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
 from ..graph.caches import once
-from ..llvm.native import Library
+from ..llvm.native import Library, has_interpreter_lock
 from ..tensors import torch_library
 from ..tensors.facts import object_layout
 from ..tensors.same_words import ROW_LENGTH
@@ -148,13 +147,9 @@ class Code:
 
 @once
 def code() -> Code | None:
-    """Return the machine code, or None where Python or torch do not let it read.
-
-    Without the interpreter lock another thread could free what is being read.
-    """
-    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    """Return the machine code, or None where Python or torch do not let it read."""
     words, layout = find_words(), object_layout()
-    if not has_lock or words is None or layout is None:
+    if not has_interpreter_lock() or words is None or layout is None:
         return None
     functions = {name: torch_library.address(name) for name in HOLDING}
     if not all(functions.values()):

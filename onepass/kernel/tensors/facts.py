@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ..graph.caches import once
-from ..llvm.native import Library
+from ..llvm.native import Library, has_interpreter_lock
 from .comparison import FACTS, QUESTIONS, comparison
 from .memory import PLAIN, extent, has_storage
 from .same_words import DECLARATIONS, all_have_words, count_changes, make_row
@@ -271,10 +271,10 @@ class Native(NamedTuple):
 
 @once
 def _native() -> Native | None:
-    """Return the compiled functions, or None if torch cannot be asked."""
+    """Return the compiled functions, or None if torch cannot be asked by machine code."""
     addresses, keys = answers(), keys_offset()
     words, layout = find_words(), object_layout()
-    if not addresses or keys is None:
+    if not addresses or keys is None or not has_interpreter_lock():
         return None
     text = DECLARATIONS + comparison(addresses, layout, keys)
     # PYFUNCTYPE keeps the interpreter lock: no other thread may swap or free a tensor while it is
