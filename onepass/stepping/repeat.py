@@ -71,8 +71,8 @@ class Repeats:
         if self._wait > 0:
             self._wait -= 1
             return
-        # The step has been taken: nothing here may make it fail, whatever another thread changes, or
-        # a class of the user's makes of a group.
+        # The step has been taken: nothing here may make it fail, whatever another thread changes,
+        # or a class of the user's makes of a group.
         with suppress(Exception):
             self._repeat = make_repeat(optimizer, plan, reading)
         if self._repeat is None:
