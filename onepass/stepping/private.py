@@ -46,6 +46,7 @@ class Private:
         if plan is not None:
             plan.undo()
             self.captured += plan.captured
+            self.repeats.forget()
         self.plan = None
 
     def follow(self, cls: type) -> None:

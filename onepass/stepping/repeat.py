@@ -63,11 +63,7 @@ class Repeats:
         repeat = self._repeat
         if repeat is not None and repeat.plan is plan and repeat.is_laid_out() and self._missed < 2:
             return
-        if repeat is not None:
-            is_worthwhile = repeat.count >= WORTHWHILE
-            self._last_wait = 0 if is_worthwhile else min(2 * self._last_wait + 1, LONGEST_WAIT)
-            self._wait = self._last_wait
-            self._repeat = None
+        self.forget()
         if self._wait > 0:
             self._wait -= 1
             return
@@ -80,7 +76,12 @@ class Repeats:
         self._missed = 0
 
     def forget(self) -> None:
-        """Let go what is known."""
+        """Let go what is known. What has served seldom is learned again later, and later still."""
+        if self._repeat is None:
+            return
+        is_worthwhile = self._repeat.count >= WORTHWHILE
+        self._last_wait = 0 if is_worthwhile else min(2 * self._last_wait + 1, LONGEST_WAIT)
+        self._wait = self._last_wait
         self._repeat = None
 
 
@@ -119,12 +120,17 @@ class Repeat:
             if not self._has_same_flags(optimizer):
                 return False
             answer = run(groups, state, True)
-        self.count += 1
-        return answer == kernel.Answer.DONE
+        is_done = answer == kernel.Answer.DONE
+        self.count += is_done
+        return is_done
 
     def _has_same_flags(self, optimizer: Any) -> bool:
         found = [self._cls.flags(optimizer, group) for group in optimizer.param_groups]
-        return found == self._flags
+        try:
+            return bool(found == self._flags)
+        except Exception:
+            # Values that cannot be compared, as arrays: the careful way says what is wrong.
+            return False
 
     def _run(self, groups: list[Group], state: object, asked: bool) -> int:
         """Read, launch and store, so that other threads of Python run during the launch."""
