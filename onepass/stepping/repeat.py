@@ -99,6 +99,8 @@ class Repeat:
         self._asks_always = not is_ours(self._cls, "flags")
         self._batches = [(batch, batch.launch) for batch in plan.kernels]
         self._is_little = bool(sheet.tables["launch_function"])
+        # Whether a launch calls torch: for its device, or for functions of matrices.
+        self._calls_torch = any(map(_calls_torch, plan.kernels))
         # How often it has been taken.
         self.count = 0
 
@@ -134,18 +136,26 @@ class Repeat:
 
     def _run(self, groups: list[Group], state: object, asked: bool) -> int:
         """Read, launch and store, so that other threads of Python run during the launch."""
-        if any(batch.kernel.is_capturing() for batch, _ in self._batches):
+        if self._calls_torch and any(batch.kernel.is_capturing() for batch, _ in self._batches):
             return kernel.Answer.DIFFERS
         answer = self._sheet.read(groups, state, asked)
         if answer != kernel.Answer.DONE:
             return answer
         try:
-            with torch.no_grad():
+            if self._calls_torch:
+                with torch.no_grad():
+                    _launch(self._batches)
+            else:
                 _launch(self._batches)
             self._sheet.store()
         finally:
             self._sheet.release()
         return answer
+
+
+def _calls_torch(batch: KernelBatch) -> bool:
+    device = batch.expected.facts[0][1]
+    return batch.recipe.graph.has_calls or not kernel.on_host(device)
 
 
 def _launch(batches: Sequence[tuple[KernelBatch, Any]]) -> None:
