@@ -123,8 +123,6 @@ class Optimizer(TorchOptimizer):
         super()._patch_step_function()
         note_hooked(type(self))
 
-    # What a subclass may refine.
-
     def rule_of(self, p: Tensor, group: Mapping[str, Any]) -> Rule:
         """Return the rule by which a parameter steps, if the class has several.
 
@@ -164,8 +162,6 @@ class Optimizer(TorchOptimizer):
         check_ranges(owner, type(self).ranges, options)
         if self._onepass_has_modes:
             check_modes(owner, options)
-
-    # Stepping.
 
     @with_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
